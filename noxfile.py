@@ -1,0 +1,191 @@
+# /// script
+# dependencies = ["nox>=2025.5.1"]
+# ///
+"""The checks of polyce: `nox -l` lists them, plain `nox` runs the starred ones."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+# pip, not uv: both name the same packages, but the pinned CPU wheel of torch is found by pip alone
+# where pip is configured to look for it.
+nox.options.default_venv_backend = "virtualenv"
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+
+# backend: the dependency group that brings its library, and the environment it is tested in
+BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
+    "numpy": ("numpy", {}),
+    "strict": ("strict", {}),
+    "torch": ("torch", {}),
+    "jax-x32": ("jax", {"JAX_ENABLE_X64": "0"}),
+    "jax-x64": ("jax", {"JAX_ENABLE_X64": "1"}),
+    "dask": ("dask", {}),
+    "cupy-dispatch": ("cupy-dispatch", {}),
+}
+
+# Holds the docstrings behind `polyce.__all__` to numpydoc's rules, less those in its arguments.
+# (`numpydoc lint` would hold the inner functions of a file to them as well.)
+PUBLIC_DOCSTRINGS = """
+import sys
+import polyce
+from numpydoc.validate import validate
+findings = [
+    f"polyce.{name}: {code} {message}"
+    for name in polyce.__all__
+    if callable(getattr(polyce, name))
+    for code, message in validate(f"polyce.{name}")["errors"]
+    if code not in sys.argv
+]
+print(*findings, sep="\\n")
+sys.exit(bool(findings))
+"""
+
+_built: list[Path] = []
+
+
+def wheel(session: nox.Session) -> str:
+    """Path of the wheel of this nox run, built by the first session that asks."""
+    if not _built:
+        out = Path(session.cache_dir) / "dist"
+        shutil.rmtree(out, ignore_errors=True)
+        pip_wheel(session, ".", out)
+        _built.extend(out.glob("*.whl"))
+    if not _built:
+        session.error("no wheel was built: `nox -R` skips that, `nox -r` does not")
+    return str(_built[0])
+
+
+def pip_wheel(session: nox.Session, source: str | Path, out: Path) -> None:
+    """Build a wheel of `source` into `out`."""
+    command = ("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out), str(source))
+    session.run_install(*command, silent=True)
+
+
+def contents(path: str | Path) -> dict[str, bytes]:
+    """Names and contents of the files in a wheel."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the wheel and dependency groups, and nothing of the checkout itself."""
+    built = wheel(session)
+    requirements = nox.project.dependency_groups(PYPROJECT, *groups)
+    session.install(built, *dict.fromkeys(requirements))  # groups overlap
+    # In a reused environment (`nox -r`) pip would keep the older wheel of the same version.
+    session.install("--force-reinstall", "--no-deps", built)
+
+
+def run_tests(session: nox.Session, backend: str, *args: str) -> None:
+    """Run the tests of one backend; what follows `--` on nox's command line goes to pytest."""
+    env = BACKENDS[backend][1] if backend in BACKENDS else {}
+    session.run("pytest", f"--backend={backend}", *args, *session.posargs, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and public docstrings."""
+    install(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    left_out = PYPROJECT["tool"]["numpydoc_validation"]["checks"]
+    session.run("python", "-c", PUBLIC_DOCSTRINGS, *left_out)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package, strictly, and of a caller of the installed package."""
+    install(session, "types")
+    session.run("mypy")
+    session.run("mypy", "tests/typing/consumer.py")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Check wheel and sdist, and run the demo on the wheel alone."""
+    install(session)
+    session.run("python", "-m", "pip", "check")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        with session.chdir(elsewhere):
+            session.run("python", "-m", "polyce")
+            session.run("python", "-m", "polyce", "demo")
+        # Only now may the environment hold more than the wheel and what it requires.
+        session.install(*nox.project.dependency_groups(PYPROJECT, "build"))
+        session.run("python", "-m", "build", "--sdist", "--outdir", elsewhere, silent=True)
+        (sdist,) = Path(elsewhere).glob("*.tar.gz")
+        pip_wheel(session, sdist, Path(elsewhere))
+        (from_sdist,) = Path(elsewhere).glob("*.whl")
+        ours, theirs = contents(wheel(session)), contents(from_sdist)
+    if missing := {"polyce/py.typed", "polyce/data/digits.npz"} - ours.keys():
+        session.error(f"the wheel lacks {sorted(missing)}")
+    if differing := {name for name, _ in ours.items() ^ theirs.items()}:
+        session.error(f"the wheels of checkout and sdist differ in {sorted(differing)}")
+
+
+@nox.session
+@nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
+def tests(session: nox.Session, backend: str) -> None:
+    """Run the tests on one array library."""
+    install(session, BACKENDS[backend][0])
+    run_tests(session, backend)
+
+
+@nox.session(python=["3.12", "3.13"])
+@nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
+def tests_other(session: nox.Session, backend: str) -> None:
+    """Run the tests on another Python."""
+    install(session, BACKENDS[backend][0])
+    run_tests(session, backend)
+
+
+@nox.session(python="3.11")
+@nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
+def minimums(session: nox.Session, backend: str) -> None:
+    """Run the tests on the oldest Python, NumPy and array-api-compat that polyce takes."""
+    install(session, "minimums")
+    run_tests(session, backend)
+
+
+@nox.session
+def doctest(session: nox.Session) -> None:
+    """Run the examples in docstrings."""
+    # Every module is imported, so the libraries that some modules are written for must be there.
+    install(session, "torch", "jax")
+    session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Time the reference implementation; arguments follow `--`."""
+    install(session, "numpy", "torch")
+    session.run("python", "benchmarks/reference.py", *session.posargs)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests on a CUDA device with CuPy and torch, and fail where there is none."""
+    install(session, "cupy-dispatch", "torch")
+    for library in ("cupy", "torch"):
+        code = f"import {library}; print({library}.cuda.is_available())"
+        if session.run("python", "-c", code, silent=True) != "True\n":
+            session.error(f"{library} finds no CUDA device")
+    run_tests(session, "cupy")
+    run_tests(session, "torch-cuda")
+
+
+@nox.session(default=False, python=False)
+def full(session: nox.Session) -> None:
+    """Run what plain `nox` runs, each test with all of its cases (POLYCE_FULL=1)."""
+    session.run(sys.executable, "-m", "nox", env={"POLYCE_FULL": "1"}, external=True)
+
+
+if __name__ == "__main__":
+    nox.main()
