@@ -1,0 +1,21 @@
+"""polyce: softmax cross-entropy with one meaning on every array library."""
+
+from polyce.explain import explain, show_versions
+from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softmax, nll_loss
+from polyce.loss import CrossEntropyLoss, NLLLoss
+from polyce.registry import use
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "NLLLoss",
+    "__version__",
+    "cross_entropy",
+    "cross_entropy_with_grad",
+    "explain",
+    "log_softmax",
+    "nll_loss",
+    "show_versions",
+    "use",
+]

@@ -1,0 +1,266 @@
+"""Array libraries: whose arrays these are, where they lie, and the few calls in which they differ.
+
+Every difference between libraries that the rest of polyce must know of is decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INTEGERS = {
+    "int8": (-(2**7), 2**7 - 1),
+    "int16": (-(2**15), 2**15 - 1),
+    "int32": (-(2**31), 2**31 - 1),
+    "int64": (-(2**63), 2**63 - 1),
+    "uint8": (0, 2**8 - 1),
+    "uint16": (0, 2**16 - 1),
+    "uint32": (0, 2**32 - 1),
+    "uint64": (0, 2**64 - 1),
+}
+
+# Namespaces, by the name that they or array-api-compat's wrappers of them have.
+_BACKENDS = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "cupy": "cupy",
+    "dask.array": "dask",
+    "jax.numpy": "jax",
+    "jax.experimental.array_api": "jax",
+    "array_api_strict": "array-api-strict",
+    "mlx.core": "mlx",
+}
+# How a user turns a NumPy array into one of these, for the error that asks for it.
+_CONVERTERS = {
+    "numpy": "numpy.asarray",
+    "torch": "torch.as_tensor",
+    "cupy": "cupy.asarray",
+    "dask": "dask.array.from_array",
+    "jax": "jax.numpy.asarray",
+    "array-api-strict": "array_api_strict.asarray",
+}
+# jax and dask functions take NumPy arrays among their own, so polyce does as well.
+_TAKES_NUMPY = ("jax", "dask")
+# Libraries whose arrays hold no values before a computation is asked for, or polyce must not ask.
+_LAZY = ("dask", "cubed", "ndonnx")
+
+
+# NumPy works its dtypes' names out each time they are asked for.
+_NUMPY_DTYPES = {name: np.dtype(name) for name in (*FLOATS, *INTEGERS) if name != "bfloat16"}
+_NUMPY_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
+
+
+def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
+    """Find the one library of the arguments: its namespace, its name, and the arrays.
+
+    The first argument decides. Those that are None stay None.
+    """
+    values = list(arrays.values())
+    if all(type(value) is np.ndarray or value is None for value in values):
+        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
+        # a tenth of a second at its first use and adds nothing that is needed here.
+        return np, "numpy", values
+
+    namespaces: dict[str, tuple[Any, str]] = {}
+    for name, value in arrays.items():
+        if value is not None:
+            namespaces[name] = _namespace(name, value)
+    first = next(iter(namespaces))
+    xp, backend = namespaces[first]
+    for index, name in enumerate(arrays):
+        if name not in namespaces:
+            continue
+        other = namespaces[name][1]
+        if other == backend:
+            if backend == "numpy":
+                values[index] = np.asarray(values[index])
+        elif other == "numpy" and backend in _TAKES_NUMPY:
+            values[index] = xp.asarray(np.asarray(values[index]))
+        else:
+            converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
+            raise TypeError(
+                f"all arrays must come from one library, but {first} is {backend} and {name} is "
+                f"{other}; convert {name} with {converter}"
+            )
+    return xp, backend, values
+
+
+def _namespace(name: str, value: Any) -> tuple[Any, str]:
+    if isinstance(value, (np.ndarray, np.generic)):
+        if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+            raise TypeError(
+                f"{name} must be a plain array, got {_kind(value)}, whose own meaning polyce would "
+                f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
+            )
+        return np, "numpy"
+    import array_api_compat
+
+    if not array_api_compat.is_array_api_obj(value):
+        raise TypeError(
+            f"{name} must be an array of an array-API library, got {_kind(value)}; "
+            f"convert it, for example with numpy.asarray({name})"
+        )
+    xp = array_api_compat.array_namespace(value)
+    full = xp.__name__.removeprefix("array_api_compat.")
+    return xp, _BACKENDS.get(full, full.partition(".")[0])
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    module = kind.__module__
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def dtype_name(array: Any) -> str:
+    """Name an array's dtype as the standard does, bfloat16 of any library included."""
+    return name_of(array.dtype)
+
+
+def name_of(dtype: Any) -> str:
+    """Name a dtype as the standard does."""
+    if isinstance(dtype, np.dtype):
+        return _NUMPY_NAMES.get(dtype) or dtype.name
+    name = getattr(dtype, "name", None)
+    return name if isinstance(name, str) else str(dtype).rpartition(".")[2]
+
+
+def float_dtype(xp: Any, backend: str, name: str) -> Any:
+    """Give float32 or float64 as an array of the library shows it."""
+    return _NUMPY_DTYPES[name] if backend == "numpy" else getattr(xp, name)
+
+
+def device(array: Any, backend: str) -> Any:
+    """Tell the device of an array as its library compares them, or None where it has no say."""
+    if backend in ("torch", "cupy", "array-api-strict"):
+        return array.device
+    # A jax array's new companions are uncommitted and follow it; dask's chunks live anywhere.
+    return None
+
+
+def device_kind(array: Any, backend: str) -> str:
+    """Tell what kind of device holds an array: cpu, cuda, ..., or unknown while tracing."""
+    if backend in ("numpy", "array-api-strict", "dask"):
+        return "cpu"
+    if backend == "torch":
+        return str(array.device.type)
+    if backend == "cupy":
+        return "cuda"
+    if backend == "jax" and has_values(array, backend):
+        return str(next(iter(array.devices())).platform)
+    return "unknown"
+
+
+def has_values(array: Any, backend: str) -> bool:
+    """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
+    if backend in ("numpy", "array-api-strict", "cupy"):
+        return True
+    if backend in _LAZY:
+        return False
+    if backend == "torch":
+        import torch
+
+        return not (
+            torch.compiler.is_compiling()
+            or array.device.type == "meta"
+            or type(array) not in (torch.Tensor, torch.nn.Parameter)
+            or torch._C._functorch.is_functorch_wrapped_tensor(array)
+        )
+    if backend == "jax":
+        import jax
+
+        return not isinstance(array, jax.core.Tracer)
+    import array_api_compat
+
+    return not array_api_compat.is_lazy_array(array)
+
+
+def has_float64(xp: Any, backend: str, where: Any) -> bool:
+    """Tell whether the library computes in float64 on the device that holds `where`."""
+    if backend in ("numpy", "dask", "cupy"):
+        return True
+    if backend == "torch":
+        return bool(where.device.type != "mps")
+    info = xp.__array_namespace_info__()
+    if backend == "jax":
+        return str(info.default_dtypes()["real floating"]) == "float64"
+    return "float64" in info.dtypes(device=where.device)
+
+
+def cast(xp: Any, array: Any, dtype: Any) -> Any:
+    """Convert an array, or the scalar a NumPy reduction returns, to a dtype of the library."""
+    if array.dtype is dtype or array.dtype == dtype:
+        return array
+    if isinstance(array, np.generic):
+        return array.astype(dtype)
+    return xp.astype(array, dtype)
+
+
+def label_dtype(xp: Any, backend: str) -> Any:
+    """Give the integer dtype for positions along the class axis."""
+    if backend == "jax":
+        # int32 unless jax runs with 64-bit types: asking it for int64 would warn.
+        return xp.__array_namespace_info__().default_dtypes()["indexing"]
+    return xp.int64
+
+
+def expand(array: Any, axis: int) -> Any:
+    """View an array over the rows with the class axis put back, of length 1."""
+    slices = (slice(None),)
+    return array[slices * axis + (None,) + slices * (array.ndim - axis)]
+
+
+def along_axis(xp: Any, vector: Any, axis: int, ndim: int) -> Any:
+    """View a vector of length C as an array of ndim dimensions with the classes along axis."""
+    return xp.reshape(vector, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+
+
+def one_hot(xp: Any, backend: str, labels: Any, logits: Any, axis: int) -> Any:
+    """Mark in every row of the logits the class that labels name: booleans of the logits' shape."""
+    where = device(logits, backend)
+    options = {} if where is None else {"device": where}
+    if backend == "dask":
+        # The same cuts as the logits, or dask would cut both to fit.
+        options["chunks"] = (logits.chunks[axis],)
+    classes = xp.arange(logits.shape[axis], dtype=labels.dtype, **options)
+    return along_axis(xp, classes, axis, logits.ndim) == labels
+
+
+def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int) -> Any:
+    """Take each row's value at its label, all in range; values broadcast against the logits."""
+    if hasattr(xp, "take_along_axis"):
+        return xp.take_along_axis(values, labels, axis=axis)
+    # dask has no gather; it sees that this mask is the one the loss needs and makes it once.
+    mask = one_hot(xp, backend, labels, logits, axis)
+    return xp.sum(xp.where(mask, values, 0.0), axis=axis, keepdims=True)
+
+
+def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
+    """Sum over the classes, accurately for any layout, into a dtype at least as wide.
+
+    The class axis stays, of length 1.
+    """
+    if backend == "torch":
+        # torch adds in a cascade, whatever the axis, and would copy all values to widen them.
+        return cast(xp, xp.sum(values, axis=axis, keepdims=True), dtype)
+    # NumPy adds pairwise along the innermost axis only; widening on the way is right for all.
+    return xp.sum(values, axis=axis, dtype=dtype, keepdims=True)
+
+
+def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep NumPy's warnings away: an infinity or nan here is selected away or is the answer."""
+    if backend in ("numpy", "array-api-strict"):
+        return np.errstate(all="ignore")
+    return contextlib.nullcontext()
+
+
+def installed(module: str) -> bool:
+    """Tell whether a module is or could be imported, without importing it."""
+    if module in sys.modules:
+        return True
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,178 @@
+"""What would run, and why not something else; what is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from polyce import arrays, registry
+from polyce.problem import Operands, Problem, current_reduction, describe
+
+# Import name and the distributions that bring it, of all that polyce works with.
+_LIBRARIES = {
+    "numpy": ("numpy",),
+    "array_api_compat": ("array-api-compat",),
+    "torch": ("torch",),
+    "jax": ("jax",),
+    "dask": ("dask",),
+    "cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x"),
+    "array_api_strict": ("array-api-strict",),
+    "ml_dtypes": ("ml_dtypes", "ml-dtypes"),
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call would run, and what speaks against each of the others.
+
+    Printing it shows one line for each implementation.
+    """
+
+    call: str
+    """The call in short: function, library, device, dtypes and shapes."""
+    chosen: str
+    """Name of the implementation that would run."""
+    reasons: dict[str, tuple[str, ...]]
+    """For each implementation, by preference, the reasons against it; none means that it can."""
+
+    def __str__(self) -> str:
+        """Give a line for the call and one for each implementation."""
+        width = max(len(name) for name in self.reasons)
+        lines = [self.call]
+        for name, reasons in self.reasons.items():
+            verdict = "no   " + "; ".join(reasons) if reasons else "yes"
+            runs = "  <- runs" if name == self.chosen else ""
+            lines.append(f"  {name:<{width}}  {verdict}{runs}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    axis: int | None = None,
+    validate: bool | None = None,
+    implementation: str | None = None,
+    grad_output: Any = None,
+    function: Callable[..., Any] | None = None,
+) -> Explanation:
+    """Tell which implementation a call would run, and why not the others; computes nothing.
+
+    Parameters
+    ----------
+    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As for `cross_entropy`.
+    axis, validate, implementation, grad_output
+        As for `cross_entropy_with_grad`.
+    function : callable, optional
+        The function that the call is of: `cross_entropy`, the default, or
+        `cross_entropy_with_grad`.
+
+    Returns
+    -------
+    Explanation
+        Prints a line for each implementation.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the call itself would, but for labels, which are not looked at.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> print(polyce.explain(np.zeros((8, 10)), np.zeros(8, dtype=np.int64)))
+    cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
+      reference  yes  <- runs
+    """
+    name = "cross_entropy" if function is None else getattr(function, "__name__", repr(function))
+    if name not in ("cross_entropy", "cross_entropy_with_grad"):
+        raise ValueError(
+            "function must be polyce.cross_entropy or polyce.cross_entropy_with_grad, "
+            f"got {name}; the others have one implementation"
+        )
+    problem, operands = describe(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=current_reduction(size_average, reduce, reduction),
+        label_smoothing=label_smoothing,
+        axis=axis,
+        validate=validate,
+        grad_output=grad_output,
+    )
+    return Explanation(
+        call=_call(name, problem, operands),
+        chosen=registry.select(problem, implementation).name,
+        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+    )
+
+
+def _call(name: str, problem: Problem, operands: Operands) -> str:
+    parts = [
+        f"logits {problem.logits_dtype_name} {problem.shape}",
+        f"target {problem.target_dtype} {tuple(operands.target.shape)}",
+    ]
+    if operands.weight is not None:
+        parts.append(f"weight {arrays.dtype_name(operands.weight)}")
+    if problem.label_smoothing:
+        parts.append(f"label_smoothing {problem.label_smoothing:g}")
+    return f"{name} on {problem.backend} / {problem.device}: {', '.join(parts)}"
+
+
+def show_versions() -> None:
+    """Print the versions of polyce and of the array libraries, and each implementation's state.
+
+    Nothing is imported to find out.
+
+    Examples
+    --------
+    >>> import polyce
+    >>> polyce.show_versions()  # doctest: +ELLIPSIS
+    polyce...
+    """
+    print(versions())
+
+
+def versions() -> str:
+    """Give the text that `show_versions` prints."""
+    rows = [("polyce", _version("polyce")), ("python", platform.python_version())]
+    for module, distributions in _LIBRARIES.items():
+        found = [_version(name) for name in distributions]
+        version = next((one for one in found if one), None)
+        if version is None and arrays.installed(module):
+            version = "installed, version unknown"
+        rows.append((module, version))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {version or 'not installed'}" for name, version in rows]
+
+    lines.append("")
+    lines.append("implementations, in order of preference")
+    width = max(len(row.name) for row in registry.TABLE)
+    for row in registry.TABLE:
+        reason = row.unavailable()
+        lines.append(f"  {row.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
+    preferred = os.environ.get(registry.VARIABLE)
+    lines.append(f"{registry.VARIABLE}  {preferred or 'not set'}")
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

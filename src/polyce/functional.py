@@ -1,0 +1,316 @@
+"""The functions: softmax cross-entropy and its neighbours, for the arrays of any library."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from polyce import arrays, reference, targets
+from polyce.problem import current_reduction, describe, describe_logits
+from polyce.registry import select
+
+ArrayT = TypeVar("ArrayT")
+
+
+def cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    axis: int | None = None,
+    validate: bool | None = None,
+    implementation: str | None = None,
+) -> Any:
+    r"""Compute the softmax cross-entropy between logits and a target, in nats.
+
+    The meaning is that of ``torch.nn.functional.cross_entropy``, for the arrays of any library.
+    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, a row x loses
+
+    .. math:: \sum_c r_c \, (\mathrm{lse} - x_c)
+
+    where, for class weights w and smoothing ε, :math:`r_c = (1-ε) w_y [c = y] + (ε/C) w_c` for a
+    class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p.
+
+    Parameters
+    ----------
+    input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
+        Logits, unnormalised log-probabilities, in float16, bfloat16, float32 or float64. The
+        16-bit ones are computed in float32.
+    target : array
+        Class indices in 0 to C - 1, of any integer dtype and of input's shape without the class
+        axis, or class probabilities, of any floating dtype and of input's shape.
+    weight : array, shape (C,), optional
+        Weight of each class, of any real dtype; 1 for all by default.
+    size_average, reduce : bool, optional
+        Deprecated, as in torch: either one overrides `reduction`.
+    ignore_index : int, default -100
+        Rows with this class index lose 0, have gradient 0 and are not counted. It need not be a
+        class. Must be negative with probabilities, which it does not concern.
+    reduction : {'mean', 'sum', 'none'}
+        For class indices the mean is the sum divided by the total class weight of the labels that
+        are not ignored (their number, without `weight`); for probabilities it is the sum divided
+        by the number of rows. A mean over nothing is nan.
+    label_smoothing : float, default 0.0
+        ε in [0, 1], the share of the target that is spread evenly over all classes.
+    axis : int, optional
+        The class axis of `input`; torch's by default: 1, or 0 if there is only one.
+    validate : bool, optional
+        Whether to look at the class indices for one out of range. By default concrete arrays on a
+        CPU are checked; elsewhere such a row's loss and gradient are nan. True checks arrays on an
+        accelerator too, which waits for it. False never checks.
+    implementation : str, optional
+        Name of the implementation to run, or to raise if it cannot; see `explain`.
+
+    Returns
+    -------
+    array
+        Without reduction the losses, of input's shape without the class axis; else a scalar, as
+        the library's own sum returns one. The dtype is input's; for probabilities the floating
+        dtypes of `input`, `target` and `weight` promote.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong kind or dtype, or if the arrays are of several libraries or
+        lie on several devices.
+    ValueError
+        If a shape or an option does not fit.
+    IndexError
+        If a class index is out of range.
+
+    See Also
+    --------
+    cross_entropy_with_grad : The gradient too, on libraries without automatic differentiation.
+    CrossEntropyLoss : The same with the options kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> logits = np.array([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
+    >>> print(round(polyce.cross_entropy(logits, np.array([0, 1])), 6))
+    1.409959
+    >>> probabilities = np.array([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]])
+    >>> print(polyce.cross_entropy(logits, probabilities, reduction="none").round(6))
+    [0.369846 1.401931]
+    """
+    reduction = current_reduction(size_average, reduce, reduction)
+    problem, operands = describe(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        axis=axis,
+        validate=validate,
+    )
+    chosen = select(problem, implementation)
+    with arrays.quiet(problem.backend):
+        if problem.backend == "torch":
+            from polyce import autograd_torch
+
+            autograd_torch.check(operands)
+            plan = targets.plan(problem, operands)
+            rows = autograd_torch.row_losses(chosen, problem, plan, operands.logits)
+        elif problem.backend == "jax":
+            from polyce import autograd_jax
+
+            plan = targets.plan(problem, operands)
+            rows = autograd_jax.row_losses(chosen, problem, plan, operands.logits)
+        else:
+            plan = targets.plan(problem, operands)
+            rows, _ = chosen.forward(problem, plan, operands.logits)
+        return targets.reduce(problem, plan, rows)
+
+
+def cross_entropy_with_grad(
+    input: ArrayT,
+    target: Any,
+    weight: Any = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    axis: int | None = None,
+    validate: bool | None = None,
+    implementation: str | None = None,
+    grad_output: Any = None,
+) -> tuple[Any, ArrayT]:
+    r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
+
+    The gradient needs no automatic differentiation, so every library has it. It is
+    :math:`g_i \, ((\sum_c r_c) \, \mathrm{softmax}(x) - r) / D` for a row x, in the terms of
+    `cross_entropy`, with D what the mean divides by (1 for the other reductions).
+
+    Parameters
+    ----------
+    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As for `cross_entropy`.
+    axis, validate, implementation
+        As for `cross_entropy`.
+    grad_output : array or float, optional
+        g, the gradient with respect to the loss: an array of the rows' shape for reduction
+        'none', else a number or a 0-d array. 1 by default, so that reduction 'none' gives the
+        gradient of the sum.
+
+    Returns
+    -------
+    loss : array
+        As `cross_entropy` gives it.
+    grad : array
+        Of input's shape and dtype. Neither result is part of a torch or jax graph.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `cross_entropy` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> loss, grad = polyce.cross_entropy_with_grad(np.zeros((1, 4)), np.array([2]))
+    >>> print(grad)
+    [[ 0.25  0.25 -0.75  0.25]]
+    """
+    reduction = current_reduction(size_average, reduce, reduction)
+    problem, operands = describe(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        axis=axis,
+        validate=validate,
+        grad_output=grad_output,
+    )
+    chosen = select(problem, implementation)
+    if problem.backend == "torch":
+        from polyce import autograd_torch
+
+        operands = autograd_torch.detach(operands)
+    elif problem.backend == "jax":
+        from polyce import autograd_jax
+
+        operands = autograd_jax.detach(operands)
+    with arrays.quiet(problem.backend):
+        plan = targets.plan(problem, operands)
+        cotangent = targets.cotangent(problem, plan, operands.grad_output)
+        rows, grad = chosen.forward_backward(problem, plan, cotangent, operands.logits)
+        return targets.reduce(problem, plan, rows), grad
+
+
+def nll_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    axis: int | None = None,
+    validate: bool | None = None,
+) -> Any:
+    """Compute the negative log-likelihood of class indices, in nats, from log-probabilities.
+
+    A row x with label y and class weights w loses -w_y x_y. After `log_softmax` this is
+    `cross_entropy`, which does both at once and keeps digits that the log-probabilities lose.
+
+    Parameters
+    ----------
+    input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
+        Log-probabilities, in float16, bfloat16, float32 or float64.
+    target : array
+        Class indices in 0 to C - 1, of any integer dtype and of input's shape without the class
+        axis.
+    weight, size_average, ignore_index, reduce, reduction
+        As for `cross_entropy`; the mean divides by the total class weight of the labels that are
+        not ignored.
+    axis, validate
+        As for `cross_entropy`.
+
+    Returns
+    -------
+    array
+        Without reduction the losses, of input's shape without the class axis; else a scalar. The
+        dtype is input's.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `cross_entropy` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> log_probabilities = np.log(np.array([[0.5, 0.25, 0.25]]))
+    >>> print(round(polyce.nll_loss(log_probabilities, np.array([1])), 6))
+    1.386294
+    """
+    reduction = current_reduction(size_average, reduce, reduction)
+    problem, operands = describe(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        axis=axis,
+        validate=validate,
+        probabilities=False,
+    )
+    with arrays.quiet(problem.backend):
+        plan = targets.plan(problem, operands)
+        return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
+
+
+def log_softmax(input: ArrayT, axis: int | None = None) -> ArrayT:
+    """Compute the logarithm of the softmax, in nats, along the class axis.
+
+    Entry c of a row x is x_c - log Σ exp(x_c), accurate near 0 too: the log-probability of a
+    nearly certain class keeps all its digits.
+
+    Parameters
+    ----------
+    input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
+        Logits, in float16, bfloat16, float32 or float64.
+    axis : int, optional
+        The class axis; 1 by default, or 0 if there is only one, as for `cross_entropy`.
+
+    Returns
+    -------
+    array
+        Of input's shape and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cross_entropy` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> print(polyce.log_softmax(np.array([0.0, 40.0])))
+    [-4.00000000e+01 -4.24835426e-18]
+    """
+    problem, logits = describe_logits(input, axis)
+    with arrays.quiet(problem.backend):
+        if problem.backend == "torch":
+            from polyce import autograd_torch as autograd
+
+            return autograd.log_softmax(problem, logits)
+        if problem.backend == "jax":
+            from polyce import autograd_jax
+
+            return autograd_jax.log_softmax(problem, logits)
+        return reference.log_softmax(problem, logits)

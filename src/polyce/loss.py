@@ -1,0 +1,149 @@
+"""The losses as objects that keep their options, for the arrays of any library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyce.functional import cross_entropy, nll_loss
+from polyce.problem import current_reduction
+
+
+class CrossEntropyLoss:
+    """Softmax cross-entropy with its options kept: call it with logits and a target.
+
+    The constructor, the attributes and the call are those of ``torch.nn.CrossEntropyLoss``; as
+    there, the options are checked when it is called.
+
+    Parameters
+    ----------
+    weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As for `cross_entropy`. The deprecated pair is folded into `reduction` here.
+    axis, validate, implementation
+        As for `cross_entropy`.
+
+    Attributes
+    ----------
+    weight : array or None
+        Weight of each class.
+    ignore_index : int
+        Class index of the rows to leave out.
+    reduction : str
+        One of 'mean', 'sum' and 'none'.
+    label_smoothing : float
+        Share of the target that is spread evenly over all classes.
+    axis, validate, implementation
+        As given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> loss = polyce.CrossEntropyLoss(label_smoothing=0.1)
+    >>> print(round(loss(np.array([[2.0, 0.0]]), np.array([0])), 6))
+    0.226928
+    """
+
+    def __init__(
+        self,
+        weight: Any = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        axis: int | None = None,
+        validate: bool | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = current_reduction(size_average, reduce, reduction)
+        self.label_smoothing = label_smoothing
+        self.axis = axis
+        self.validate = validate
+        self.implementation = implementation
+
+    def __call__(self, input: Any, target: Any) -> Any:
+        """Compute the loss of logits against a target, as `cross_entropy` does."""
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            axis=self.axis,
+            validate=self.validate,
+            implementation=self.implementation,
+        )
+
+    def __repr__(self) -> str:
+        """Show the name alone, as torch does."""
+        return "CrossEntropyLoss()"
+
+
+class NLLLoss:
+    """Negative log-likelihood with its options kept: call it with log-probabilities and labels.
+
+    The constructor, the attributes and the call are those of ``torch.nn.NLLLoss``.
+
+    Parameters
+    ----------
+    weight, size_average, ignore_index, reduce, reduction
+        As for `nll_loss`. The deprecated pair is folded into `reduction` here.
+    axis, validate
+        As for `nll_loss`.
+
+    Attributes
+    ----------
+    weight : array or None
+        Weight of each class.
+    ignore_index : int
+        Class index of the rows to leave out.
+    reduction : str
+        One of 'mean', 'sum' and 'none'.
+    axis, validate
+        As given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> loss = polyce.NLLLoss()
+    >>> print(round(loss(np.log(np.array([[0.5, 0.5]])), np.array([0])), 6))
+    0.693147
+    """
+
+    def __init__(
+        self,
+        weight: Any = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        axis: int | None = None,
+        validate: bool | None = None,
+    ) -> None:
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = current_reduction(size_average, reduce, reduction)
+        self.axis = axis
+        self.validate = validate
+
+    def __call__(self, input: Any, target: Any) -> Any:
+        """Compute the loss of log-probabilities against labels, as `nll_loss` does."""
+        return nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            axis=self.axis,
+            validate=self.validate,
+        )
+
+    def __repr__(self) -> str:
+        """Show the name alone, as torch does."""
+        return "NLLLoss()"

@@ -1,0 +1,147 @@
+"""The implementations, in order of preference, and which of them serves a problem.
+
+To add one, write `implementations/<name>.py` and put its row into `TABLE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from polyce import reference
+from polyce.problem import Problem
+
+VARIABLE = "POLYCE_IMPLEMENTATION"
+
+
+def _available() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A code path that computes the rows' losses and the gradient, and what it declares.
+
+    None stands for no restriction.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Any, Any]]
+    """(problem, plan, logits) -> (rows, state)"""
+    backward: Callable[..., Any]
+    """(problem, plan, cotangent, logits, state) -> gradient"""
+    forward_backward: Callable[..., tuple[Any, Any]]
+    """(problem, plan, cotangent, logits) -> (rows, gradient)"""
+    backends: frozenset[str] | None = None
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[str] | None = None
+    kinds: frozenset[str] | None = None
+    options: frozenset[str] | None = None
+    unavailable: Callable[[], str | None] = _available
+    """Why it cannot run at all here ("not installed", "not built"), or None."""
+
+    def reasons(self, problem: Problem) -> tuple[str, ...]:
+        """Give all reasons against running this problem; none means that it can."""
+        found = []
+        missing = self.unavailable()
+        if missing is not None:
+            found.append(missing)
+        facts = (
+            ("arrays", problem.backend, self.backends),
+            ("device", problem.device, self.devices),
+            ("dtype", problem.logits_dtype_name, self.dtypes),
+            ("target", problem.kind, self.kinds),
+        )
+        for fact, value, served in facts:
+            if served is not None and value not in served:
+                found.append(f"{fact} {value} is not served ({', '.join(sorted(served))})")
+        if self.options is not None:
+            for option in problem.options:
+                if option not in self.options:
+                    found.append(f"option {option} is not served")
+        return tuple(found)
+
+
+TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        name="reference",
+        forward=reference.forward,
+        backward=reference.backward,
+        forward_backward=reference.forward_backward,
+    ),
+)
+
+# A plain thread-local: torch.compile cannot trace context variables.
+_forced = threading.local()
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Run every call inside the `with` block, on this thread, through one implementation.
+
+    Parameters
+    ----------
+    implementation : str
+        Name of the implementation, as `polyce.explain` lists them. The innermost block wins;
+        the argument ``implementation=`` of a call goes before it.
+
+    Raises
+    ------
+    ValueError
+        If no implementation has that name, and from the calls inside if it cannot serve one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> with polyce.use("reference"):
+    ...     float(polyce.cross_entropy(np.zeros((2, 4)), np.array([0, 3])))
+    1.3862943611198906
+    """
+    find(implementation)
+    before = getattr(_forced, "name", None)
+    _forced.name = implementation
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def find(name: str) -> Implementation:
+    """Find an implementation by name."""
+    for row in TABLE:
+        if row.name == name:
+            return row
+    known = ", ".join(row.name for row in TABLE)
+    raise ValueError(f"implementation must be one of {known}, got {name!r}; see polyce.explain")
+
+
+def select(problem: Problem, name: str | None = None) -> Implementation:
+    """Choose the implementation of a call.
+
+    The argument decides, else the innermost `use`: both raise where it cannot serve. Else the
+    environment variable is a preference, else the first row of the table that can serve.
+    """
+    preferred = os.environ.get(VARIABLE)
+    preference = find(preferred) if preferred else None
+    if name is None:
+        name = getattr(_forced, "name", None)
+    if name is not None:
+        chosen = find(name)
+        reasons = chosen.reasons(problem)
+        if reasons:
+            raise ValueError(
+                f"implementation {name!r} cannot serve this call: {'; '.join(reasons)}; "
+                "leave implementation at None to run one that can"
+            )
+        return chosen
+    if preference is not None and not preference.reasons(problem):
+        return preference
+    for row in TABLE:
+        if not row.reasons(problem):
+            return row
+    raise ValueError("no implementation can serve this call; see polyce.explain for the reasons")

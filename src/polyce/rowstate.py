@@ -1,0 +1,222 @@
+"""The row formula: a softmax row's state, its loss, its gradient, and how parts of it merge.
+
+Written as R·lse - Σ r_c x_c, the loss of a confident row cancels to 0 in float32 from a gap of 17
+on, and so does its gradient. Here one class k of each row, the pivot, is kept apart (the label;
+for probabilities the class of the largest logit) and every sum runs over the *other* classes, so
+that only non-negative terms are added (for non-negative coefficients) and nothing cancels:
+
+    m' = max x_c    d' = Σ exp(x_c - m')    q' = Σ r_c (m' - x_c)    R' = Σ r_c        (c ≠ k)
+    δ = m' - x_k
+    δ ≤ 0:  a = exp(δ);   E = d' a;         f = a / (1 + E)
+    δ > 0:  b = exp(-δ);  E = d' - 1 + b;   f = 1 / (1 + E)
+    h = log1p(E)
+    loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h
+    dloss/dx_c = (R' + r_k) exp(x_c - m') f - r_c        dloss/dx_k = R' - (R' + r_k) d' f
+
+Kernels that cannot call these functions are tested against them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from polyce import arrays
+from polyce.problem import Problem
+
+
+class RowState(NamedTuple):
+    """All that the loss of each row needs to know of a part of its classes.
+
+    Every entry is an array of the logits' shape with 1 for the class axis. Parts over disjoint
+    classes `merge`.
+    """
+
+    rest_max: Any
+    """m', the largest logit besides the pivot; -inf where there is none."""
+    rest_sum: Any
+    """d', the sum of exp(x_c - m') over the classes besides the pivot."""
+    pivot_logit: Any
+    """x_k, or 0 where the pivot lies in another part."""
+    pivot_coefficient: Any
+    """r_k, or 0 where the pivot lies in another part; None for 1 in a whole row."""
+    rest_coefficient: Any
+    """R', the sum of the coefficients besides the pivot's; None where they are all 0."""
+    rest_excess: Any
+    """q', the sum of r_c (m' - x_c) besides the pivot's; None where the r_c are all 0."""
+
+
+def from_logits(
+    problem: Problem,
+    logits: Any,
+    excluded: Any,
+    pivot_logit: Any,
+    pivot_coefficient: Any,
+    coefficients: Any,
+) -> tuple[RowState, Any]:
+    """Read a part of each row once: its state, and exp(x_c - m') with 0 at excluded classes.
+
+    `logits` are in the arithmetic dtype. `excluded` marks the pivot, if it lies in this part, and
+    whatever else must not be read. `coefficients` are the r_c: an array that broadcasts against
+    the logits, or, for a whole row only, one positive number for all classes; None for 0.
+    """
+    xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
+    rest = xp.where(excluded, -math.inf, logits)
+    rest_max = xp.max(rest, axis=axis, keepdims=True)
+    # Each name is bound again so that no more than two arrays of the logits' size live at once.
+    rest = rest - xp.where(rest_max == -math.inf, 0.0, rest_max)
+
+    rest_coefficient = rest_excess = None
+    if isinstance(coefficients, float):
+        share = coefficients
+        # Scaled before the sum, which could overflow.
+        gaps = xp.where(excluded, 0.0, rest * -share)
+        rest_excess = arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        del gaps
+        rest_coefficient = xp.full_like(rest_excess, share * (logits.shape[axis] - 1))
+    elif coefficients is not None:
+        others = xp.where(excluded, 0.0, coefficients)
+        rest_coefficient = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        others = others * xp.where(others == 0.0, 0.0, -rest)
+        rest_excess = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+
+    rest = xp.exp(rest)
+    state = RowState(
+        rest_max=arrays.cast(xp, rest_max, row_dtype),
+        rest_sum=arrays.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
+        pivot_logit=arrays.cast(xp, pivot_logit, row_dtype),
+        pivot_coefficient=pivot_coefficient,
+        rest_coefficient=rest_coefficient,
+        rest_excess=rest_excess,
+    )
+    return state, rest
+
+
+def merge(xp: Any, one: RowState, other: RowState) -> RowState:
+    """Merge the states of two parts of each row, over disjoint classes; either may be empty."""
+    top = xp.maximum(one.rest_max, other.rest_max)
+    reference = xp.where(top == -math.inf, 0.0, top)
+
+    def carried(part: RowState) -> tuple[Any, Any]:
+        rest_sum = part.rest_sum * xp.exp(part.rest_max - reference)
+        if part.rest_coefficient is None:
+            return xp.where(part.rest_sum == 0.0, 0.0, rest_sum), None
+        own = xp.where(part.rest_max == -math.inf, 0.0, part.rest_max)
+        moved = part.rest_excess + part.rest_coefficient * (reference - own)
+        excess = xp.where(part.rest_coefficient == 0.0, part.rest_excess, moved)
+        return xp.where(part.rest_sum == 0.0, 0.0, rest_sum), excess
+
+    one_sum, one_excess = carried(one)
+    other_sum, other_excess = carried(other)
+
+    def add(a: Any, b: Any) -> Any:
+        return b if a is None else a if b is None else a + b
+
+    return RowState(
+        rest_max=top,
+        rest_sum=one_sum + other_sum,
+        pivot_logit=one.pivot_logit + other.pivot_logit,
+        pivot_coefficient=one.pivot_coefficient + other.pivot_coefficient,
+        rest_coefficient=add(one.rest_coefficient, other.rest_coefficient),
+        rest_excess=add(one_excess, other_excess),
+    )
+
+
+class _Scalars(NamedTuple):
+    """The few numbers of a row from which its loss and its gradient follow."""
+
+    below: Any
+    """True where the pivot is at least as large as all the other classes: δ ≤ 0."""
+    behind: Any
+    """max(δ, 0), by how much the pivot is smaller than the largest of the others."""
+    opposite: Any
+    """-δ, by how much it is larger where it is."""
+    decay: Any
+    """exp(-|δ|): a or b above."""
+    excess: Any
+    """E, what the sum of all exponentials has beyond the largest of them."""
+
+
+def _scalars(problem: Problem, state: RowState) -> _Scalars:
+    xp = problem.xp
+    delta = state.rest_max - state.pivot_logit
+    below = delta <= 0.0
+    # Not abs and maximum: at a tie their derivatives would be wrong, and so the second derivative.
+    opposite = -delta
+    decay = xp.exp(xp.where(below, delta, opposite))
+    if problem.row_dtype == problem.arithmetic_dtype:
+        # The row dtype is no wider than the logits, so δ has been rounded.
+        error = _difference_error(xp, state.rest_max, state.pivot_logit, delta)
+        decay = decay + decay * xp.where(below, error, -error)
+    excess = xp.where(below, state.rest_sum * decay, (state.rest_sum - 1.0) + decay)
+    behind = xp.where(below, 0.0, delta)
+    return _Scalars(below, behind, opposite, decay, excess)
+
+
+def _difference_error(xp: Any, a: Any, b: Any, difference: Any) -> Any:
+    """Give (a - b) - difference exactly, where difference is a - b as rounded (Knuth's two-sum)."""
+    finite = xp.isfinite(difference)
+    a, b, difference = (xp.where(finite, value, 0.0) for value in (a, b, difference))
+    b_part = a - difference
+    a_part = difference + b_part
+    return (a - a_part) + (b_part - b)
+
+
+def loss(problem: Problem, state: RowState) -> Any:
+    """Give each row's loss, from the state of the whole row."""
+    xp = problem.xp
+    s = _scalars(problem, state)
+    h = xp.log1p(s.excess)
+    at_pivot = state.pivot_coefficient
+    if at_pivot is None:
+        rows = s.behind + h
+    elif isinstance(at_pivot, float):
+        rows = at_pivot * s.behind + at_pivot * h
+    else:
+        rows = at_pivot * xp.where(at_pivot == 0.0, 0.0, s.behind) + at_pivot * h
+    others = state.rest_coefficient
+    if others is not None:
+        ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
+        rows = rows + (state.rest_excess + others * ahead + others * h)
+    return xp.where(state.pivot_logit == math.inf, math.nan, rows)
+
+
+def gradient(
+    problem: Problem,
+    state: RowState,
+    rest_exp: Any,
+    excluded: Any,
+    coefficients: Any,
+    scale: Any,
+    counted: Any,
+) -> Any:
+    """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
+
+    `rest_exp` is exp(x_c - m') as `from_logits` gives it and `scale` is shaped as the state;
+    where `counted` is False, all classes are `excluded` and the gradient is 0.
+    """
+    xp = problem.xp
+    s = _scalars(problem, state)
+    factor = xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
+    factor = xp.where(state.pivot_logit == math.inf, math.nan, factor)
+    total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
+    if state.rest_coefficient is not None:
+        total = total + state.rest_coefficient
+    at_pivot = -total * (state.rest_sum * factor)
+    if state.rest_coefficient is not None:
+        at_pivot = at_pivot + state.rest_coefficient
+
+    def narrow(rows: Any) -> Any:
+        return arrays.cast(xp, rows, problem.arithmetic_dtype)
+
+    if coefficients is None:
+        grad = rest_exp * narrow(scale * (total * factor))
+    else:
+        # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+        grad = rest_exp * narrow(total * factor) - coefficients
+        grad = narrow(scale) * grad
+    at_pivot = scale * at_pivot
+    if counted is not None:
+        at_pivot = xp.where(counted, at_pivot, 0.0)
+    return xp.where(excluded, narrow(at_pivot), grad)

@@ -1,0 +1,228 @@
+"""What a target means: each row's class, its weight, and what the mean divides by.
+
+The one place for labels, ignored rows, coefficients, the denominator and the cotangent of a row.
+Nothing here looks at the logits' values.
+
+A row's loss is R·lse - Σ r_c x_c, and every kind of target is a choice of the coefficients r:
+
+=============================  ==========================================
+index y                        r_c = w_y [c = y]
+index y, smoothing ε           r_c = (1 - ε) w_y [c = y] + (ε / C) w_c
+probabilities p                r_c = w_c p_c
+probabilities p, smoothing ε   r_c = w_c ((1 - ε) p_c + ε / C)
+=============================  ==========================================
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyce import arrays
+from polyce.problem import Operands, Problem
+
+
+class Plan(NamedTuple):
+    """What the target of one call means, as arrays. None stands for what is not there.
+
+    What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
+    """
+
+    label: Any
+    """Class of each row, always in range; None for probabilities."""
+    counted: Any
+    """False for rows that are ignored; None where none can be."""
+    invalid: Any
+    """True for rows whose label is out of range; None where labels were checked."""
+    label_weight: Any
+    """Class weight of each row's label, in the row dtype; None for 1."""
+    class_weight: Any
+    """Class weights along the class axis, in the arithmetic dtype; None for 1."""
+    probabilities: Any
+    """Target probabilities, of the logits' shape, in the arithmetic dtype; None for labels."""
+    denominator: Any
+    """What reduction mean divides by; None for the other reductions."""
+
+
+def plan(problem: Problem, operands: Operands) -> Plan:
+    """Read the target of a call; raises IndexError for a bad label where labels are checked."""
+    xp, axis = problem.xp, problem.axis
+    class_weight = None
+    if operands.weight is not None:
+        weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
+        class_weight = arrays.along_axis(xp, weight, axis, len(problem.shape))
+    if problem.kind == "probability":
+        return Plan(
+            label=None,
+            counted=None,
+            invalid=None,
+            label_weight=None,
+            class_weight=class_weight,
+            probabilities=arrays.cast(xp, operands.target, problem.arithmetic_dtype),
+            denominator=_row_count(problem) if problem.reduction == "mean" else None,
+        )
+
+    label, counted, invalid = _labels(problem, operands.target)
+    label_weight = None
+    if class_weight is not None and not problem.is_empty:
+        logits = operands.logits
+        label_weight = arrays.pick(xp, problem.backend, class_weight, label, logits, axis)
+        label_weight = arrays.cast(xp, label_weight, problem.row_dtype)
+        if invalid is not None:
+            label_weight = xp.where(invalid, 1.0, label_weight)
+    denominator = None
+    if problem.reduction == "mean":
+        denominator = _total_weight(problem, counted, label_weight)
+    return Plan(label, counted, invalid, label_weight, class_weight, None, denominator)
+
+
+def _labels(problem: Problem, target: Any) -> tuple[Any, Any, Any]:
+    """Split integer targets into labels in range, the rows that count, and the bad labels."""
+    xp, backend = problem.xp, problem.backend
+    if tuple(target.shape) != problem.row_shape:
+        target = xp.reshape(target, problem.row_shape)
+    target = arrays.expand(target, problem.axis)
+    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    ignore_index: int | None = problem.ignore_index
+    if not lowest <= problem.ignore_index <= highest:
+        # Compared as numbers: a cast to the target's dtype could turn it into another label.
+        ignore_index = None
+    if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
+        # torch can store these but hardly compute with them. uint64 from 2^63 on turns negative,
+        # which no label is, and the ignored value turns with it.
+        target = arrays.cast(xp, target, xp.int64)
+        lowest = -(2**63)
+        if ignore_index is not None and ignore_index > 2**63 - 1:
+            ignore_index -= 2**64
+
+    counted, invalid = _sort_out(target, ignore_index, lowest, highest, problem.classes)
+    usable = counted
+    if problem.check_labels:
+        _check(problem, target, ignore_index, lowest, highest, invalid)
+        invalid = None
+    elif invalid is not None:
+        usable = ~invalid if counted is None else counted & ~invalid
+    if usable is not None:
+        target = xp.where(usable, target, 0)
+    return arrays.cast(xp, target, arrays.label_dtype(xp, backend)), counted, invalid
+
+
+def _sort_out(
+    target: Any, ignore_index: int | None, lowest: int, highest: int, classes: int
+) -> tuple[Any, Any]:
+    """Mark the labels to count, and those of them that are out of range; None for all and none."""
+    counted = None if ignore_index is None else target != ignore_index
+    bad = target < 0 if lowest < 0 else None
+    if classes <= highest:
+        above = target >= classes
+        bad = above if bad is None else bad | above
+    if bad is not None and counted is not None:
+        bad = bad & counted
+    return counted, bad
+
+
+def _check(
+    problem: Problem,
+    target: Any,
+    ignore_index: int | None,
+    lowest: int,
+    highest: int,
+    bad: Any,
+) -> None:
+    xp = problem.xp
+    if problem.backend == "jax":
+        # Inside a jit, jax would trace even operations on arrays whose values are known.
+        xp, target = np, np.asarray(target)
+        _, bad = _sort_out(target, ignore_index, lowest, highest, problem.classes)
+    if bad is None or not bool(xp.any(bad)):
+        return
+    first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
+    position = tuple(int(i) for i in np.unravel_index(first, problem.row_shape))
+    value = int(xp.reshape(target, (-1,))[first])
+    if problem.target_dtype == "uint64":
+        value %= 2**64
+    where = f" at position {position}" if position else ""
+    raise IndexError(
+        f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
+        f"{value}{where}; mark rows to leave out with ignore_index={problem.ignore_index}"
+    )
+
+
+def _row_count(problem: Problem) -> float:
+    """Count the rows; torch divides the size by C and so finds none where C = 0."""
+    if problem.classes == 0:
+        return 0.0
+    return float(math.prod(problem.row_shape))
+
+
+def _total_weight(problem: Problem, counted: Any, label_weight: Any) -> Any:
+    xp = problem.xp
+    if label_weight is None:
+        if counted is None:
+            return float(math.prod(problem.row_shape))
+        label_weight = arrays.cast(xp, counted, problem.row_dtype)
+    elif counted is not None:
+        label_weight = xp.where(counted, label_weight, 0.0)
+    return xp.sum(label_weight)
+
+
+def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
+    """Give r of a row: at its label, and at all classes as if none were the label.
+
+    For labels, (label's coefficient per row, what smoothing gives every class); for probabilities,
+    (None, the coefficient of every class). None stands for 1 at the label and for 0 elsewhere.
+    """
+    smoothing = problem.label_smoothing
+    share = smoothing / max(problem.classes, 1)
+    if plan.probabilities is not None:
+        everywhere = plan.probabilities
+        if smoothing:
+            everywhere = everywhere * (1.0 - smoothing) + share
+        if plan.class_weight is not None:
+            everywhere = everywhere * plan.class_weight
+        return None, everywhere
+    at_label = plan.label_weight
+    if not smoothing:
+        return at_label, None
+    if plan.class_weight is None:
+        return 1.0 - smoothing + share, share
+    return at_label * (1.0 - smoothing + share), plan.class_weight * share
+
+
+def mask_rows(plan: Plan, xp: Any, rows: Any) -> Any:
+    """Give ignored rows 0 and rows with a bad label nan."""
+    if plan.counted is not None:
+        rows = xp.where(plan.counted, rows, 0.0)
+    if plan.invalid is not None:
+        rows = xp.where(plan.invalid, float("nan"), rows)
+    return rows
+
+
+def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
+    """Give the gradient of the reduced loss with respect to each row's loss: g or g / D."""
+    xp = problem.xp
+    scale: Any = 1.0 if grad_output is None else grad_output
+    if not isinstance(scale, float):
+        scale = arrays.cast(xp, scale, problem.row_dtype)
+        if problem.reduction == "none":
+            scale = arrays.expand(scale, problem.axis)
+    if problem.reduction == "mean":
+        if isinstance(plan.denominator, float):
+            # 0-d, so that a mean over nothing divides by zero as arrays do.
+            scale = xp.asarray(scale, dtype=problem.row_dtype)
+        scale = scale / plan.denominator
+    return scale
+
+
+def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
+    """Reduce the rows' losses; the result is rounded once, to the result dtype."""
+    xp = problem.xp
+    if problem.reduction == "none":
+        rows = xp.squeeze(rows, axis=problem.axis)
+        return arrays.cast(xp, rows, problem.result_dtype)
+    total = xp.sum(rows)
+    if problem.reduction == "mean":
+        total = total / plan.denominator
+    return arrays.cast(xp, total, problem.result_dtype)
