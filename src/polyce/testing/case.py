@@ -1,0 +1,125 @@
+"""One case of the conformance grid, and the memory layouts that its arrays can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .dtypes import Array, is_float
+from .oracle import Answer, exact_answer
+
+LAYOUTS = ("plain", "fortran", "strided", "reversed", "broadcast")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of ``cross_entropy_with_grad``, with its exact answer.
+
+    Attributes
+    ----------
+    name : str
+        A readable identity, unique in the grid, without spaces.
+    group : str
+        The group of the grid that it belongs to.
+    logits, target, weight : ndarray
+        The arrays of the call. They are read-only: `arrange` makes the copies to hand out.
+    options : mapping
+        Keyword arguments of the call: reduction, label_smoothing, ignore_index, axis, validate.
+    grad_output : ndarray, float or None
+        The gradient that flows in.
+    layout, target_layout : str
+        The memory layouts in which logits and target are to be handed over, see `arrange`.
+    """
+
+    name: str
+    group: str
+    logits: Array
+    target: Array
+    weight: Array | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grad_output: Array | float | None = None
+    layout: str = "plain"
+    target_layout: str = "plain"
+
+    def __post_init__(self) -> None:
+        """Make the arrays read-only, since cases share them."""
+        for array in self.arrays.values():
+            array.flags.writeable = False
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays of the call by the name of their argument, without absent ones."""
+        candidates = {
+            "input": self.logits,
+            "target": self.target,
+            "weight": self.weight,
+            "grad_output": self.grad_output,
+        }
+        return {name: a for name, a in candidates.items() if isinstance(a, np.ndarray)}
+
+    @property
+    def kind(self) -> str:
+        """Whether the target holds class indices or probabilities: "index" or "probability"."""
+        return "probability" if is_float(self.target) else "index"
+
+    @property
+    def shape_key(self) -> str:
+        """The shapes and dtypes of the call; a library that compiles, compiles once for each."""
+        return " ".join(
+            f"{name}:{'x'.join(map(str, a.shape))}:{a.dtype.name}"
+            for name, a in self.arrays.items()
+        )
+
+    @cached_property
+    def answer(self) -> Answer:
+        """The exact answer, computed when first asked for."""
+        options = {key: value for key, value in self.options.items() if key != "validate"}
+        return exact_answer(
+            self.logits, self.target, self.weight, grad_output=self.grad_output, **options
+        )
+
+    def __str__(self) -> str:
+        """Return the case's name."""
+        return self.name
+
+
+def arrange(array: Array, layout: str = "plain") -> Array:
+    """Return a fresh copy of an array, in the given memory layout.
+
+    Parameters
+    ----------
+    array : ndarray
+        The values.
+    layout : str
+        "plain" (C order); "fortran" (the first axis is contiguous); "strided" (every second
+        element along the last axis of an array twice as long, with nonsense in between);
+        "reversed" (negative strides along every axis); "broadcast" (stride 0 along the first
+        axis, along which all values have to be the same; read-only as `numpy.broadcast_to`
+        makes it).
+
+    Returns
+    -------
+    ndarray
+        The same values, in memory of their own.
+    """
+    if layout == "plain" or array.ndim == 0:
+        return array.copy()
+    if layout == "fortran":
+        return array.copy(order="F")
+    if layout == "strided":
+        nonsense = np.nan if is_float(array) else 99
+        wide = np.full((*array.shape[:-1], 2 * array.shape[-1]), nonsense, dtype=array.dtype)
+        wide[..., ::2] = array
+        return wide[..., ::2]
+    if layout == "reversed":
+        flip = (slice(None, None, -1),) * array.ndim
+        return array[flip].copy()[flip]
+    if layout == "broadcast":
+        if not (array == array[:1]).all():
+            raise ValueError("layout broadcast needs the same values along the first axis")
+        return np.broadcast_to(array[:1].copy(), array.shape)
+    raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")

@@ -1,0 +1,247 @@
+"""Run the conformance grid through an implementation, on an array library."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .backends import Backend, get_backend
+from .case import Case, arrange
+from .dtypes import Array, missing
+from .grid import cases
+from .tolerances import accuracy, compare, grad_tolerance, loss_tolerance
+
+SHOWN = 20
+"""How many failures are written out."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of the grid consisted of.
+
+    Attributes
+    ----------
+    implementation : str or None
+        The implementation asked for; None left the choice to polyce.
+    backend : str
+        The array library.
+    ran : mapping
+        How many cases ran, by group.
+    left_out : mapping
+        The names of the cases that did not run, by reason. A reason without names stands for
+        cases that could not be built.
+    """
+
+    implementation: str | None
+    backend: str
+    ran: Mapping[str, int]
+    left_out: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """Return a few lines that say what ran, and what did not and why."""
+        groups = ", ".join(f"{group} {count}" for group, count in self.ran.items())
+        what = f"{self.implementation or 'default'} on {self.backend}"
+        lines = [f"{what}: {sum(self.ran.values())} cases right ({groups})"]
+        lines += [
+            f"  left out {len(names) or 'all'}: {reason}" for reason, names in self.left_out.items()
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The two functions under test, by default polyce's own.
+
+    Attributes
+    ----------
+    cross_entropy, cross_entropy_with_grad : callable
+        They are called as polyce's functions are, with arrays by position or by name.
+    """
+
+    cross_entropy: Callable[..., Any]
+    cross_entropy_with_grad: Callable[..., Any]
+
+
+def check_implementation(
+    name: str | None,
+    backend: str | Backend = "numpy",
+    *,
+    groups: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    few_shapes: bool = False,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    functions: Functions | None = None,
+    leave_out: Callable[[Case], str] | None = None,
+) -> Report:
+    """Check that an implementation gives the exact answers, and raise if it does not.
+
+    Every case of the grid goes through `polyce.cross_entropy` and
+    `polyce.cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
+    checked, and that the arrays passed in are unchanged.
+
+    Parameters
+    ----------
+    name : str or None
+        Passed as ``implementation=``; None leaves the choice to polyce.
+    backend : str or Backend
+        The array library: a name from `BACKENDS`, or one's own converters.
+    groups, dtypes, few_shapes
+        Which part of the grid to run, see `cases`.
+    wrap : callable, optional
+        Applied to the function of the call's arrays alone before it is called, such as
+        `jax.jit`. Everything else about the call is fixed inside that function.
+    functions : Functions, optional
+        What to call in place of polyce's functions.
+    leave_out : callable, optional
+        Gives the reason why a case is not for this implementation, or an empty text. The
+        report lists them.
+
+    Returns
+    -------
+    Report
+        What ran, and what was left out and why.
+
+    Raises
+    ------
+    AssertionError
+        If any case fails; with the first failures in numbers, and how many there are.
+    ValueError
+        For an unknown backend, group or dtype, or if nothing at all ran.
+    """
+    library = get_backend(backend) if isinstance(backend, str) else backend
+    called = functions or _polyce_functions()
+    ran: Counter[str] = Counter()
+    left_out: dict[str, list[str]] = {}
+    if dtypes is None:
+        left_out = {f"{dtype}: {why}": [] for dtype, why in missing().items()}
+    failures: list[str] = []
+    failed = 0
+    for case in cases(groups, dtypes, few_shapes=few_shapes):
+        given, reason = _given(case, library)
+        reason = reason or (leave_out(case) if leave_out else "")
+        if reason:
+            left_out.setdefault(reason, []).append(case.name)
+            continue
+        ran[case.group] += 1
+        found = _failures(case, given, library, called, name, wrap)
+        failed += bool(found)
+        failures += found
+    names = {reason: tuple(names) for reason, names in left_out.items()}
+    report = Report(name, library.name, dict(ran), names)
+    if failures:
+        lines = [f"{name or 'default'} on {library.name}: {failed} of {ran.total()} cases fail"]
+        lines += [f"  {failure}" for failure in failures[:SHOWN]]
+        if len(failures) > SHOWN:
+            lines.append(f"  ... and {len(failures) - SHOWN} more failures")
+        raise AssertionError("\n".join(lines))
+    if not ran:
+        raise ValueError(f"no case of the grid ran: {report}")
+    return report
+
+
+def _polyce_functions() -> Functions:
+    polyce = importlib.import_module("polyce")
+    return Functions(polyce.cross_entropy, polyce.cross_entropy_with_grad)
+
+
+def _given(case: Case, library: Backend) -> tuple[dict[str, Array], str]:
+    """Return a case's arrays as the library can have them, or the reason why it cannot."""
+    given = {}
+    for key, array in case.arrays.items():
+        given[key], reason = library.expressible(array)
+        if reason:
+            return {}, reason
+    return given, ""
+
+
+def _failures(
+    case: Case,
+    given: Mapping[str, Array],
+    library: Backend,
+    functions: Functions,
+    name: str | None,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> list[str]:
+    """Run one case, and return what is wrong with it."""
+    layouts = {"input": case.layout, "target": case.target_layout}
+    arrays = {
+        key: library.asarray(arrange(array, layouts.get(key, "plain")))
+        for key, array in given.items()
+    }
+    options = dict(case.options) | ({} if name is None else {"implementation": name})
+    with_grad = dict(options)
+    if "grad_output" not in arrays and case.grad_output is not None:
+        with_grad["grad_output"] = case.grad_output
+
+    failures: list[str] = []
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        """Return the step's result, or write down what it raised and return None."""
+        try:
+            with warnings.catch_warnings():
+                if library.quiet:
+                    warnings.simplefilter("error", RuntimeWarning)
+                return step()
+        except AssertionError as error:
+            failures.append(f"{case.name}: {error}")
+        except Exception as error:  # noqa: BLE001  (the case's failure, not the run's)
+            failures.append(f"{case.name}: {type(error).__name__}: {error}")
+        return None
+
+    def check_arguments() -> None:
+        for key, array in arrays.items():
+            if library.to_numpy(array).tobytes() != given[key].tobytes():
+                raise AssertionError(f"{key}: the call changed its argument")
+
+    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
+    loss = attempt(partial(_call, functions.cross_entropy, forward, options, wrap))
+    if loss is not None:
+        attempt(partial(_check_loss, case, library, loss, "cross_entropy"))
+    attempt(check_arguments)
+    if failures:
+        # The gradient's errors would say the same again, or start from spoilt arrays.
+        return failures
+    both = attempt(partial(_call, functions.cross_entropy_with_grad, arrays, with_grad, wrap))
+    if both is not None:
+        attempt(partial(_check_loss, case, library, both[0], "loss of cross_entropy_with_grad"))
+        attempt(partial(_check_grad, case, library, both[1]))
+    attempt(check_arguments)
+    return failures
+
+
+def _call(
+    function: Callable[..., Any],
+    arrays: Mapping[str, Any],
+    options: Mapping[str, Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> Any:
+    names = tuple(arrays)
+
+    def of_arrays(*values: Any) -> Any:
+        return function(**dict(zip(names, values, strict=True)), **options)
+
+    return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())
+
+
+def _check_loss(case: Case, library: Backend, loss: Any, what: str) -> None:
+    dtype = case.answer.loss_dtype
+    tolerance = loss_tolerance(case.answer, dtype.name, accuracy(dtype.name, library.name))
+    compare(_converted(library, loss, what), case.answer.loss, tolerance, dtype=dtype, what=what)
+
+
+def _check_grad(case: Case, library: Backend, grad: Any) -> None:
+    dtype = case.logits.dtype
+    tolerance = grad_tolerance(case.answer, dtype.name, accuracy(dtype.name, library.name))
+    got = _converted(library, grad, "grad")
+    compare(got, case.answer.grad, tolerance, dtype=dtype, what="grad")
+
+
+def _converted(library: Backend, result: Any, what: str) -> Array:
+    if not library.owns(result):
+        raise AssertionError(f"{what}: {type(result).__name__} is not an array of {library.name}")
+    return library.to_numpy(result)

@@ -1,0 +1,166 @@
+"""Write the conformance grid to plain files, for drivers that are not written in Python.
+
+`dump` writes one text file, ``cases.txt``, and one ``.bin`` file for each array: its elements
+alone, little-endian, in C order whatever the layout of the case. Arrays that cases share are
+written once.
+
+A line of ``cases.txt`` that starts with ``#`` is a comment; every other line is one case, made of
+``key=value`` fields with one space in between; no value holds a space. The fields, in this order:
+
+=================  ============================================================================
+name, group        of the case
+kind               ``index`` or ``probability``
+dtype              of logits and gradient: float16, bfloat16, float32 or float64
+loss_dtype         that the loss has to have
+shape              of the logits, such as ``5x7``
+axis               the class axis, counted from 0
+reduction          ``none``, ``sum`` or ``mean``
+ignore_index       an integer
+label_smoothing    a C99 hexadecimal float
+layout             of the logits in Python; they are written in C order all the same
+logits             file, elements of ``dtype``
+target             file, int64 for ``index``, else elements of ``target_dtype``
+target_shape       of the target; ``scalar`` for no dimension
+target_dtype       that the target has in Python (indices are converted to int64)
+weight             file, elements of ``weight_dtype``, one for each class; or ``-``
+weight_dtype       ``-`` without weight
+grad_output        file, float64, of the loss's shape; ``-`` means 1
+loss, loss_tol     files, float64: the exact loss, and the largest error allowed in it
+loss_shape         of the loss; ``scalar`` for no dimension
+grad, grad_tol     files, float64, in the shape of the logits: the same for the gradient
+=================  ============================================================================
+
+nan and infinity in an expected result have to be met exactly; the sign of zero is free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .case import Case
+from .dtypes import Array, dtype, is_float, missing
+from .grid import cases as grid_cases
+from .tolerances import accuracy, grad_tolerance, loss_tolerance
+
+INDEX = "cases.txt"
+
+
+def dump(directory: str | Path, cases: Iterable[Case] | None = None) -> Path:
+    """Write cases to files that a program in any language can read.
+
+    Parameters
+    ----------
+    directory : path
+        Where the files go; made if it is not there.
+    cases : iterable of Case, optional
+        The whole grid by default.
+
+    Returns
+    -------
+    Path
+        The index, ``cases.txt``; the format is written at the top of this module.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = list(grid_cases() if cases is None else cases)
+    lines = ["# polyce conformance grid; the format is described in polyce.testing.dump"]
+    lines += [f"# left out: {name}: {why}" for name, why in missing().items() if cases is None]
+    for case in chosen:
+        fields = _fields(case, folder)
+        lines.append(" ".join(f"{key}={value}" for key, value in fields.items()))
+    index = folder / INDEX
+    index.write_text("\n".join(lines) + "\n", encoding="ascii")
+    return index
+
+
+def read(directory: str | Path) -> list[dict[str, Any]]:
+    """Read back what `dump` wrote: for each case its fields, with arrays in place of files.
+
+    Parameters
+    ----------
+    directory : path
+        Where `dump` wrote.
+    """
+    folder = Path(directory)
+    found = []
+    for line in (folder / INDEX).read_text(encoding="ascii").splitlines():
+        if line.startswith("#"):
+            continue
+        fields: dict[str, Any] = dict(item.split("=", 1) for item in line.split(" "))
+        index = fields["kind"] == "index"
+        elements = {
+            "logits": (fields["dtype"], fields["shape"]),
+            "target": ("int64" if index else fields["target_dtype"], fields["target_shape"]),
+            "weight": (fields["weight_dtype"], "-1"),
+            "grad_output": ("float64", fields["loss_shape"]),
+            "loss": ("float64", fields["loss_shape"]),
+            "loss_tol": ("float64", fields["loss_shape"]),
+            "grad": ("float64", fields["shape"]),
+            "grad_tol": ("float64", fields["shape"]),
+        }
+        for key, (name, shape) in elements.items():
+            path = fields[key]
+            fields[key] = None if path == "-" else _load(folder / path, name, shape)
+        found.append(fields)
+    return found
+
+
+def _load(path: Path, name: str, shape: str) -> Array:
+    sizes = () if shape == "scalar" else tuple(int(n) for n in shape.split("x"))
+    return np.frombuffer(path.read_bytes(), dtype=dtype(name)).reshape(sizes)
+
+
+def _fields(case: Case, folder: Path) -> dict[str, object]:
+    answer, options = case.answer, case.options
+    grad_dtype, loss_dtype = case.logits.dtype.name, answer.loss_dtype.name
+    axis = options.get("axis")
+    axis = (1 if case.logits.ndim > 1 else 0) if axis is None else axis % case.logits.ndim
+    target = case.target if is_float(case.target) else case.target.astype(np.int64)
+    incoming = case.grad_output
+    if incoming is not None:
+        incoming = np.asarray(incoming).astype(np.float64)
+
+    def write(array: Array | None) -> str:
+        if array is None:
+            return "-"
+        little = array.dtype.newbyteorder("<") if array.dtype.name != "bfloat16" else array.dtype
+        data = array.astype(little).tobytes(order="C")
+        name = f"{hashlib.sha256(data).hexdigest()[:16]}.bin"
+        if not (folder / name).exists():
+            (folder / name).write_bytes(data)
+        return name
+
+    return {
+        "name": case.name,
+        "group": case.group,
+        "kind": case.kind,
+        "dtype": grad_dtype,
+        "loss_dtype": loss_dtype,
+        "shape": _shape(case.logits),
+        "axis": axis,
+        "reduction": options.get("reduction", "mean"),
+        "ignore_index": options.get("ignore_index", -100),
+        "label_smoothing": float(options.get("label_smoothing", 0.0)).hex(),
+        "layout": case.layout,
+        "logits": write(case.logits),
+        "target": write(target),
+        "target_shape": _shape(case.target),
+        "target_dtype": case.target.dtype.name,
+        "weight": write(case.weight),
+        "weight_dtype": "-" if case.weight is None else case.weight.dtype.name,
+        "grad_output": write(incoming),
+        "loss": write(answer.loss),
+        "loss_tol": write(loss_tolerance(answer, loss_dtype, accuracy(loss_dtype))),
+        "loss_shape": _shape(answer.loss),
+        "grad": write(answer.grad),
+        "grad_tol": write(grad_tolerance(answer, grad_dtype, accuracy(grad_dtype))),
+    }
+
+
+def _shape(array: Array) -> str:
+    return "x".join(map(str, array.shape)) or "scalar"

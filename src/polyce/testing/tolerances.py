@@ -1,0 +1,184 @@
+"""How far an implementation may be from the exact answer: one table, and the comparison.
+
+Losses and pivot entries of the gradient are sums of terms that do not cancel, so they are held
+to ulps of their own size. The other gradient entries are ``R * softmax_c - r_c``: the rounding of
+``x_c - max`` alone costs them half an ulp for every unit of that gap, which the table allows for,
+and the two parts may cancel, so their errors are measured against the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .dtypes import FORMATS, Array, FloatFormat, Floats
+from .oracle import Answer
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What is asked of one result dtype.
+
+    Attributes
+    ----------
+    arithmetic : str
+        The dtype that all the following is counted in. Where the result is narrower, its one
+        rounding at the end (half an ulp of the result dtype) comes on top.
+    loss_ulp, pivot_ulp : float
+        Ulps of the loss, and of the pivot's gradient entry.
+    entry : float
+        Unit roundoffs of a gradient entry, relative to its two parts.
+    entry_gap : float
+        Unit roundoffs of the entry's softmax part, for every unit of its gap.
+    flush : float
+        Results may be off by this much whatever their size: the subnormal spacing, or the
+        smallest normal number where a library computes without subnormal numbers.
+    """
+
+    arithmetic: str
+    loss_ulp: float = 8.0
+    pivot_ulp: float = 8.0
+    entry: float = 8.0
+    entry_gap: float = 2.4
+    flush: float = 0.0
+
+
+_SINGLE = Accuracy("float32", flush=8 * FORMATS["float32"].subnormal)
+_DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal)
+_SINGLE_FLUSHED = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny)
+
+ACCURACY: dict[tuple[str | None, str], Accuracy] = {
+    (None, "float16"): _SINGLE,
+    (None, "bfloat16"): _SINGLE,
+    (None, "float32"): _SINGLE,
+    (None, "float64"): _DOUBLE,
+    # XLA's CPU code takes subnormal numbers for 0.
+    ("jax", "float16"): _SINGLE_FLUSHED,
+    ("jax", "bfloat16"): _SINGLE_FLUSHED,
+    ("jax", "float32"): _SINGLE_FLUSHED,
+    ("jax", "float64"): replace(_DOUBLE, flush=8 * FORMATS["float64"].tiny),
+}
+"""What is asked of a result dtype, by (backend or None for all others, dtype)."""
+
+
+def accuracy(dtype: str, backend: str | None = None) -> Accuracy:
+    """Return the table's row for a result dtype, a backend's own one where there is one.
+
+    Parameters
+    ----------
+    dtype : str
+        Name of the dtype of the result.
+    backend : str, optional
+        Name of the array library.
+    """
+    return ACCURACY.get((backend, dtype), ACCURACY[None, dtype])
+
+
+def _with_rounding(want: Floats, tolerance: Floats, dtype: str, rule: Accuracy) -> Floats:
+    """Add the rounding to a result dtype that is narrower than the arithmetic."""
+    if dtype != rule.arithmetic:
+        tolerance = tolerance + FORMATS[dtype].spacing(np.abs(want) + tolerance) / 2
+    return np.where(np.isfinite(want), tolerance, 0.0)
+
+
+def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
+    """Return the largest error allowed in each loss.
+
+    Parameters
+    ----------
+    answer : Answer
+        The exact answer.
+    dtype : str
+        Name of the dtype of the loss.
+    rule : Accuracy
+        What is asked, see `accuracy`.
+    """
+    arithmetic = FORMATS[rule.arithmetic]
+    tolerance = rule.loss_ulp * arithmetic.spacing(answer.loss_scale) + rule.flush
+    return _with_rounding(answer.loss, tolerance, dtype, rule)
+
+
+def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
+    """Return the largest error allowed in each entry of the gradient.
+
+    Parameters
+    ----------
+    answer : Answer
+        The exact answer.
+    dtype : str
+        Name of the dtype of the gradient.
+    rule : Accuracy
+        What is asked, see `accuracy`.
+    """
+    arithmetic = FORMATS[rule.arithmetic]
+    scale = answer.grad_scale
+    at_pivot = rule.pivot_ulp * arithmetic.spacing(scale)
+    gap = np.where(answer.softmax_part > 0, answer.gap, 0.0)
+    elsewhere = arithmetic.unit * (rule.entry * scale + rule.entry_gap * gap * answer.softmax_part)
+    # An exponential below the smallest normal number may be taken for 0.
+    vanishing = _exponential_underflows(gap, arithmetic) & ~answer.pivot
+    tolerance = np.where(answer.pivot, at_pivot, elsewhere) + rule.flush
+    tolerance = tolerance + np.where(vanishing, answer.softmax_part, 0.0)
+    return _with_rounding(answer.grad, tolerance, dtype, rule)
+
+
+def _exponential_underflows(gap: Floats, arithmetic: FloatFormat) -> Array:
+    return np.asarray(gap > -np.log(arithmetic.tiny) - 1.0)
+
+
+def compare(
+    got: Array, want: Floats, tolerance: Floats, *, dtype: np.dtype[Any], what: str = "result"
+) -> None:
+    """Raise AssertionError unless an array is what it has to be.
+
+    The dtype, the shape, and where there are nans and which infinities have to be exactly
+    right; finite numbers may be off by the tolerance, and the sign of zero is free. A number
+    too large for the dtype has to be infinity there.
+
+    Parameters
+    ----------
+    got : ndarray
+        What came out.
+    want : ndarray of float64
+        The exact answer.
+    tolerance : ndarray of float64
+        The largest error allowed in each entry.
+    dtype : dtype
+        The dtype that the result must have.
+    what : str
+        What the array is, for the message.
+
+    Raises
+    ------
+    AssertionError
+        With the worst entry in numbers.
+    """
+    if got.dtype != dtype:
+        raise AssertionError(f"{what}: dtype {got.dtype}, expected {dtype}")
+    if got.shape != want.shape:
+        raise AssertionError(f"{what}: shape {got.shape}, expected {want.shape}")
+    values = got.astype(np.float64)
+    size = np.abs(want)
+    form = FORMATS[np.dtype(dtype).name]
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(values - want)
+        same = (values == want) | (np.isnan(values) & np.isnan(want))
+        # Near the largest number, whether a result overflows depends on its last digits.
+        overflow = np.isinf(values) & (np.sign(values) == np.sign(want))
+        overflow &= np.isfinite(want) & form.overflows(size + tolerance)
+        near = np.isfinite(values) & np.isfinite(want) & (error <= tolerance)
+    wrong = ~(same | overflow | near)
+    if not wrong.any():
+        return
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        # nan and infinity in the wrong place come before any number of ulps.
+        excess = np.nan_to_num(error / tolerance, nan=np.inf, posinf=np.inf)
+    index = np.unravel_index(int(np.argmax(np.where(wrong, excess, -1.0))), want.shape)
+    place = f"[{', '.join(map(str, index))}]" if index else ""
+    raise AssertionError(
+        f"{what}{place}: got {values[index]:.17g}, expected {want[index]:.17g}, error "
+        f"{error[index]:.3g} is {excess[index]:.3g} of the allowed {tolerance[index]:.3g} "
+        f"({int(wrong.sum())} of {want.size} entries are wrong)"
+    )
