@@ -1,0 +1,74 @@
+"""One backend a run: `pytest --backend=NAME`, numpy by default.
+
+The library asked for must be there: a missing one is an error, not a skip. A test marked
+`only("torch")` is left out of every other backend's run; one without the marker runs on all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from polyce.testing.backends import Backend, get_backend
+
+# What --backend calls a run, and which arrays the tests without a marker get there.
+BACKENDS = {
+    "numpy": "numpy",
+    "strict": "array-api-strict",
+    "torch": "torch",
+    "torch-cuda": "torch",
+    "jax-x32": "jax",
+    "jax-x64": "jax",
+    "dask": "dask-rows",
+    "cupy": "cupy",
+    # CuPy without a device can make no array but an empty shell, so only marked tests run there.
+    "cupy-dispatch": None,
+}
+FULL = os.environ.get("POLYCE_FULL") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=BACKENDS, default="numpy", help="array library to test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
+    if config.getoption("--backend").startswith("jax"):
+        import jax
+
+        jax.config.update("jax_enable_x64", config.getoption("--backend") == "jax-x64")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    name = config.getoption("--backend")
+    kept, left_out = [], []
+    for item in items:
+        marker = item.get_closest_marker("only")
+        wanted = BACKENDS[name] is not None if marker is None else name in marker.args
+        (kept if wanted else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def backend_name(pytestconfig: pytest.Config) -> str:
+    """The name that --backend gave."""
+    return str(pytestconfig.getoption("--backend"))
+
+
+@pytest.fixture(scope="session")
+def backend(backend_name: str) -> Backend:
+    """The converters of the library under test."""
+    found = get_backend(str(BACKENDS[backend_name]))
+    if backend_name == "torch-cuda":
+        to_device = found.asarray
+        found = dataclasses.replace(found, asarray=lambda array: to_device(array).cuda())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_preference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the caller's environment from choosing the implementation."""
+    monkeypatch.delenv("POLYCE_IMPLEMENTATION", raising=False)
