@@ -23,17 +23,6 @@ INTEGERS = {
     "uint64": (0, 2**64 - 1),
 }
 
-# Namespaces, by the name that they or array-api-compat's wrappers of them have.
-_BACKENDS = {
-    "numpy": "numpy",
-    "torch": "torch",
-    "cupy": "cupy",
-    "dask.array": "dask",
-    "jax.numpy": "jax",
-    "jax.experimental.array_api": "jax",
-    "array_api_strict": "array-api-strict",
-    "mlx.core": "mlx",
-}
 # How a user turns a NumPy array into one of these, for the error that asks for it.
 _CONVERTERS = {
     "numpy": "numpy.asarray",
@@ -79,7 +68,10 @@ def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
             if backend == "numpy":
                 values[index] = np.asarray(values[index])
         elif other == "numpy" and backend in _TAKES_NUMPY:
-            values[index] = xp.asarray(np.asarray(values[index]))
+            values[index] = np.asarray(values[index])
+            if backend != "jax" or values[index].dtype.kind not in "iu":
+                # jax without 64-bit types would cut labels down before they are looked at.
+                values[index] = xp.asarray(values[index])
         else:
             converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
             raise TypeError(
@@ -97,6 +89,24 @@ def _namespace(name: str, value: Any) -> tuple[Any, str]:
                 f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
             )
         return np, "numpy"
+    # The classes are looked at here, not by array_api_compat.array_namespace, whose caches
+    # torch.compile warns of. A library that is not loaded has made no array.
+    loaded = sys.modules
+    if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
+        if value.layout is not loaded["torch"].strided or value.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got layout {value.layout}; "
+                "call to_dense() or to_padded_tensor() first"
+            )
+        import array_api_compat.torch
+
+        return array_api_compat.torch, "torch"
+    if "jax" in loaded and isinstance(value, loaded["jax"].Array):
+        return loaded["jax"].numpy, "jax"
+    if "dask.array" in loaded and isinstance(value, loaded["dask.array"].Array):
+        import array_api_compat.dask.array
+
+        return array_api_compat.dask.array, "dask"
     import array_api_compat
 
     if not array_api_compat.is_array_api_obj(value):
@@ -106,7 +116,8 @@ def _namespace(name: str, value: Any) -> tuple[Any, str]:
         )
     xp = array_api_compat.array_namespace(value)
     full = xp.__name__.removeprefix("array_api_compat.")
-    return xp, _BACKENDS.get(full, full.partition(".")[0])
+    backend = full.partition(".")[0].replace("array_api_strict", "array-api-strict")
+    return xp, backend
 
 
 def _kind(value: Any) -> str:
@@ -130,7 +141,7 @@ def name_of(dtype: Any) -> str:
 
 def float_dtype(xp: Any, backend: str, name: str) -> Any:
     """Give float32 or float64 as an array of the library shows it."""
-    return _NUMPY_DTYPES[name] if backend == "numpy" else getattr(xp, name)
+    return _NUMPY_DTYPES[name] if backend in ("numpy", "cupy", "dask") else getattr(xp, name)
 
 
 def device(array: Any, backend: str) -> Any:
@@ -143,7 +154,7 @@ def device(array: Any, backend: str) -> Any:
 
 def device_kind(array: Any, backend: str) -> str:
     """Tell what kind of device holds an array: cpu, cuda, ..., or unknown while tracing."""
-    if backend in ("numpy", "array-api-strict", "dask"):
+    if backend in ("numpy", "array-api-strict", "dask") or isinstance(array, np.ndarray):
         return "cpu"
     if backend == "torch":
         return str(array.device.type)
@@ -216,6 +227,13 @@ def expand(array: Any, axis: int) -> Any:
 def along_axis(xp: Any, vector: Any, axis: int, ndim: int) -> Any:
     """View a vector of length C as an array of ndim dimensions with the classes along axis."""
     return xp.reshape(vector, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
+
+
+def align(backend: str, array: Any, logits: Any, axes: tuple[int, ...]) -> Any:
+    """Cut a dask array as the logits are along these of their axes, so that they stay as cut."""
+    if backend != "dask":
+        return array
+    return array.rechunk(tuple(logits.chunks[axis] for axis in axes))
 
 
 def one_hot(xp: Any, backend: str, labels: Any, logits: Any, axis: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from polyce import arrays, reference, targets
+from polyce.autograd import rules
 from polyce.problem import current_reduction, describe, describe_logits
 from polyce.registry import select
 
@@ -110,21 +111,11 @@ def cross_entropy(
         validate=validate,
     )
     chosen = select(problem, implementation)
+    autograd = rules(problem.backend)
+    autograd.check(operands)
     with arrays.quiet(problem.backend):
-        if problem.backend == "torch":
-            from polyce import autograd_torch
-
-            autograd_torch.check(operands)
-            plan = targets.plan(problem, operands)
-            rows = autograd_torch.row_losses(chosen, problem, plan, operands.logits)
-        elif problem.backend == "jax":
-            from polyce import autograd_jax
-
-            plan = targets.plan(problem, operands)
-            rows = autograd_jax.row_losses(chosen, problem, plan, operands.logits)
-        else:
-            plan = targets.plan(problem, operands)
-            rows, _ = chosen.forward(problem, plan, operands.logits)
+        plan = targets.plan(problem, operands)
+        rows = autograd.row_losses(chosen, problem, plan, operands.logits)
         return targets.reduce(problem, plan, rows)
 
 
@@ -193,14 +184,7 @@ def cross_entropy_with_grad(
         grad_output=grad_output,
     )
     chosen = select(problem, implementation)
-    if problem.backend == "torch":
-        from polyce import autograd_torch
-
-        operands = autograd_torch.detach(operands)
-    elif problem.backend == "jax":
-        from polyce import autograd_jax
-
-        operands = autograd_jax.detach(operands)
+    operands = rules(problem.backend).detach(operands)
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
@@ -268,6 +252,7 @@ def nll_loss(
         validate=validate,
         probabilities=False,
     )
+    rules(problem.backend).check(operands)
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
@@ -305,12 +290,4 @@ def log_softmax(input: ArrayT, axis: int | None = None) -> ArrayT:
     """
     problem, logits = describe_logits(input, axis)
     with arrays.quiet(problem.backend):
-        if problem.backend == "torch":
-            from polyce import autograd_torch as autograd
-
-            return autograd.log_softmax(problem, logits)
-        if problem.backend == "jax":
-            from polyce import autograd_jax
-
-            return autograd_jax.log_softmax(problem, logits)
-        return reference.log_softmax(problem, logits)
+        return rules(problem.backend).log_softmax(problem, logits)

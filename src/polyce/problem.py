@@ -301,7 +301,7 @@ def _target_kind(
             f"for input {_show(logits)}; remove or add axes so that one of them fits"
         )
     if not is_integer:
-        either = f", or float probabilities of shape {shape}" if probabilities else ""
+        either = f", or pass float probabilities of shape {shape}" if probabilities else ""
         raise TypeError(
             f"target of shape {target_shape} for input of shape {shape} holds class indices and "
             f"must be an integer dtype, got {name}; cast it to int64{either}"

@@ -48,27 +48,34 @@ class Plan(NamedTuple):
 
 def plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target of a call; raises IndexError for a bad label where labels are checked."""
-    xp, axis = problem.xp, problem.axis
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    logits = operands.logits
+    every_axis = tuple(range(len(problem.shape)))
     class_weight = None
     if operands.weight is not None:
         weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
+        weight = arrays.align(backend, weight, logits, (axis,))
         class_weight = arrays.along_axis(xp, weight, axis, len(problem.shape))
     if problem.kind == "probability":
+        probabilities = arrays.cast(xp, operands.target, problem.arithmetic_dtype)
         return Plan(
             label=None,
             counted=None,
             invalid=None,
             label_weight=None,
             class_weight=class_weight,
-            probabilities=arrays.cast(xp, operands.target, problem.arithmetic_dtype),
+            probabilities=arrays.align(backend, probabilities, logits, every_axis),
             denominator=_row_count(problem) if problem.reduction == "mean" else None,
         )
 
-    label, counted, invalid = _labels(problem, operands.target)
+    target = operands.target
+    if tuple(target.shape) != problem.row_shape:
+        target = target[0]
+    target = arrays.align(backend, target, logits, every_axis[:axis] + every_axis[axis + 1 :])
+    label, counted, invalid = _labels(problem, target)
     label_weight = None
     if class_weight is not None and not problem.is_empty:
-        logits = operands.logits
-        label_weight = arrays.pick(xp, problem.backend, class_weight, label, logits, axis)
+        label_weight = arrays.pick(xp, backend, class_weight, label, logits, axis)
         label_weight = arrays.cast(xp, label_weight, problem.row_dtype)
         if invalid is not None:
             label_weight = xp.where(invalid, 1.0, label_weight)
@@ -81,8 +88,10 @@ def plan(problem: Problem, operands: Operands) -> Plan:
 def _labels(problem: Problem, target: Any) -> tuple[Any, Any, Any]:
     """Split integer targets into labels in range, the rows that count, and the bad labels."""
     xp, backend = problem.xp, problem.backend
-    if tuple(target.shape) != problem.row_shape:
-        target = xp.reshape(target, problem.row_shape)
+    on_host = backend == "jax" and (problem.check_labels or isinstance(target, np.ndarray))
+    if on_host:
+        # Values that are known are read in NumPy: inside a jit, jax would trace even that.
+        xp, target = np, np.asarray(target)
     target = arrays.expand(target, problem.axis)
     lowest, highest = arrays.INTEGERS[problem.target_dtype]
     ignore_index: int | None = problem.ignore_index
@@ -100,13 +109,18 @@ def _labels(problem: Problem, target: Any) -> tuple[Any, Any, Any]:
     counted, invalid = _sort_out(target, ignore_index, lowest, highest, problem.classes)
     usable = counted
     if problem.check_labels:
-        _check(problem, target, ignore_index, lowest, highest, invalid)
+        if invalid is not None and bool(xp.any(invalid)):
+            raise _bad_label(problem, xp, target, invalid)
         invalid = None
     elif invalid is not None:
         usable = ~invalid if counted is None else counted & ~invalid
     if usable is not None:
         target = xp.where(usable, target, 0)
-    return arrays.cast(xp, target, arrays.label_dtype(xp, backend)), counted, invalid
+    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend))
+    if on_host:
+        found = (label, counted, invalid)
+        label, counted, invalid = (None if a is None else problem.xp.asarray(a) for a in found)
+    return label, counted, invalid
 
 
 def _sort_out(
@@ -123,28 +137,14 @@ def _sort_out(
     return counted, bad
 
 
-def _check(
-    problem: Problem,
-    target: Any,
-    ignore_index: int | None,
-    lowest: int,
-    highest: int,
-    bad: Any,
-) -> None:
-    xp = problem.xp
-    if problem.backend == "jax":
-        # Inside a jit, jax would trace even operations on arrays whose values are known.
-        xp, target = np, np.asarray(target)
-        _, bad = _sort_out(target, ignore_index, lowest, highest, problem.classes)
-    if bad is None or not bool(xp.any(bad)):
-        return
+def _bad_label(problem: Problem, xp: Any, target: Any, bad: Any) -> IndexError:
     first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
     position = tuple(int(i) for i in np.unravel_index(first, problem.row_shape))
     value = int(xp.reshape(target, (-1,))[first])
     if problem.target_dtype == "uint64":
         value %= 2**64
     where = f" at position {position}" if position else ""
-    raise IndexError(
+    return IndexError(
         f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
         f"{value}{where}; mark rows to leave out with ignore_index={problem.ignore_index}"
     )
@@ -210,8 +210,8 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
             scale = arrays.expand(scale, problem.axis)
     if problem.reduction == "mean":
         if isinstance(plan.denominator, float):
-            # 0-d, so that a mean over nothing divides by zero as arrays do.
-            scale = xp.asarray(scale, dtype=problem.row_dtype)
+            # Known without looking: the number of rows. Without any there is nothing to scale.
+            return scale / plan.denominator if plan.denominator else math.nan
         scale = scale / plan.denominator
     return scale
 

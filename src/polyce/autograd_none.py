@@ -1,0 +1,29 @@
+"""Libraries without derivatives: nothing to attach a gradient to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyce import reference
+from polyce.problem import Operands, Problem
+from polyce.registry import Implementation
+from polyce.targets import Plan
+
+
+def check(operands: Operands) -> None:
+    """Refuse arrays that wait for a gradient which polyce does not give: there are none."""
+
+
+def detach(operands: Operands) -> Operands:
+    """Cut the operands from any derivative: they have none."""
+    return operands
+
+
+def row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
+    """Give the rows' losses."""
+    return implementation.forward(problem, plan, logits)[0]
+
+
+def log_softmax(problem: Problem, logits: Any) -> Any:
+    """Give log(softmax(logits))."""
+    return reference.log_softmax(problem, logits)

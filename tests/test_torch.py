@@ -1,0 +1,253 @@
+"""torch: itself as a second opinion, and polyce's gradient on torch's graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polyce
+
+pytestmark = pytest.mark.only("torch", "torch-cuda")
+
+SHAPES = {"row": (5,), "rows": (4, 5), "line": (3, 5, 2), "image": (2, 5, 2, 3)}
+PRODUCT = list(
+    itertools.product(
+        SHAPES,
+        ["index", "probability"],
+        ["none", "mean", "sum"],
+        [0.0, 0.1, 1.0],
+        [False, True],
+        [-100, 2],
+    )
+)
+
+
+@pytest.fixture
+def torch() -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    return torch
+
+
+def problem(torch: Any, shape: tuple[int, ...], kind: str, dtype: Any) -> tuple[Any, Any]:
+    logits = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_()
+    axis = min(1, len(shape) - 1)
+    if kind == "probability":
+        return logits, torch.softmax(torch.randn(shape, dtype=torch.float64), axis).to(dtype)
+    return logits, torch.randint(0, 5, shape[:axis] + shape[axis + 1 :])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_agrees_with_torch_on_the_whole_option_product(torch: Any, shape: str, dtype: str) -> None:
+    tolerance = {"float32": 2e-6, "float64": 1e-13}[dtype]
+    count = 0
+    for name, kind, reduction, smoothing, weighted, ignore_index in PRODUCT:
+        if name != shape or (kind == "probability" and ignore_index >= 0):
+            continue
+        logits, target = problem(torch, SHAPES[shape], kind, getattr(torch, dtype))
+        options = {
+            "weight": torch.rand(5, dtype=logits.dtype) + 0.5 if weighted else None,
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+            "ignore_index": ignore_index,
+        }
+        cotangent = torch.rand(())
+        answers = []
+        for function in (torch.nn.functional.cross_entropy, polyce.cross_entropy):
+            loss = function(logits, target, **options)
+            (grad,) = torch.autograd.grad((loss * cotangent).sum(), logits)
+            answers.append((loss.detach(), grad))
+        (loss, grad), (our_loss, our_grad) = answers
+        close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        torch.testing.assert_close(our_loss, loss, **close)
+        torch.testing.assert_close(our_grad, grad, **close)
+        count += 1
+    assert count == 3 * 3 * 2 * (2 + 1)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nll_loss_and_log_softmax_agree_with_torch(
+    torch: Any, reduction: str, weighted: bool
+) -> None:
+    functional = torch.nn.functional
+    for shape in SHAPES.values():
+        logits, target = problem(torch, shape, "index", torch.float64)
+        target = target.clone()
+        target.view(-1)[:1] = -100
+        weight = torch.rand(5, dtype=torch.float64) if weighted else None
+        axis = min(1, len(shape) - 1)
+        theirs = functional.nll_loss(
+            functional.log_softmax(logits, axis), target, weight, reduction=reduction
+        )
+        ours = polyce.nll_loss(polyce.log_softmax(logits), target, weight, reduction=reduction)
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13, equal_nan=True)
+        expected = torch.autograd.grad(theirs.sum(), logits)
+        got = torch.autograd.grad(ours.sum(), logits)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13, equal_nan=True)
+
+
+def test_a_tie_between_two_classes_has_the_exact_gradient(torch: Any) -> None:
+    logits = torch.zeros((3, 2), requires_grad=True)
+    polyce.cross_entropy(logits, torch.tensor([0, 1, 1]), reduction="sum").backward()
+    assert logits.grad.tolist() == [[-0.5, 0.5], [0.5, -0.5], [0.5, -0.5]]
+
+
+def test_confident_rows_keep_loss_and_gradient_where_torch_has_zero(torch: Any) -> None:
+    logits = torch.tensor([[40.25, 0.0]], requires_grad=True)
+    target = torch.tensor([0])
+    assert torch.nn.functional.cross_entropy(logits, target) == 0
+    loss = polyce.cross_entropy(logits, target)
+    loss.backward()
+    exact = math.log1p(math.exp(-40.25))
+    assert loss.item() == pytest.approx(exact, rel=2e-7)
+    assert logits.grad[0, 0].item() == pytest.approx(-math.exp(-40.25), rel=2e-7)
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_first_and_second_derivatives_agree_with_differences(
+    torch: Any, kind: str, smoothing: float, reduction: str
+) -> None:
+    logits, target = problem(torch, (4, 5), kind, torch.float64)
+    weight = torch.rand(5, dtype=torch.float64)
+
+    def loss(x: Any) -> Any:
+        return polyce.cross_entropy(
+            x, target, weight, reduction=reduction, label_smoothing=smoothing
+        )
+
+    assert torch.autograd.gradcheck(loss, logits)
+    assert torch.autograd.gradgradcheck(loss, logits)
+    assert torch.autograd.gradcheck(polyce.log_softmax, logits)
+    assert torch.autograd.gradgradcheck(polyce.log_softmax, logits)
+
+
+def test_second_derivative_at_a_tie(torch: Any) -> None:
+    logits = torch.zeros(2, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(
+        lambda x: polyce.cross_entropy(x, torch.tensor(1)), logits
+    )
+    assert hessian.tolist() == [[0.25, -0.25], [-0.25, 0.25]]
+
+
+def test_ignored_rows_have_gradient_zero_whatever_they_hold(torch: Any) -> None:
+    for reduction, target in itertools.product(["none", "mean", "sum"], [[-100, -100], [-100, 1]]):
+        logits = torch.tensor([[math.nan, math.inf], [0.0, 1.0]], requires_grad=True)
+        polyce.cross_entropy(logits, torch.tensor(target), reduction=reduction).sum().backward()
+        assert logits.grad[0].tolist() == [0.0, 0.0]
+
+
+def test_half_gradient_is_rounded_once(torch: Any) -> None:
+    logits = torch.randn((3, 7), dtype=torch.float16)
+    target = torch.tensor([0, 3, 6])
+    exact = logits.double().requires_grad_()
+    polyce.cross_entropy(exact, target).backward()
+    logits.requires_grad_()
+    polyce.cross_entropy(logits, target).backward()
+    torch.testing.assert_close(logits.grad, exact.grad.half(), rtol=2**-10, atol=0)
+
+
+def test_saves_logits_and_rows_only(torch: Any) -> None:
+    logits = torch.randn((64, 1000), requires_grad=True)
+    sizes: list[int] = []
+
+    def pack(tensor: Any) -> Any:
+        if tensor.data_ptr() != logits.data_ptr():
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = polyce.cross_entropy(logits, torch.zeros(64, dtype=torch.int64))
+    loss.backward()
+    assert max(sizes) == 64
+
+
+def test_changed_logits_are_noticed(torch: Any) -> None:
+    logits = torch.zeros((2, 3), requires_grad=True)
+    values = logits * 1
+    loss = polyce.cross_entropy(values, torch.tensor([0, 1]))
+    values.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_with_grad_carries_no_graph(torch: Any) -> None:
+    logits = torch.zeros((2, 3), requires_grad=True)
+    loss, grad = polyce.cross_entropy_with_grad(logits, torch.tensor([0, 1]))
+    assert not loss.requires_grad
+    assert not grad.requires_grad
+
+
+@pytest.mark.parametrize("name", ["target", "weight"])
+def test_a_gradient_that_polyce_does_not_give_is_refused(torch: Any, name: str) -> None:
+    arguments = {
+        "input": torch.zeros((2, 3)),
+        "target": torch.full((2, 3), 1 / 3),
+        "weight": torch.ones(3),
+    }
+    arguments[name].requires_grad_()
+    with pytest.raises(TypeError, match=rf"with respect to input only, but {name} .*detach\(\)"):
+        polyce.cross_entropy(**arguments)
+    with torch.no_grad():
+        polyce.cross_entropy(**arguments)
+
+
+def test_nll_loss_refuses_a_weight_that_requires_grad(torch: Any) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with pytest.raises(TypeError, match=r"with respect to input only, but weight .*detach\(\)"):
+        polyce.nll_loss(torch.zeros((2, 3)), torch.tensor([0, 1]), weight)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "quantized"])
+def test_tensors_that_are_not_dense_are_refused(torch: Any, kind: str) -> None:
+    dense = torch.zeros((2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls two of these prototypes
+        if kind == "sparse":
+            odd = dense.to_sparse()
+        elif kind == "nested":
+            odd = torch.nested.nested_tensor([dense[0], dense[1]])
+        else:
+            odd = torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"input must be (a dense tensor|real floating point)"):
+        polyce.cross_entropy(odd, torch.tensor([0, 1]))
+
+
+def test_meta_tensors_give_shape_and_dtype(torch: Any) -> None:
+    logits = torch.zeros((2, 3), device="meta", dtype=torch.bfloat16)
+    loss, grad = polyce.cross_entropy_with_grad(
+        logits, torch.zeros(2, dtype=torch.int64, device="meta"), reduction="none"
+    )
+    assert (loss.shape, loss.dtype) == ((2,), torch.bfloat16)
+    assert (grad.shape, grad.dtype) == ((2, 3), torch.bfloat16)
+
+
+def test_compiles_into_one_graph_without_a_warning(torch: Any) -> None:
+    logits, target = problem(torch, (4, 5), "index", torch.float64)
+
+    def loss(x: Any) -> Any:
+        return polyce.cross_entropy(x, target, label_smoothing=0.1)
+
+    with warnings.catch_warnings():
+        # torch's tracer instantiates its own Function and says so; anything else is about polyce.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits)
+    (grad,) = torch.autograd.grad(compiled, logits)
+    (expected,) = torch.autograd.grad(loss(logits), logits)
+    torch.testing.assert_close(compiled, loss(logits))
+    torch.testing.assert_close(grad, expected)
+
+
+def test_bad_label_under_vmap_gives_nan(torch: Any) -> None:
+    logits = torch.zeros((3, 4))
+    losses = torch.func.vmap(polyce.cross_entropy)(logits, torch.tensor([0, 4, 3]))
+    assert np.isnan(losses.numpy()).tolist() == [False, True, False]
