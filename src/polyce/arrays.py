@@ -210,12 +210,14 @@ def cast(xp: Any, array: Any, dtype: Any) -> Any:
     return xp.astype(array, dtype)
 
 
-def label_dtype(xp: Any, backend: str) -> Any:
-    """Give the integer dtype for positions along the class axis."""
-    if backend == "jax":
-        # int32 unless jax runs with 64-bit types: asking it for int64 would warn.
-        return xp.__array_namespace_info__().default_dtypes()["indexing"]
-    return xp.int64
+def label_dtype(xp: Any, backend: str, labels: Any) -> Any:
+    """Give the integer dtype for positions along the class axis, beside these labels."""
+    if backend in ("numpy", "torch", "dask", "cupy"):
+        return xp.int64
+    # Not all have 64-bit integers everywhere: jax by its settings, others by device.
+    info = xp.__array_namespace_info__()
+    options = {} if backend == "jax" else {"device": labels.device}
+    return info.default_dtypes(**options)["indexing"]
 
 
 def expand(array: Any, axis: int) -> Any:

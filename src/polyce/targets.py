@@ -116,7 +116,7 @@ def _labels(problem: Problem, target: Any) -> tuple[Any, Any, Any]:
         usable = ~invalid if counted is None else counted & ~invalid
     if usable is not None:
         target = xp.where(usable, target, 0)
-    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend))
+    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend, target))
     if on_host:
         found = (label, counted, invalid)
         label, counted, invalid = (None if a is None else problem.xp.asarray(a) for a in found)
@@ -209,7 +209,7 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
         if problem.reduction == "none":
             scale = arrays.expand(scale, problem.axis)
     if problem.reduction == "mean":
-        if isinstance(plan.denominator, float):
+        if type(plan.denominator) is float:  # NumPy's float64 is a float too
             # Known without looking: the number of rows. Without any there is nothing to scale.
             return scale / plan.denominator if plan.denominator else math.nan
         scale = scale / plan.denominator
