@@ -141,7 +141,8 @@ def name_of(dtype: Any) -> str:
 
 def float_dtype(xp: Any, backend: str, name: str) -> Any:
     """Give float32 or float64 as an array of the library shows it."""
-    return _NUMPY_DTYPES[name] if backend in ("numpy", "cupy", "dask") else getattr(xp, name)
+    numpy_like = backend in ("numpy", "cupy", "dask", "jax")
+    return _NUMPY_DTYPES[name] if numpy_like else getattr(xp, name)
 
 
 def device(array: Any, backend: str) -> Any:

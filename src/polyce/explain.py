@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyce import arrays, registry
+from polyce.autograd import rules
+from polyce.functional import cross_entropy, cross_entropy_with_grad
 from polyce.problem import Operands, Problem, current_reduction, describe
 
 # Import name and the distributions that bring it, of all that polyce works with.
@@ -98,12 +100,12 @@ def explain(
     cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
       reference  yes  <- runs
     """
-    name = "cross_entropy" if function is None else getattr(function, "__name__", repr(function))
-    if name not in ("cross_entropy", "cross_entropy_with_grad"):
+    if function not in (None, cross_entropy, cross_entropy_with_grad):
         raise ValueError(
             "function must be polyce.cross_entropy or polyce.cross_entropy_with_grad, "
-            f"got {name}; the others have one implementation"
+            f"got {function!r}; the other functions have one implementation"
         )
+    name = cross_entropy.__name__ if function is None else function.__name__
     problem, operands = describe(
         input,
         target,
@@ -115,6 +117,8 @@ def explain(
         validate=validate,
         grad_output=grad_output,
     )
+    if function is not cross_entropy_with_grad:
+        rules(problem.backend).check(operands)
     return Explanation(
         call=_call(name, problem, operands),
         chosen=registry.select(problem, implementation).name,
@@ -150,7 +154,12 @@ def show_versions() -> None:
 
 def versions() -> str:
     """Give the text that `show_versions` prints."""
-    rows = [("polyce", _version("polyce")), ("python", platform.python_version())]
+    import polyce
+
+    rows: list[tuple[str, str | None]] = [
+        ("polyce", polyce.__version__),
+        ("python", platform.python_version()),
+    ]
     for module, distributions in _LIBRARIES.items():
         found = [_version(name) for name in distributions]
         version = next((one for one in found if one), None)

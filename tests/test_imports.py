@@ -1,0 +1,190 @@
+"""What importing polyce brings along, its public names, and rules that its source keeps."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyce
+
+PACKAGE = Path(polyce.__file__).parent
+NUMPY = pytest.mark.only("numpy")
+LIBRARIES = ("torch", "jax", "jaxlib", "dask", "cupy", "array_api_strict", "ml_dtypes", "mlx")
+
+ARRAYS = """
+import numpy as np
+logits = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=np.float32)
+labels = np.array([2, 0])
+probabilities = np.full((2, 3), 1 / 3, dtype=np.float32)
+"""
+NUMPY_CALLS = f"""{ARRAYS}
+import polyce
+for target in (labels, probabilities):
+    polyce.cross_entropy(logits, target)
+    polyce.cross_entropy_with_grad(logits, target, np.ones(3), label_smoothing=0.1)
+    polyce.CrossEntropyLoss()(logits, target)
+polyce.NLLLoss()(polyce.log_softmax(logits), labels)
+"""
+STEPS = {
+    "import": "import polyce",
+    "numpy-calls": NUMPY_CALLS,
+    "explain": f"{ARRAYS}\nimport polyce; print(polyce.explain(logits, labels))",
+    "show_versions": "import polyce; polyce.show_versions()",
+    "testing": "import polyce.testing; polyce.testing.check_implementation("
+    "None, groups=['cotangent'], dtypes=['float32'])",
+}
+
+
+def loaded(code: str) -> set[str]:
+    """Tell the top-level modules that are there after running code in a fresh interpreter."""
+    code += "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@NUMPY
+@pytest.mark.parametrize("step", STEPS)
+def test_nothing_on_numpy_imports_another_array_library(step: str) -> None:
+    found = loaded(STEPS[step])
+    assert {"polyce", "numpy"} <= found
+    assert not found.intersection(LIBRARIES)
+
+
+@NUMPY
+def test_calls_with_numpy_arrays_do_without_array_api_compat() -> None:
+    """Its wrapper of NumPy takes a tenth of a second at its first use."""
+    assert "array_api_compat" not in loaded(NUMPY_CALLS)
+
+
+@NUMPY
+def test_importing_polyce_leaves_its_tools_alone() -> None:
+    code = "import polyce, sys; print(*(name for name in sys.modules if name[:7] == 'polyce.'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    modules = set(done.stdout.split())
+    assert "polyce.functional" in modules
+    tools = {"polyce.testing", "polyce.demo", "polyce.autograd_torch", "polyce.autograd_jax"}
+    assert not modules & tools
+
+
+@pytest.mark.only("torch")
+def test_calls_with_torch_tensors_import_no_third_library() -> None:
+    code = f"""{ARRAYS}
+import torch
+import polyce
+logits = torch.tensor(logits, requires_grad=True)
+labels = torch.tensor(labels)
+polyce.cross_entropy(logits, labels).backward()
+polyce.cross_entropy_with_grad(logits, labels)
+polyce.explain(logits, labels)
+"""
+    found = loaded(code)
+    assert {"polyce", "torch"} <= found
+    assert not found.intersection(LIBRARIES) - {"torch"}
+
+
+# Public names
+
+
+@NUMPY
+@pytest.mark.parametrize("name", polyce.__all__)
+def test_public_names_exist_and_have_a_docstring(name: str) -> None:
+    value = getattr(polyce, name)
+    if callable(value):
+        assert inspect.getdoc(value)
+        assert value.__doc__
+        summary = value.__doc__.strip().splitlines()[0]
+        assert summary.endswith("."), summary
+
+
+@NUMPY
+def test_all_is_sorted_and_lists_the_functions_of_the_package() -> None:
+    assert sorted(polyce.__all__) == polyce.__all__
+    functions = {
+        name
+        for name, value in vars(polyce).items()
+        if not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value))
+    }
+    assert functions <= set(polyce.__all__)
+
+
+@NUMPY
+def test_the_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+@NUMPY
+def test_the_version_is_that_of_the_installed_distribution() -> None:
+    numbers = polyce.__version__.split(".")
+    assert len(numbers) == 3
+    assert all(number.isdecimal() for number in numbers)
+    # A checkout on the path is no distribution.
+    for distribution in importlib.metadata.distributions(name="polyce"):
+        assert distribution.version == polyce.__version__
+
+
+# The source
+
+
+def source(*, testing: bool) -> dict[str, ast.Module]:
+    """Parse the files of the package, those of polyce.testing only if asked for."""
+    return {
+        str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if testing or "testing" not in path.relative_to(PACKAGE).parts
+    }
+
+
+@NUMPY
+def test_no_assert_statement_outside_testing() -> None:
+    """`python -O` drops them."""
+    for name, tree in source(testing=False).items():
+        found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        assert not found, f"{name}: assert in lines {found}"
+
+
+@NUMPY
+def test_no_exception_is_caught_wholesale_outside_testing() -> None:
+    broad = {"Exception", "BaseException"}
+    for name, tree in source(testing=False).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{name}:{node.lineno}: bare except"
+                caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+                assert not caught & broad, f"{name}:{node.lineno}: catches {caught}"
+
+
+@NUMPY
+def test_every_file_has_a_docstring_and_at_most_400_lines() -> None:
+    for name, tree in source(testing=True).items():
+        assert ast.get_docstring(tree), name
+        lines = (PACKAGE / name).read_text(encoding="utf-8").count("\n")
+        assert lines <= 400, f"{name}: {lines} lines"
+
+
+CACHES = {"lru_cache", "cache", "cached_property", "contextvars", "ContextVar"}
+
+
+@NUMPY
+def test_nothing_on_the_way_of_a_call_is_cached_or_a_context_variable() -> None:
+    """torch.compile cannot trace context variables, and warns of lru_cache."""
+    way = source(testing=False)
+    for tool in ("explain.py", "__main__.py", "demo.py"):
+        del way[tool]
+    assert {"functional.py", "registry.py", "reference.py", "autograd_torch.py"} <= way.keys()
+    for name, tree in way.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            else:
+                names = {getattr(node, "attr", None), getattr(node, "id", None)}
+            assert not names & CACHES, f"{name}:{getattr(node, 'lineno', '?')}: {names & CACHES}"

@@ -1,0 +1,370 @@
+"""Which implementation runs: declarations and their reasons, forcing, and the way to the kernel.
+
+The implementations here are the reference under other names, with a list of what ran.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polyce
+from polyce import reference, registry
+from polyce.problem import describe
+from polyce.registry import Implementation
+from polyce.testing.backends import Backend
+
+PACKAGE = Path(polyce.__file__).parent
+NUMPY = pytest.mark.only("numpy")
+
+LOGITS = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=np.float32)
+LABELS = np.array([2, 0])
+WEIGHT = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+PROBABILITIES = np.full((2, 3), 1 / 3, dtype=np.float32)
+
+
+def fake(
+    name: str,
+    ran: list[str] | None = None,
+    before: Callable[[str], None] | None = None,
+    **declared: Any,
+) -> Implementation:
+    """Give the reference another name; it writes down what runs, after calling `before`."""
+
+    def wrapped(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if before is not None:
+                before(step)
+            if ran is not None:
+                ran.append(f"{name}.{step}")
+            return function(*args)
+
+        return run
+
+    steps = {
+        "forward": reference.forward,
+        "backward": reference.backward,
+        "forward_backward": reference.forward_backward,
+    }
+    wrappers = {step: wrapped(step, function) for step, function in steps.items()}
+    return Implementation(name=name, **wrappers, **declared)
+
+
+@pytest.fixture
+def ran() -> list[str]:
+    """What ran in this test, in order."""
+    return []
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put implementations before the reference."""
+
+    def put(*rows: Implementation) -> None:
+        monkeypatch.setattr(registry, "TABLE", (*rows, *registry.TABLE))
+
+    return put
+
+
+def call(**options: Any) -> Any:
+    return polyce.cross_entropy(LOGITS, LABELS, **options)
+
+
+# The table
+
+
+@NUMPY
+def test_the_reference_comes_last_and_declares_no_restriction() -> None:
+    last = registry.TABLE[-1]
+    assert last.name == "reference"
+    restrictions = (last.backends, last.devices, last.dtypes, last.kinds, last.options)
+    assert restrictions == (None,) * 5
+    assert last.unavailable() is None
+    names = [row.name for row in registry.TABLE]
+    assert len(set(names)) == len(names)
+
+
+def test_the_first_row_that_can_serve_runs(
+    backend: Backend, table: Callable[..., None], ran: list[str]
+) -> None:
+    table(
+        fake("absent", ran, unavailable=lambda: "not installed"),
+        fake("first", ran),
+        fake("second", ran),
+    )
+    logits, labels = backend.asarray(LOGITS), backend.asarray(LABELS.astype(np.int32))
+    polyce.cross_entropy(logits, labels)
+    assert ran == ["first.forward"]
+    ran.clear()
+    polyce.cross_entropy_with_grad(logits, labels)
+    assert ran == ["first.forward_backward"]
+
+
+# Reasons
+
+DECLARATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "unavailable": ({"unavailable": lambda: "not built"}, {}, ("not built",)),
+    "backends": (
+        {"backends": frozenset({"torch", "cupy"})},
+        {},
+        ("arrays numpy is not served (cupy, torch)",),
+    ),
+    "devices": ({"devices": frozenset({"cuda"})}, {}, ("device cpu is not served (cuda)",)),
+    "dtypes": (
+        {"dtypes": frozenset({"float64", "float16"})},
+        {},
+        ("dtype float32 is not served (float16, float64)",),
+    ),
+    "kinds-index": (
+        {"kinds": frozenset({"probability"})},
+        {},
+        ("target index is not served (probability)",),
+    ),
+    "kinds-probability": (
+        {"kinds": frozenset({"index"})},
+        {"target": PROBABILITIES},
+        ("target probability is not served (index)",),
+    ),
+    "options": (
+        {"options": frozenset()},
+        {"weight": WEIGHT, "label_smoothing": 0.1},
+        ("option weight is not served", "option label_smoothing is not served"),
+    ),
+    "one-option": (
+        {"options": frozenset({"weight"})},
+        {"weight": WEIGHT, "label_smoothing": 0.1},
+        ("option label_smoothing is not served",),
+    ),
+    "everything": (
+        {
+            "unavailable": lambda: "not installed",
+            "backends": frozenset({"torch"}),
+            "devices": frozenset({"cuda"}),
+            "dtypes": frozenset({"float64"}),
+            "kinds": frozenset({"probability"}),
+            "options": frozenset(),
+        },
+        {"weight": WEIGHT},
+        (
+            "not installed",
+            "arrays numpy is not served (torch)",
+            "device cpu is not served (cuda)",
+            "dtype float32 is not served (float64)",
+            "target index is not served (probability)",
+            "option weight is not served",
+        ),
+    ),
+}
+
+
+@NUMPY
+@pytest.mark.parametrize("name", DECLARATIONS)
+def test_a_declaration_gives_its_reason_and_the_call_goes_on_to_the_next_row(
+    name: str, table: Callable[..., None], ran: list[str]
+) -> None:
+    declared, options, reasons = DECLARATIONS[name]
+    limited = fake("limited", ran, **declared)
+    problem, _ = describe(LOGITS, **{"target": LABELS} | options)
+    assert limited.reasons(problem) == reasons
+    table(limited, fake("next", ran))
+    polyce.cross_entropy(LOGITS, **{"target": LABELS} | options)
+    assert ran == ["next.forward"]
+
+
+@NUMPY
+def test_a_declaration_that_the_call_meets_gives_no_reason() -> None:
+    row = fake(
+        "limited",
+        backends=frozenset({"numpy"}),
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({"float32"}),
+        kinds=frozenset({"index"}),
+        options=frozenset({"weight", "label_smoothing"}),
+    )
+    problem, _ = describe(LOGITS, LABELS, WEIGHT, label_smoothing=0.1)
+    assert row.reasons(problem) == ()
+
+
+@NUMPY
+def test_a_smoothing_of_0_is_not_an_option_that_is_on() -> None:
+    problem, _ = describe(LOGITS, LABELS, label_smoothing=0.0)
+    assert fake("limited", options=frozenset()).reasons(problem) == ()
+
+
+@NUMPY
+def test_without_a_row_that_can_serve_the_call_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TABLE", (fake("absent", unavailable=lambda: "not built"),))
+    with pytest.raises(ValueError, match="no implementation can serve this call"):
+        call()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ImportError, ValueError, RuntimeError])
+@NUMPY
+def test_an_exception_in_a_kernel_reaches_the_caller(
+    error: type[Exception], table: Callable[..., None], ran: list[str]
+) -> None:
+    def fail(step: str) -> None:
+        raise error(f"broken in {step}")
+
+    table(fake("broken", ran, fail), fake("next", ran))
+    with pytest.raises(error, match=r"^broken in forward$"):
+        call()
+    with pytest.raises(error, match=r"^broken in forward_backward$"):
+        polyce.cross_entropy_with_grad(LOGITS, LABELS)
+    assert ran == []
+
+
+# Forcing
+
+
+@pytest.fixture
+def choices(table: Callable[..., None], ran: list[str]) -> list[str]:
+    """Offer a, b and c, all able, and picky, which cannot serve; give the list of what ran."""
+    picky = fake("picky", ran, unavailable=lambda: "not built", dtypes=frozenset({"float64"}))
+    table(fake("a", ran), fake("b", ran), fake("c", ran), picky)
+    return ran
+
+
+@NUMPY
+def test_argument_before_use_before_variable_before_table(
+    choices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call()
+    monkeypatch.setenv("POLYCE_IMPLEMENTATION", "b")
+    call()
+    with polyce.use("c"):
+        call()
+        call(implementation="reference")
+        polyce.cross_entropy_with_grad(LOGITS, LABELS)
+        call(implementation="a")
+    call()
+    assert choices == [
+        "a.forward",
+        "b.forward",
+        "c.forward",
+        "c.forward_backward",
+        "a.forward",
+        "b.forward",
+    ]
+
+
+@NUMPY
+def test_the_innermost_use_wins_and_each_ends_with_its_block(choices: list[str]) -> None:
+    with polyce.use("b"):
+        with polyce.use("c"):
+            call()
+        call()
+    call()
+    assert choices == ["c.forward", "b.forward", "a.forward"]
+
+
+@NUMPY
+def test_use_ends_with_an_exception(choices: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError), polyce.use("b"), polyce.use("c"):
+        raise ZeroDivisionError
+    call()
+    assert choices == ["a.forward"]
+
+
+@NUMPY
+def test_use_concerns_its_own_thread_alone(choices: list[str]) -> None:
+    thread = threading.Thread(target=call)
+    with polyce.use("b"):
+        thread.start()
+        thread.join()
+        call()
+    assert choices == ["a.forward", "b.forward"]
+
+
+@NUMPY
+def test_the_variable_is_passed_over_where_it_cannot_serve(
+    choices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYCE_IMPLEMENTATION", "picky")
+    call()
+    monkeypatch.setenv("POLYCE_IMPLEMENTATION", "")
+    call()
+    assert choices == ["a.forward", "a.forward"]
+
+
+STRICT = (
+    "^implementation 'picky' cannot serve this call: not built; dtype float32 is not served "
+    r"\(float64\); leave implementation at None to run one that can$"
+)
+
+
+@NUMPY
+def test_argument_and_use_raise_with_all_reasons(choices: list[str]) -> None:
+    with pytest.raises(ValueError, match=STRICT):
+        call(implementation="picky")
+    with polyce.use("picky"), pytest.raises(ValueError, match=STRICT):
+        call()
+    with polyce.use("picky"):
+        call(implementation="b")
+    assert choices == ["b.forward"]
+
+
+@NUMPY
+def test_unknown_names_raise_everywhere(
+    choices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = (
+        "^implementation must be one of a, b, c, picky, .*reference, got 'fast'; see polyce.explain"
+    )
+    with pytest.raises(ValueError, match=unknown):
+        call(implementation="fast")
+    with pytest.raises(ValueError, match=unknown):
+        polyce.cross_entropy_with_grad(LOGITS, LABELS, implementation="fast")
+    with pytest.raises(ValueError, match=unknown):
+        polyce.CrossEntropyLoss(implementation="fast")(LOGITS, LABELS)
+    with pytest.raises(ValueError, match=unknown), polyce.use("fast"):
+        pass
+    monkeypatch.setenv("POLYCE_IMPLEMENTATION", "fast")
+    for name in (None, "a"):
+        with pytest.raises(ValueError, match=unknown):
+            call(implementation=name)
+    assert choices == []
+
+
+# The way to the kernel
+
+
+def frames_of_polyce() -> int:
+    """Count the frames of the package on the stack."""
+    count, frame = 0, sys._getframe(1)
+    while frame is not None:
+        count += Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+        frame = frame.f_back
+    return count
+
+
+@pytest.fixture
+def depths(table: Callable[..., None]) -> dict[str, int]:
+    """How many frames of polyce are above each step of the kernel, as it runs."""
+    found: dict[str, int] = {}
+    table(fake("hops", before=lambda step: found.update({step: frames_of_polyce()})))
+    return found
+
+
+def test_at_most_three_frames_above_the_kernel(backend: Backend, depths: dict[str, int]) -> None:
+    logits, labels = backend.asarray(LOGITS), backend.asarray(LABELS.astype(np.int32))
+    polyce.cross_entropy(logits, labels)
+    polyce.cross_entropy_with_grad(logits, labels)
+    assert depths.keys() == {"forward", "forward_backward"}
+    assert max(depths.values()) <= 3
+
+
+@pytest.mark.only("torch")
+def test_at_most_three_frames_above_the_kernel_under_autograd(depths: dict[str, int]) -> None:
+    import torch
+
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    polyce.cross_entropy(logits, torch.tensor(LABELS)).backward()
+    assert depths.keys() == {"forward", "backward"}
+    assert max(depths.values()) <= 3
