@@ -26,7 +26,7 @@ def test_grid_on_jax(backend: Backend, group: str) -> None:
 def test_grid_under_jit(backend: Backend) -> None:
     import jax
 
-    groups = None if FULL else ["options", "special"]
+    groups = None if FULL else ["options"]
     report = check_implementation(
         "reference", backend, groups=groups, dtypes=["float32"], few_shapes=True, wrap=jax.jit
     )
