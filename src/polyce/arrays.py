@@ -69,8 +69,9 @@ def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
                 values[index] = np.asarray(values[index])
         elif other == "numpy" and backend in _TAKES_NUMPY:
             values[index] = np.asarray(values[index])
-            if backend != "jax" or values[index].dtype.kind not in "iu":
-                # jax without 64-bit types would cut labels down before they are looked at.
+            if name != "target" or values[index].dtype.kind not in "iu":
+                # Labels stay in NumPy, where they can be looked at, and where jax without 64-bit
+                # types does not cut them down.
                 values[index] = xp.asarray(values[index])
         else:
             converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
@@ -112,7 +113,7 @@ def _namespace(name: str, value: Any) -> tuple[Any, str]:
     if not array_api_compat.is_array_api_obj(value):
         raise TypeError(
             f"{name} must be an array of an array-API library, got {_kind(value)}; "
-            f"convert it, for example with numpy.asarray({name})"
+            "convert it with the asarray of the library that the other arrays are from"
         )
     xp = array_api_compat.array_namespace(value)
     full = xp.__name__.removeprefix("array_api_compat.")
@@ -168,7 +169,7 @@ def device_kind(array: Any, backend: str) -> str:
 
 def has_values(array: Any, backend: str) -> bool:
     """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
-    if backend in ("numpy", "array-api-strict", "cupy"):
+    if backend in ("numpy", "array-api-strict", "cupy") or isinstance(array, np.ndarray):
         return True
     if backend in _LAZY:
         return False
@@ -232,11 +233,12 @@ def along_axis(xp: Any, vector: Any, axis: int, ndim: int) -> Any:
     return xp.reshape(vector, (1,) * axis + (-1,) + (1,) * (ndim - axis - 1))
 
 
-def align(backend: str, array: Any, logits: Any, axes: tuple[int, ...]) -> Any:
-    """Cut a dask array as the logits are along these of their axes, so that they stay as cut."""
+def align(backend: str, array: Any, logits: Any) -> Any:
+    """Cut a dask array that broadcasts against the logits as they are cut, so that they stay so."""
     if backend != "dask":
         return array
-    return array.rechunk(tuple(logits.chunks[axis] for axis in axes))
+    pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
+    return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
 
 
 def one_hot(xp: Any, backend: str, labels: Any, logits: Any, axis: int) -> Any:

@@ -25,7 +25,8 @@ def check(operands: Operands) -> None:
 
 def detach(operands: Operands) -> Operands:
     """Cut the operands from any derivative."""
-    return Operands(*(jax.lax.stop_gradient(a) if a is not None else None for a in operands))
+    # Labels have none, and inside a jit they must stay the arrays of known values that they are.
+    return Operands(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in operands))
 
 
 def row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
@@ -83,6 +84,10 @@ def _log_softmax_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any
     result = _log_softmax(problem, logits)
     mean = jnp.sum(jnp.exp(result) * tangent, axis=problem.axis, keepdims=True)
     return result, tangent - mean
+
+
+def _is_float(array: Any) -> bool:
+    return hasattr(array, "dtype") and bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
 def _is_zero(leaf: Any) -> bool:

@@ -58,7 +58,9 @@ class CrossEntropyLoss:
     ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
-        self.reduction = current_reduction(size_average, reduce, reduction)
+        if size_average is not None or reduce is not None:
+            reduction = current_reduction(size_average, reduce, reduction)
+        self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.axis = axis
         self.validate = validate
@@ -71,7 +73,7 @@ class CrossEntropyLoss:
             target,
             weight=self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=current_reduction(None, None, self.reduction),
             label_smoothing=self.label_smoothing,
             axis=self.axis,
             validate=self.validate,
@@ -128,7 +130,9 @@ class NLLLoss:
     ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
-        self.reduction = current_reduction(size_average, reduce, reduction)
+        if size_average is not None or reduce is not None:
+            reduction = current_reduction(size_average, reduce, reduction)
+        self.reduction = reduction
         self.axis = axis
         self.validate = validate
 
@@ -139,7 +143,7 @@ class NLLLoss:
             target,
             weight=self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=current_reduction(None, None, self.reduction),
             axis=self.axis,
             validate=self.validate,
         )

@@ -100,11 +100,19 @@ def describe(
     if input is None or target is None:
         missing = "input" if input is None else "target"
         raise TypeError(f"{missing} must be an array, got None; pass the logits and their target")
+    if isinstance(grad_output, bool | complex):
+        raise TypeError(
+            f"grad_output must be a real number or an array, got {grad_output!r}; "
+            "leave it at None for 1"
+        )
     number = isinstance(grad_output, numbers.Real)
     xp, backend, (logits, target, weight, cotangent) = arrays.of(
         input=input, target=target, weight=weight, grad_output=None if number else grad_output
     )
-    _check_devices(backend, {"input": logits, "target": target, "weight": weight})
+    _check_devices(
+        backend,
+        {"input": logits, "target": target, "weight": weight, "grad_output": cotangent},
+    )
     shape, axis = _logits_shape(logits, axis)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = _target_kind(shape, row_shape, logits, target, probabilities)
@@ -131,10 +139,10 @@ def describe(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
-        check_labels=kind == "index" and _checks_labels(target, backend, validate),
+        check_labels=_checks_labels(kind, target, backend, validate),
     )
     if number:
-        if reduction == "none":
+        if reduction == "none" and row_shape:
             raise ValueError(
                 f"grad_output must have the shape of the rows {row_shape} for reduction 'none', "
                 f"got the number {grad_output}; pass an array of that shape"
@@ -213,7 +221,7 @@ def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
 
 def check_reduction(reduction: str) -> None:
     """Refuse an unknown reduction."""
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}; "
             f"{reduction!r} is not a valid value for reduction"
@@ -365,11 +373,11 @@ def _check_grad_output(grad_output: Any, problem: Problem) -> None:
         )
 
 
-def _checks_labels(target: Any, backend: str, validate: bool | None) -> bool:
-    if validate is False:
-        return False
-    if validate is not None and validate is not True:
+def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:
+    if not isinstance(validate, bool | None):
         raise TypeError(f"validate must be True, False or None, got {validate!r}; None is usual")
+    if validate is False or kind != "index":
+        return False
     if not arrays.has_values(target, backend):
         if validate:
             raise ValueError(

@@ -1,6 +1,6 @@
 """What a target means: each row's class, its weight, and what the mean divides by.
 
-The one place for labels, ignored rows, coefficients, the denominator and the cotangent of a row.
+The one place for coefficients, the denominator and the cotangent of a row.
 Nothing here looks at the logits' values.
 
 A row's loss is R·lse - Σ r_c x_c, and every kind of target is a choice of the coefficients r:
@@ -18,9 +18,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from polyce import arrays
+from polyce import arrays, labels
 from polyce.problem import Operands, Problem
 
 
@@ -50,12 +48,11 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target of a call; raises IndexError for a bad label where labels are checked."""
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     logits = operands.logits
-    every_axis = tuple(range(len(problem.shape)))
     class_weight = None
     if operands.weight is not None:
         weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
-        weight = arrays.align(backend, weight, logits, (axis,))
         class_weight = arrays.along_axis(xp, weight, axis, len(problem.shape))
+        class_weight = arrays.align(backend, class_weight, logits)
     if problem.kind == "probability":
         probabilities = arrays.cast(xp, operands.target, problem.arithmetic_dtype)
         return Plan(
@@ -64,15 +61,11 @@ def plan(problem: Problem, operands: Operands) -> Plan:
             invalid=None,
             label_weight=None,
             class_weight=class_weight,
-            probabilities=arrays.align(backend, probabilities, logits, every_axis),
+            probabilities=arrays.align(backend, probabilities, logits),
             denominator=_row_count(problem) if problem.reduction == "mean" else None,
         )
 
-    target = operands.target
-    if tuple(target.shape) != problem.row_shape:
-        target = target[0]
-    target = arrays.align(backend, target, logits, every_axis[:axis] + every_axis[axis + 1 :])
-    label, counted, invalid = _labels(problem, target)
+    label, counted, invalid = labels.read(problem, operands.target, logits)
     label_weight = None
     if class_weight is not None and not problem.is_empty:
         label_weight = arrays.pick(xp, backend, class_weight, label, logits, axis)
@@ -83,71 +76,6 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     if problem.reduction == "mean":
         denominator = _total_weight(problem, counted, label_weight)
     return Plan(label, counted, invalid, label_weight, class_weight, None, denominator)
-
-
-def _labels(problem: Problem, target: Any) -> tuple[Any, Any, Any]:
-    """Split integer targets into labels in range, the rows that count, and the bad labels."""
-    xp, backend = problem.xp, problem.backend
-    on_host = backend == "jax" and (problem.check_labels or isinstance(target, np.ndarray))
-    if on_host:
-        # Values that are known are read in NumPy: inside a jit, jax would trace even that.
-        xp, target = np, np.asarray(target)
-    target = arrays.expand(target, problem.axis)
-    lowest, highest = arrays.INTEGERS[problem.target_dtype]
-    ignore_index: int | None = problem.ignore_index
-    if not lowest <= problem.ignore_index <= highest:
-        # Compared as numbers: a cast to the target's dtype could turn it into another label.
-        ignore_index = None
-    if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
-        # torch can store these but hardly compute with them. uint64 from 2^63 on turns negative,
-        # which no label is, and the ignored value turns with it.
-        target = arrays.cast(xp, target, xp.int64)
-        lowest = -(2**63)
-        if ignore_index is not None and ignore_index > 2**63 - 1:
-            ignore_index -= 2**64
-
-    counted, invalid = _sort_out(target, ignore_index, lowest, highest, problem.classes)
-    usable = counted
-    if problem.check_labels:
-        if invalid is not None and bool(xp.any(invalid)):
-            raise _bad_label(problem, xp, target, invalid)
-        invalid = None
-    elif invalid is not None:
-        usable = ~invalid if counted is None else counted & ~invalid
-    if usable is not None:
-        target = xp.where(usable, target, 0)
-    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend, target))
-    if on_host:
-        found = (label, counted, invalid)
-        label, counted, invalid = (None if a is None else problem.xp.asarray(a) for a in found)
-    return label, counted, invalid
-
-
-def _sort_out(
-    target: Any, ignore_index: int | None, lowest: int, highest: int, classes: int
-) -> tuple[Any, Any]:
-    """Mark the labels to count, and those of them that are out of range; None for all and none."""
-    counted = None if ignore_index is None else target != ignore_index
-    bad = target < 0 if lowest < 0 else None
-    if classes <= highest:
-        above = target >= classes
-        bad = above if bad is None else bad | above
-    if bad is not None and counted is not None:
-        bad = bad & counted
-    return counted, bad
-
-
-def _bad_label(problem: Problem, xp: Any, target: Any, bad: Any) -> IndexError:
-    first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
-    position = tuple(int(i) for i in np.unravel_index(first, problem.row_shape))
-    value = int(xp.reshape(target, (-1,))[first])
-    if problem.target_dtype == "uint64":
-        value %= 2**64
-    where = f" at position {position}" if position else ""
-    return IndexError(
-        f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
-        f"{value}{where}; mark rows to leave out with ignore_index={problem.ignore_index}"
-    )
 
 
 def _row_count(problem: Problem) -> float:

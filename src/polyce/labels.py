@@ -1,0 +1,104 @@
+"""Class indices: which rows count, which labels are out of range, and the error that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from polyce import arrays
+from polyce.problem import Problem
+
+
+def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
+    """Give each row's label, always in range; which rows count; and which have a bad label.
+
+    None stands for "all rows count" and for "no label is bad". Where labels are checked, a bad one
+    raises IndexError. The results keep the class axis, of length 1.
+    """
+    xp, backend = problem.xp, problem.backend
+    on_host = backend != "numpy" and isinstance(target, np.ndarray)
+    if backend == "jax" and problem.check_labels:
+        # Inside a jit, jax would trace even what is done to known values.
+        on_host, target = True, np.asarray(target)
+    if on_host:
+        xp = np
+    if tuple(target.shape) != problem.row_shape:
+        target = xp.reshape(target, problem.row_shape)
+    target = arrays.expand(target, problem.axis)
+    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    ignore_index: int | None = problem.ignore_index
+    if not lowest <= problem.ignore_index <= highest:
+        # Compared as numbers: a cast to the target's dtype could turn it into another label.
+        ignore_index = None
+    if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
+        # torch can store these but hardly compute with them. uint64 from 2^63 on turns negative,
+        # which no label is, and the ignored value turns with it.
+        target = arrays.cast(xp, target, xp.int64)
+        lowest = -(2**63)
+        if ignore_index is not None and ignore_index > 2**63 - 1:
+            ignore_index -= 2**64
+
+    ignored = None
+    if ignore_index is not None:
+        # As an array: jax takes no Python integer beyond the signed ones.
+        ignored = target == (
+            xp.asarray(ignore_index, dtype=target.dtype) if backend == "jax" else ignore_index
+        )
+    invalid = _out_of_range(target, lowest, highest, problem.classes)
+    if problem.check_labels:
+        odd = _either(ignored, invalid)
+        if odd is None or not bool(xp.any(odd)):
+            # Most calls: every row counts, and what follows is cheaper for knowing it.
+            ignored = invalid = None
+    if ignored is not None and invalid is not None:
+        invalid = invalid & ~ignored
+    if problem.check_labels and invalid is not None:
+        if bool(xp.any(invalid)):
+            raise _bad_label(problem, xp, target, invalid)
+        invalid = None
+
+    unusable = _either(ignored, invalid)
+    if unusable is not None:
+        target = xp.where(unusable, 0, target)
+    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend, target))
+    counted = None if ignored is None else ~ignored
+
+    def beside_logits(array: Any) -> Any:
+        if array is None:
+            return None
+        return arrays.align(backend, problem.xp.asarray(array) if on_host else array, logits)
+
+    return beside_logits(label), beside_logits(counted), beside_logits(invalid)
+
+
+def _out_of_range(target: Any, lowest: int, highest: int, classes: int) -> Any:
+    """Mark labels outside 0, ..., C - 1; None where the dtype holds no such value."""
+    below = target < 0 if lowest < 0 else None
+    above = target >= classes if classes <= highest else None
+    return _either(below, above)
+
+
+def _either(one: Any, other: Any) -> Any:
+    """Combine two masks, of which None marks nothing."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def _bad_label(problem: Problem, xp: Any, target: Any, bad: Any) -> IndexError:
+    first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
+    position = tuple(int(i) for i in np.unravel_index(first, problem.row_shape))
+    value = int(xp.reshape(target, (-1,))[first])
+    if problem.target_dtype == "uint64":
+        value %= 2**64
+    where = f" at position {position}" if position else ""
+    if problem.classes == 0:
+        return IndexError(
+            f"without classes every label must be ignored, got {value}{where}; "
+            "pass logits with at least one class"
+        )
+    return IndexError(
+        f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
+        f"{value}{where}; give rows to leave out the label ignore_index"
+    )
