@@ -206,7 +206,7 @@ MUTANTS = {
     "textbook-formula": Mutant("accuracy", rows=textbook),
     "ignored-rows-kept": Mutant("options", call=lambda p, plan: (p, plan._replace(counted=None))),
     "smoothing-dropped": Mutant(
-        "options", call=lambda p, plan: (dataclasses.replace(p, label_smoothing=0.0), plan)
+        "options", call=lambda p, plan: (p._replace(label_smoothing=0.0), plan)
     ),
     "weight-dropped": Mutant(
         "options",

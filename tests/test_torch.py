@@ -251,3 +251,12 @@ def test_bad_label_under_vmap_gives_nan(torch: Any) -> None:
     logits = torch.zeros((3, 4))
     losses = torch.func.vmap(polyce.cross_entropy)(logits, torch.tensor([0, 4, 3]))
     assert np.isnan(losses.numpy()).tolist() == [False, True, False]
+
+
+def test_with_grad_compiles_into_one_graph(torch: Any) -> None:
+    logits, target = problem(torch, (4, 5), "index", torch.float64)
+    compiled = torch.compile(polyce.cross_entropy_with_grad, fullgraph=True, backend="eager")
+    for got, expected in zip(
+        compiled(logits, target), polyce.cross_entropy_with_grad(logits, target), strict=True
+    ):
+        torch.testing.assert_close(got, expected)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from polyce import autograd_none
+
 
 def rules(backend: str) -> ModuleType:
     """Give the module with a backend's derivative rules; importing it imports the library."""
@@ -15,6 +17,4 @@ def rules(backend: str) -> ModuleType:
         from polyce import autograd_jax
 
         return autograd_jax
-    from polyce import autograd_none
-
     return autograd_none

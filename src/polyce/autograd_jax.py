@@ -5,7 +5,6 @@ The rule is written in jax operations, so that jit, vmap and higher derivatives 
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -33,7 +32,7 @@ def row_losses(implementation: Implementation, problem: Problem, plan: Plan, log
     """Give the rows' losses, with their derivative rule."""
     # Widened outside the rule, so that a 16-bit gradient is rounded once, after the cotangent.
     logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
-    problem = dataclasses.replace(problem, logits_dtype=logits.dtype)
+    problem = problem._replace(logits_dtype=logits.dtype)
     return _row_losses(implementation, problem, plan, logits)
 
 
@@ -69,7 +68,7 @@ def _row_losses_jvp(
 def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)), with its derivative rule."""
     logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
-    wide = dataclasses.replace(problem, logits_dtype=logits.dtype)
+    wide = problem._replace(logits_dtype=logits.dtype)
     return arrays.cast(problem.xp, _log_softmax(wide, logits), problem.logits_dtype)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,8 @@ from typing import Any
 from polyce import arrays, registry
 from polyce.autograd import rules
 from polyce.functional import cross_entropy, cross_entropy_with_grad
-from polyce.problem import Operands, Problem, current_reduction, describe
+from polyce.options import current_reduction
+from polyce.problem import Operands, Problem, describe
 
 # Import name and the distributions that bring it, of all that polyce works with.
 _LIBRARIES = {
@@ -154,6 +153,8 @@ def show_versions() -> None:
 
 def versions() -> str:
     """Give the text that `show_versions` prints."""
+    import platform
+
     import polyce
 
     rows: list[tuple[str, str | None]] = [
@@ -181,6 +182,8 @@ def versions() -> str:
 
 
 def _version(distribution: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from polyce import arrays, reference, targets
 from polyce.autograd import rules
-from polyce.problem import current_reduction, describe, describe_logits
+from polyce.options import current_reduction
+from polyce.problem import describe, describe_logits
 from polyce.registry import select
 
 ArrayT = TypeVar("ArrayT")

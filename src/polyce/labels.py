@@ -48,13 +48,13 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     invalid = _out_of_range(target, lowest, highest, problem.classes)
     if problem.check_labels:
         odd = _either(ignored, invalid)
-        if odd is None or not bool(xp.any(odd)):
+        if odd is None or not arrays.any_true(xp, odd):
             # Most calls: every row counts, and what follows is cheaper for knowing it.
             ignored = invalid = None
     if ignored is not None and invalid is not None:
         invalid = invalid & ~ignored
     if problem.check_labels and invalid is not None:
-        if bool(xp.any(invalid)):
+        if arrays.any_true(xp, invalid):
             raise _bad_label(problem, xp, target, invalid)
         invalid = None
 

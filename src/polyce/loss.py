@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyce.functional import cross_entropy, nll_loss
-from polyce.problem import current_reduction
+from polyce.options import current_reduction
 
 
 class CrossEntropyLoss:

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from polyce import arrays
-
-REDUCTIONS = ("none", "mean", "sum")
+from polyce import arrays, options
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """The static facts of one call."""
 
     xp: Any
@@ -96,11 +90,11 @@ def describe(
 
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
-    check_reduction(reduction)
+    options.check_reduction(reduction)
     if input is None or target is None:
         missing = "input" if input is None else "target"
         raise TypeError(f"{missing} must be an array, got None; pass the logits and their target")
-    if isinstance(grad_output, bool | complex):
+    if isinstance(grad_output, (bool, complex)):
         raise TypeError(
             f"grad_output must be a real number or an array, got {grad_output!r}; "
             "leave it at None for 1"
@@ -109,15 +103,16 @@ def describe(
     xp, backend, (logits, target, weight, cotangent) = arrays.of(
         input=input, target=target, weight=weight, grad_output=None if number else grad_output
     )
-    _check_devices(
-        backend,
-        {"input": logits, "target": target, "weight": weight, "grad_output": cotangent},
-    )
+    if arrays.device(logits, backend) is not None:
+        _check_devices(
+            backend,
+            {"input": logits, "target": target, "weight": weight, "grad_output": cotangent},
+        )
     shape, axis = _logits_shape(logits, axis)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = _target_kind(shape, row_shape, logits, target, probabilities)
-    ignore_index = _check_ignore_index(ignore_index, kind)
-    label_smoothing = _check_smoothing(label_smoothing)
+    ignore_index = options.check_ignore_index(ignore_index, kind)
+    label_smoothing = options.check_smoothing(label_smoothing)
     if weight is not None:
         _check_weight(weight, shape[axis])
     result_dtype = logits.dtype
@@ -196,64 +191,7 @@ def _logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
             f"got {_show(logits)}; convert it to one of these first"
         )
     shape = _known_shape("input", logits)
-    return shape, class_axis(shape, axis)
-
-
-def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
-    """Count the class axis from the front; None means torch's: 1, or 0 for one dimension."""
-    if not shape:
-        raise ValueError(
-            "input must have at least one axis, the classes, got a 0-d array; "
-            "pass shape (C,), (N, C) or (N, C, d1, ..., dK)"
-        )
-    if axis is None:
-        return min(1, len(shape) - 1)
-    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
-        raise TypeError(f"axis must be an integer or None, got {axis!r}; name the class axis")
-    position = operator.index(axis)
-    if not -len(shape) <= position < len(shape):
-        raise ValueError(
-            f"axis must lie within the {len(shape)} axes of input of shape {shape}, got {axis}; "
-            f"use {-len(shape)} to {len(shape) - 1}"
-        )
-    return position % len(shape)
-
-
-def check_reduction(reduction: str) -> None:
-    """Refuse an unknown reduction."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}; "
-            f"{reduction!r} is not a valid value for reduction"
-        )
-
-
-def current_reduction(
-    size_average: bool | None, reduce: bool | None, reduction: str, stacklevel: int = 3
-) -> str:
-    """Read torch's deprecated pair size_average and reduce, which overrides reduction."""
-    if size_average is None and reduce is None:
-        if reduction == "elementwise_mean":
-            warnings.warn(
-                "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
-                UserWarning,
-                stacklevel=stacklevel,
-            )
-            return "mean"
-        return reduction
-    if reduce is not None and not reduce:
-        reduction = "none"
-    elif size_average is not None and not size_average:
-        reduction = "sum"
-    else:
-        reduction = "mean"
-    warnings.warn(
-        "size_average and reduce args will be deprecated, please use "
-        f"reduction='{reduction}' instead.",
-        UserWarning,
-        stacklevel=stacklevel,
-    )
-    return reduction
+    return shape, options.class_axis(shape, axis)
 
 
 def _show(array: Any) -> str:
@@ -273,8 +211,6 @@ def _known_shape(name: str, array: Any) -> tuple[int, ...]:
 
 def _check_devices(backend: str, operands: Mapping[str, Any]) -> None:
     first = arrays.device(operands["input"], backend)
-    if first is None:
-        return
     for name, array in operands.items():
         if array is not None and arrays.device(array, backend) != first:
             raise TypeError(
@@ -317,34 +253,6 @@ def _target_kind(
     return "index"
 
 
-def _check_ignore_index(ignore_index: int, kind: str) -> int:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
-        raise TypeError(
-            f"ignore_index must be an integer, got {ignore_index!r}; "
-            "leave it at -100 to ignore no class"
-        )
-    if kind == "probability" and ignore_index >= 0:
-        raise ValueError(
-            f"ignore_index is for class indices, got {ignore_index} with a target of class "
-            "probabilities; leave it negative"
-        )
-    return int(ignore_index)
-
-
-def _check_smoothing(label_smoothing: float) -> float:
-    if not isinstance(label_smoothing, numbers.Real):
-        raise TypeError(
-            f"label_smoothing must be a real number, got {type(label_smoothing).__qualname__}; "
-            "pass a Python float"
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"label_smoothing must lie between 0 and 1, got {label_smoothing}; "
-            "0 turns smoothing off"
-        )
-    return float(label_smoothing)
-
-
 def _check_weight(weight: Any, classes: int) -> None:
     if tuple(weight.shape) != (classes,):
         raise ValueError(
@@ -374,7 +282,7 @@ def _check_grad_output(grad_output: Any, problem: Problem) -> None:
 
 
 def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:
-    if not isinstance(validate, bool | None):
+    if validate is not None and not isinstance(validate, bool):
         raise TypeError(f"validate must be True, False or None, got {validate!r}; None is usual")
     if validate is False or kind != "index":
         return False

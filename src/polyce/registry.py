@@ -51,13 +51,13 @@ class Implementation:
         if missing is not None:
             found.append(missing)
         facts = (
-            ("arrays", problem.backend, self.backends),
-            ("device", problem.device, self.devices),
-            ("dtype", problem.logits_dtype_name, self.dtypes),
-            ("target", problem.kind, self.kinds),
+            ("arrays", "backend", self.backends),
+            ("device", "device", self.devices),
+            ("dtype", "logits_dtype_name", self.dtypes),
+            ("target", "kind", self.kinds),
         )
-        for fact, value, served in facts:
-            if served is not None and value not in served:
+        for fact, attribute, served in facts:
+            if served is not None and (value := getattr(problem, attribute)) not in served:
                 found.append(f"{fact} {value} is not served ({', '.join(sorted(served))})")
         if self.options is not None:
             for option in problem.options:

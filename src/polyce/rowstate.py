@@ -61,10 +61,10 @@ def from_logits(
     the logits, or, for a whole row only, one positive number for all classes; None for 0.
     """
     xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
-    rest = xp.where(excluded, -math.inf, logits)
-    rest_max = xp.max(rest, axis=axis, keepdims=True)
-    # Each name is bound again so that no more than two arrays of the logits' size live at once.
-    rest = rest - xp.where(rest_max == -math.inf, 0.0, rest_max)
+    rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+    rest_max = arrays.class_max(xp, backend, rest, axis)
+    offset = xp.where(rest_max == -math.inf, 0.0, rest_max)
+    rest = arrays.overwrite(backend, xp.subtract, rest, offset)
 
     rest_coefficient = rest_excess = None
     if isinstance(coefficients, float):
@@ -81,7 +81,7 @@ def from_logits(
         others = others * xp.where(others == 0.0, 0.0, -rest)
         rest_excess = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
 
-    rest = xp.exp(rest)
+    rest = arrays.overwrite(backend, xp.exp, rest)
     state = RowState(
         rest_max=arrays.cast(xp, rest_max, row_dtype),
         rest_sum=arrays.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
@@ -149,7 +149,9 @@ def _scalars(problem: Problem, state: RowState) -> _Scalars:
         # The row dtype is no wider than the logits, so δ has been rounded.
         error = _difference_error(xp, state.rest_max, state.pivot_logit, delta)
         decay = decay + decay * xp.where(below, error, -error)
-    excess = xp.where(below, state.rest_sum * decay, (state.rest_sum - 1.0) + decay)
+    # The difference is 0, or nan where the pivot is at +inf: such a row has no softmax.
+    nothing = state.pivot_logit - state.pivot_logit
+    excess = xp.where(below, state.rest_sum * decay + nothing, (state.rest_sum - 1.0) + decay)
     behind = xp.where(below, 0.0, delta)
     return _Scalars(below, behind, opposite, decay, excess)
 
@@ -179,7 +181,7 @@ def loss(problem: Problem, state: RowState) -> Any:
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
         rows = rows + (state.rest_excess + others * ahead + others * h)
-    return xp.where(state.pivot_logit == math.inf, math.nan, rows)
+    return rows
 
 
 def gradient(
@@ -193,13 +195,13 @@ def gradient(
 ) -> Any:
     """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
 
-    `rest_exp` is exp(x_c - m') as `from_logits` gives it and `scale` is shaped as the state;
-    where `counted` is False, all classes are `excluded` and the gradient is 0.
+    `rest_exp` is exp(x_c - m') as `from_logits` gives it, and the gradient may take its place;
+    `scale` is shaped as the state; where `counted` is False, all classes are `excluded` and the
+    gradient is 0.
     """
-    xp = problem.xp
+    xp, backend = problem.xp, problem.backend
     s = _scalars(problem, state)
     factor = xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
-    factor = xp.where(state.pivot_logit == math.inf, math.nan, factor)
     total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
     if state.rest_coefficient is not None:
         total = total + state.rest_coefficient
@@ -211,12 +213,13 @@ def gradient(
         return arrays.cast(xp, rows, problem.arithmetic_dtype)
 
     if coefficients is None:
-        grad = rest_exp * narrow(scale * (total * factor))
+        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(scale * (total * factor)))
     else:
         # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
-        grad = rest_exp * narrow(total * factor) - coefficients
-        grad = narrow(scale) * grad
+        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(total * factor))
+        grad = arrays.overwrite(backend, xp.subtract, grad, coefficients)
+        grad = arrays.overwrite(backend, xp.multiply, grad, narrow(scale))
     at_pivot = scale * at_pivot
     if counted is not None:
         at_pivot = xp.where(counted, at_pivot, 0.0)
-    return xp.where(excluded, narrow(at_pivot), grad)
+    return arrays.replace(xp, backend, excluded, narrow(at_pivot), grad, owned=True)

@@ -51,7 +51,7 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     class_weight = None
     if operands.weight is not None:
         weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
-        class_weight = arrays.along_axis(xp, weight, axis, len(problem.shape))
+        class_weight = arrays.along_axis(weight, axis, len(problem.shape))
         class_weight = arrays.align(backend, class_weight, logits)
     if problem.kind == "probability":
         probabilities = arrays.cast(xp, operands.target, problem.arithmetic_dtype)
@@ -93,7 +93,7 @@ def _total_weight(problem: Problem, counted: Any, label_weight: Any) -> Any:
         label_weight = arrays.cast(xp, counted, problem.row_dtype)
     elif counted is not None:
         label_weight = xp.where(counted, label_weight, 0.0)
-    return xp.sum(label_weight)
+    return arrays.total(xp, problem.backend, label_weight)
 
 
 def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
@@ -150,7 +150,7 @@ def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
     if problem.reduction == "none":
         rows = xp.squeeze(rows, axis=problem.axis)
         return arrays.cast(xp, rows, problem.result_dtype)
-    total = xp.sum(rows)
+    total = arrays.total(xp, problem.backend, rows)
     if problem.reduction == "mean":
         total = total / plan.denominator
     return arrays.cast(xp, total, problem.result_dtype)

@@ -158,7 +158,7 @@ def dask(axis: int | None = None, size: int = 2, name: str = "dask") -> Backend:
         The axis that arrays are cut along; -1 is the second one of arrays that have two, else
         the first, which is the default class axis. One chunk by default.
     size : int
-        Length of a chunk along that axis.
+        Length of a chunk along that axis, for axes of up to eight chunks; longer ones are cut in 8.
     name : str
         The name that the backend goes by.
     """
@@ -167,7 +167,8 @@ def dask(axis: int | None = None, size: int = 2, name: str = "dask") -> Backend:
     def asarray(array: Array) -> Any:
         chunks: list[int] = [-1] * array.ndim
         if axis is not None and array.ndim:
-            chunks[min(1, array.ndim - 1) if axis == -1 else axis] = size
+            cut = min(1, array.ndim - 1) if axis == -1 else axis
+            chunks[cut] = max(size, -(-array.shape[cut] // 8))
         return da.from_array(array, chunks=tuple(chunks))
 
     def to_numpy(array: Any) -> Array:

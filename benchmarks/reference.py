@@ -1,0 +1,390 @@
+"""Time and measure the reference implementation: one table for each question.
+
+python benchmarks/reference.py [--only NAME ...] [--json FILE] [--tiny]
+
+Contenders of one case run in turn in one process; `ratio` is the median of polyce over that of the
+contender beside it. A target is what polyce holds itself to, on a machine that is otherwise quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import contenders
+import measure
+from measure import Row
+
+
+class Size(NamedTuple):
+    """How much a run measures."""
+
+    processes: int
+    """Fresh processes for one number."""
+    seconds: float
+    """Time for the rounds of one case."""
+    rounds: int
+    """Rounds of one case at least."""
+    small: tuple[int, int]
+    large: tuple[int, int]
+    wide: tuple[int, int]
+    """Rows and classes of a case with many rows and fewer classes."""
+    lazy: tuple[int, int]
+    """Rows and classes of a dask array that would not all fit into memory."""
+    lazy_chunk: int
+    """Rows of one of its chunks."""
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """What the timing of one case takes."""
+        return {"budget": self.seconds, "rounds": self.rounds}
+
+
+FULL = Size(11, 5.0, 11, (8, 10), (1024, 32000), (8192, 1000), (8192, 32000), 256)
+TINY = Size(1, 0.0, 2, (4, 5), (32, 50), (64, 10), (64, 50), 8)
+
+
+def imports(size: Size) -> list[Row]:
+    """Time the imports and the first call, each time in a fresh process."""
+    runs = measure.fresh_source(IMPORTS, size.processes)
+    rows = []
+    for step, target in (("import numpy", None), ("import polyce", 0.020), ("first call", None)):
+        times = [run[step] for run in runs]
+        median = statistics.median(times)
+        rows.append({"step": step, "median_s": median, "best_s": min(times)})
+        rows[-1] |= {} if target is None else {"target_s": target, "met": median <= target}
+    return rows
+
+
+# Nothing else may be imported before the clock stops: polyce might need it too.
+IMPORTS = """
+from time import perf_counter
+start = perf_counter()
+import numpy
+numpy_done = perf_counter()
+import polyce
+polyce_done = perf_counter()
+logits, labels = numpy.zeros((8, 10), numpy.float32), numpy.zeros(8, numpy.int64)
+before = perf_counter()
+polyce.cross_entropy(logits, labels)
+after = perf_counter()
+import json
+print(json.dumps({
+    "import numpy": numpy_done - start,
+    "import polyce": polyce_done - numpy_done,
+    "first call": after - before,
+}))
+"""
+
+
+def time_small(shape: tuple[int, int], **timing: Any) -> list[Row]:
+    """Time small NumPy inputs."""
+    import polyce
+
+    logits, labels = contenders.logits_and_labels(shape)
+    name = f"{shape[0]}x{shape[1]}"
+    return measure.against(
+        f"loss {name}",
+        lambda: polyce.cross_entropy(logits, labels),
+        {"simple": (lambda: contenders.simple_loss(logits, labels), 6.0)},
+        **timing,
+    ) + measure.against(
+        f"loss and gradient {name}",
+        lambda: polyce.cross_entropy_with_grad(logits, labels),
+        {"simple": (lambda: contenders.simple_loss_and_gradient(logits, labels), None)},
+        **timing,
+    )
+
+
+def time_large(shape: tuple[int, int], **timing: Any) -> list[Row]:
+    """Time large NumPy inputs."""
+    import polyce
+
+    logits, labels = contenders.logits_and_labels(shape)
+    name = f"{shape[0]}x{shape[1]}"
+    return measure.against(
+        f"loss {name}",
+        lambda: polyce.cross_entropy(logits, labels),
+        {
+            "exact": (lambda: contenders.exact_loss(logits, labels), 2.5),
+            "exact, blocks": (lambda: contenders.blocked_loss(logits, labels), None),
+            "simple": (lambda: contenders.simple_loss(logits, labels), None),
+        },
+        **timing,
+    ) + measure.against(
+        f"loss and gradient {name}",
+        lambda: polyce.cross_entropy_with_grad(logits, labels),
+        {
+            "exact": (lambda: contenders.exact_loss_and_gradient(logits, labels), 2.5),
+            "exact, blocks": (lambda: contenders.blocked_loss_and_gradient(logits, labels), None),
+            "simple": (lambda: contenders.simple_loss_and_gradient(logits, labels), None),
+        },
+        **timing,
+    )
+
+
+def memory(size: Size) -> list[Row]:
+    """Measure the peak memory of NumPy calls, each in a fresh process."""
+    rows = []
+    name = f"{size.large[0]}x{size.large[1]}"
+    dtypes = ["float32", "float16"]
+    if measure.installed("ml_dtypes"):
+        dtypes.append("bfloat16")
+    for dtype in dtypes:
+        for function, case in (
+            ("cross_entropy", "loss"),
+            ("cross_entropy_with_grad", "loss and gradient"),
+        ):
+            grown = measure.fresh(
+                "reference:grow", function=function, shape=size.large, dtype=dtype
+            )
+            if grown is None:
+                raise LookupError("this system does not tell a process's peak memory")
+            multiple = 1.0 + grown["bytes"] / grown["logits"]
+            # The 16-bit dtypes are computed in float32, twice their size.
+            target = 3.5 if dtype == "float32" else None
+            row = {"case": f"{case} {name} {dtype}", "peak_times_logits": multiple}
+            rows.append(row | measure.judge(multiple, target))
+    return rows
+
+
+def grow(function: str, shape: tuple[int, int], dtype: str) -> dict[str, float] | None:
+    """Measure the growth of one call on NumPy."""
+    import polyce
+
+    call = getattr(polyce, function)
+    logits, labels = contenders.logits_and_labels(shape, dtype)
+    call(logits[:1, :2], labels[:1] * 0)  # what the first call imports is not meant
+    grown = measure.peak_growth(lambda: call(logits, labels))
+    return grown and grown | {"logits": logits.nbytes}
+
+
+def time_jax(shape: tuple[int, int], **timing: Any) -> list[Row]:
+    """Time jax."""
+    import jax
+
+    import polyce
+
+    peer, peer_loss = "by hand", contenders.jax_loss
+    if measure.installed("optax"):
+        import optax
+
+        def peer_loss(logits: Any, labels: Any) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        peer = "optax"
+
+    logits, labels = (jax.numpy.asarray(array) for array in contenders.logits_and_labels(shape))
+
+    def ready(function: Callable[..., Any]) -> Callable[[], Any]:
+        compiled = jax.jit(function)
+        return lambda: jax.block_until_ready(compiled(logits, labels))
+
+    name = f"{shape[0]}x{shape[1]}"
+    return measure.against(
+        f"loss {name}", ready(polyce.cross_entropy), {peer: (ready(peer_loss), None)}, **timing
+    ) + measure.against(
+        f"value_and_grad {name}",
+        ready(jax.value_and_grad(polyce.cross_entropy)),
+        {peer: (ready(jax.value_and_grad(peer_loss)), 1.3)},
+        **timing,
+    )
+
+
+def eager_torch(size: Size) -> list[Row]:
+    """Time torch, and the large input once more with huge pages."""
+    rows = []
+    for shape in (size.small, size.large):
+        rows += measure.fresh("reference:time_torch", shape=shape, **size.timing)
+    huge = measure.fresh(
+        "reference:time_torch", {"THP_MEM_ALLOC_ENABLE": "1"}, shape=size.large, **size.timing
+    )
+    return rows + [row | {"case": f"{row['case']}, huge pages"} for row in huge]
+
+
+def time_torch(shape: tuple[int, int], **timing: Any) -> list[Row]:
+    """Time torch."""
+    import torch
+
+    import polyce
+
+    logits, labels = (torch.from_numpy(array) for array in contenders.logits_and_labels(shape))
+    leaf = logits.clone().requires_grad_()
+    theirs = torch.nn.functional.cross_entropy
+
+    def backward(function: Callable[..., Any]) -> Any:
+        loss = function(leaf, labels)
+        return loss.detach(), torch.autograd.grad(loss, leaf)
+
+    name = f"{shape[0]}x{shape[1]}, {torch.get_num_threads()} threads"
+    return measure.against(
+        f"forward {name}",
+        lambda: polyce.cross_entropy(logits, labels),
+        {"torch": (lambda: theirs(logits, labels), None)},
+        **timing,
+    ) + measure.against(
+        f"forward and backward {name}",
+        lambda: backward(polyce.cross_entropy),
+        {"torch": (lambda: backward(theirs), None)},
+        **timing,
+    )
+
+
+def lazy_dask(size: Size) -> list[Row]:
+    """Measure the growth of dask computations, each in a fresh process."""
+    rows = []
+    name = f"{size.lazy[0]}x{size.lazy[1]} by {size.lazy_chunk} rows"
+    for scheduler in ("threads", "synchronous"):
+        for case in ("logits alone", "loss by hand", "loss", "loss and gradient"):
+            arguments = {"case": case, "shape": size.lazy, "chunk": size.lazy_chunk}
+            grown = measure.fresh("reference:grow_dask", scheduler=scheduler, **arguments)
+            if grown is None:
+                raise LookupError("this system does not tell a process's peak memory")
+            ours = case in ("loss", "loss and gradient")
+            row = {"case": f"{case} {name}", "scheduler": scheduler, "time_s": grown["seconds"]}
+            gigabytes = grown["bytes"] / 1e9
+            rows.append(
+                row | {"growth_GB": gigabytes} | measure.judge(gigabytes, 0.5 if ours else None)
+            )
+    return rows
+
+
+def lazy_case(case: str, logits: Any, labels: Any) -> tuple[Any, ...]:
+    """Give the lazy results of one case."""
+    import polyce
+
+    if case == "logits alone":
+        return (abs(logits).max(),)
+    if case == "loss by hand":
+        return (contenders.dask_loss(logits, labels),)
+    if case == "loss":
+        return (polyce.cross_entropy(logits, labels),)
+    loss, grad = polyce.cross_entropy_with_grad(logits, labels)
+    return loss, abs(grad).max()
+
+
+def grow_dask(
+    case: str, shape: tuple[int, int], chunk: int, scheduler: str
+) -> dict[str, float] | None:
+    """Measure the growth of one computation with dask."""
+    import dask
+
+    with dask.config.set(scheduler=scheduler, num_workers=2):
+        # What the first computation imports and starts is not meant.
+        dask.compute(*lazy_case(case, *contenders.lazy_problem((4, 6), (2, 6))))
+        results = lazy_case(case, *contenders.lazy_problem(tuple(shape), (chunk, shape[1])))
+        return measure.peak_growth(lambda: dask.compute(*results))
+
+
+def count_tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
+    """Count dask's tasks and time the making of the graph."""
+    import dask
+
+    rows, classes = shape
+    cases = [
+        (case, (rows // share, classes), (chunk, classes))
+        for case in ("loss", "loss and gradient")
+        for share in (8, 4, 2, 1)
+    ]
+    # Cut along the classes as well, so that a row's state comes from several chunks.
+    cut = (rows // 8, classes // 8)
+    cases += [("loss and gradient", cut, (chunk, -(-cut[1] // parts))) for parts in (1, 2, 4, 8)]
+    found = []
+    for case, whole, chunks in cases:
+        logits, labels = contenders.lazy_problem(whole, chunks)
+        start = time.perf_counter()
+        results = lazy_case(case, logits, labels)
+        seconds = time.perf_counter() - start
+        described, to_run = (
+            len(set().union(*(result.__dask_graph__().keys() for result in stage)))
+            for stage in (results, dask.optimize(*results))
+        )
+        pieces = math.prod(logits.numblocks)
+        row = {"case": f"{case} {whole[0]}x{whole[1]}", "chunk": f"{chunks[0]}x{chunks[1]}"}
+        row |= {"chunks": pieces, "tasks described": described, "tasks to run": to_run}
+        found.append(row | {"to run per chunk": to_run / pieces, "describe_s": seconds})
+    return found
+
+
+class Question(NamedTuple):
+    """What one table answers."""
+
+    title: str
+    needed: str
+    """The module that must be installed."""
+    ask: Callable[[Size], list[Row]]
+
+
+QUESTIONS = {
+    "import": Question("import and first call, median of fresh processes", "numpy", imports),
+    "small": Question(
+        "NumPy, a small input, against losses without any check",
+        "numpy",
+        lambda size: measure.fresh("reference:time_small", shape=size.small, **size.timing),
+    ),
+    "large": Question(
+        "NumPy, a large input, against losses with polyce's digits (exact) and without (simple)",
+        "numpy",
+        lambda size: measure.fresh("reference:time_large", shape=size.large, **size.timing),
+    ),
+    "memory": Question(
+        "NumPy, peak memory in multiples of the logits, which count as the first", "numpy", memory
+    ),
+    "jax": Question(
+        "jax under jit, against optax (the same by hand where optax is missing)",
+        "jax",
+        lambda size: [
+            row
+            for shape in (size.large, size.wide)
+            for row in measure.fresh("reference:time_jax", shape=shape, **size.timing)
+        ],
+    ),
+    "dask": Question(
+        "dask, logits made chunk by chunk: growth of the process in GB", "dask", lazy_dask
+    ),
+    "dask-tasks": Question(
+        "dask, tasks of the graph for more and more chunks",
+        "dask",
+        lambda size: measure.fresh("reference:count_tasks", shape=size.lazy, chunk=size.lazy_chunk),
+    ),
+    "torch": Question("torch, eager, against its own", "torch", eager_torch),
+}
+
+
+def main() -> None:
+    """Run the questions asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=QUESTIONS, metavar="NAME", help=" ".join(QUESTIONS)
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--tiny", action="store_true", help="run in seconds; the numbers mean nothing"
+    )
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"environment": measure.environment(), "questions": {}}
+    for name, value in found["environment"].items():
+        shown = ", ".join(map(" ".join, value.items())) if isinstance(value, dict) else value
+        print(f"{name}: {shown}")
+    print()
+    for name in arguments.only or QUESTIONS:
+        question = QUESTIONS[name]
+        print(f"{name}: {question.title}", flush=True)
+        if not measure.installed(question.needed):
+            print(f"  left out: {question.needed} is not installed\n")
+            continue
+        rows = question.ask(TINY if arguments.tiny else FULL)
+        measure.show(rows)
+        found["questions"][name] = {"title": question.title, "rows": rows}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

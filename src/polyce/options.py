@@ -1,0 +1,99 @@
+"""Options that are no arrays: what each may be, and torch's deprecated ones."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import warnings
+from typing import Any
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: object) -> None:
+    """Refuse an unknown reduction."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}; "
+            f"{reduction!r} is not a valid value for reduction"
+        )
+
+
+def current_reduction(
+    size_average: bool | None, reduce: bool | None, reduction: str, stacklevel: int = 3
+) -> str:
+    """Read torch's deprecated pair size_average and reduce, which overrides reduction."""
+    if size_average is None and reduce is None:
+        if reduction == "elementwise_mean":
+            warnings.warn(
+                "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+            return "mean"
+        return reduction
+    if reduce is not None and not reduce:
+        reduction = "none"
+    elif size_average is not None and not size_average:
+        reduction = "sum"
+    else:
+        reduction = "mean"
+    warnings.warn(
+        "size_average and reduce args will be deprecated, please use "
+        f"reduction='{reduction}' instead.",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
+    return reduction
+
+
+def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
+    """Count the class axis from the front; None means torch's: 1, or 0 for one dimension."""
+    if not shape:
+        raise ValueError(
+            "input must have at least one axis, the classes, got a 0-d array; "
+            "pass shape (C,), (N, C) or (N, C, d1, ..., dK)"
+        )
+    if axis is None:
+        return min(1, len(shape) - 1)
+    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
+        raise TypeError(f"axis must be an integer or None, got {axis!r}; name the class axis")
+    position = operator.index(axis)
+    if not -len(shape) <= position < len(shape):
+        raise ValueError(
+            f"axis must lie within the {len(shape)} axes of input of shape {shape}, got {axis}; "
+            f"use {-len(shape)} to {len(shape) - 1}"
+        )
+    return position % len(shape)
+
+
+def check_ignore_index(ignore_index: Any, kind: str) -> int:
+    """Refuse an ignore_index that is no integer, or one that probabilities would not heed."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(
+            f"ignore_index must be an integer, got {ignore_index!r}; "
+            "leave it at -100 to ignore no class"
+        )
+    value = int(ignore_index)
+    if kind == "probability" and value >= 0:
+        raise ValueError(
+            f"ignore_index is for class indices, got {value} with a target of class "
+            "probabilities; leave it negative"
+        )
+    return value
+
+
+def check_smoothing(label_smoothing: Any) -> float:
+    """Refuse a label_smoothing outside 0 to 1."""
+    if not isinstance(label_smoothing, numbers.Real):
+        raise TypeError(
+            f"label_smoothing must be a real number, got {type(label_smoothing).__qualname__}; "
+            "pass a Python float"
+        )
+    value = float(label_smoothing)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"label_smoothing must lie between 0 and 1, got {label_smoothing}; "
+            "0 turns smoothing off"
+        )
+    return value
