@@ -164,9 +164,10 @@ def doctest(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Time the reference implementation; arguments follow `--`."""
-    install(session, "numpy", "torch")
+    """Time the reference implementation and measure its errors; arguments follow `--`."""
+    install(session, "numpy", "torch", "jax", "dask")
     session.run("python", "benchmarks/reference.py", *session.posargs)
+    session.run("python", "benchmarks/accuracy.py")
 
 
 @nox.session(default=False)
