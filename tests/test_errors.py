@@ -77,7 +77,7 @@ RULES = {
         ValueError, "label_smoothing must lie between 0 and 1, got {}; 0 turns smoothing off", SOFT
     ),
     "reduction": Rule(
-        ValueError, "reduction must be 'none', 'mean' or 'sum', got {}; .* is not a valid value"
+        ValueError, "reduction must be 'none', 'mean' or 'sum', got {}; pass one of the three"
     ),
     "axis": Rule(TypeError, "axis must be an integer or None, got {}; name the class axis", ALL),
     "axis range": Rule(ValueError, "axis must lie within the 2 axes .*, got {}; use -2 to 1", ALL),

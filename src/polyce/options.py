@@ -14,21 +14,18 @@ def check_reduction(reduction: object) -> None:
     """Refuse an unknown reduction."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
-            f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}; "
-            f"{reduction!r} is not a valid value for reduction"
+            f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}; pass one of the three"
         )
 
 
-def current_reduction(
-    size_average: bool | None, reduce: bool | None, reduction: str, stacklevel: int = 3
-) -> str:
+def current_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """Read torch's deprecated pair size_average and reduce, which overrides reduction."""
     if size_average is None and reduce is None:
         if reduction == "elementwise_mean":
             warnings.warn(
                 "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.",
                 UserWarning,
-                stacklevel=stacklevel,
+                stacklevel=3,
             )
             return "mean"
         return reduction
@@ -42,7 +39,7 @@ def current_reduction(
         "size_average and reduce args will be deprecated, please use "
         f"reduction='{reduction}' instead.",
         UserWarning,
-        stacklevel=stacklevel,
+        stacklevel=3,
     )
     return reduction
 
