@@ -126,18 +126,18 @@ class Mutant:
     patch: Patch | None = None
     """What it does elsewhere: module, name, function in its place."""
 
-    def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any]:
+    def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
-        rows, state = reference.forward(*call, logits)
-        return (self.rows(problem, plan, logits, rows) if self.rows else rows), state
+        rows, state, stats = reference.forward(*call, logits)
+        return (self.rows(problem, plan, logits, rows) if self.rows else rows), state, stats
 
     def forward_backward(
         self, problem: Problem, plan: Plan, cotangent: Any, logits: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
-        rows, grad = reference.forward_backward(*call, cotangent, logits)
+        rows, grad, stats = reference.forward_backward(*call, cotangent, logits)
         rows = self.rows(problem, plan, logits, rows) if self.rows else rows
-        return rows, self.grad(problem, plan, logits, grad) if self.grad else grad
+        return rows, self.grad(problem, plan, logits, grad) if self.grad else grad, stats
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put it before the reference, under the name mutant."""

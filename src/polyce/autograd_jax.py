@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from polyce import arrays, reference
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
+from polyce.stats import RowStats
 from polyce.targets import Plan
 
 
@@ -28,8 +30,10 @@ def detach(operands: Operands) -> Operands:
     return Operands(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in operands))
 
 
-def row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Give the rows' losses, with their derivative rule."""
+def row_losses(
+    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowStats | None]:
+    """Give the rows' losses and stats, the losses with their derivative rule."""
     # Widened outside the rule, so that a 16-bit gradient is rounded once, after the cotangent.
     logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
     problem = problem._replace(logits_dtype=logits.dtype)
@@ -37,8 +41,11 @@ def row_losses(implementation: Implementation, problem: Problem, plan: Plan, log
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
-    return implementation.forward(problem, plan, logits)[0]
+def _row_losses(
+    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowStats | None]:
+    rows, _, stats = implementation.forward(problem, plan, logits)
+    return rows, stats
 
 
 @partial(_row_losses.defjvp, symbolic_zeros=True)
@@ -53,16 +60,17 @@ def _row_losses_jvp(
                 "polyce differentiates with respect to input only, but target or weight is being "
                 "differentiated; pass it through jax.lax.stop_gradient"
             )
-    rows, state = implementation.forward(problem, plan, logits)
+    rows, state, stats = implementation.forward(problem, plan, logits)
+    no_tangents = jax.tree.map(_no_tangent, stats)
     if _is_zero(tangent):
-        return rows, jnp.zeros_like(rows)
+        return (rows, stats), (jnp.zeros_like(rows), no_tangents)
     grad = implementation.backward(problem, plan, 1.0, logits, state)
     rows_tangent = jnp.sum(grad * tangent, axis=problem.axis, keepdims=True)
     rows_tangent = arrays.cast(problem.xp, rows_tangent, rows.dtype)
     if plan.counted is not None:
         # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
         rows_tangent = jnp.where(plan.counted, rows_tangent, 0.0)
-    return rows, rows_tangent
+    return (rows, stats), (rows_tangent, no_tangents)
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
@@ -87,6 +95,12 @@ def _log_softmax_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any
 
 def _is_float(array: Any) -> bool:
     return hasattr(array, "dtype") and bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _no_tangent(array: Any) -> Any:
+    if _is_float(array):
+        return jnp.zeros_like(array)
+    return np.zeros(array.shape, jax.dtypes.float0)
 
 
 def _is_zero(leaf: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from polyce import reference
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
+from polyce.stats import RowStats
 from polyce.targets import Plan
 
 
@@ -19,9 +20,12 @@ def detach(operands: Operands) -> Operands:
     return operands
 
 
-def row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Give the rows' losses."""
-    return implementation.forward(problem, plan, logits)[0]
+def row_losses(
+    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowStats | None]:
+    """Give the rows' losses and stats."""
+    rows, _, stats = implementation.forward(problem, plan, logits)
+    return rows, stats
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from polyce import reference
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
+from polyce.stats import RowStats
 from polyce.targets import Plan
 
 
@@ -30,11 +31,15 @@ def check(operands: Operands) -> None:
             )
 
 
-def row_losses(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Give the rows' losses, with their gradient on torch's graph."""
+def row_losses(
+    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowStats | None]:
+    """Give the rows' losses and stats, the losses with their gradient on torch's graph."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        return implementation.forward(problem, plan, logits)[0]
-    return _RowLosses.apply(logits, implementation, problem, plan)
+        rows, _, stats = implementation.forward(problem, plan, logits)
+        return rows, stats
+    rows, *found = _RowLosses.apply(logits, implementation, problem, plan)
+    return rows, RowStats(*found) if found else None
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
@@ -48,18 +53,20 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Any, implementation: Implementation, problem: Problem, plan: Plan
-    ) -> Any:
-        rows, state = implementation.forward(problem, plan, logits)
+    ) -> tuple[Any, ...]:
+        rows, state, stats = implementation.forward(problem, plan, logits)
         ctx.implementation, ctx.problem = implementation, problem
         ctx.plan_type, ctx.state_type = type(plan), type(state)
         # Saved as torch wants it, so that its hooks and its check for changed tensors apply.
         values = (*plan, *(state or ()))
         ctx.save_for_backward(logits, *(_tensor_or_none(value) for value in values))
         ctx.numbers = tuple(None if isinstance(v, torch.Tensor) else v for v in values)
-        return rows
+        found = stats or ()
+        ctx.mark_non_differentiable(*(array for array in found if array is not None))
+        return rows, *found
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None, None]:
+    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, None, None, None]:
         logits, *tensors = ctx.saved_tensors
         values = [
             number if tensor is None else tensor

@@ -116,7 +116,7 @@ def cross_entropy(
     autograd.check(operands)
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
-        rows = autograd.row_losses(chosen, problem, plan, operands.logits)
+        rows, _ = autograd.row_losses(chosen, problem, plan, operands.logits)
         return targets.reduce(problem, plan, rows)
 
 
@@ -189,7 +189,7 @@ def cross_entropy_with_grad(
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
-        rows, grad = chosen.forward_backward(problem, plan, cotangent, operands.logits)
+        rows, grad, _ = chosen.forward_backward(problem, plan, cotangent, operands.logits)
         return targets.reduce(problem, plan, rows), grad
 
 

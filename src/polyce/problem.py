@@ -41,6 +41,15 @@ class Problem(NamedTuple):
     label_smoothing: float
     reduction: str
     check_labels: bool
+    sample_weighted: bool = False
+    normalized: bool = False
+    """Whether the call brings what the mean divides by."""
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    logit_softcap: float = math.inf
+    """inf for none."""
+    stats: tuple[str, ...] = ()
+    """What to report of each row beside its loss."""
 
     @property
     def classes(self) -> int:
@@ -70,6 +79,8 @@ class Operands(NamedTuple):
     logits: Any
     target: Any
     weight: Any
+    sample_weight: Any
+    normalizer: Any
     grad_output: Any
 
 
@@ -145,7 +156,7 @@ def describe(
         cotangent = float(grad_output)
     elif cotangent is not None:
         _check_grad_output(cotangent, problem)
-    return problem, Operands(logits, target, weight, cotangent)
+    return problem, Operands(logits, target, weight, None, None, cotangent)
 
 
 def describe_logits(input: Any, axis: int | None) -> tuple[Problem, Any]:

@@ -11,15 +11,18 @@ from typing import Any
 from polyce import arrays, rowstate, targets
 from polyce.problem import Problem
 from polyce.rowstate import RowState
+from polyce.stats import RowStats
 from polyce.targets import Plan
 
 
-def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowState | None]:
-    """Give the rows' losses, in the row dtype, and the state from which `backward` goes on."""
+def forward(
+    problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowState | None, RowStats | None]:
+    """Give the rows' losses, in the row dtype, the state for `backward`, and the rows' stats."""
     if problem.is_empty:
-        return _empty_rows(problem, plan, logits), None
+        return _empty_rows(problem, plan, logits), None, None
     state, _, _, _ = _read(problem, plan, logits)
-    return _losses(problem, plan, state), state
+    return _losses(problem, plan, state), state, None
 
 
 def backward(
@@ -32,13 +35,16 @@ def backward(
     return _gradient(problem, plan, cotangent, state, excluded, rest_exp, coefficients)
 
 
-def forward_backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> tuple[Any, Any]:
-    """Give the rows' losses and the gradient in one pass over the logits."""
+def forward_backward(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+) -> tuple[Any, Any, RowStats | None]:
+    """Give the rows' losses, the gradient and the rows' stats in one pass over the logits."""
     if problem.is_empty:
-        return _empty_rows(problem, plan, logits), problem.xp.zeros_like(logits)
+        return _empty_rows(problem, plan, logits), problem.xp.zeros_like(logits), None
     state, excluded, rest_exp, coefficients = _read(problem, plan, logits)
     rows = _losses(problem, plan, state)
-    return rows, _gradient(problem, plan, cotangent, state, excluded, rest_exp, coefficients)
+    grad = _gradient(problem, plan, cotangent, state, excluded, rest_exp, coefficients)
+    return rows, grad, None
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:

@@ -30,12 +30,12 @@ class Implementation:
     """
 
     name: str
-    forward: Callable[..., tuple[Any, Any]]
-    """(problem, plan, logits) -> (rows, state)"""
+    forward: Callable[..., tuple[Any, Any, Any]]
+    """(problem, plan, logits) -> (rows, state, stats)"""
     backward: Callable[..., Any]
     """(problem, plan, cotangent, logits, state) -> gradient"""
-    forward_backward: Callable[..., tuple[Any, Any]]
-    """(problem, plan, cotangent, logits) -> (rows, gradient)"""
+    forward_backward: Callable[..., tuple[Any, Any, Any]]
+    """(problem, plan, cotangent, logits) -> (rows, gradient, stats)"""
     backends: frozenset[str] | None = None
     devices: frozenset[str] | None = None
     dtypes: frozenset[str] | None = None

@@ -38,6 +38,8 @@ class Plan(NamedTuple):
     """Class weight of each row's label, in the row dtype; None for 1."""
     class_weight: Any
     """Class weights along the class axis, in the arithmetic dtype; None for 1."""
+    sample_weight: Any
+    """What multiplies each row's loss, in the row dtype; None for 1."""
     probabilities: Any
     """Target probabilities, of the logits' shape, in the arithmetic dtype; None for labels."""
     denominator: Any
@@ -61,6 +63,7 @@ def plan(problem: Problem, operands: Operands) -> Plan:
             invalid=None,
             label_weight=None,
             class_weight=class_weight,
+            sample_weight=None,
             probabilities=arrays.align(backend, probabilities, logits),
             denominator=_row_count(problem) if problem.reduction == "mean" else None,
         )
@@ -75,7 +78,7 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     denominator = None
     if problem.reduction == "mean":
         denominator = _total_weight(problem, counted, label_weight)
-    return Plan(label, counted, invalid, label_weight, class_weight, None, denominator)
+    return Plan(label, counted, invalid, label_weight, class_weight, None, None, denominator)
 
 
 def _row_count(problem: Problem) -> float:
