@@ -2,160 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 import polyce
+from error_calls import (
+    ALL,
+    FUNCTIONS,
+    GRAD,
+    LOSSES,
+    NLL,
+    READERS,
+    SOFT,
+    X3,
+    Bad,
+    P,
+    T,
+    X,
+    bad,
+    check,
+    floats,
+    ints,
+    table,
+)
 from polyce.testing.backends import Backend
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "cross_entropy": polyce.cross_entropy,
-    "cross_entropy_with_grad": polyce.cross_entropy_with_grad,
-    "CrossEntropyLoss": lambda *arrays, **options: polyce.CrossEntropyLoss(*arrays[2:], **options)(
-        *arrays[:2]
-    ),
-    "explain": polyce.explain,
-    "nll_loss": polyce.nll_loss,
-    "NLLLoss": lambda *arrays, **options: polyce.NLLLoss(*arrays[2:], **options)(*arrays[:2]),
-    "log_softmax": lambda logits, _, **options: polyce.log_softmax(logits, **options),
-}
-NLL = ("nll_loss", "NLLLoss")
-LOGS = ("log_softmax",)
-SOFT = tuple(name for name in FUNCTIONS if name not in (*NLL, *LOGS))
-LOSSES = (*SOFT, *NLL)
-GRAD = ("cross_entropy_with_grad",)
-# The functions that read the labels.
-READERS = tuple(name for name in LOSSES if name != "explain")
-
-X = np.linspace(-2, 2, 15, dtype=np.float32).reshape(3, 5)
-X3 = np.linspace(-2, 2, 40, dtype=np.float32).reshape(2, 5, 4)
-T = np.array([1, 0, 4], dtype=np.int32)
-P = np.full((3, 5), 0.2, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What one error says; {} stands for what came."""
-
-    error: type[Exception]
-    says: str
-    functions: tuple[str, ...] = LOSSES
-
-
-ALL = (*LOSSES, *LOGS)
-RULES = {
-    "rank": Rule(ValueError, "input must have at least one axis, .*got {}; pass shape", ALL),
-    "indices": Rule(
-        ValueError,
-        "target must hold class indices of shape {}, .*got {} for input .*; remove or add axes",
-    ),
-    "integers": Rule(
-        TypeError, "target .* holds class indices and must be an integer dtype, got {}; cast it"
-    ),
-    "probabilities": Rule(
-        TypeError,
-        "a target of input's shape .* class probabilities and must be real .*, got {}; for class",
-        SOFT,
-    ),
-    "logits": Rule(TypeError, "input must be real floating point .*, got {}; convert it", ALL),
-    "weight shape": Rule(ValueError, "weight must be 1-D .* 5 classes, got shape {}; pass shape"),
-    "weight dtype": Rule(TypeError, "weight must be real numbers, got {}; convert it"),
-    "no array": Rule(TypeError, "{} must be an array of an array-API .*, got {}; convert it"),
-    "no plain array": Rule(TypeError, "{} must be a plain array, got numpy.*{}, .*; pass numpy"),
-    "missing": Rule(TypeError, "{} must be an array, got None; pass the logits"),
-    "ignore_index": Rule(TypeError, "ignore_index must be an integer, got {}; leave it at -100"),
-    "ignore_index range": Rule(
-        ValueError, "ignore_index is for class indices, got {} with .*; leave it negative", SOFT
-    ),
-    "smoothing": Rule(TypeError, "label_smoothing must be a real number, got .*{}; pass a", SOFT),
-    "smoothing range": Rule(
-        ValueError, "label_smoothing must lie between 0 and 1, got {}; 0 turns smoothing off", SOFT
-    ),
-    "reduction": Rule(
-        ValueError, "reduction must be 'none', 'mean' or 'sum', got {}; pass one of the three"
-    ),
-    "axis": Rule(TypeError, "axis must be an integer or None, got {}; name the class axis", ALL),
-    "axis range": Rule(ValueError, "axis must lie within the 2 axes .*, got {}; use -2 to 1", ALL),
-    "validate": Rule(TypeError, "validate must be True, False or None, got {}; None is usual"),
-    "no values": Rule(ValueError, "validate=True needs .* traced or lazy.*; leave validate at"),
-    "labels": Rule(
-        IndexError, r"labels must lie in 0 to 4 \(5 classes\), got {}; give .* ignore_index"
-    ),
-    "implementation": Rule(
-        ValueError, "implementation must be one of .*reference.*, got {}; see polyce.explain", SOFT
-    ),
-    "library": Rule(
-        TypeError,
-        "all arrays must .* one library, but input is {} and {} is {}; convert {} with {}",
-    ),
-    "device": Rule(TypeError, "all arrays must lie .*, but input is on .* and {} on {}; move {}"),
-    "grad_output": Rule(
-        ValueError, "grad_output must have .* shape {} for reduction {}, got shape {}; pass", GRAD
-    ),
-    "grad_output rows": Rule(
-        ValueError, "grad_output must have the shape of the rows {} .* the number {}; pass", GRAD
-    ),
-    "grad_output dtype": Rule(TypeError, "grad_output must be real .*, got {}; convert it", GRAD),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Bad:
-    """A call that fails: the rule it breaks, what the error says came, and the arguments.
-
-    NumPy arrays become the backend's.
-    """
-
-    rule: str
-    came: tuple[str, ...]
-    arguments: dict[str, Any]
-    functions: tuple[str, ...]
-
-    @property
-    def match(self) -> str:
-        return "^" + RULES[self.rule].says.format(*map(re.escape, self.came))
-
-
-def bad(rule: str, *came: str, on: tuple[str, ...] = (), **arguments: Any) -> Bad:
-    return Bad(rule, came, arguments, on or RULES[rule].functions)
-
-
-def ints(*shape: int) -> Any:
-    return np.zeros(shape, dtype=np.int32)
-
-
-def floats(*shape: int) -> Any:
-    return np.zeros(shape, dtype=np.float32)
-
-
-def check(backend: Backend, call: Bad, name: str, **more: Any) -> None:
-    """Make the call, see the error and that the arrays are what they were."""
-    before = {"input": X, "target": T} | call.arguments | more
-    given = {
-        key: backend.asarray(value.copy()) if type(value) is np.ndarray else value
-        for key, value in before.items()
-    }
-    names = [key for key in ("input", "target", "weight") if key in given]
-    options = {key: value for key, value in given.items() if key not in names}
-    with pytest.raises(RULES[call.rule].error, match=call.match):
-        FUNCTIONS[name](*(given[key] for key in names), **options)
-    for key, value in given.items():
-        if type(before[key]) is np.ndarray:
-            np.testing.assert_array_equal(backend.to_numpy(value), before[key])
-
-
-def table(*calls: Bad) -> pytest.MarkDecorator:
-    rows = [
-        pytest.param(call, name, id=f"{call.rule}-{'-'.join(call.came)}-{name}".replace(" ", "_"))
-        for call in calls
-        for name in call.functions
-    ]
-    return pytest.mark.parametrize(("call", "name"), rows)
 
 
 @table(

@@ -42,8 +42,24 @@ TORCH = {
     "nll_loss": NLL,
 }
 EXTRAS = {
-    "CrossEntropyLoss": ["axis", "validate", "implementation"],
-    "NLLLoss": ["axis", "validate"],
+    "CrossEntropyLoss": {
+        "axis": None,
+        "z_loss": 0.0,
+        "logit_scale": None,
+        "logit_softcap": None,
+        "return_stats": False,
+        "validate": None,
+        "implementation": None,
+    },
+    "NLLLoss": {"axis": None, "validate": None},
+}
+OPTIONS = {"sample_weight": None, "normalizer": None} | EXTRAS["CrossEntropyLoss"]
+FUNCTION_EXTRAS = {
+    "cross_entropy": OPTIONS,
+    "cross_entropy_with_grad": OPTIONS | {"grad_output": None},
+    "explain": OPTIONS | {"grad_output": None, "function": None},
+    "nll_loss": {"axis": None, "sample_weight": None, "normalizer": None, "validate": None},
+    "log_softmax": {"logit_scale": None, "logit_softcap": None},
 }
 
 X = np.linspace(-2, 2, 24, dtype=np.float32).reshape(2, 3, 4)
@@ -77,10 +93,17 @@ def test_torchs_parameters_in_torchs_order(name: str) -> None:
 @BOTH
 def test_extras_are_by_keyword_only_and_off(name: str) -> None:
     extras = parameters(CLASSES[name])[inspect.Parameter.KEYWORD_ONLY]
-    assert [p.name for p in extras] == EXTRAS[name]
-    assert all(p.default is None for p in extras)
+    assert {p.name: p.default for p in extras} == EXTRAS[name]
+    assert [p.name for p in extras] == list(EXTRAS[name])
     with pytest.raises(TypeError, match="positional"):
         CLASSES[name](*(default for _, default in TORCH[name]), 1)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("name", FUNCTION_EXTRAS)
+def test_every_function_takes_the_options_by_keyword(name: str) -> None:
+    extras = parameters(getattr(polyce, name))[inspect.Parameter.KEYWORD_ONLY]
+    assert {p.name: p.default for p in extras} == FUNCTION_EXTRAS[name]
 
 
 @pytest.mark.only("torch")
@@ -107,7 +130,7 @@ def test_attributes_are_what_was_given(backend: Backend, name: str) -> None:
         False,
     )
     attributes = {key: value for key, value in TORCH[name] if key not in ("size_average", "reduce")}
-    assert vars(default) == attributes | dict.fromkeys(EXTRAS[name])
+    assert vars(default) == attributes | EXTRAS[name]
     if name == "CrossEntropyLoss":
         given = polyce.CrossEntropyLoss(label_smoothing=0.5, implementation="reference")
         assert (given.label_smoothing, given.implementation) == (0.5, "reference")

@@ -135,7 +135,7 @@ def merge_all(
         while len(parts) > 1:
             one = parts.pop(generator.integers(len(parts)))
             other = parts.pop(generator.integers(len(parts)))
-            parts.append(merge(problem.xp, one, other))
+            parts.append(merge(problem, one, other))
     return parts[0]
 
 
@@ -197,15 +197,15 @@ def example() -> Rows:
     return Rows(logits, coefficients, np.full(ROWS, CLASSES - 1), False)
 
 
-def forgets_the_coefficient(xp: Any, one: RowState, other: RowState) -> RowState:
+def forgets_the_coefficient(problem: Problem, one: RowState, other: RowState) -> RowState:
     """Merge, with q' added as if both parts had the same maximum."""
     rest_excess = one.rest_excess + other.rest_excess
-    return rowstate.merge(xp, one, other)._replace(rest_excess=rest_excess)
+    return rowstate.merge(problem, one, other)._replace(rest_excess=rest_excess)
 
 
-def forgets_the_maximum(xp: Any, one: RowState, other: RowState) -> RowState:
+def forgets_the_maximum(problem: Problem, one: RowState, other: RowState) -> RowState:
     """Merge, with d' added as if both parts had the same maximum."""
-    return rowstate.merge(xp, one, other)._replace(rest_sum=one.rest_sum + other.rest_sum)
+    return rowstate.merge(problem, one, other)._replace(rest_sum=one.rest_sum + other.rest_sum)
 
 
 def test_the_excess_is_carried_over_with_its_own_coefficients(backend: Backend) -> None:
@@ -215,7 +215,7 @@ def test_the_excess_is_carried_over_with_its_own_coefficients(backend: Backend) 
     expected: dict[Merge, float] = {rowstate.merge: 2.5, forgets_the_coefficient: 1.3}
     for merge, excess in expected.items():
         for left, right in ((one, other), (other, one)):
-            found = backend.to_numpy(merge(problem.xp, left, right).rest_excess)
+            found = backend.to_numpy(merge(problem, left, right).rest_excess)
             assert found == pytest.approx(np.full((ROWS, 1), excess), rel=1e-15)
 
 
@@ -248,8 +248,8 @@ def test_merging_with_the_identity_changes_nothing(backend: Backend, kind: str) 
     expected = fields(backend, state)
     with arrays.quiet(problem.backend):
         merged = [
-            rowstate.merge(problem.xp, nothing, state),
-            rowstate.merge(problem.xp, state, nothing),
+            rowstate.merge(problem, nothing, state),
+            rowstate.merge(problem, state, nothing),
         ]
     for found in (fields(backend, m) for m in merged):
         assert found.keys() == expected.keys()
@@ -263,12 +263,11 @@ def test_the_merge_is_commutative_and_associative_to_rounding(backend: Backend, 
         rows = draw_rows(generator, kind, "float64")
         rows.logits[2, ~np.isfinite(rows.logits[2])] = 0.5
         problem = problem_of(backend, rows)
-        xp = problem.xp
         a, b, c = (state_of(backend, problem, rows, part) for part in cut(generator, 3))
         with arrays.quiet(problem.backend):
-            left = rowstate.merge(xp, rowstate.merge(xp, a, b), c)
-            right = rowstate.merge(xp, a, rowstate.merge(xp, b, c))
-            turned = rowstate.merge(xp, c, rowstate.merge(xp, a, b))
+            left = rowstate.merge(problem, rowstate.merge(problem, a, b), c)
+            right = rowstate.merge(problem, a, rowstate.merge(problem, b, c))
+            turned = rowstate.merge(problem, c, rowstate.merge(problem, a, b))
         of_left, of_right, of_turned = (fields(backend, s) for s in (left, right, turned))
         assert ("rest_excess" in of_left) == (kind != "label")
         for key, value in of_left.items():

@@ -153,7 +153,7 @@ def textbook(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
         return rows
     lse = np.log(np.sum(np.exp(logits), axis=problem.axis, keepdims=True))
     wrong = lse - np.take_along_axis(logits, plan.label, axis=problem.axis)
-    return targets.mask_rows(plan, np, wrong.astype(rows.dtype))
+    return targets.weigh_rows(plan, np, wrong.astype(rows.dtype))
 
 
 def at_label(change: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -175,13 +175,13 @@ def spoil(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
 
 
 def total_weight(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
-    """Make the mean divide by something else: change(counted, label_weight)."""
-    true = targets._total_weight
+    """Make the mean divide by something else: change(counted, row_weight)."""
+    true = targets._denominator
 
-    def changed(problem: Problem, counted: Any, label_weight: Any) -> Any:
-        return true(problem, *change(counted, label_weight))
+    def changed(problem: Problem, operands: Any, counted: Any, row_weight: Any) -> Any:
+        return true(problem, operands, *change(counted, row_weight))
 
-    return targets, "_total_weight", changed
+    return targets, "_denominator", changed
 
 
 def one_by_one(values: Any, axis: int) -> Any:

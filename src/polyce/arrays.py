@@ -296,6 +296,11 @@ def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:
     return largest(values, axis=axis, keepdims=True)
 
 
+def argmax(xp: Any, backend: str, values: Any, axis: int) -> Any:
+    """Give the first class with the largest value; the class axis stays, of length 1."""
+    return xp.argmax(values, axis=axis, keepdims=True)
+
+
 def total(xp: Any, backend: str, values: Any) -> Any:
     """Sum over everything."""
     return np.add.reduce(values, axis=None) if backend == "numpy" else xp.sum(values)

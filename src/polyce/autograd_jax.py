@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from polyce import arrays, reference
+from polyce import arrays, reference, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -89,6 +89,7 @@ def _log_softmax(problem: Problem, logits: Any) -> Any:
 def _log_softmax_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (logits,), (tangent,) = primals, tangents
     result = _log_softmax(problem, logits)
+    tangent = tangent * transform.slope(problem, logits)
     mean = jnp.sum(jnp.exp(result) * tangent, axis=problem.axis, keepdims=True)
     return result, tangent - mean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -88,10 +89,10 @@ class _LogSoftmax(torch.autograd.Function):
     def forward(ctx: Any, logits: Any, problem: Problem) -> Any:
         result = reference.log_softmax(problem, logits)
         ctx.problem = problem
-        ctx.save_for_backward(result)
+        ctx.save_for_backward(result, logits if problem.logit_softcap != math.inf else None)
         return result
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
-        (result,) = ctx.saved_tensors
-        return reference.log_softmax_backward(ctx.problem, cotangent, result), None
+        result, logits = ctx.saved_tensors
+        return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ def explain(
     label_smoothing: float = 0.0,
     *,
     axis: int | None = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     implementation: str | None = None,
     grad_output: Any = None,
@@ -75,7 +81,9 @@ def explain(
     ----------
     input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As for `cross_entropy`.
-    axis, validate, implementation, grad_output
+    axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
+        As for `cross_entropy_with_grad`.
+    validate, implementation, grad_output
         As for `cross_entropy_with_grad`.
     function : callable, optional
         The function that the call is of: `cross_entropy`, the default, or
@@ -113,6 +121,12 @@ def explain(
         reduction=current_reduction(size_average, reduce, reduction),
         label_smoothing=label_smoothing,
         axis=axis,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_stats=return_stats,
         validate=validate,
         grad_output=grad_output,
     )
@@ -132,8 +146,13 @@ def _call(name: str, problem: Problem, operands: Operands) -> str:
     ]
     if operands.weight is not None:
         parts.append(f"weight {arrays.dtype_name(operands.weight)}")
-    if problem.label_smoothing:
-        parts.append(f"label_smoothing {problem.label_smoothing:g}")
+    if operands.sample_weight is not None:
+        parts.append(f"sample_weight {arrays.dtype_name(operands.sample_weight)}")
+    for option in ("label_smoothing", "z_loss", "logit_scale", "logit_softcap"):
+        if option in problem.options:
+            parts.append(f"{option} {getattr(problem, option):g}")
+    if problem.stats is not None:
+        parts.append(f"stats {', '.join(problem.stats)}")
     return f"{name} on {problem.backend} / {problem.device}: {', '.join(parts)}"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, reference, targets
+from polyce import arrays, reference, stats, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction
 from polyce.problem import describe, describe_logits
@@ -24,15 +25,21 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     axis: int | None = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     implementation: str | None = None,
 ) -> Any:
     r"""Compute the softmax cross-entropy between logits and a target, in nats.
 
     The meaning is that of ``torch.nn.functional.cross_entropy``, for the arrays of any library.
-    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, a row x loses
+    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, a row x of weight v loses
 
-    .. math:: \sum_c r_c \, (\mathrm{lse} - x_c)
+    .. math:: v \, \big( \sum_c r_c \, (\mathrm{lse} - x_c) + λ \, \mathrm{lse}^2 \big)
 
     where, for class weights w and smoothing ε, :math:`r_c = (1-ε) w_y [c = y] + (ε/C) w_c` for a
     class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p.
@@ -55,11 +62,31 @@ def cross_entropy(
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
         are not ignored (their number, without `weight`); for probabilities it is the sum divided
-        by the number of rows. A mean over nothing is nan.
+        by the number of rows. With `sample_weight` each row counts v times in both. A mean over
+        nothing is nan.
     label_smoothing : float, default 0.0
         ε in [0, 1], the share of the target that is spread evenly over all classes.
     axis : int, optional
         The class axis of `input`; torch's by default: 1, or 0 if there is only one.
+    sample_weight : array, optional
+        v, what multiplies each row's loss, of any real dtype and of input's shape without the
+        class axis; 1 for all by default. A row of weight 0 loses 0 and has gradient 0, whatever
+        its logits and its target hold.
+    normalizer : float or array of shape (), optional
+        What reduction 'mean' divides by, in place of the above: with the total of a whole batch,
+        the gradients of its micro-batches add up to the gradient of the batch.
+    z_loss : float, default 0.0
+        Weight of the squared lse, which draws lse to 0: λ is z_loss w_y for a class index y, and
+        z_loss for probabilities.
+    logit_scale : float, optional
+        A positive number that multiplies the logits first: x is scaled; 1 by default. One that is
+        learned multiplies the logits before the call.
+    logit_softcap : float, optional
+        A positive number: x is, after the scale, replaced by cap·tanh(x/cap). A masked logit of
+        -inf stays -inf.
+    return_stats : bool or str or tuple of str, default False
+        Whether to return facts of each row too: True for all, or the names of some among 'lse',
+        'entropy', 'prediction' and 'correct'; see `Stats`.
     validate : bool, optional
         Whether to look at the class indices for one out of range. By default concrete arrays on a
         CPU are checked; elsewhere such a row's loss and gradient are nan. True checks arrays on an
@@ -72,7 +99,8 @@ def cross_entropy(
     array
         Without reduction the losses, of input's shape without the class axis; else a scalar, as
         the library's own sum returns one. The dtype is input's; for probabilities the floating
-        dtypes of `input`, `target` and `weight` promote.
+        dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair of this
+        and a `Stats`.
 
     Raises
     ------
@@ -99,6 +127,9 @@ def cross_entropy(
     >>> probabilities = np.array([[0.9, 0.1, 0.0], [0.0, 0.5, 0.5]])
     >>> print(polyce.cross_entropy(logits, probabilities, reduction="none").round(6))
     [0.369846 1.402008]
+    >>> loss, stats = polyce.cross_entropy(logits, np.array([0, 1]), return_stats="correct")
+    >>> print(stats.correct)
+    [ True False]
     """
     reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
@@ -109,6 +140,12 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
         axis=axis,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_stats=return_stats,
         validate=validate,
     )
     chosen = select(problem, implementation)
@@ -116,8 +153,9 @@ def cross_entropy(
     autograd.check(operands)
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
-        rows, _ = autograd.row_losses(chosen, problem, plan, operands.logits)
-        return targets.reduce(problem, plan, rows)
+        rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
+        loss = targets.reduce(problem, plan, rows)
+        return loss if found is None else (loss, stats.finish(problem, plan, found))
 
 
 def cross_entropy_with_grad(
@@ -131,21 +169,33 @@ def cross_entropy_with_grad(
     label_smoothing: float = 0.0,
     *,
     axis: int | None = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     implementation: str | None = None,
     grad_output: Any = None,
-) -> tuple[Any, ArrayT]:
+) -> tuple[Any, ...]:
     r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
 
-    The gradient needs no automatic differentiation, so every library has it. It is
-    :math:`g_i \, ((\sum_c r_c) \, \mathrm{softmax}(x) - r) / D` for a row x, in the terms of
-    `cross_entropy`, with D what the mean divides by (1 for the other reductions).
+    The gradient needs no automatic differentiation, so every library has it. In the terms of
+    `cross_entropy` it is, for a row x,
+
+    .. math:: g v \, \big( (\sum_c r_c + 2 λ \, \mathrm{lse}) \, \mathrm{softmax}(x) - r \big) / D
+
+    with D what the mean divides by (1 for the other reductions), times the derivative of x by the
+    logit, where there is a scale or a softcap.
 
     Parameters
     ----------
     input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As for `cross_entropy`.
-    axis, validate, implementation
+    axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
+        As for `cross_entropy`.
+    validate, implementation
         As for `cross_entropy`.
     grad_output : array or float, optional
         g, the gradient with respect to the loss: an array of the rows' shape for reduction
@@ -158,6 +208,8 @@ def cross_entropy_with_grad(
         As `cross_entropy` gives it.
     grad : array
         Of input's shape and dtype. Neither result is part of a torch or jax graph.
+    stats : Stats
+        Only with `return_stats`.
 
     Raises
     ------
@@ -181,6 +233,12 @@ def cross_entropy_with_grad(
         reduction=reduction,
         label_smoothing=label_smoothing,
         axis=axis,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_stats=return_stats,
         validate=validate,
         grad_output=grad_output,
     )
@@ -189,8 +247,9 @@ def cross_entropy_with_grad(
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
-        rows, grad, _ = chosen.forward_backward(problem, plan, cotangent, operands.logits)
-        return targets.reduce(problem, plan, rows), grad
+        rows, grad, found = chosen.forward_backward(problem, plan, cotangent, operands.logits)
+        loss = targets.reduce(problem, plan, rows)
+        return (loss, grad) if found is None else (loss, grad, stats.finish(problem, plan, found))
 
 
 def nll_loss(
@@ -203,6 +262,8 @@ def nll_loss(
     reduction: str = "mean",
     *,
     axis: int | None = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
     validate: bool | None = None,
 ) -> Any:
     """Compute the negative log-likelihood of class indices, in nats, from log-probabilities.
@@ -220,7 +281,7 @@ def nll_loss(
     weight, size_average, ignore_index, reduce, reduction
         As for `cross_entropy`; the mean divides by the total class weight of the labels that are
         not ignored.
-    axis, validate
+    axis, sample_weight, normalizer, validate
         As for `cross_entropy`.
 
     Returns
@@ -250,6 +311,8 @@ def nll_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         axis=axis,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
         validate=validate,
         probabilities=False,
     )
@@ -259,7 +322,13 @@ def nll_loss(
         return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
 
 
-def log_softmax(input: ArrayT, axis: int | None = None) -> ArrayT:
+def log_softmax(
+    input: ArrayT,
+    axis: int | None = None,
+    *,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> ArrayT:
     """Compute the logarithm of the softmax, in nats, along the class axis.
 
     Entry c of a row x is x_c - log Σ exp(x_c), accurate near 0 too: the log-probability of a
@@ -271,6 +340,8 @@ def log_softmax(input: ArrayT, axis: int | None = None) -> ArrayT:
         Logits, in float16, bfloat16, float32 or float64.
     axis : int, optional
         The class axis; 1 by default, or 0 if there is only one, as for `cross_entropy`.
+    logit_scale, logit_softcap : float, optional
+        As for `cross_entropy`: x is what they make of the logits.
 
     Returns
     -------
@@ -289,6 +360,6 @@ def log_softmax(input: ArrayT, axis: int | None = None) -> ArrayT:
     >>> print(polyce.log_softmax(np.array([0.0, 40.0])))
     [-4.00000000e+01 -4.24835426e-18]
     """
-    problem, logits = describe_logits(input, axis)
+    problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
     with arrays.quiet(problem.backend):
         return rules(problem.backend).log_softmax(problem, logits)

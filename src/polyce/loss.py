@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from polyce.functional import cross_entropy, nll_loss
@@ -12,13 +13,14 @@ class CrossEntropyLoss:
     """Softmax cross-entropy with its options kept: call it with logits and a target.
 
     The constructor, the attributes and the call are those of ``torch.nn.CrossEntropyLoss``; as
-    there, the options are checked when it is called.
+    there, the options are checked when it is called. What changes from batch to batch goes with the
+    call: ``loss(input, target, sample_weight=..., normalizer=...)``.
 
     Parameters
     ----------
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As for `cross_entropy`. The deprecated pair is folded into `reduction` here.
-    axis, validate, implementation
+    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation
         As for `cross_entropy`.
 
     Attributes
@@ -31,7 +33,7 @@ class CrossEntropyLoss:
         One of 'mean', 'sum' and 'none'.
     label_smoothing : float
         Share of the target that is spread evenly over all classes.
-    axis, validate, implementation
+    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation
         As given.
 
     Examples
@@ -53,6 +55,10 @@ class CrossEntropyLoss:
         label_smoothing: float = 0.0,
         *,
         axis: int | None = None,
+        z_loss: float = 0.0,
+        logit_scale: float | None = None,
+        logit_softcap: float | None = None,
+        return_stats: bool | str | Sequence[str] = False,
         validate: bool | None = None,
         implementation: str | None = None,
     ) -> None:
@@ -63,10 +69,16 @@ class CrossEntropyLoss:
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.axis = axis
+        self.z_loss = z_loss
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.return_stats = return_stats
         self.validate = validate
         self.implementation = implementation
 
-    def __call__(self, input: Any, target: Any) -> Any:
+    def __call__(
+        self, input: Any, target: Any, *, sample_weight: Any = None, normalizer: Any = None
+    ) -> Any:
         """Compute the loss of logits against a target, as `cross_entropy` does."""
         return cross_entropy(
             input,
@@ -76,6 +88,12 @@ class CrossEntropyLoss:
             reduction=current_reduction(None, None, self.reduction),
             label_smoothing=self.label_smoothing,
             axis=self.axis,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            return_stats=self.return_stats,
             validate=self.validate,
             implementation=self.implementation,
         )
@@ -136,7 +154,9 @@ class NLLLoss:
         self.axis = axis
         self.validate = validate
 
-    def __call__(self, input: Any, target: Any) -> Any:
+    def __call__(
+        self, input: Any, target: Any, *, sample_weight: Any = None, normalizer: Any = None
+    ) -> Any:
         """Compute the loss of log-probabilities against labels, as `nll_loss` does."""
         return nll_loss(
             input,
@@ -145,6 +165,8 @@ class NLLLoss:
             ignore_index=self.ignore_index,
             reduction=current_reduction(None, None, self.reduction),
             axis=self.axis,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
             validate=self.validate,
         )
 

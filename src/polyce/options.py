@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import warnings
 from typing import Any
 
 REDUCTIONS = ("none", "mean", "sum")
+STATS = ("lse", "entropy", "prediction", "correct")
 
 
 def check_reduction(reduction: object) -> None:
@@ -94,3 +96,46 @@ def check_smoothing(label_smoothing: Any) -> float:
             "0 turns smoothing off"
         )
     return value
+
+
+def check_z_loss(z_loss: Any) -> float:
+    """Refuse a z_loss that is no finite number from 0 on."""
+    value = _real("z_loss", z_loss, "pass a Python float; 0 turns it off")
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}; 0 turns it off")
+    return value
+
+
+def check_positive(name: str, option: Any, default: float) -> float:
+    """Refuse a logit_scale or logit_softcap that is no finite number above 0; None is for none."""
+    if option is None:
+        return default
+    value = _real(name, option, "a scale that is learned multiplies the logits before the call")
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {option}; None turns it off")
+    return value
+
+
+def _real(name: str, option: Any, advice: str) -> float:
+    if isinstance(option, bool) or not isinstance(option, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(option).__qualname__}; {advice}")
+    return float(option)
+
+
+def check_stats(return_stats: Any) -> tuple[str, ...] | None:
+    """Read what to report of each row: True for all, names for some, False (None here) for none."""
+    if isinstance(return_stats, bool):
+        return STATS if return_stats else None
+    names = (return_stats,) if isinstance(return_stats, str) else return_stats
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(
+            f"return_stats must be True, False or a tuple of names, got {return_stats!r}; "
+            f"there are {', '.join(STATS)}"
+        )
+    for name in names:
+        if name not in STATS:
+            raise ValueError(
+                f"return_stats takes the names {', '.join(STATS)}, got {name!r}; "
+                "leave it out or correct it"
+            )
+    return tuple(names)

@@ -7,11 +7,10 @@ traced or lazy call takes the same way as an eager one.
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from polyce import arrays, options
+from polyce import arrays, checks, options
 
 
 class Problem(NamedTuple):
@@ -48,8 +47,8 @@ class Problem(NamedTuple):
     logit_scale: float = 1.0
     logit_softcap: float = math.inf
     """inf for none."""
-    stats: tuple[str, ...] = ()
-    """What to report of each row beside its loss."""
+    stats: tuple[str, ...] | None = None
+    """What to report of each row beside its loss; None for nothing at all."""
 
     @property
     def classes(self) -> int:
@@ -66,10 +65,22 @@ class Problem(NamedTuple):
         """The dtype of the logits, as the standard names it."""
         return arrays.name_of(self.logits_dtype)
 
+    def asks(self, *names: str) -> bool:
+        """Tell whether the caller wants to know one of these of each row."""
+        return self.stats is not None and any(name in self.stats for name in names)
+
     @property
     def options(self) -> tuple[str, ...]:
         """The options that are on and that an implementation may lack."""
-        on = {"weight": self.weighted, "label_smoothing": self.label_smoothing > 0}
+        on = {
+            "weight": self.weighted,
+            "label_smoothing": self.label_smoothing > 0.0,
+            "sample_weight": self.sample_weighted,
+            "z_loss": self.z_loss > 0.0,
+            "logit_scale": self.logit_scale != 1.0,
+            "logit_softcap": self.logit_softcap != math.inf,
+            "return_stats": self.stats is not None,
+        }
         return tuple(name for name, is_on in on.items() if is_on)
 
 
@@ -93,6 +104,12 @@ def describe(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     axis: int | None = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     grad_output: Any = None,
     probabilities: bool = True,
@@ -105,27 +122,36 @@ def describe(
     if input is None or target is None:
         missing = "input" if input is None else "target"
         raise TypeError(f"{missing} must be an array, got None; pass the logits and their target")
-    if isinstance(grad_output, (bool, complex)):
-        raise TypeError(
-            f"grad_output must be a real number or an array, got {grad_output!r}; "
-            "leave it at None for 1"
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f"normalizer is what reduction 'mean' divides by, got reduction {reduction!r}; "
+            "leave one of them out"
         )
-    number = isinstance(grad_output, numbers.Real)
-    xp, backend, (logits, target, weight, cotangent) = arrays.of(
-        input=input, target=target, weight=weight, grad_output=None if number else grad_output
-    )
+    divisor, normalizer = checks.number_or_array("normalizer", normalizer)
+    number, cotangent = checks.number_or_array("grad_output", grad_output)
+    given = {
+        "input": input,
+        "target": target,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "normalizer": normalizer,
+        "grad_output": cotangent,
+    }
+    xp, backend, values = arrays.of(**given)
+    logits, target, weight, sample_weight, normalizer, cotangent = values
     if arrays.device(logits, backend) is not None:
-        _check_devices(
-            backend,
-            {"input": logits, "target": target, "weight": weight, "grad_output": cotangent},
-        )
-    shape, axis = _logits_shape(logits, axis)
+        checks.devices(backend, dict(zip(given, values, strict=True)))
+    shape, axis = checks.logits_shape(logits, axis)
     row_shape = shape[:axis] + shape[axis + 1 :]
-    kind = _target_kind(shape, row_shape, logits, target, probabilities)
+    kind = checks.target_kind(shape, row_shape, logits, target, probabilities)
     ignore_index = options.check_ignore_index(ignore_index, kind)
     label_smoothing = options.check_smoothing(label_smoothing)
     if weight is not None:
-        _check_weight(weight, shape[axis])
+        checks.weight(weight, shape[axis])
+    if sample_weight is not None:
+        checks.sample_weight(sample_weight, row_shape)
+    if normalizer is not None:
+        checks.normalizer(normalizer)
     result_dtype = logits.dtype
     if kind == "probability":
         result_dtype = _promote(xp, logits, target, weight)
@@ -146,25 +172,38 @@ def describe(
         label_smoothing=label_smoothing,
         reduction=reduction,
         check_labels=_checks_labels(kind, target, backend, validate),
+        sample_weighted=sample_weight is not None,
+        normalized=divisor is not None or normalizer is not None,
+        z_loss=options.check_z_loss(z_loss),
+        logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
+        logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
+        stats=options.check_stats(return_stats),
     )
-    if number:
+    if number is not None:
         if reduction == "none" and row_shape:
             raise ValueError(
                 f"grad_output must have the shape of the rows {row_shape} for reduction 'none', "
-                f"got the number {grad_output}; pass an array of that shape"
+                f"got the number {number}; pass an array of that shape"
             )
-        cotangent = float(grad_output)
+        cotangent = number
     elif cotangent is not None:
-        _check_grad_output(cotangent, problem)
-    return problem, Operands(logits, target, weight, None, None, cotangent)
+        checks.grad_output(cotangent, row_shape, reduction)
+    if divisor is not None:
+        normalizer = divisor
+    return problem, Operands(logits, target, weight, sample_weight, normalizer, cotangent)
 
 
-def describe_logits(input: Any, axis: int | None) -> tuple[Problem, Any]:
+def describe_logits(
+    input: Any,
+    axis: int | None,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> tuple[Problem, Any]:
     """Check the arguments of a function of logits alone and state its static facts."""
     if input is None:
         raise TypeError("input must be an array, got None; pass the logits")
     xp, backend, (logits,) = arrays.of(input=input)
-    shape, axis = _logits_shape(logits, axis)
+    shape, axis = checks.logits_shape(logits, axis)
     problem = Problem(
         xp=xp,
         backend=backend,
@@ -181,6 +220,8 @@ def describe_logits(input: Any, axis: int | None) -> tuple[Problem, Any]:
         label_smoothing=0.0,
         reduction="none",
         check_labels=False,
+        logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
+        logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
     )
     return problem, logits
 
@@ -193,103 +234,6 @@ def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, 
         "arithmetic_dtype": arrays.float_dtype(xp, backend, "float64" if is_double else "float32"),
         "row_dtype": arrays.float_dtype(xp, backend, "float64" if wide else "float32"),
     }
-
-
-def _logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
-    if arrays.dtype_name(logits) not in arrays.FLOATS:
-        raise TypeError(
-            f"input must be real floating point ({', '.join(arrays.FLOATS)}), "
-            f"got {_show(logits)}; convert it to one of these first"
-        )
-    shape = _known_shape("input", logits)
-    return shape, options.class_axis(shape, axis)
-
-
-def _show(array: Any) -> str:
-    return f"{arrays.dtype_name(array)} {tuple(array.shape)}"
-
-
-def _known_shape(name: str, array: Any) -> tuple[int, ...]:
-    shape = tuple(array.shape)
-    for size in shape:
-        if size is None or (isinstance(size, float) and math.isnan(size)):
-            raise ValueError(
-                f"{name} must have a known shape, got {shape}; "
-                "call compute_chunk_sizes() on a dask array first"
-            )
-    return shape
-
-
-def _check_devices(backend: str, operands: Mapping[str, Any]) -> None:
-    first = arrays.device(operands["input"], backend)
-    for name, array in operands.items():
-        if array is not None and arrays.device(array, backend) != first:
-            raise TypeError(
-                f"all arrays must lie on one device, but input is on {first} and {name} on "
-                f"{arrays.device(array, backend)}; move {name} first"
-            )
-
-
-def _target_kind(
-    shape: tuple[int, ...],
-    row_shape: tuple[int, ...],
-    logits: Any,
-    target: Any,
-    probabilities: bool,
-) -> str:
-    """Decide by shape, as torch does, what the target holds, and check that its dtype agrees."""
-    target_shape = _known_shape("target", target)
-    name = arrays.dtype_name(target)
-    is_integer = name in arrays.INTEGERS
-    if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
-        if name not in arrays.FLOATS:
-            raise TypeError(
-                f"a target of input's shape {shape} holds class probabilities and must be real "
-                f"floating point, got {_show(target)}; for class indices drop the class axis"
-            )
-        return "probability"
-    # torch takes a target of shape (1,) for logits of shape (C,).
-    if target_shape != row_shape and not (len(shape) == 1 and target_shape == (1,)):
-        either = ", or probabilities of input's shape" if probabilities else ""
-        raise ValueError(
-            f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
-            f"for input {_show(logits)}; remove or add axes so that one of them fits"
-        )
-    if not is_integer:
-        either = f", or pass float probabilities of shape {shape}" if probabilities else ""
-        raise TypeError(
-            f"target of shape {target_shape} for input of shape {shape} holds class indices and "
-            f"must be an integer dtype, got {name}; cast it to int64{either}"
-        )
-    return "index"
-
-
-def _check_weight(weight: Any, classes: int) -> None:
-    if tuple(weight.shape) != (classes,):
-        raise ValueError(
-            f"weight must be 1-D with one entry for each of the {classes} classes, "
-            f"got shape {tuple(weight.shape)}; pass shape ({classes},)"
-        )
-    name = arrays.dtype_name(weight)
-    if name not in arrays.FLOATS and name not in arrays.INTEGERS:
-        raise TypeError(
-            f"weight must be real numbers, got {name}; convert it to a floating-point dtype"
-        )
-
-
-def _check_grad_output(grad_output: Any, problem: Problem) -> None:
-    expected = problem.row_shape if problem.reduction == "none" else ()
-    if tuple(grad_output.shape) != expected:
-        raise ValueError(
-            f"grad_output must have the loss's shape {expected} for reduction "
-            f"{problem.reduction!r}, got shape {tuple(grad_output.shape)}; pass the gradient "
-            "with respect to the loss"
-        )
-    name = arrays.dtype_name(grad_output)
-    if name not in arrays.FLOATS and name not in arrays.INTEGERS:
-        raise TypeError(
-            f"grad_output must be real numbers, got {name}; convert it to input's dtype"
-        )
 
 
 def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:

@@ -6,9 +6,10 @@ Every other implementation takes and gives what these functions take and give.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-from polyce import arrays, rowstate, targets
+from polyce import arrays, rowstate, targets, transform
 from polyce.problem import Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -20,9 +21,10 @@ def forward(
 ) -> tuple[Any, RowState | None, RowStats | None]:
     """Give the rows' losses, in the row dtype, the state for `backward`, and the rows' stats."""
     if problem.is_empty:
-        return _empty_rows(problem, plan, logits), None, None
-    state, _, _, _ = _read(problem, plan, logits)
-    return _losses(problem, plan, state), state, None
+        rows = _empty_rows(problem, plan, logits)
+        return rows, None, _empty_stats(problem, rows)
+    read = _read(problem, plan, logits)
+    return _losses(problem, plan, read.state), read.state, _stats(problem, read)
 
 
 def backward(
@@ -31,8 +33,7 @@ def backward(
     """Give the gradient with respect to the logits, for a cotangent of the rows' losses."""
     if state is None:
         return problem.xp.zeros_like(logits)
-    state, excluded, rest_exp, coefficients = _read(problem, plan, logits)
-    return _gradient(problem, plan, cotangent, state, excluded, rest_exp, coefficients)
+    return _gradient(problem, plan, cotangent, _read(problem, plan, logits))
 
 
 def forward_backward(
@@ -40,11 +41,11 @@ def forward_backward(
 ) -> tuple[Any, Any, RowStats | None]:
     """Give the rows' losses, the gradient and the rows' stats in one pass over the logits."""
     if problem.is_empty:
-        return _empty_rows(problem, plan, logits), problem.xp.zeros_like(logits), None
-    state, excluded, rest_exp, coefficients = _read(problem, plan, logits)
-    rows = _losses(problem, plan, state)
-    grad = _gradient(problem, plan, cotangent, state, excluded, rest_exp, coefficients)
-    return rows, grad, None
+        rows = _empty_rows(problem, plan, logits)
+        return rows, problem.xp.zeros_like(logits), _empty_stats(problem, rows)
+    read = _read(problem, plan, logits)
+    rows, stats = _losses(problem, plan, read.state), _stats(problem, read)
+    return rows, _gradient(problem, plan, cotangent, read), stats
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
@@ -59,7 +60,7 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     if plan.label_weight is not None:
         # Selected rather than multiplied: a weight of 0 takes no part, not even times infinity.
         rows = xp.where(plan.label_weight == 0.0, 0.0, plan.label_weight * rows)
-    return targets.mask_rows(plan, xp, rows)
+    return targets.weigh_rows(plan, xp, rows)
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
@@ -75,26 +76,47 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     # What the likeliest class lacks to a log-probability of 0 is its loss.
     losses = rowstate.loss(problem, state)
     losses = arrays.cast(xp, losses, problem.arithmetic_dtype)
-    log_probabilities = xp.where(mask, -losses, (logits - top) - losses)
+    gaps = transform.difference(problem, logits, top)
+    log_probabilities = xp.where(mask, -losses, gaps - losses)
     return arrays.cast(xp, log_probabilities, problem.logits_dtype)
 
 
-def log_softmax_backward(problem: Problem, cotangent: Any, log_probabilities: Any) -> Any:
-    """Give the gradient of `log_softmax` with respect to the logits, from its result."""
+def log_softmax_backward(
+    problem: Problem, cotangent: Any, logits: Any, log_probabilities: Any
+) -> Any:
+    """Give the gradient of `log_softmax` with respect to the logits, from its result.
+
+    The logits themselves are only needed for a softcap.
+    """
     xp = problem.xp
     wide = arrays.cast(xp, cotangent, problem.arithmetic_dtype)
     softmax = xp.exp(arrays.cast(xp, log_probabilities, problem.arithmetic_dtype))
     grad = wide - softmax * xp.sum(wide, axis=problem.axis, keepdims=True)
+    if problem.logit_softcap != math.inf:
+        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+    grad = grad * transform.slope(problem, logits)
     return arrays.cast(xp, grad, problem.logits_dtype)
 
 
-def _read(problem: Problem, plan: Plan, logits: Any) -> tuple[RowState, Any, Any, Any]:
+class _Read(NamedTuple):
+    """What one reading of the logits leaves for the losses, the gradient and the stats."""
+
+    logits: Any
+    """In the arithmetic dtype."""
+    pivot: Any
+    excluded: Any
+    state: RowState
+    rest_exp: Any
+    coefficients: Any
+
+
+def _read(problem: Problem, plan: Plan, logits: Any) -> _Read:
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
     at_pivot, coefficients = targets.coefficients(problem, plan)
     pivot = plan.label
     if pivot is None:
-        pivot = xp.argmax(logits, axis=axis, keepdims=True)
+        pivot = arrays.argmax(xp, backend, logits, axis)
     excluded = arrays.one_hot(xp, backend, pivot, logits, axis)
     pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
     if plan.label is None:
@@ -106,30 +128,58 @@ def _read(problem: Problem, plan: Plan, logits: Any) -> tuple[RowState, Any, Any
     state, rest_exp = rowstate.from_logits(
         problem, logits, excluded, pivot_logit, at_pivot, coefficients
     )
-    return state, excluded, rest_exp, coefficients
+    return _Read(logits, pivot, excluded, state, rest_exp, coefficients)
 
 
 def _losses(problem: Problem, plan: Plan, state: RowState) -> Any:
-    return targets.mask_rows(plan, problem.xp, rowstate.loss(problem, state))
+    rows = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
+    return targets.weigh_rows(plan, problem.xp, rows)
 
 
-def _gradient(
-    problem: Problem,
-    plan: Plan,
-    cotangent: Any,
-    state: RowState,
-    excluded: Any,
-    rest_exp: Any,
-    coefficients: Any,
-) -> Any:
+def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
     xp = problem.xp
-    scale = targets.mask_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
-    grad = rowstate.gradient(problem, state, rest_exp, excluded, coefficients, scale, plan.counted)
+    scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(read.state.rest_max))
+    grad = rowstate.gradient(
+        problem,
+        read.state,
+        read.rest_exp,
+        read.excluded,
+        read.coefficients,
+        scale,
+        plan.counted,
+        read.logits,
+        targets.lse_penalty(problem, plan),
+    )
     return arrays.cast(xp, grad, problem.logits_dtype)
+
+
+def _stats(problem: Problem, read: _Read) -> RowStats | None:
+    if problem.stats is None:
+        return None
+    state = read.state
+    return RowStats(
+        lse=rowstate.lse(problem, state),
+        entropy=rowstate.entropy(problem, state) if problem.asks("entropy") else None,
+        prediction=(
+            rowstate.prediction(problem, state, read.pivot)
+            if problem.asks("prediction", "correct")
+            else None
+        ),
+    )
 
 
 def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Sum over nothing: of no rows, none; of no classes, 0, for a label can only be ignored."""
     nothing = arrays.cast(problem.xp, logits, problem.row_dtype)
     rows = problem.xp.sum(nothing, axis=problem.axis, keepdims=True)
-    return targets.mask_rows(plan, problem.xp, rows)
+    return targets.weigh_rows(plan, problem.xp, rows)
+
+
+def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
+    """Of no classes there is no softmax, and no prediction."""
+    if problem.stats is None:
+        return None
+    xp = problem.xp
+    undefined = xp.full_like(rows, math.nan)
+    labels = arrays.label_dtype(xp, problem.backend, rows)
+    return RowStats(undefined, undefined, arrays.cast(xp, xp.zeros_like(rows), labels))

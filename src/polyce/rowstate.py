@@ -9,9 +9,13 @@ that only non-negative terms are added (for non-negative coefficients) and nothi
     δ = m' - x_k
     δ ≤ 0:  a = exp(δ);   E = d' a;         f = a / (1 + E)
     δ > 0:  b = exp(-δ);  E = d' - 1 + b;   f = 1 / (1 + E)
-    h = log1p(E)
-    loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h
-    dloss/dx_c = (R' + r_k) exp(x_c - m') f - r_c        dloss/dx_k = R' - (R' + r_k) d' f
+    h = log1p(E)       lse = max(m', x_k) + h       p_k = (exp(-δ) or 1) / (1 + E)
+    loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h + λ lse²
+    dloss/dx_c = (R' + r_k + 2λ lse) exp(x_c - m') f - r_c
+    dloss/dx_k = R' - (R' + r_k) d' f + 2λ lse p_k
+
+The x are the logits after the `transform`. The state holds logits before it, and every difference
+of two x is taken by `transform.difference`.
 
 Kernels that cannot call these functions are tested against them.
 """
@@ -21,7 +25,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays
+from polyce import arrays, transform
 from polyce.problem import Problem
 
 
@@ -33,17 +37,21 @@ class RowState(NamedTuple):
     """
 
     rest_max: Any
-    """m', the largest logit besides the pivot; -inf where there is none."""
+    """The logit of m', the largest besides the pivot's; -inf where there is none."""
     rest_sum: Any
     """d', the sum of exp(x_c - m') over the classes besides the pivot."""
     pivot_logit: Any
-    """x_k, or 0 where the pivot lies in another part."""
+    """The logit of x_k, or 0 where the pivot lies in another part."""
     pivot_coefficient: Any
     """r_k, or 0 where the pivot lies in another part; None for 1 in a whole row."""
     rest_coefficient: Any
     """R', the sum of the coefficients besides the pivot's; None where they are all 0."""
     rest_excess: Any
     """q', the sum of r_c (m' - x_c) besides the pivot's; None where the r_c are all 0."""
+    rest_entropy: Any = None
+    """The sum of exp(x_c - m') (m' - x_c) besides the pivot's; None if nobody asks."""
+    rest_first: Any = None
+    """The first class besides the pivot with the logit of m'; None if nobody asks."""
 
 
 def from_logits(
@@ -62,9 +70,12 @@ def from_logits(
     """
     xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
     rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+    rest_first = rest_entropy = None
+    if problem.asks("prediction", "correct"):
+        rest_first = arrays.argmax(xp, backend, rest, axis)
     rest_max = arrays.class_max(xp, backend, rest, axis)
     offset = xp.where(rest_max == -math.inf, 0.0, rest_max)
-    rest = arrays.overwrite(backend, xp.subtract, rest, offset)
+    rest = transform.difference(problem, rest, offset, owned=True)
 
     rest_coefficient = rest_excess = None
     if isinstance(coefficients, float):
@@ -81,7 +92,13 @@ def from_logits(
         others = others * xp.where(others == 0.0, 0.0, -rest)
         rest_excess = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
 
-    rest = arrays.overwrite(backend, xp.exp, rest)
+    if problem.asks("entropy"):
+        gaps, rest = rest, xp.exp(rest)
+        gaps = xp.where(rest == 0.0, 0.0, rest * -gaps)
+        rest_entropy = arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        del gaps
+    else:
+        rest = arrays.overwrite(backend, xp.exp, rest)
     state = RowState(
         rest_max=arrays.cast(xp, rest_max, row_dtype),
         rest_sum=arrays.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
@@ -89,26 +106,40 @@ def from_logits(
         pivot_coefficient=pivot_coefficient,
         rest_coefficient=rest_coefficient,
         rest_excess=rest_excess,
+        rest_entropy=rest_entropy,
+        rest_first=rest_first,
     )
     return state, rest
 
 
-def merge(xp: Any, one: RowState, other: RowState) -> RowState:
+def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
     """Merge the states of two parts of each row, over disjoint classes; either may be empty."""
+    xp = problem.xp
     top = xp.maximum(one.rest_max, other.rest_max)
     reference = xp.where(top == -math.inf, 0.0, top)
 
-    def carried(part: RowState) -> tuple[Any, Any]:
-        rest_sum = part.rest_sum * xp.exp(part.rest_max - reference)
-        if part.rest_coefficient is None:
-            return xp.where(part.rest_sum == 0.0, 0.0, rest_sum), None
+    def carried(part: RowState) -> tuple[Any, Any, Any]:
+        decay = xp.exp(transform.difference(problem, part.rest_max, reference))
+        rest_sum = xp.where(part.rest_sum == 0.0, 0.0, part.rest_sum * decay)
         own = xp.where(part.rest_max == -math.inf, 0.0, part.rest_max)
-        moved = part.rest_excess + part.rest_coefficient * (reference - own)
-        excess = xp.where(part.rest_coefficient == 0.0, part.rest_excess, moved)
-        return xp.where(part.rest_sum == 0.0, 0.0, rest_sum), excess
+        risen = transform.difference(problem, reference, own)
+        excess = entropy = None
+        if part.rest_coefficient is not None:
+            moved = part.rest_excess + part.rest_coefficient * risen
+            excess = xp.where(part.rest_coefficient == 0.0, part.rest_excess, moved)
+        if part.rest_entropy is not None:
+            moved = (part.rest_entropy + part.rest_sum * risen) * decay
+            entropy = xp.where(rest_sum == 0.0, 0.0, moved)
+        return rest_sum, excess, entropy
 
-    one_sum, one_excess = carried(one)
-    other_sum, other_excess = carried(other)
+    one_sum, one_excess, one_entropy = carried(one)
+    other_sum, other_excess, other_entropy = carried(other)
+    first = None
+    if one.rest_first is not None:
+        is_one = (one.rest_max > other.rest_max) | (
+            (one.rest_max == other.rest_max) & (one.rest_first < other.rest_first)
+        )
+        first = xp.where(is_one, one.rest_first, other.rest_first)
 
     def add(a: Any, b: Any) -> Any:
         return b if a is None else a if b is None else a + b
@@ -120,6 +151,8 @@ def merge(xp: Any, one: RowState, other: RowState) -> RowState:
         pivot_coefficient=one.pivot_coefficient + other.pivot_coefficient,
         rest_coefficient=add(one.rest_coefficient, other.rest_coefficient),
         rest_excess=add(one_excess, other_excess),
+        rest_entropy=add(one_entropy, other_entropy),
+        rest_first=first,
     )
 
 
@@ -140,14 +173,14 @@ class _Scalars(NamedTuple):
 
 def _scalars(problem: Problem, state: RowState) -> _Scalars:
     xp = problem.xp
-    delta = state.rest_max - state.pivot_logit
+    delta = transform.difference(problem, state.rest_max, state.pivot_logit)
     below = delta <= 0.0
     # Not abs and maximum: at a tie their derivatives would be wrong, and so the second derivative.
     opposite = -delta
     decay = xp.exp(xp.where(below, delta, opposite))
     if problem.row_dtype == problem.arithmetic_dtype:
         # The row dtype is no wider than the logits, so δ has been rounded.
-        error = _difference_error(xp, state.rest_max, state.pivot_logit, delta)
+        error = transform.difference_error(problem, state.rest_max, state.pivot_logit)
         decay = decay + decay * xp.where(below, error, -error)
     # The difference is 0, or nan where the pivot is at +inf: such a row has no softmax.
     nothing = state.pivot_logit - state.pivot_logit
@@ -156,17 +189,48 @@ def _scalars(problem: Problem, state: RowState) -> _Scalars:
     return _Scalars(below, behind, opposite, decay, excess)
 
 
-def _difference_error(xp: Any, a: Any, b: Any, difference: Any) -> Any:
-    """Give (a - b) - difference exactly, where difference is a - b as rounded (Knuth's two-sum)."""
-    finite = xp.isfinite(difference)
-    a, b, difference = (xp.where(finite, value, 0.0) for value in (a, b, difference))
-    b_part = a - difference
-    a_part = difference + b_part
-    return (a - a_part) + (b_part - b)
+def lse(problem: Problem, state: RowState) -> Any:
+    """Give log Σ exp(x_c) of each row, from the state of the whole row; nan without a softmax."""
+    return _lse(problem, state, _scalars(problem, state))
 
 
-def loss(problem: Problem, state: RowState) -> Any:
-    """Give each row's loss, from the state of the whole row."""
+def _lse(problem: Problem, state: RowState, s: _Scalars) -> Any:
+    largest = problem.xp.where(s.below, state.pivot_logit, state.rest_max)
+    return transform.value(problem, largest) + problem.xp.log1p(s.excess)
+
+
+def entropy(problem: Problem, state: RowState) -> Any:
+    """Give -Σ p_c log p_c of each row: the p_c times lse - x_c, of which none is negative."""
+    xp = problem.xp
+    s = _scalars(problem, state)
+    h = xp.log1p(s.excess)
+    factor, at_pivot = _factor(xp, s), _pivot_probability(xp, s)
+    ahead = xp.where(s.below & (state.rest_sum != 0.0), s.opposite, 0.0)
+    behind = xp.where(at_pivot == 0.0, 0.0, s.behind)
+    others = factor * state.rest_entropy + (state.rest_sum * factor) * (ahead + h)
+    return others + at_pivot * (behind + h)
+
+
+def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
+    """Give the first class with the largest logit of each row, of which pivot is the pivot."""
+    first = state.rest_first
+    leads = (state.pivot_logit > state.rest_max) | (
+        (state.pivot_logit == state.rest_max) & (pivot < first)
+    )
+    return problem.xp.where(leads, pivot, first)
+
+
+def _factor(xp: Any, s: _Scalars) -> Any:
+    """Give f, by which exp(x_c - m') becomes a probability."""
+    return xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
+
+
+def _pivot_probability(xp: Any, s: _Scalars) -> Any:
+    return xp.where(s.below, 1.0, s.decay) / (1.0 + s.excess)
+
+
+def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
+    """Give each row's loss, from the state of the whole row, with lse_penalty · lse² added."""
     xp = problem.xp
     s = _scalars(problem, state)
     h = xp.log1p(s.excess)
@@ -181,6 +245,9 @@ def loss(problem: Problem, state: RowState) -> Any:
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
         rows = rows + (state.rest_excess + others * ahead + others * h)
+    if lse_penalty is not None:
+        log_sum = _lse(problem, state, s)
+        rows = rows + lse_penalty * log_sum * log_sum
     return rows
 
 
@@ -192,22 +259,30 @@ def gradient(
     coefficients: Any,
     scale: Any,
     counted: Any,
+    logits: Any,
+    lse_penalty: Any = None,
 ) -> Any:
     """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
 
     `rest_exp` is exp(x_c - m') as `from_logits` gives it, and the gradient may take its place;
     `scale` is shaped as the state; where `counted` is False, all classes are `excluded` and the
-    gradient is 0.
+    gradient is 0. The `logits` are read where there is a softcap.
     """
     xp, backend = problem.xp, problem.backend
     s = _scalars(problem, state)
-    factor = xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
+    factor = _factor(xp, s)
     total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
     if state.rest_coefficient is not None:
         total = total + state.rest_coefficient
     at_pivot = -total * (state.rest_sum * factor)
     if state.rest_coefficient is not None:
         at_pivot = at_pivot + state.rest_coefficient
+    if lse_penalty is not None:
+        pull = 2.0 * lse_penalty * _lse(problem, state, s)
+        total = total + pull
+        at_pivot = at_pivot + pull * _pivot_probability(xp, s)
+    if problem.logit_scale != 1.0 and problem.logit_softcap == math.inf:
+        scale = scale * problem.logit_scale
 
     def narrow(rows: Any) -> Any:
         return arrays.cast(xp, rows, problem.arithmetic_dtype)
@@ -220,6 +295,9 @@ def gradient(
         grad = arrays.overwrite(backend, xp.subtract, grad, coefficients)
         grad = arrays.overwrite(backend, xp.multiply, grad, narrow(scale))
     at_pivot = scale * at_pivot
+    if problem.logit_softcap != math.inf:
+        grad = arrays.overwrite(backend, xp.multiply, grad, transform.slope(problem, logits))
+        at_pivot = at_pivot * transform.slope(problem, state.pivot_logit)
     if counted is not None:
         at_pivot = xp.where(counted, at_pivot, 0.0)
     return arrays.replace(xp, backend, excluded, narrow(at_pivot), grad, owned=True)

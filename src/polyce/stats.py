@@ -1,8 +1,34 @@
-"""What a pass over the logits can tell of each row beside its loss."""
+"""What the pass over the logits tells of each row beside its loss."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
+
+from polyce import arrays
+from polyce.problem import Problem
+from polyce.targets import Plan
+
+
+class Stats(NamedTuple):
+    """Facts of each row, from the same pass over the logits as its loss.
+
+    Arrays of the rows' shape (input's shape without the class axis), without a gradient; None for
+    what was not asked for. Rows that do not count, ignored ones and those with a sample weight of
+    0, hold nan, -1 and False. So do rows that have no softmax (a nan, +inf or nothing but -inf
+    among their logits), though they count.
+    """
+
+    lse: Any
+    """log Σ exp(x_c) of the logits after logit_scale and logit_softcap, in nats."""
+    entropy: Any
+    """-Σ p_c log p_c of the softmax p, in nats."""
+    prediction: Any
+    """The class with the largest logit, the first of them where several have it."""
+    correct: Any
+    """Whether that is the label or, for probabilities, their first largest class."""
+    valid: Any
+    """Whether the row counts. Always given."""
 
 
 class RowStats(NamedTuple):
@@ -12,8 +38,41 @@ class RowStats(NamedTuple):
     """
 
     lse: Any
-    """The log of the sum of the exponentials, in the row dtype."""
+    """In the row dtype; nan where there is no softmax."""
     entropy: Any
-    """The entropy of the softmax, in nats, in the row dtype."""
+    """In the row dtype."""
     prediction: Any
-    """The first class with the largest logit."""
+    """The first class with the largest logit; anything where there is no softmax."""
+
+
+def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
+    """Give what the caller asked for, in the rows' shape."""
+    xp, asked = problem.xp, problem.stats or ()
+    valid = plan.counted
+    if valid is None:
+        valid = xp.ones_like(found.lse, dtype=xp.bool)
+
+    def narrow(values: Any) -> Any:
+        return arrays.cast(xp, xp.where(valid, values, math.nan), problem.arithmetic_dtype)
+
+    defined = valid & (found.lse == found.lse)
+    prediction = correct = None
+    if "prediction" in asked:
+        prediction = xp.where(defined, found.prediction, -1)
+    if "correct" in asked:
+        correct = defined
+        if not problem.is_empty:
+            label = plan.label
+            if label is None:
+                label = arrays.argmax(xp, problem.backend, plan.probabilities, problem.axis)
+            correct = correct & (found.prediction == label)
+        if plan.invalid is not None:
+            correct = correct & ~plan.invalid
+    arrays_of_rows = (
+        narrow(found.lse) if "lse" in asked else None,
+        narrow(found.entropy) if "entropy" in asked else None,
+        prediction,
+        correct,
+        valid,
+    )
+    return Stats(*(a if a is None else xp.squeeze(a, axis=problem.axis) for a in arrays_of_rows))

@@ -11,6 +11,9 @@ index y, smoothing ε           r_c = (1 - ε) w_y [c = y] + (ε / C) w_c
 probabilities p                r_c = w_c p_c
 probabilities p, smoothing ε   r_c = w_c ((1 - ε) p_c + ε / C)
 =============================  ==========================================
+
+A row counts v times: 0 times if it is ignored, else as its sample weight says. The mean is
+Σ v loss / D, where D = Σ v w_y for labels, Σ v for probabilities, or what the caller gives.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class Plan(NamedTuple):
     label: Any
     """Class of each row, always in range; None for probabilities."""
     counted: Any
-    """False for rows that are ignored; None where none can be."""
+    """False for rows that are ignored or have a sample weight of 0; None where none can be."""
     invalid: Any
     """True for rows whose label is out of range; None where labels were checked."""
     label_weight: Any
@@ -50,7 +53,11 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target of a call; raises IndexError for a bad label where labels are checked."""
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     logits = operands.logits
-    class_weight = None
+    sample_weight = counted = class_weight = None
+    if operands.sample_weight is not None:
+        sample_weight = arrays.cast(xp, operands.sample_weight, problem.row_dtype)
+        sample_weight = arrays.align(backend, arrays.expand(sample_weight, axis), logits)
+        counted = sample_weight != 0.0
     if operands.weight is not None:
         weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
         class_weight = arrays.along_axis(weight, axis, len(problem.shape))
@@ -59,44 +66,62 @@ def plan(problem: Problem, operands: Operands) -> Plan:
         probabilities = arrays.cast(xp, operands.target, problem.arithmetic_dtype)
         return Plan(
             label=None,
-            counted=None,
+            counted=counted,
             invalid=None,
             label_weight=None,
             class_weight=class_weight,
-            sample_weight=None,
+            sample_weight=sample_weight,
             probabilities=arrays.align(backend, probabilities, logits),
-            denominator=_row_count(problem) if problem.reduction == "mean" else None,
+            denominator=_denominator(problem, operands, counted, sample_weight),
         )
 
-    label, counted, invalid = labels.read(problem, operands.target, logits)
+    label, kept, invalid = labels.read(problem, operands.target, logits)
+    if counted is None or kept is None:
+        counted = kept if counted is None else counted
+    else:
+        counted = counted & kept
     label_weight = None
     if class_weight is not None and not problem.is_empty:
         label_weight = arrays.pick(xp, backend, class_weight, label, logits, axis)
         label_weight = arrays.cast(xp, label_weight, problem.row_dtype)
         if invalid is not None:
             label_weight = xp.where(invalid, 1.0, label_weight)
-    denominator = None
-    if problem.reduction == "mean":
-        denominator = _total_weight(problem, counted, label_weight)
-    return Plan(label, counted, invalid, label_weight, class_weight, None, None, denominator)
+    if invalid is not None and sample_weight is not None:
+        invalid = invalid & counted
+    row_weight = label_weight
+    if sample_weight is not None:
+        row_weight = sample_weight if label_weight is None else sample_weight * label_weight
+    return Plan(
+        label=label,
+        counted=counted,
+        invalid=invalid,
+        label_weight=label_weight,
+        class_weight=class_weight,
+        sample_weight=sample_weight,
+        probabilities=None,
+        denominator=_denominator(problem, operands, counted, row_weight),
+    )
 
 
-def _row_count(problem: Problem) -> float:
-    """Count the rows; torch divides the size by C and so finds none where C = 0."""
-    if problem.classes == 0:
-        return 0.0
-    return float(math.prod(problem.row_shape))
-
-
-def _total_weight(problem: Problem, counted: Any, label_weight: Any) -> Any:
+def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight: Any) -> Any:
+    """Give what the mean divides by; a Python float where it is known without looking."""
     xp = problem.xp
-    if label_weight is None:
+    if problem.reduction != "mean":
+        return None
+    if problem.normalized:
+        if isinstance(operands.normalizer, float):
+            return operands.normalizer
+        return arrays.cast(xp, operands.normalizer, problem.row_dtype)
+    if problem.kind == "probability" and problem.classes == 0:
+        # torch divides the number of logits by C, and so finds no rows.
+        return 0.0
+    if row_weight is None:
         if counted is None:
             return float(math.prod(problem.row_shape))
-        label_weight = arrays.cast(xp, counted, problem.row_dtype)
+        row_weight = arrays.cast(xp, counted, problem.row_dtype)
     elif counted is not None:
-        label_weight = xp.where(counted, label_weight, 0.0)
-    return arrays.total(xp, problem.backend, label_weight)
+        row_weight = xp.where(counted, row_weight, 0.0)
+    return arrays.total(xp, problem.backend, row_weight)
 
 
 def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
@@ -122,8 +147,17 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     return at_label * (1.0 - smoothing + share), plan.class_weight * share
 
 
-def mask_rows(plan: Plan, xp: Any, rows: Any) -> Any:
-    """Give ignored rows 0 and rows with a bad label nan."""
+def lse_penalty(problem: Problem, plan: Plan) -> Any:
+    """Give λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
+    if not problem.z_loss:
+        return None
+    return problem.z_loss if plan.label_weight is None else plan.label_weight * problem.z_loss
+
+
+def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
+    """Multiply by the sample weights; give rows that do not count 0, those with a bad label nan."""
+    if plan.sample_weight is not None:
+        rows = rows * plan.sample_weight
     if plan.counted is not None:
         rows = xp.where(plan.counted, rows, 0.0)
     if plan.invalid is not None:
@@ -140,9 +174,9 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
         if problem.reduction == "none":
             scale = arrays.expand(scale, problem.axis)
     if problem.reduction == "mean":
-        if type(plan.denominator) is float:  # NumPy's float64 is a float too
-            # Known without looking: the number of rows. Without any there is nothing to scale.
-            return scale / plan.denominator if plan.denominator else math.nan
+        if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
+            # Python's own division by 0 would raise.
+            return scale * math.copysign(math.inf, plan.denominator)
         scale = scale / plan.denominator
     return scale
 

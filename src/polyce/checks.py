@@ -1,0 +1,143 @@
+"""What each array of a call may be: its shape, its dtype, its device; the errors that say so."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from polyce import arrays, options
+
+
+def logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
+    """Give the shape of the logits and the class axis, counted from the front."""
+    if arrays.dtype_name(logits) not in arrays.FLOATS:
+        raise TypeError(
+            f"input must be real floating point ({', '.join(arrays.FLOATS)}), "
+            f"got {_show(logits)}; convert it to one of these first"
+        )
+    shape = _known_shape("input", logits)
+    return shape, options.class_axis(shape, axis)
+
+
+def _show(array: Any) -> str:
+    return f"{arrays.dtype_name(array)} {tuple(array.shape)}"
+
+
+def _known_shape(name: str, array: Any) -> tuple[int, ...]:
+    shape = tuple(array.shape)
+    for size in shape:
+        if size is None or (isinstance(size, float) and math.isnan(size)):
+            raise ValueError(
+                f"{name} must have a known shape, got {shape}; "
+                "call compute_chunk_sizes() on a dask array first"
+            )
+    return shape
+
+
+def devices(backend: str, operands: Mapping[str, Any]) -> None:
+    """Refuse arrays that lie on different devices."""
+    first = arrays.device(operands["input"], backend)
+    for name, array in operands.items():
+        if array is not None and arrays.device(array, backend) != first:
+            raise TypeError(
+                f"all arrays must lie on one device, but input is on {first} and {name} on "
+                f"{arrays.device(array, backend)}; move {name} first"
+            )
+
+
+def target_kind(
+    shape: tuple[int, ...],
+    row_shape: tuple[int, ...],
+    logits: Any,
+    target: Any,
+    probabilities: bool,
+) -> str:
+    """Decide by shape, as torch does, what the target holds, and check that its dtype agrees."""
+    target_shape = _known_shape("target", target)
+    name = arrays.dtype_name(target)
+    is_integer = name in arrays.INTEGERS
+    if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
+        if name not in arrays.FLOATS:
+            raise TypeError(
+                f"a target of input's shape {shape} holds class probabilities and must be real "
+                f"floating point, got {_show(target)}; for class indices drop the class axis"
+            )
+        return "probability"
+    # torch takes a target of shape (1,) for logits of shape (C,).
+    if target_shape != row_shape and not (len(shape) == 1 and target_shape == (1,)):
+        either = ", or probabilities of input's shape" if probabilities else ""
+        raise ValueError(
+            f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
+            f"for input {_show(logits)}; remove or add axes so that one of them fits"
+        )
+    if not is_integer:
+        either = f", or pass float probabilities of shape {shape}" if probabilities else ""
+        raise TypeError(
+            f"target of shape {target_shape} for input of shape {shape} holds class indices and "
+            f"must be an integer dtype, got {name}; cast it to int64{either}"
+        )
+    return "index"
+
+
+def weight(weight: Any, classes: int) -> None:
+    """Refuse class weights that are not one real number for each class."""
+    if tuple(weight.shape) != (classes,):
+        raise ValueError(
+            f"weight must be 1-D with one entry for each of the {classes} classes, "
+            f"got shape {tuple(weight.shape)}; pass shape ({classes},)"
+        )
+    _real_numbers("weight", weight)
+
+
+def sample_weight(sample_weight: Any, row_shape: tuple[int, ...]) -> None:
+    """Refuse sample weights that are not one real number for each row."""
+    if tuple(sample_weight.shape) != row_shape:
+        raise ValueError(
+            f"sample_weight must have one entry for each row, of shape {row_shape}, got shape "
+            f"{tuple(sample_weight.shape)}; reshape it or spread it over the rows"
+        )
+    _real_numbers("sample_weight", sample_weight)
+
+
+def normalizer(normalizer: Any) -> None:
+    """Refuse a normalizer that is not a single real number."""
+    if tuple(normalizer.shape) != ():
+        raise ValueError(
+            "normalizer must be a number or a 0-d array, got shape "
+            f"{tuple(normalizer.shape)}; pass what the whole sum is to be divided by"
+        )
+    _real_numbers("normalizer", normalizer)
+
+
+def _real_numbers(name: str, array: Any) -> None:
+    dtype = arrays.dtype_name(array)
+    if dtype not in arrays.FLOATS and dtype not in arrays.INTEGERS:
+        raise TypeError(
+            f"{name} must be real numbers, got {dtype}; convert it to a floating-point dtype"
+        )
+
+
+def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) -> None:
+    """Refuse a grad_output that is not shaped as the loss."""
+    expected = row_shape if reduction == "none" else ()
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(
+            f"grad_output must have the loss's shape {expected} for reduction "
+            f"{reduction!r}, got shape {tuple(grad_output.shape)}; pass the gradient "
+            "with respect to the loss"
+        )
+    _real_numbers("grad_output", grad_output)
+
+
+def number_or_array(name: str, value: Any) -> tuple[float | None, Any]:
+    """Tell a number from an array: (the number, None) or (None, the array)."""
+    if isinstance(value, (bool, complex)):
+        raise TypeError(
+            f"{name} must be a real number or an array, got {value!r}; leave it at None or "
+            "pass a float"
+        )
+    if isinstance(value, numbers.Real):
+        return float(value), None
+    return None, value
