@@ -1,0 +1,160 @@
+"""The transform of the logits: its differences keep their digits, and parts of a row merge."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, getcontext
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyce import arrays, rowstate, transform
+from polyce.problem import Problem, describe
+from polyce.testing.backends import Backend
+
+INF = math.inf
+SCALES = (1.0, 0.37, 3.0)
+CAPS = (INF, 5.0, 50.0)
+
+
+def problem_of(backend: Backend, shape: tuple[int, int], **options: Any) -> Problem:
+    dtype = "float64" if "float64" in backend.floats else "float32"
+    logits = backend.asarray(np.zeros(shape, dtype))
+    target = backend.asarray(np.full(shape, 1.0 / shape[1], dtype))
+    return describe(logits, target, reduction="none", **options)[0]
+
+
+def exact_difference(a: float, b: float, scale: float, cap: float) -> float:
+    """Give x(a) - x(b), with enough digits where tanh is close to 1, rounded once."""
+    getcontext().prec = 60 + math.ceil(2 * scale / cap * max(abs(a), abs(b)))
+    s = Decimal(scale)
+    if cap == INF:
+        return float(s * (Decimal(a) - Decimal(b)))
+
+    def capped(value: float) -> Decimal:
+        e = (-2 * s * Decimal(abs(value)) / Decimal(cap)).exp()
+        return Decimal(cap) * (1 - e) / (1 + e) * (1 if value >= 0 else -1)
+
+    return float(capped(a) - capped(b))
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_difference_keeps_its_digits(backend: Backend, scale: float, cap: float) -> None:
+    generator = np.random.default_rng(0)
+    dtype = "float64" if "float64" in backend.floats else "float32"
+    a = generator.normal(0.0, 3.0, 200) * generator.choice([0.01, 1.0, 10.0], 200)
+    b = a + generator.normal(0.0, 1.0, 200) * generator.choice([1e-6, 1e-2, 1.0, 30.0], 200)
+    a[:4], b[:4] = [0.0, 0.0, 1.0, 700.0], [0.0, -1.0, 0.0, 699.0]
+    a, b = a.astype(dtype), b.astype(dtype)
+    problem = problem_of(backend, (1, 2), logit_scale=scale)
+    if cap != INF:
+        problem = problem._replace(logit_softcap=cap)
+    found = backend.to_numpy(
+        transform.difference(problem, backend.asarray(a), backend.asarray(b))
+    ).astype(np.float64)
+    want = np.array(
+        [exact_difference(x, y, scale, cap) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    )
+    unit = np.finfo(dtype).eps / 2
+    # exp(-2|u|) alone is off by half an ulp for every unit of its exponent.
+    steps = 12.0 + (0.0 if cap == INF else 4.0 * scale / cap * np.maximum(abs(a), abs(b)))
+    tiny = 8 * float(np.finfo(dtype).tiny)
+    assert (np.abs(found - want) <= steps * unit * np.abs(want) + tiny).all()
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_infinities_and_nans(backend: Backend, cap: float) -> None:
+    problem = problem_of(backend, (1, 2), logit_scale=2.0)._replace(logit_softcap=cap)
+    dtype = problem_dtype(backend)
+    rows = np.array([-INF, 1.0, -INF, INF, math.nan, 1.0], dtype)
+    reference = np.array([1.0, -INF, -INF, INF, 1.0, math.nan], dtype)
+    with arrays.quiet(problem.backend):
+        found = transform.difference(problem, backend.asarray(rows), backend.asarray(reference))
+        values = transform.value(problem, backend.asarray(rows))
+        slopes = transform.slope(problem, backend.asarray(rows))
+    np.testing.assert_array_equal(
+        backend.to_numpy(found), np.array([-INF, INF, np.nan, np.nan, np.nan, np.nan])
+    )
+    assert backend.to_numpy(values)[0] == -INF
+    assert (slopes if cap == INF else backend.to_numpy(slopes)[0]) == (2.0 if cap == INF else 0.0)
+
+
+def problem_dtype(backend: Backend) -> str:
+    return "float64" if "float64" in backend.floats else "float32"
+
+
+@pytest.mark.only("numpy", "strict", "torch", "jax-x64", "jax-x32")
+@pytest.mark.parametrize("scale", [1.0, 0.37, 3.0, 1e-3])
+def test_the_rounding_of_a_difference_is_known_exactly(backend: Backend, scale: float) -> None:
+    """But for the last part, which is itself rounded and 2⁻⁵⁰ times smaller."""
+    generator = np.random.default_rng(1)
+    dtype = problem_dtype(backend)
+    a, b = (generator.normal(0.0, 30.0, 200).astype(dtype) for _ in range(2))
+    b = (b * np.float64(1e-3)).astype(dtype)
+    problem = problem_of(backend, (1, 2), logit_scale=scale)
+    pair = backend.asarray(a), backend.asarray(b)
+    found = backend.to_numpy(transform.difference(problem, *pair))
+    error = backend.to_numpy(transform.difference_error(problem, *pair))
+    unit = Fraction(float(np.finfo(dtype).eps))
+    for x, y, d, e in zip(*(v.tolist() for v in (a, b, found, error)), strict=True):
+        want = Fraction(scale) * (Fraction(x) - Fraction(y))
+        assert abs(Fraction(d) + Fraction(e) - want) <= 2 * unit * unit * abs(want)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, cap: float) -> None:
+    classes, rows = 9, 6
+    generator = np.random.default_rng(2)
+    logits = generator.normal(0.0, 4.0, (rows, classes))
+    logits[0] = 0.0
+    logits[1, [2, 7]] = logits[1].max() + 1.0
+    logits[2, 3:] = -INF
+    logits[3] += 1e3
+    logits = logits.astype(problem_dtype(backend))
+    coefficients = generator.dirichlet(np.ones(classes), rows).astype(logits.dtype)
+    pivot = np.argmax(logits, axis=1)[:, None]
+    problem = problem_of(backend, (rows, classes), return_stats=True, logit_scale=scale)
+    problem = problem._replace(logit_softcap=cap)
+
+    def part(start: int, stop: int) -> rowstate.RowState:
+        mine = np.arange(start, stop)
+        own = (pivot >= start) & (pivot < stop)
+        taken = [
+            backend.asarray(np.where(own, np.take_along_axis(values, pivot, axis=1), 0.0))
+            for values in (logits, coefficients)
+        ]
+        with arrays.quiet(problem.backend):
+            state, _ = rowstate.from_logits(
+                problem,
+                backend.asarray(logits[:, mine].copy()),
+                backend.asarray(mine == pivot),
+                *taken,
+                backend.asarray(coefficients[:, mine].copy()),
+            )
+        return state._replace(rest_first=state.rest_first + start)
+
+    def facts(state: rowstate.RowState) -> list[Any]:
+        index = backend.asarray(pivot)
+        with arrays.quiet(problem.backend):
+            found = [
+                rowstate.loss(problem, state, 1e-3),
+                rowstate.lse(problem, state),
+                rowstate.entropy(problem, state),
+                rowstate.prediction(problem, state, index),
+            ]
+        return [backend.to_numpy(array) for array in found]
+
+    whole = facts(part(0, classes))
+    assert (whole[3] == pivot).all()
+    with arrays.quiet(problem.backend):
+        one, other, third = part(0, 2), part(2, 5), part(5, classes)
+        for parts in ((one, other, third), (third, one, other)):
+            merged = rowstate.merge(problem, rowstate.merge(problem, *parts[:2]), parts[2])
+            for got, want in zip(facts(merged), whole, strict=True):
+                # Merged with a softcap, an exponent is rounded once more.
+                rtol = (16 if cap == INF else 256) * np.finfo(logits.dtype).eps
+                np.testing.assert_allclose(got, want, rtol=rtol)
