@@ -268,6 +268,9 @@ def _is_label(classes: Any, labels: Any, logits: Any) -> Any:
 
 def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int) -> Any:
     """Take each row's value at its label, all in range; values broadcast against the logits."""
+    if backend == "numpy" and axis == 1 and values.ndim == 2 and len(values) == len(labels):
+        # What take_along_axis does as well, in twice the time for a few rows.
+        return values[np.arange(len(values))[:, None], labels]
     if hasattr(xp, "take_along_axis"):
         return xp.take_along_axis(values, labels, axis=axis)
     # dask has no gather; it sees that this mask is the one the loss needs and makes it once.

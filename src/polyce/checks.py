@@ -133,6 +133,8 @@ def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) ->
 
 def number_or_array(name: str, value: Any) -> tuple[float | None, Any]:
     """Tell a number from an array: (the number, None) or (None, the array)."""
+    if value is None:
+        return None, None
     if isinstance(value, (bool, complex)):
         raise TypeError(
             f"{name} must be a real number or an array, got {value!r}; leave it at None or "

@@ -117,6 +117,8 @@ def check_positive(name: str, option: Any, default: float) -> float:
 
 
 def _real(name: str, option: Any, advice: str) -> float:
+    if type(option) is float:
+        return option
     if isinstance(option, bool) or not isinstance(option, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(option).__qualname__}; {advice}")
     return float(option)
