@@ -1,4 +1,5 @@
-// Reads what polyce.testing.dump wrote and prints one line for every array of every case:
+// Reads what polyce.testing.dump wrote and prints one line for every array of every case, and one
+// for every option that is a real number:
 //   case field elements nans infinities checksum
 // The checksum adds the finite elements, each times 1 to 7 by its position, in double.
 // The format is described at the top of polyce/testing/dump.py; nothing of polyce is used here.
@@ -6,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
@@ -76,12 +78,22 @@ int main(int, char** arguments) {
             field[item.substr(0, at)] = item.substr(at + 1);
         }
         const std::string target = field["kind"] == "index" ? "int64" : field["target_dtype"];
+        const std::string& rows = field["row_shape"];
         const std::vector<std::vector<std::string>> arrays = {
             {"logits", field["dtype"], field["shape"]}, {"target", target, field["target_shape"]},
             {"weight", field["weight_dtype"], ""},      {"grad_output", "float64", field["loss_shape"]},
             {"loss", "float64", field["loss_shape"]},   {"loss_tol", "float64", field["loss_shape"]},
             {"grad", "float64", field["shape"]},        {"grad_tol", "float64", field["shape"]},
+            {"sample_weight", "float64", rows},         {"prediction", "int64", rows},
+            {"lse", "float64", rows},                   {"lse_tol", "float64", rows},
+            {"entropy", "float64", rows},               {"entropy_tol", "float64", rows},
+            {"correct", "uint8", rows},                 {"valid", "uint8", rows},
         };
+        for (const char* name : {"label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer"}) {
+            if (field.at(name) == "-") continue;
+            const double value = std::strtod(field.at(name).c_str(), nullptr);
+            std::printf("%s %s 1 0 0 %a\n", field["name"].c_str(), name, value);
+        }
         for (const auto& array : arrays) {
             const std::string &name = array[0], &shape = array[2];
             if (field.at(name) == "-") continue;

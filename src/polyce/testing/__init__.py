@@ -12,8 +12,17 @@ from .conformance import Functions, Report, check_implementation
 from .dtypes import missing
 from .dump import dump, read
 from .grid import GROUPS, cases
-from .oracle import Answer, exact_answer
-from .tolerances import ACCURACY, Accuracy, accuracy, compare, grad_tolerance, loss_tolerance
+from .oracle import Answer, ExactStats, exact_answer
+from .tolerances import (
+    ACCURACY,
+    Accuracy,
+    Transformed,
+    accuracy,
+    compare,
+    grad_tolerance,
+    loss_tolerance,
+    stats_tolerances,
+)
 
 __all__ = [
     "ACCURACY",
@@ -24,8 +33,10 @@ __all__ = [
     "Answer",
     "Backend",
     "Case",
+    "ExactStats",
     "Functions",
     "Report",
+    "Transformed",
     "accuracy",
     "arrange",
     "cases",
@@ -39,4 +50,5 @@ __all__ = [
     "loss_tolerance",
     "missing",
     "read",
+    "stats_tolerances",
 ]

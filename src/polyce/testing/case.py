@@ -12,6 +12,8 @@ import numpy as np
 from .dtypes import Array, is_float
 from .oracle import Answer, exact_answer
 
+STATS = ("lse", "entropy", "prediction", "correct")
+"""What `return_stats` may name."""
 LAYOUTS = ("plain", "fortran", "strided", "reversed", "broadcast")
 
 
@@ -28,11 +30,15 @@ class Case:
     logits, target, weight : ndarray
         The arrays of the call. They are read-only: `arrange` makes the copies to hand out.
     options : mapping
-        Keyword arguments of the call: reduction, label_smoothing, ignore_index, axis, validate.
+        Keyword arguments of the call that are no arrays: reduction, label_smoothing,
+        ignore_index, axis, validate, normalizer as a number, z_loss, logit_scale, logit_softcap
+        and return_stats.
     grad_output : ndarray, float or None
         The gradient that flows in.
     layout, target_layout : str
         The memory layouts in which logits and target are to be handed over, see `arrange`.
+    sample_weight, normalizer : ndarray
+        More arrays of the call; the normalizer has no dimension.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Case:
     grad_output: Array | float | None = None
     layout: str = "plain"
     target_layout: str = "plain"
+    sample_weight: Array | None = None
+    normalizer: Array | None = None
 
     def __post_init__(self) -> None:
         """Make the arrays read-only, since cases share them."""
@@ -57,6 +65,8 @@ class Case:
             "input": self.logits,
             "target": self.target,
             "weight": self.weight,
+            "sample_weight": self.sample_weight,
+            "normalizer": self.normalizer,
             "grad_output": self.grad_output,
         }
         return {name: a for name, a in candidates.items() if isinstance(a, np.ndarray)}
@@ -65,6 +75,19 @@ class Case:
     def kind(self) -> str:
         """Whether the target holds class indices or probabilities: "index" or "probability"."""
         return "probability" if is_float(self.target) else "index"
+
+    @property
+    def asks_for_stats(self) -> bool:
+        """Whether the call returns stats at all."""
+        return self.options.get("return_stats", False) is not False
+
+    @property
+    def stats_names(self) -> tuple[str, ...]:
+        """The stats that the call asks for by name."""
+        asked = self.options.get("return_stats", False)
+        if isinstance(asked, bool):
+            return STATS if asked else ()
+        return (asked,) if isinstance(asked, str) else tuple(asked)
 
     @property
     def shape_key(self) -> str:
@@ -77,9 +100,10 @@ class Case:
     @cached_property
     def answer(self) -> Answer:
         """The exact answer, computed when first asked for."""
-        options = {key: value for key, value in self.options.items() if key != "validate"}
+        given: dict[str, Any] = {"sample_weight": self.sample_weight, "normalizer": self.normalizer}
+        given |= {k: v for k, v in self.options.items() if k not in ("validate", "return_stats")}
         return exact_answer(
-            self.logits, self.target, self.weight, grad_output=self.grad_output, **options
+            self.logits, self.target, self.weight, grad_output=self.grad_output, **given
         )
 
     def __str__(self) -> str:

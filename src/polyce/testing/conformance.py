@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from .backends import Backend, get_backend
-from .case import Case, arrange
+from .case import STATS, Case, arrange
 from .dtypes import Array, missing
 from .grid import cases
-from .tolerances import accuracy, compare, grad_tolerance, loss_tolerance
+from .tolerances import accuracy, compare, grad_tolerance, loss_tolerance, stats_tolerances
 
 SHOWN = 20
 """How many failures are written out."""
@@ -82,7 +84,8 @@ def check_implementation(
 
     Every case of the grid goes through `polyce.cross_entropy` and
     `polyce.cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
-    checked, and that the arrays passed in are unchanged.
+    checked, those of the stats as well where a case asks for some, and that the arrays passed in
+    are unchanged.
 
     Parameters
     ----------
@@ -168,7 +171,9 @@ def _failures(
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> list[str]:
     """Run one case, and return what is wrong with it."""
-    layouts = {"input": case.layout, "target": case.target_layout}
+    layouts = {
+        "input": case.layout, "target": case.target_layout, "sample_weight": case.target_layout
+    }  # fmt: skip
     arrays = {
         key: library.asarray(arrange(array, layouts.get(key, "plain")))
         for key, array in given.items()
@@ -199,17 +204,34 @@ def _failures(
                 raise AssertionError(f"{key}: the call changed its argument")
 
     forward = {key: array for key, array in arrays.items() if key != "grad_output"}
-    loss = attempt(partial(_call, functions.cross_entropy, forward, options, wrap))
-    if loss is not None:
-        attempt(partial(_check_loss, case, library, loss, "cross_entropy"))
+
+    def check(
+        function: Callable[..., Any],
+        names: Sequence[str],
+        arrays: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Call a function and check all that it returns, by the names of its results."""
+        returned = attempt(partial(_call, function, arrays, options, wrap))
+        if returned is None:
+            return
+        names = (*names, "stats") if case.asks_for_stats else names
+        results = (returned,) if len(names) == 1 else returned
+        if not isinstance(results, tuple) or len(results) != len(names):
+            failures.append(f"{case.name}: {type(returned).__name__} is not ({', '.join(names)})")
+            return
+        checks = {"grad": _check_grad, "stats": _check_stats}
+        for what, result in zip(names, results, strict=True):
+            attempt(partial(checks.get(what, _check_loss), case, library, result, what))
+
+    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
+    check(functions.cross_entropy, ["cross_entropy"], forward, options)
     attempt(check_arguments)
     if failures:
         # The gradient's errors would say the same again, or start from spoilt arrays.
         return failures
-    both = attempt(partial(_call, functions.cross_entropy_with_grad, arrays, with_grad, wrap))
-    if both is not None:
-        attempt(partial(_check_loss, case, library, both[0], "loss of cross_entropy_with_grad"))
-        attempt(partial(_check_grad, case, library, both[1]))
+    names = ["loss of cross_entropy_with_grad", "grad"]
+    check(functions.cross_entropy_with_grad, names, arrays, with_grad)
     attempt(check_arguments)
     return failures
 
@@ -234,11 +256,40 @@ def _check_loss(case: Case, library: Backend, loss: Any, what: str) -> None:
     compare(_converted(library, loss, what), case.answer.loss, tolerance, dtype=dtype, what=what)
 
 
-def _check_grad(case: Case, library: Backend, grad: Any) -> None:
+def _check_grad(case: Case, library: Backend, grad: Any, what: str) -> None:
     dtype = case.logits.dtype
     tolerance = grad_tolerance(case.answer, dtype.name, accuracy(dtype.name, library.name))
-    got = _converted(library, grad, "grad")
-    compare(got, case.answer.grad, tolerance, dtype=dtype, what="grad")
+    compare(_converted(library, grad, what), case.answer.grad, tolerance, dtype=dtype, what=what)
+
+
+def _check_stats(case: Case, library: Backend, stats: Any, what: str) -> None:
+    """Check the stats that were asked for, that no other one is there, and what rows count."""
+    if getattr(stats, "_fields", None) != (*STATS, "valid"):
+        raise AssertionError(f"{what}: {type(stats).__name__} is not ({', '.join(STATS)}, valid)")
+    exact = case.answer.stats
+    arithmetic = np.dtype("float64" if case.answer.loss_dtype == np.float64 else "float32")
+    tolerances = stats_tolerances(case.answer, accuracy(arithmetic.name, library.name))
+    allowed = dict(zip(("lse", "entropy"), tolerances, strict=True))
+    for name, found in zip(stats._fields, stats, strict=True):
+        if name not in (*case.stats_names, "valid"):
+            if found is not None:
+                raise AssertionError(f"{name}: {type(found).__name__} was not asked for")
+            continue
+        got, want = _converted(library, found, name), getattr(exact, name)
+        if name in allowed:
+            compare(got, want, allowed[name], dtype=arithmetic, what=name)
+        else:
+            _check_equal(got, want, name)
+
+
+def _check_equal(got: Array, want: Array, what: str) -> None:
+    """Raise unless numbers or truth values are the same; integers may have any width."""
+    if got.dtype != want.dtype and not (got.dtype.kind == want.dtype.kind == "i"):
+        raise AssertionError(f"{what}: dtype {got.dtype}, expected {want.dtype}")
+    if got.shape != want.shape:
+        raise AssertionError(f"{what}: shape {got.shape}, expected {want.shape}")
+    if not np.array_equal(got, want):
+        raise AssertionError(f"{what}: got {got.tolist()}, expected {want.tolist()}")
 
 
 def _converted(library: Backend, result: Any, what: str) -> Array:

@@ -16,7 +16,12 @@ shape              of the logits, such as ``5x7``
 axis               the class axis, counted from 0
 reduction          ``none``, ``sum`` or ``mean``
 ignore_index       an integer
-label_smoothing    a C99 hexadecimal float
+label_smoothing    a C99 hexadecimal float, as all options here that are real numbers
+z_loss             0 for none
+logit_scale        ``-`` for none
+logit_softcap      ``-`` for none
+normalizer         what the mean divides by; ``-`` for the total weight
+return_stats       names with commas in between; ``-`` for no stats
 layout             of the logits in Python; they are written in C order all the same
 logits             file, elements of ``dtype``
 target             file, int64 for ``index``, else elements of ``target_dtype``
@@ -24,12 +29,20 @@ target_shape       of the target; ``scalar`` for no dimension
 target_dtype       that the target has in Python (indices are converted to int64)
 weight             file, elements of ``weight_dtype``, one for each class; or ``-``
 weight_dtype       ``-`` without weight
+sample_weight      file, float64, one for each row; or ``-``
 grad_output        file, float64, of the loss's shape; ``-`` means 1
 loss, loss_tol     files, float64: the exact loss, and the largest error allowed in it
 loss_shape         of the loss; ``scalar`` for no dimension
 grad, grad_tol     files, float64, in the shape of the logits: the same for the gradient
+row_shape          of everything that follows; ``scalar`` for no dimension
+lse, lse_tol       files, float64: the exact log of the sum of the exponentials, and its tolerance
+entropy            file, float64: the exact entropy
+entropy_tol        file, float64
+prediction         file, int64
+correct, valid     files, uint8: 0 or 1
 =================  ============================================================================
 
+The stats are there whether or not the case asks for them; those of `polyce.testing.ExactStats`.
 nan and infinity in an expected result have to be met exactly; the sign of zero is free.
 """
 
@@ -45,7 +58,7 @@ import numpy as np
 from .case import Case
 from .dtypes import Array, dtype, is_float, missing
 from .grid import cases as grid_cases
-from .tolerances import accuracy, grad_tolerance, loss_tolerance
+from .tolerances import accuracy, grad_tolerance, loss_tolerance, stats_tolerances
 
 INDEX = "cases.txt"
 
@@ -102,7 +115,12 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
             "loss_tol": ("float64", fields["loss_shape"]),
             "grad": ("float64", fields["shape"]),
             "grad_tol": ("float64", fields["shape"]),
+            "sample_weight": ("float64", fields["row_shape"]),
+            "prediction": ("int64", fields["row_shape"]),
         }
+        floats = ("lse", "lse_tol", "entropy", "entropy_tol")
+        elements |= dict.fromkeys(floats, ("float64", fields["row_shape"]))
+        elements |= dict.fromkeys(("correct", "valid"), ("uint8", fields["row_shape"]))
         for key, (name, shape) in elements.items():
             path = fields[key]
             fields[key] = None if path == "-" else _load(folder / path, name, shape)
@@ -121,9 +139,16 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
     axis = options.get("axis")
     axis = (1 if case.logits.ndim > 1 else 0) if axis is None else axis % case.logits.ndim
     target = case.target if is_float(case.target) else case.target.astype(np.int64)
-    incoming = case.grad_output
-    if incoming is not None:
-        incoming = np.asarray(incoming).astype(np.float64)
+    given, stats = case.arrays, answer.stats
+    arithmetic = "float64" if loss_dtype == "float64" else "float32"
+    lse_tol, entropy_tol = stats_tolerances(answer, accuracy(arithmetic))
+    normalizer = given.get("normalizer", options.get("normalizer"))
+
+    def number(value: Any) -> str:
+        return "-" if value is None else float(value).hex()
+
+    def wide(array: Any) -> Array | None:
+        return None if array is None else np.asarray(array).astype(np.float64)
 
     def write(array: Array | None) -> str:
         if array is None:
@@ -145,7 +170,12 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "axis": axis,
         "reduction": options.get("reduction", "mean"),
         "ignore_index": options.get("ignore_index", -100),
-        "label_smoothing": float(options.get("label_smoothing", 0.0)).hex(),
+        "label_smoothing": number(options.get("label_smoothing", 0.0)),
+        "z_loss": number(options.get("z_loss", 0.0)),
+        "logit_scale": number(options.get("logit_scale")),
+        "logit_softcap": number(options.get("logit_softcap")),
+        "normalizer": number(normalizer),
+        "return_stats": ",".join(case.stats_names) or "-",
         "layout": case.layout,
         "logits": write(case.logits),
         "target": write(target),
@@ -153,12 +183,21 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "target_dtype": case.target.dtype.name,
         "weight": write(case.weight),
         "weight_dtype": "-" if case.weight is None else case.weight.dtype.name,
-        "grad_output": write(incoming),
+        "sample_weight": write(wide(case.sample_weight)),
+        "grad_output": write(wide(case.grad_output)),
         "loss": write(answer.loss),
         "loss_tol": write(loss_tolerance(answer, loss_dtype, accuracy(loss_dtype))),
         "loss_shape": _shape(answer.loss),
         "grad": write(answer.grad),
         "grad_tol": write(grad_tolerance(answer, grad_dtype, accuracy(grad_dtype))),
+        "row_shape": _shape(stats.lse),
+        "lse": write(stats.lse),
+        "lse_tol": write(lse_tol),
+        "entropy": write(stats.entropy),
+        "entropy_tol": write(entropy_tol),
+        "prediction": write(stats.prediction),
+        "correct": write(stats.correct.astype(np.uint8)),
+        "valid": write(stats.valid.astype(np.uint8)),
     }
 
 

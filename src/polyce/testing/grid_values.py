@@ -10,8 +10,8 @@ import numpy as np
 
 from .case import Case
 from .dtypes import Array, dtype
+from .grid_draw import CLASSES, ROWS
 
-ROWS, CLASSES = 5, 7
 LABEL = 2
 INF, NAN = np.inf, np.nan
 
@@ -49,7 +49,7 @@ def place(row: Array, placement: str) -> Array:
     return row
 
 
-def _special_logits(name: str) -> Array:
+def special_logits(name: str) -> Array:
     """Return one row for every placement."""
     plain = np.random.default_rng(71).normal(0.0, 2.0, (len(PLACEMENTS), CLASSES))
     return np.stack(
@@ -57,7 +57,8 @@ def _special_logits(name: str) -> Array:
     ).astype(dtype(name))
 
 
-def _special_targets(rows: int, name: str) -> dict[str, Array]:
+def special_targets(rows: int, name: str) -> dict[str, Array]:
+    """Return targets of every kind for rows of seven classes, mostly of one label."""
     one_hot = np.zeros((rows, CLASSES))
     one_hot[:, LABEL] = 1.0
     soft = np.tile(np.array([0.0, 0.125, 0.5, 0.0, 0.25, 0.125, 0.0]), (rows, 1))
@@ -90,10 +91,10 @@ def _special_weights(name: str) -> dict[str, Array | None]:
 def special_cases(names: Sequence[str]) -> Iterator[Case]:
     """Yield infinities, nans, ties, total weights of 0 and numbers close to the largest."""
     for name in names:
-        logits = _special_logits(name)
+        logits = special_logits(name)
         weights = _special_weights(name)
         for (t, target), (w, weight), eps in product(
-            _special_targets(len(PLACEMENTS), name).items(), weights.items(), (0.0, 0.1, 1.0)
+            special_targets(len(PLACEMENTS), name).items(), weights.items(), (0.0, 0.1, 1.0)
         ):
             options = {"reduction": "none", "label_smoothing": eps}
             label = f"special/rows/{t}/{w}/smoothing-{eps:g}/{name}"
@@ -102,7 +103,7 @@ def special_cases(names: Sequence[str]) -> Iterator[Case]:
         yield from _large_cases(name)
     for name in (n for n in names if n in ("float32", "float64")):
         # One special row among ordinary ones: what it does to a sum, and to other rows.
-        logits = _special_logits(name)
+        logits = special_logits(name)
         plain = np.random.default_rng(72).normal(0.0, 2.0, (ROWS, CLASSES)).astype(dtype(name))
         for (i, placement), t, eps, reduction in product(
             enumerate(PLACEMENTS), ("kept", "ignored", "one-hot"), (0.0, 0.1), ("sum", "mean")
@@ -113,7 +114,7 @@ def special_cases(names: Sequence[str]) -> Iterator[Case]:
                 f"special/{placement}/{t}/smoothing-{eps:g}/{reduction}/{name}",
                 "special",
                 mixed,
-                _special_targets(ROWS, name)[t],
+                special_targets(ROWS, name)[t],
                 weights_of_rows(name),
                 {"reduction": reduction, "label_smoothing": eps},
             )
@@ -127,7 +128,7 @@ def special_cases(names: Sequence[str]) -> Iterator[Case]:
                 f"special/total-weight/{t}/{w}/smoothing-{eps:g}/{reduction}/{name}",
                 "special",
                 plain,
-                _special_targets(ROWS, name)[t],
+                special_targets(ROWS, name)[t],
                 weight,
                 {"reduction": reduction, "label_smoothing": eps},
             )
@@ -169,7 +170,7 @@ def _large_cases(name: str) -> Iterator[Case]:
     rows[2, :] = 3e38
     rows[3, :] = -3e38
     rows[4, 5], rows[4, 6] = 3e38, 3e38
-    for t, target in _special_targets(ROWS, name).items():
+    for t, target in special_targets(ROWS, name).items():
         if t in ("kept", "one-hot"):
             options = {"reduction": "none"}
             yield Case(
@@ -178,7 +179,7 @@ def _large_cases(name: str) -> Iterator[Case]:
             )  # fmt: skip
     # With smoothing every class counts, and the sum of all differences is not to overflow.
     smooth = {"reduction": "none", "label_smoothing": 0.1}
-    target = _special_targets(ROWS, name)["kept"]
+    target = special_targets(ROWS, name)["kept"]
     lower = (rows / 16).astype(dtype(name))
     yield Case(f"special/large/smoothing/{name}", "special", lower, target, None, smooth)
 

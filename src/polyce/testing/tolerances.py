@@ -4,6 +4,10 @@ Losses and pivot entries of the gradient are sums of terms that do not cancel, s
 to ulps of their own size. The other gradient entries are ``R * softmax_c - r_c``: the rounding of
 ``x_c - max`` alone costs them half an ulp for every unit of that gap, which the table allows for,
 and the two parts may cancel, so their errors are measured against the parts.
+
+Where the logits are transformed, every gap is rounded a few times more. A relative error of a gap
+is an absolute one of its exponent, so what it costs grows with the gap: `Transformed` says by how
+much.
 """
 
 from __future__ import annotations
@@ -15,6 +19,41 @@ import numpy as np
 
 from .dtypes import FORMATS, Array, FloatFormat, Floats
 from .oracle import Answer
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What is allowed beyond `Accuracy` where the logits are transformed.
+
+    Attributes
+    ----------
+    spread : float
+        Ulps of loss, lse, entropy and pivot entry for every unit of the row's spread, its mean gap
+        as its exponentials see it.
+    lead : float
+        The same for every unit of the gap between the pivot and the largest other class.
+    gap : float
+        Unit roundoffs of a gradient entry's softmax part for every unit of its gap.
+    slope, slope_angle : float
+        Unit roundoffs of the slope that multiplies the gradient, and the same for every unit of
+        its angle.
+    """
+
+    spread: float = 0.0
+    lead: float = 0.0
+    gap: float = 0.0
+    slope: float = 0.0
+    slope_angle: float = 0.0
+
+
+# The scale as a number of the arithmetic, and the product with the gap: half an ulp each, which
+# is up to two of the result. The slope is the scale, and one more factor among the entry's 8.
+_SCALED = Transformed(spread=2.0, gap=2.0)
+# A difference of two tanh is a tanh of the difference and a quotient; the slope is an exponential
+# of the angle, which the scale, the product and the quotient by the cap have rounded.
+_CAPPED = Transformed(spread=4.0, gap=6.0, slope=8.0, slope_angle=2.0)
+# One more gap, the pivot's, is as inexact where no wider arithmetic is at hand for it.
+_CAPPED_NARROW = replace(_CAPPED, lead=4.0)
 
 
 @dataclass(frozen=True)
@@ -32,9 +71,16 @@ class Accuracy:
         Unit roundoffs of a gradient entry, relative to its two parts.
     entry_gap : float
         Unit roundoffs of the entry's softmax part, for every unit of its gap.
+    lse_ulp : float
+        Ulps of lse, as large as the larger one of the two numbers that it is the sum of.
+    entropy_ulp : float
+        Ulps of the entropy: three terms, each of them a product of two numbers as inexact as a
+        loss is.
     flush : float
         Results may be off by this much whatever their size: the subnormal spacing, or the
         smallest normal number where a library computes without subnormal numbers.
+    scaled, capped : Transformed
+        What is allowed beyond that with a logit_scale, and with a logit_softcap.
     """
 
     arithmetic: str
@@ -42,22 +88,31 @@ class Accuracy:
     pivot_ulp: float = 8.0
     entry: float = 8.0
     entry_gap: float = 2.4
+    lse_ulp: float = 8.0
+    entropy_ulp: float = 12.0
     flush: float = 0.0
+    scaled: Transformed = _SCALED
+    capped: Transformed = _CAPPED
+
+    def transformed(self, answer: Answer) -> Transformed:
+        """Return what is allowed for the transform of an answer's logits."""
+        rules = {"none": Transformed(), "scale": self.scaled, "softcap": self.capped}
+        return rules[answer.transform]
 
 
 _SINGLE = Accuracy("float32", flush=8 * FORMATS["float32"].subnormal)
-_DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal)
-_SINGLE_FLUSHED = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny)
+_DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal, capped=_CAPPED_NARROW)
+# XLA's CPU code takes subnormal numbers for 0, and jax may be without float64.
+_SINGLE_XLA = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny, capped=_CAPPED_NARROW)
 
 ACCURACY: dict[tuple[str | None, str], Accuracy] = {
     (None, "float16"): _SINGLE,
     (None, "bfloat16"): _SINGLE,
     (None, "float32"): _SINGLE,
     (None, "float64"): _DOUBLE,
-    # XLA's CPU code takes subnormal numbers for 0.
-    ("jax", "float16"): _SINGLE_FLUSHED,
-    ("jax", "bfloat16"): _SINGLE_FLUSHED,
-    ("jax", "float32"): _SINGLE_FLUSHED,
+    ("jax", "float16"): _SINGLE_XLA,
+    ("jax", "bfloat16"): _SINGLE_XLA,
+    ("jax", "float32"): _SINGLE_XLA,
     ("jax", "float64"): replace(_DOUBLE, flush=8 * FORMATS["float64"].tiny),
 }
 """What is asked of a result dtype, by (backend or None for all others, dtype)."""
@@ -96,7 +151,10 @@ def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
         What is asked, see `accuracy`.
     """
     arithmetic = FORMATS[rule.arithmetic]
+    more = rule.transformed(answer)
     tolerance = rule.loss_ulp * arithmetic.spacing(answer.loss_scale) + rule.flush
+    reach = more.spread * answer.loss_spread + more.lead * answer.loss_lead
+    tolerance = tolerance + 2.0 * arithmetic.unit * reach
     return _with_rounding(answer.loss, tolerance, dtype, rule)
 
 
@@ -112,16 +170,43 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     rule : Accuracy
         What is asked, see `accuracy`.
     """
-    arithmetic = FORMATS[rule.arithmetic]
-    scale = answer.grad_scale
+    arithmetic, more = FORMATS[rule.arithmetic], rule.transformed(answer)
+    scale, part = answer.grad_scale, answer.softmax_part
+    gap = np.where(part > 0, answer.gap, 0.0)
     at_pivot = rule.pivot_ulp * arithmetic.spacing(scale)
-    gap = np.where(answer.softmax_part > 0, answer.gap, 0.0)
-    elsewhere = arithmetic.unit * (rule.entry * scale + rule.entry_gap * gap * answer.softmax_part)
+    elsewhere = arithmetic.unit * (rule.entry * scale + (rule.entry_gap + more.gap) * gap * part)
+    reach = more.spread * answer.spread + more.lead * answer.lead
+    slope = more.slope + more.slope_angle * answer.angle
+    shared = arithmetic.unit * (2.0 * reach * np.where(answer.pivot, scale, part) + slope * scale)
     # An exponential below the smallest normal number may be taken for 0.
     vanishing = _exponential_underflows(gap, arithmetic) & ~answer.pivot
-    tolerance = np.where(answer.pivot, at_pivot, elsewhere) + rule.flush
-    tolerance = tolerance + np.where(vanishing, answer.softmax_part, 0.0)
+    tolerance = np.where(answer.pivot, at_pivot, elsewhere) + shared + rule.flush
+    tolerance = tolerance + np.where(vanishing, part, 0.0)
+    flat = _exponential_underflows(answer.angle, arithmetic)
+    tolerance = tolerance + np.where(flat, scale, 0.0)
     return _with_rounding(answer.grad, tolerance, dtype, rule)
+
+
+def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
+    """Return the largest errors allowed in lse and in the entropy, in the dtype of the arithmetic.
+
+    Parameters
+    ----------
+    answer : Answer
+        The exact answer.
+    rule : Accuracy
+        What is asked, see `accuracy`.
+    """
+    arithmetic, more, stats = FORMATS[rule.arithmetic], rule.transformed(answer), answer.stats
+    spread, lead = (a.reshape(stats.lse.shape) for a in (answer.spread, answer.lead))
+    reach = 2.0 * arithmetic.unit * (more.spread * spread + more.lead * lead)
+    lse = rule.lse_ulp * arithmetic.spacing(stats.lse_scale) + reach * stats.lse_scale + rule.flush
+    reach = more.spread * stats.entropy_spread + more.lead * stats.entropy_lead
+    entropy = rule.entropy_ulp * arithmetic.spacing(stats.entropy_scale)
+    # An exponential that is taken for 0 stands for a term larger by its exponent.
+    entropy = entropy + 2.0 * arithmetic.unit * reach - rule.flush * np.log(arithmetic.tiny)
+    known = np.isfinite(stats.lse)
+    return np.where(known, lse, 0.0), np.where(known, entropy, 0.0)
 
 
 def _exponential_underflows(gap: Floats, arithmetic: FloatFormat) -> Array:

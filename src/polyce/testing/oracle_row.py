@@ -1,0 +1,313 @@
+"""The exact answer of one row, computed with the decimal arithmetic of Python's standard library.
+
+For a row of transformed logits x with coefficients r, R their sum and lse the log of the sum of
+exp::
+
+    loss = R * lse - sum of r_c * x_c + l * lse**2
+    dloss/dlogit_c = ((R + 2 * l * lse) * softmax_c - r_c) * slope_c
+
+================================  =======================================
+target                            r_c
+================================  =======================================
+index y                           w_y if c = y else 0
+index y, label smoothing e        (1 - e) * w_y * [c = y] + (e / C) * w_c
+probabilities p                   w_c * p_c
+probabilities p, smoothing e      w_c * ((1 - e) * p_c + e / C)
+================================  =======================================
+
+l is the z-loss, times w_y for an index. x is logit_scale * logit, and with a softcap
+cap * tanh(that / cap), of slope logit_scale * (1 - tanh**2); -inf stays -inf, there of slope 0.
+
+This textbook form loses every digit of a confident row in floating point. Here it is taken with
+as many decimal digits as the row needs, so it shares neither formula nor arithmetic with what it
+judges. Inputs count as exactly the numbers that their floats hold.
+"""
+
+from __future__ import annotations
+
+import decimal
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+
+import numpy as np
+
+from .dtypes import Floats
+
+Target = int | tuple[float, ...]
+"""A row's target: a class, or one number for each class."""
+
+DIGITS = 60
+"""Digits of every exponential, and of everything else beyond what cancellation takes."""
+NEGLIGIBLE = -2000.0
+"""exp of less than this is 0: it is far below the smallest float64 and any rounding here."""
+ZERO, ONE, NAN = Decimal(0), Decimal(1), Decimal("nan")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """What a row of logits is before a target is known; None stands for a row without softmax.
+
+    Attributes
+    ----------
+    digits : int
+        The decimal digits that the row needs.
+    top : Decimal
+        The largest transformed logit.
+    shifted : tuple of Decimal
+        The transformed logits minus `top`.
+    exps, softmax : tuple of Decimal
+        exp of `shifted`, and that over its sum.
+    log_sum, lse, entropy : Decimal
+        The log of the sum of `exps`, `top` more than that, and the entropy of `softmax` in nats.
+    slopes : tuple of Decimal
+        Derivatives of the transformed logits with respect to the logits.
+    angles : tuple of float
+        ``2 * |logit_scale * logit| / cap``, what the slope is the exponential of; 0 without a
+        softcap and at -inf.
+    """
+
+    digits: int
+    top: Decimal
+    shifted: tuple[Decimal, ...]
+    exps: tuple[Decimal, ...]
+    softmax: tuple[Decimal, ...]
+    log_sum: Decimal
+    lse: Decimal
+    entropy: Decimal
+    slopes: tuple[Decimal, ...]
+    angles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A row's stats, and how far its rounding errors reach, see `ExactStats` and `Answer`."""
+
+    lse: float
+    entropy: float
+    prediction: int
+    gap: Floats
+    angle: Floats
+    spread: float
+    lead: float
+    lse_scale: float
+    entropy_scale: float
+    entropy_spread: float
+    entropy_lead: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's unreduced answer: exact loss and gradient, magnitudes, pivot class (-1: nan row)."""
+
+    loss: Decimal
+    loss_scale: Decimal
+    grad: tuple[Decimal, ...]
+    softmax_part: tuple[Decimal, ...]
+    coefficient_part: tuple[Decimal, ...]
+    pivot: int
+
+
+def context(digits: int) -> decimal.Context:
+    """Return decimal arithmetic that treats inf and nan as IEEE arithmetic does."""
+    return decimal.Context(
+        prec=digits, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, rounding=decimal.ROUND_HALF_EVEN,
+        traps=[],
+    )  # fmt: skip
+
+
+def exp(exponent: Decimal) -> Decimal:
+    """Return the exponential of a number up to 0."""
+    return exponent.exp() if exponent > NEGLIGIBLE else ZERO
+
+
+def without_noise(difference: Decimal, size: Decimal) -> Decimal:
+    """Return a difference of numbers of some size, 0 if only rounding is left of it.
+
+    Where logits tie, a third times three is to be one: an exact 0 times an infinite scale is nan.
+    """
+    noise = size.scaleb(DIGITS // 6 - decimal.getcontext().prec)
+    return ZERO if abs(difference) <= noise else difference
+
+
+def coefficients(
+    target: Target, classes: int, weight: tuple[float, ...] | None, label_smoothing: float
+) -> list[Decimal]:
+    """Return r_c of every class, in the current decimal context."""
+    weights = [ONE] * classes if weight is None else [Decimal(value) for value in weight]
+    smoothing = Decimal(label_smoothing)
+    uniform = smoothing / classes if classes else ZERO
+    if isinstance(target, tuple):
+        probabilities = [Decimal(value) for value in target]
+        if label_smoothing == 0:
+            return [w * p for w, p in zip(weights, probabilities, strict=True)]
+        return [
+            w * ((1 - smoothing) * p + uniform) for w, p in zip(weights, probabilities, strict=True)
+        ]
+    # Without smoothing the other classes' weights are not looked at: a nan there is harmless.
+    r = [ZERO] * classes if label_smoothing == 0 else [uniform * w for w in weights]
+    r[target] += (1 - smoothing) * weights[target]
+    return r
+
+
+def transform(
+    logit: float, scale: Decimal, cap: Decimal | None
+) -> tuple[Decimal, Decimal, Decimal]:
+    """Return the transformed logit, its slope and its angle, in the current decimal context.
+
+    An absolute error of a rounding is all that matters: exp turns it into a relative one.
+    """
+    scaled = scale * Decimal(logit)
+    if cap is None:
+        return scaled, scale, ZERO
+    if not scaled.is_finite():
+        return scaled, ZERO, ZERO
+    angle = 2 * abs(scaled) / cap
+    decay = exp(-angle)
+    tanh = (1 - decay) / (1 + decay)
+    return cap * tanh.copy_sign(scaled), scale * 4 * decay / (1 + decay) ** 2, angle
+
+
+@lru_cache(maxsize=512)
+def softmax_of(
+    logits: tuple[float, ...], logit_scale: float | None, logit_softcap: float | None
+) -> Softmax | None:
+    """Return the softmax of a row, None where it holds nan, +inf or nothing but -inf.
+
+    1 + exp(-gap) has to be told from 1, so the largest gap at the top costs gap / ln 10 digits.
+    An exponential itself does well with fewer: it is only ever added to larger ones.
+    """
+    if any(math.isnan(v) or v == math.inf for v in logits) or not any(map(math.isfinite, logits)):
+        return None
+    with decimal.localcontext(context(2 * DIGITS)):
+        scale = ONE if logit_scale is None else Decimal(logit_scale)
+        cap = None if logit_softcap is None else Decimal(logit_softcap)
+        known = {value: transform(value, scale, cap) for value in set(logits)}
+        x = [known[value][0] for value in logits]
+        top = max(x)
+        shifted = [value - top for value in x]
+    with decimal.localcontext(context(DIGITS)):
+        exponential = {z: exp(z) for z in set(shifted)}
+    below = sorted(shifted)[-2] if len(x) > 1 else ZERO
+    gap = min(-float(below), -NEGLIGIBLE) if below.is_finite() else 0.0
+    digits = DIGITS + math.ceil(gap / math.log(10))
+    exps = tuple(exponential[z] for z in shifted)
+    with decimal.localcontext(context(digits)):
+        total = sum(exps, ZERO)
+        log_sum = total.ln()
+        lse = top + log_sum
+        softmax = tuple(e / total for e in exps)
+    with decimal.localcontext(context(DIGITS)):
+        terms = (p * (log_sum - z) for p, z in zip(softmax, shifted, strict=True) if p)
+        entropy = sum(terms, ZERO)
+    return Softmax(
+        digits, top, tuple(shifted), exps, softmax, log_sum, lse, entropy,
+        tuple(known[value][1] for value in logits), tuple(float(known[v][2]) for v in logits),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def row_answer(
+    logits: tuple[float, ...],
+    target: Target,
+    weight: tuple[float, ...] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> Row:
+    """Return the exact answer of one row that counts, before its weight v_i."""
+    classes = len(logits)
+    bad_label = isinstance(target, int) and not 0 <= target < classes
+    if classes == 0 and not bad_label:
+        return Row(ZERO, ZERO, (), (), (), -1)
+    row = softmax_of(logits, logit_scale, logit_softcap)
+    if bad_label or row is None:
+        zeros = (ZERO,) * classes
+        return Row(NAN, ZERO, (NAN,) * classes, zeros, zeros, -1)
+
+    pivot = target if isinstance(target, int) else max(range(classes), key=lambda c: logits[c])
+    with decimal.localcontext(context(row.digits)):
+        r = coefficients(target, classes, weight, label_smoothing)
+        # Both sums in the loss and every softmax are unchanged when all logits are shifted.
+        total_r = sum(r, ZERO)
+        loss = total_r * row.log_sum
+        for coefficient, z in zip(r, row.shifted, strict=True):
+            # nan coefficients are not 0 and reach the loss.
+            if coefficient != 0:
+                loss -= coefficient * z
+        loss_scale, pull, pull_size = abs(loss), ZERO, ZERO
+        if z_loss:
+            # lse may be the small sum of two large parts of unlike sign.
+            zeta, size = Decimal(z_loss), abs(row.top) + row.log_sum
+            if isinstance(target, int) and weight is not None:
+                zeta *= Decimal(weight[target])
+            loss += zeta * row.lse**2
+            loss_scale += abs(zeta) * size**2
+            pull, pull_size = 2 * zeta * row.lse, 2 * abs(zeta) * size
+        grad = [
+            without_noise((total_r + pull) * s - coefficient, abs(coefficient))
+            for s, coefficient in zip(row.softmax, r, strict=True)
+        ]
+        coefficient_part = [abs(coefficient) for coefficient in r]
+        magnitude = sum(coefficient_part, ZERO)
+        softmax_part = [(magnitude + pull_size) * s for s in row.softmax]
+        rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
+        softmax_part[pivot] = (
+            magnitude * rest / (rest + row.exps[pivot]) + pull_size * row.softmax[pivot]
+        )
+        coefficient_part[pivot] = sum(
+            coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO
+        )
+        if logit_scale is not None or logit_softcap is not None:
+            grad, softmax_part, coefficient_part = (
+                [slope * value for slope, value in zip(row.slopes, values, strict=True)]
+                for values in (grad, softmax_part, coefficient_part)
+            )
+    return Row(
+        loss, loss_scale, tuple(grad), tuple(softmax_part), tuple(coefficient_part), pivot
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def measures(
+    logits: tuple[float, ...],
+    pivot: int,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> Measures | None:
+    """Return a row's stats and measures as seen from a pivot; from any class for -1."""
+    row = softmax_of(logits, logit_scale, logit_softcap)
+    if row is None:
+        return None
+    z, p = (np.array([float(value) for value in values]) for values in (row.shifted, row.softmax))
+    entropy, finite, rest = float(row.entropy), np.isfinite(z), np.arange(z.size) != pivot
+    top: float = z[rest].max(initial=-math.inf)
+    gap = np.where(rest & finite, top - np.where(finite, z, 0.0), 0.0)
+    decay = np.where(rest & finite, np.exp(-gap), 0.0)
+    # What one unit of relative error in every gap does to the sum, and to the entropy.
+    spread = float((gap * decay).sum() / decay.sum()) if decay.any() else 0.0
+    lacking = np.where(finite, float(row.log_sum) - z, 0.0)
+    reach = p * np.abs(lacking - entropy)
+    if pivot < 0:
+        lead, at_pivot, hidden = float(gap.max()), float(reach.max()), 1.0
+    else:
+        lead, at_pivot = abs(float(z[pivot]) - top), float(reach[pivot])
+        lead = lead if math.isfinite(lead) else 0.0
+        # The sum over the other classes holds a 1 for the largest of them: where that is the
+        # row's largest too, it takes digits from all that the others add to the entropy.
+        hidden = float(p[rest].sum()) if z[pivot] < top else 0.0
+    return Measures(
+        lse=float(row.lse),
+        entropy=entropy,
+        prediction=max(range(len(logits)), key=lambda c: logits[c]),
+        gap=gap,
+        angle=np.array(row.angles),
+        spread=spread,
+        lead=lead,
+        lse_scale=float(max(abs(row.top), row.log_sum)),
+        entropy_scale=entropy + hidden,
+        entropy_spread=float((reach * gap).sum()),
+        entropy_lead=lead * at_pivot,
+    )

@@ -1,0 +1,297 @@
+"""Implementations with something wrong, one thing each: the conformance grid has to notice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyce import arrays, reference, registry, rowstate, stats, targets, transform
+from polyce.problem import Problem
+from polyce.registry import Implementation
+from polyce.stats import RowStats
+from polyce.targets import Plan
+
+ONE = np.float32(1.0)
+Patch = tuple[Any, str, Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """The reference with something wrong, and the group of the grid that has to notice."""
+
+    group: str
+    rows: Callable[..., Any] | None = None
+    """What it does to the rows' losses: rows(problem, plan, logits, losses)."""
+    grad: Callable[..., Any] | None = None
+    """What it does to the gradient: grad(problem, plan, logits, gradient)."""
+    call: Callable[[Problem, Plan], tuple[Problem, Plan]] | None = None
+    """What it takes the call to be."""
+    patch: Patch | None = None
+    """What it does elsewhere: module, name, function in its place."""
+    stats: Callable[[RowStats], RowStats] | None = None
+    """What it does to the rows' stats."""
+
+    def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any, Any]:
+        call = self.call(problem, plan) if self.call else (problem, plan)
+        rows, state, found = reference.forward(*call, logits)
+        rows = self.rows(problem, plan, logits, rows) if self.rows else rows
+        return rows, state, self.changed(found)
+
+    def forward_backward(
+        self, problem: Problem, plan: Plan, cotangent: Any, logits: Any
+    ) -> tuple[Any, Any, Any]:
+        call = self.call(problem, plan) if self.call else (problem, plan)
+        rows, grad, found = reference.forward_backward(*call, cotangent, logits)
+        rows = self.rows(problem, plan, logits, rows) if self.rows else rows
+        grad = self.grad(problem, plan, logits, grad) if self.grad else grad
+        return rows, grad, self.changed(found)
+
+    def changed(self, found: RowStats | None) -> RowStats | None:
+        return self.stats(found) if self.stats and found else found
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put it before the reference, under the name mutant."""
+        row = Implementation("mutant", self.forward, reference.backward, self.forward_backward)
+        monkeypatch.setattr(registry, "TABLE", (row, *registry.TABLE))
+        if self.patch is not None:
+            monkeypatch.setattr(*self.patch)
+
+
+def textbook(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
+    """Give log Σ exp(x) - x_y where the target is a plain label."""
+    if problem.kind != "index" or problem.options or problem.is_empty:
+        return rows
+    lse = np.log(np.sum(np.exp(logits), axis=problem.axis, keepdims=True))
+    wrong = lse - np.take_along_axis(logits, plan.label, axis=problem.axis)
+    return targets.weigh_rows(plan, np, wrong.astype(rows.dtype))
+
+
+def at_label(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Change the gradient's entry at each label."""
+
+    def changed(problem: Problem, plan: Plan, logits: Any, grad: Any) -> Any:
+        if plan.label is None or problem.is_empty:
+            return grad
+        mask = arrays.one_hot(np, "numpy", plan.label, grad, problem.axis)
+        return np.where(mask, change(grad), grad)
+
+    return changed
+
+
+def spoil(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
+    if logits.flags.writeable:
+        logits *= np.float32(0.5)
+    return rows
+
+
+def total_weight(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
+    """Make the mean divide by something else: change(counted, row_weight)."""
+    true = targets._denominator
+
+    def changed(problem: Problem, operands: Any, counted: Any, row_weight: Any) -> Any:
+        return true(problem, operands, *change(counted, row_weight))
+
+    return targets, "_denominator", changed
+
+
+def one_by_one(values: Any, axis: int) -> Any:
+    """Sum as a loop over float32 does."""
+    return np.take(np.cumsum(values, axis=axis, dtype=np.float32), [-1], axis=axis)
+
+
+def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
+    return one_by_one(values, axis).astype(dtype)
+
+
+def reduce(problem: Problem, plan: Plan, rows: Any, *, true: Any = targets.reduce) -> Any:
+    if problem.reduction == "none" or rows.size == 0:
+        return true(problem, plan, rows)
+    return true(problem, plan, one_by_one(rows.reshape(-1), 0).astype(rows.dtype))
+
+
+MUTANTS = {
+    "loss-off-by-2e-6": Mutant("options", rows=lambda p, plan, x, rows: rows * (1 + 2e-6)),
+    "label-gradient-off": Mutant("options", grad=at_label(lambda g: g * np.float32(1.00001))),
+    "softmax-minus-one": Mutant("accuracy", grad=at_label(lambda g: (g + ONE) - ONE)),
+    "textbook-formula": Mutant("accuracy", rows=textbook),
+    "ignored-rows-kept": Mutant("options", call=lambda p, plan: (p, plan._replace(counted=None))),
+    "smoothing-dropped": Mutant(
+        "options", call=lambda p, plan: (p._replace(label_smoothing=0.0), plan)
+    ),
+    "weight-dropped": Mutant(
+        "options",
+        call=lambda p, plan: (p, plan._replace(class_weight=None, label_weight=None)),
+    ),
+    "mean-over-all-rows": Mutant("options", patch=total_weight(lambda counted, w: (None, w))),
+    "mean-without-weight": Mutant(
+        "options", patch=total_weight(lambda counted, w: (counted, None))
+    ),
+    "gradient-dtype": Mutant("options", grad=lambda p, plan, x, g: g.astype(np.float64)),
+    "gradient-shape": Mutant("shapes", grad=lambda p, plan, x, g: g.reshape(-1)),
+    "gradient-sign": Mutant("cotangent", grad=lambda p, plan, x, g: -g),
+    "memory-order-read": Mutant(
+        "layouts", rows=lambda p, plan, x, rows: rows if x.flags.c_contiguous else rows[::-1]
+    ),
+    "argument-changed": Mutant("layouts", rows=spoil),
+    "bad-labels-answered": Mutant("targets", call=lambda p, plan: (p, plan._replace(invalid=None))),
+    "nan-hidden": Mutant("special", rows=lambda p, plan, x, rows: np.fmax(rows, 0.0)),
+    "infinity-capped": Mutant("special", rows=lambda p, plan, x, rows: np.minimum(rows, 3e38)),
+    "classes-added-one-by-one": Mutant("accuracy", patch=(arrays, "class_sum", class_sum)),
+    "rows-added-one-by-one": Mutant("accuracy", patch=(targets, "reduce", reduce)),
+}
+
+
+def swapped(module: Any, name: str, change: Callable[..., Any]) -> Patch:
+    """Put change(the true function, its arguments) in a function's place."""
+    true = getattr(module, name)
+    return module, name, lambda *values, **options: change(true, *values, **options)
+
+
+def without(**values: Any) -> Callable[[Problem, Plan], tuple[Problem, Plan]]:
+    """Take the call to be one with other options."""
+    return lambda problem, plan: (problem._replace(**values), plan)
+
+
+def scaled_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
+    """Subtract after the scale, where a large offset has taken the digits."""
+    if problem.logit_softcap < np.inf:
+        return true(problem, logits, reference, **options)
+    return logits * problem.logit_scale - reference * problem.logit_scale
+
+
+def capped_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
+    """Subtract after the softcap, where tanh has taken the digits."""
+    if problem.logit_softcap == np.inf:
+        return true(problem, logits, reference, **options)
+    inexact = transform.value(problem, logits) - transform.value(problem, reference)
+    finite = np.isfinite(logits) & np.isfinite(reference)
+    return np.where(finite, inexact, true(problem, logits, reference))
+
+
+def slope_by_tanh(true: Any, problem: Problem, logits: Any) -> Any:
+    if problem.logit_softcap == np.inf:
+        return true(problem, logits)
+    tanh = np.tanh(logits * (problem.logit_scale / problem.logit_softcap))
+    return problem.logit_scale * (1.0 - tanh * tanh)
+
+
+def masked_is_capped(
+    true: Any, problem: Problem, logits: Any, reference: Any, **options: Any
+) -> Any:
+    """Make of -inf what tanh does: -cap."""
+    finite = np.where(logits == -np.inf, np.float32(-3e38), logits)
+    if problem.logit_softcap == np.inf:
+        return true(problem, logits, reference, **options)
+    return true(problem, finite, reference, **options)
+
+
+def inexact_lse_square(true: Any, problem: Problem, state: Any, lse_penalty: Any = None) -> Any:
+    if lse_penalty is None:
+        return true(problem, state)
+    lse = rowstate.lse(problem, state).astype(np.float32)
+    return true(problem, state) + lse_penalty * (lse * lse) * (1 + 4e-6)
+
+
+def last_of_the_largest(true: Any, problem: Problem, state: Any, pivot: Any) -> Any:
+    first = state.rest_first
+    tied = state.pivot_logit == state.rest_max
+    leads = (state.pivot_logit > state.rest_max) | (tied & (pivot > first))
+    return np.where(leads, pivot, first)
+
+
+def nan_where_silent(problem: Problem, plan: Plan) -> tuple[Problem, Plan]:
+    if plan.invalid is None or plan.counted is None:
+        return problem, plan
+    return problem, plan._replace(invalid=plan.invalid | ~plan.counted)
+
+
+def changed_plan(**values: Any) -> Patch:
+    """Finish the stats as of a plan in which something is another."""
+    return swapped(
+        stats,
+        "finish",
+        lambda true, problem, plan, found: true(problem, plan._replace(**values), found),
+    )
+
+
+def unasked(true: Any, *values: Any) -> Any:
+    given = true(*values)
+    return given._replace(correct=given.valid) if given.correct is None else given
+
+
+OPTION_MUTANTS = {
+    "sample-weight-dropped": Mutant(
+        "combined", call=lambda p, plan: (p, plan._replace(sample_weight=None))
+    ),
+    "silent-rows-kept": Mutant(
+        "sample-weight", call=lambda p, plan: (p, plan._replace(counted=None))
+    ),
+    "sample-weight-not-in-the-mean": Mutant(
+        "combined",
+        patch=swapped(
+            targets,
+            "_denominator",
+            lambda true, p, operands, counted, w: true(p, operands, counted, None),
+        ),
+    ),
+    "silent-bad-labels-are-nan": Mutant("sample-weight", call=nan_where_silent),
+    "normalizer-dropped": Mutant(
+        "normalizer",
+        patch=swapped(
+            targets,
+            "_denominator",
+            lambda true, p, *rest: true(p._replace(normalized=False), *rest),
+        ),
+    ),
+    "z-loss-dropped": Mutant("combined", call=without(z_loss=0.0)),
+    "z-loss-without-weight": Mutant(
+        "combined", patch=(targets, "lse_penalty", lambda p, plan: p.z_loss or None)
+    ),
+    "z-loss-without-gradient": Mutant(
+        "combined", patch=swapped(rowstate, "gradient", lambda true, *values: true(*values[:-1]))
+    ),
+    "z-loss-inexact": Mutant("transform", patch=swapped(rowstate, "loss", inexact_lse_square)),
+    "scale-dropped": Mutant("combined", call=without(logit_scale=1.0)),
+    "scale-first": Mutant("transform", patch=swapped(transform, "difference", scaled_first)),
+    "scale-not-in-the-gradient": Mutant(
+        "combined", grad=lambda p, plan, x, g: g / np.float32(p.logit_scale)
+    ),
+    "softcap-dropped": Mutant("combined", call=without(logit_softcap=np.inf)),
+    "softcap-first": Mutant("transform", patch=swapped(transform, "difference", capped_first)),
+    "softcap-slope-by-tanh": Mutant("transform", patch=swapped(transform, "slope", slope_by_tanh)),
+    "softcap-on-masked-classes": Mutant(
+        "transform", patch=swapped(transform, "difference", masked_is_capped)
+    ),
+    "lse-off": Mutant("stats", stats=lambda s: s._replace(lse=s.lse * (1 + 2e-6))),
+    "lse-of-the-logits": Mutant(
+        "stats",
+        patch=swapped(
+            rowstate,
+            "lse",
+            lambda true, p, state: true(p._replace(logit_scale=1.0, logit_softcap=np.inf), state),
+        ),
+    ),
+    "entropy-absolute": Mutant(
+        "stats", stats=lambda s: s if s.entropy is None else s._replace(entropy=s.entropy + 1e-9)
+    ),
+    "prediction-is-the-last": Mutant(
+        "stats", patch=swapped(rowstate, "prediction", last_of_the_largest)
+    ),
+    "stats-of-ignored-rows": Mutant("stats", patch=changed_plan(counted=None)),
+    "bad-labels-correct": Mutant("stats", patch=changed_plan(invalid=None)),
+    "stats-not-asked-for": Mutant("stats", patch=swapped(stats, "finish", unasked)),
+    "stats-too-wide": Mutant(
+        "stats",
+        patch=swapped(
+            stats,
+            "finish",
+            lambda true, p, *rest: true(p._replace(arithmetic_dtype=np.dtype("float64")), *rest),
+        ),
+    ),
+    "no-stats": Mutant("stats", patch=(stats, "finish", lambda p, plan, found: (None,) * 5)),
+}
+"""As `MUTANTS`, in the options that torch lacks."""
