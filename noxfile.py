@@ -162,6 +162,16 @@ def doctest(session: nox.Session) -> None:
     session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every example of the documentation, and build the site into docs/_build/html."""
+    install(session, "docs")
+    build = ("sphinx-build", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
+    # Read anew (-E): much of it is made from the code.
+    session.run(*build, "-E", "-b", "doctest", "docs", "docs/_build/doctest")
+    session.run(*build, "-b", "html", "docs", "docs/_build/html")
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Time the reference implementation and measure its errors; arguments follow `--`."""

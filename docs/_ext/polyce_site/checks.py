@@ -1,0 +1,50 @@
+"""What every page has to keep, each as a warning, which ends the build.
+
+Each page says in its first sentence who it is for and links to the API it is about, code that
+looks like Python is code that is run, and the reference has every public name.
+"""
+
+from __future__ import annotations
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
+
+import polyce
+import polyce.testing
+
+logger = logging.getLogger(__name__)
+PYTHON = {"python", "py", "pycon", "python3", "default"}
+
+
+def setup(app: Sphinx) -> None:
+    """Run them when a page has been read, and when all have been."""
+    app.connect("doctree-read", check_page)
+    app.connect("env-check-consistency", check_reference)
+
+
+def check_page(app: Sphinx, doctree: nodes.document) -> None:
+    """Look at one page."""
+    page = app.env.docname
+    first = next(doctree.findall(nodes.paragraph), None)
+    if first is None or not first.astext().startswith("For "):
+        logger.warning("the first sentence does not say who the page is for", location=page)
+    links = [ref for ref in doctree.findall(addnodes.pending_xref) if ref["refdomain"] == "py"]
+    if not links and not list(doctree.findall(addnodes.desc)):
+        logger.warning("no link to the API", location=page)
+    for block in doctree.findall(nodes.literal_block):
+        # A file that is shown is run elsewhere; what `testcode` made knows its kind.
+        is_run = "testnodetype" in block or "source" in block
+        if block.get("language") in PYTHON and not is_run:
+            logger.warning("code that nothing runs: use testcode", location=block)
+
+
+def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
+    """Look for public names that the reference lacks."""
+    documented = env.domains.python_domain.objects
+    for module in (polyce, polyce.testing):
+        for name in module.__all__:
+            if not name.startswith("__") and f"{module.__name__}.{name}" not in documented:
+                logger.warning("%s.%s is public and not in the reference", module.__name__, name)
