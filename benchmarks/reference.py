@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chunked
 import contenders
 import measure
 from measure import Row
@@ -236,82 +235,6 @@ def time_torch(shape: tuple[int, int], **timing: Any) -> list[Row]:
     )
 
 
-def lazy_dask(size: Size) -> list[Row]:
-    """Measure the growth of dask computations, each in a fresh process."""
-    rows = []
-    name = f"{size.lazy[0]}x{size.lazy[1]} by {size.lazy_chunk} rows"
-    for scheduler in ("threads", "synchronous"):
-        for case in ("logits alone", "loss by hand", "loss", "loss and gradient"):
-            arguments = {"case": case, "shape": size.lazy, "chunk": size.lazy_chunk}
-            grown = measure.fresh("reference:grow_dask", scheduler=scheduler, **arguments)
-            if grown is None:
-                raise LookupError("this system does not tell a process's peak memory")
-            ours = case in ("loss", "loss and gradient")
-            row = {"case": f"{case} {name}", "scheduler": scheduler, "time_s": grown["seconds"]}
-            gigabytes = grown["bytes"] / 1e9
-            rows.append(
-                row | {"growth_GB": gigabytes} | measure.judge(gigabytes, 0.5 if ours else None)
-            )
-    return rows
-
-
-def lazy_case(case: str, logits: Any, labels: Any) -> tuple[Any, ...]:
-    """Give the lazy results of one case."""
-    import polyce
-
-    if case == "logits alone":
-        return (abs(logits).max(),)
-    if case == "loss by hand":
-        return (contenders.dask_loss(logits, labels),)
-    if case == "loss":
-        return (polyce.cross_entropy(logits, labels),)
-    loss, grad = polyce.cross_entropy_with_grad(logits, labels)
-    return loss, abs(grad).max()
-
-
-def grow_dask(
-    case: str, shape: tuple[int, int], chunk: int, scheduler: str
-) -> dict[str, float] | None:
-    """Measure the growth of one computation with dask."""
-    import dask
-
-    with dask.config.set(scheduler=scheduler, num_workers=2):
-        # What the first computation imports and starts is not meant.
-        dask.compute(*lazy_case(case, *contenders.lazy_problem((4, 6), (2, 6))))
-        results = lazy_case(case, *contenders.lazy_problem(tuple(shape), (chunk, shape[1])))
-        return measure.peak_growth(lambda: dask.compute(*results))
-
-
-def count_tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
-    """Count dask's tasks and time the making of the graph."""
-    import dask
-
-    rows, classes = shape
-    cases = [
-        (case, (rows // share, classes), (chunk, classes))
-        for case in ("loss", "loss and gradient")
-        for share in (8, 4, 2, 1)
-    ]
-    # Cut along the classes as well, so that a row's state comes from several chunks.
-    cut = (rows // 8, classes // 8)
-    cases += [("loss and gradient", cut, (chunk, -(-cut[1] // parts))) for parts in (1, 2, 4, 8)]
-    found = []
-    for case, whole, chunks in cases:
-        logits, labels = contenders.lazy_problem(whole, chunks)
-        start = time.perf_counter()
-        results = lazy_case(case, logits, labels)
-        seconds = time.perf_counter() - start
-        described, to_run = (
-            len(set().union(*(result.__dask_graph__().keys() for result in stage)))
-            for stage in (results, dask.optimize(*results))
-        )
-        pieces = math.prod(logits.numblocks)
-        row = {"case": f"{case} {whole[0]}x{whole[1]}", "chunk": f"{chunks[0]}x{chunks[1]}"}
-        row |= {"chunks": pieces, "tasks described": described, "tasks to run": to_run}
-        found.append(row | {"to run per chunk": to_run / pieces, "describe_s": seconds})
-    return found
-
-
 class Question(NamedTuple):
     """What one table answers."""
 
@@ -346,12 +269,19 @@ QUESTIONS = {
         ],
     ),
     "dask": Question(
-        "dask, logits made chunk by chunk: growth of the process in GB", "dask", lazy_dask
+        "dask, its own path against the reference, logits made chunk by chunk or in memory",
+        "dask",
+        lambda size: chunked.seconds(size.lazy, size.lazy_chunk),
+    ),
+    "dask-memory": Question(
+        "dask, logits made chunk by chunk: growth of the process in GB",
+        "dask",
+        lambda size: chunked.memory(size.lazy, size.lazy_chunk),
     ),
     "dask-tasks": Question(
-        "dask, tasks of the graph for more and more chunks",
+        "dask, tasks to run for more and more chunks",
         "dask",
-        lambda size: measure.fresh("reference:count_tasks", shape=size.lazy, chunk=size.lazy_chunk),
+        lambda size: measure.fresh("chunked:tasks", shape=size.lazy, chunk=size.lazy_chunk),
     ),
     "torch": Question("torch, eager, against its own", "torch", eager_torch),
 }

@@ -152,7 +152,7 @@ def cross_entropy(
     autograd = rules(problem.backend)
     autograd.check(operands)
     with arrays.quiet(problem.backend):
-        plan = targets.plan(problem, operands)
+        plan = chosen.plan(problem, operands)
         rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, rows)
         return loss if found is None else (loss, stats.finish(problem, plan, found))
@@ -245,7 +245,7 @@ def cross_entropy_with_grad(
     chosen = select(problem, implementation)
     operands = rules(problem.backend).detach(operands)
     with arrays.quiet(problem.backend):
-        plan = targets.plan(problem, operands)
+        plan = chosen.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         rows, grad, found = chosen.forward_backward(problem, plan, cotangent, operands.logits)
         loss = targets.reduce(problem, plan, rows)

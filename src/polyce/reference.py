@@ -24,7 +24,11 @@ def forward(
         rows = _empty_rows(problem, plan, logits)
         return rows, None, _empty_stats(problem, rows)
     read = _read(problem, plan, logits)
-    return _losses(problem, plan, read.state), read.state, _stats(problem, read)
+    return (
+        _losses(problem, plan, read.state),
+        read.state,
+        row_stats(problem, read.state, read.pivot),
+    )
 
 
 def backward(
@@ -44,7 +48,7 @@ def forward_backward(
         rows = _empty_rows(problem, plan, logits)
         return rows, problem.xp.zeros_like(logits), _empty_stats(problem, rows)
     read = _read(problem, plan, logits)
-    rows, stats = _losses(problem, plan, read.state), _stats(problem, read)
+    rows, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
     return rows, _gradient(problem, plan, cotangent, read), stats
 
 
@@ -153,15 +157,15 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
     return arrays.cast(xp, grad, problem.logits_dtype)
 
 
-def _stats(problem: Problem, read: _Read) -> RowStats | None:
+def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
+    """Give what the problem asks for of whole rows, of which `pivot` is the pivot's class."""
     if problem.stats is None:
         return None
-    state = read.state
     return RowStats(
         lse=rowstate.lse(problem, state),
         entropy=rowstate.entropy(problem, state) if problem.asks("entropy") else None,
         prediction=(
-            rowstate.prediction(problem, state, read.pivot)
+            rowstate.prediction(problem, state, pivot)
             if problem.asks("prediction", "correct")
             else None
         ),

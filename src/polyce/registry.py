@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from polyce import reference
+from polyce import reference, targets
+from polyce.implementations import dask
 from polyce.problem import Problem
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
@@ -36,6 +37,8 @@ class Implementation:
     """(problem, plan, cotangent, logits, state) -> gradient"""
     forward_backward: Callable[..., tuple[Any, Any, Any]]
     """(problem, plan, cotangent, logits) -> (rows, gradient, stats)"""
+    plan: Callable[..., targets.Plan] = targets.plan
+    """(problem, operands) -> plan"""
     backends: frozenset[str] | None = None
     devices: frozenset[str] | None = None
     dtypes: frozenset[str] | None = None
@@ -65,8 +68,23 @@ class Implementation:
                     found.append(f"option {option} is not served")
         return tuple(found)
 
+    def serves(self, problem: Problem) -> bool:
+        """Tell whether there is no reason against it, soon for another library's arrays."""
+        if self.backends is not None and problem.backend not in self.backends:
+            return False
+        return not self.reasons(problem)
+
 
 TABLE: tuple[Implementation, ...] = (
+    Implementation(
+        name="dask",
+        forward=dask.forward,
+        backward=dask.backward,
+        forward_backward=dask.forward_backward,
+        plan=dask.plan,
+        backends=frozenset({"dask"}),
+        unavailable=dask.unavailable,
+    ),
     Implementation(
         name="reference",
         forward=reference.forward,
@@ -126,22 +144,35 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
     The argument decides, else the innermost `use`: both raise where it cannot serve. Else the
     environment variable is a preference, else the first row of the table that can serve.
     """
-    preferred = os.environ.get(VARIABLE)
-    preference = find(preferred) if preferred else None
+    preference = _preference()
     if name is None:
         name = getattr(_forced, "name", None)
-    if name is not None:
-        chosen = find(name)
-        reasons = chosen.reasons(problem)
-        if reasons:
-            raise ValueError(
-                f"implementation {name!r} cannot serve this call: {'; '.join(reasons)}; "
-                "leave implementation at None to run one that can"
-            )
-        return chosen
-    if preference is not None and not preference.reasons(problem):
+    if name is None:
+        return _unforced(problem, preference)
+    chosen = find(name)
+    reasons = chosen.reasons(problem)
+    if reasons:
+        raise ValueError(
+            f"implementation {name!r} cannot serve this call: {'; '.join(reasons)}; "
+            "leave implementation at None to run one that can"
+        )
+    return chosen
+
+
+def select_within(problem: Problem) -> Implementation:
+    """Choose the implementation of a part of a call, which `use` was not meant for."""
+    return _unforced(problem, _preference())
+
+
+def _preference() -> Implementation | None:
+    preferred = os.environ.get(VARIABLE)
+    return find(preferred) if preferred else None
+
+
+def _unforced(problem: Problem, preference: Implementation | None) -> Implementation:
+    if preference is not None and preference.serves(problem):
         return preference
     for row in TABLE:
-        if not row.reasons(problem):
+        if row.serves(problem):
             return row
     raise ValueError("no implementation can serve this call; see polyce.explain for the reasons")

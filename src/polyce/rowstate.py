@@ -156,6 +156,30 @@ def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
     )
 
 
+def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState:
+    """Count the pivot, of class `pivot`, among the other classes in the rows marked."""
+    xp = problem.xp
+    coefficient = xp.where(rows, state.pivot_coefficient, 0.0)
+    logit = xp.where(rows, state.pivot_logit, -math.inf)
+    nothing = logit == -math.inf
+    nowhere = xp.zeros_like(logit)
+    alone = RowState(
+        rest_max=logit,
+        rest_sum=xp.where(nothing, 0.0, 1.0),
+        pivot_logit=nowhere,
+        pivot_coefficient=nowhere,
+        rest_coefficient=coefficient,
+        rest_excess=xp.where(nothing & (coefficient != 0.0), coefficient * math.inf, 0.0),
+        rest_entropy=None if state.rest_entropy is None else nowhere,
+        rest_first=None if state.rest_first is None else pivot,
+    )
+    kept = state._replace(
+        pivot_logit=xp.where(rows, 0.0, state.pivot_logit),
+        pivot_coefficient=xp.where(rows, 0.0, state.pivot_coefficient),
+    )
+    return merge(problem, kept, alone)
+
+
 class _Scalars(NamedTuple):
     """The few numbers of a row from which its loss and its gradient follow."""
 

@@ -1,0 +1,150 @@
+"""Measure dask: seconds, growth of the process, and tasks, of its own path and of the reference.
+
+`python benchmarks/reference.py --only dask dask-memory dask-tasks` runs what stands here.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import contenders
+import measure
+from measure import Row
+
+PATHS = ("dask", "reference")
+OURS = ("loss", "loss and gradient")
+
+
+def cuts(shape: tuple[int, int], chunk: int) -> dict[str, tuple[int, int]]:
+    """Give chunks of so many whole rows, and chunks as large that cut the classes as well."""
+    return {"rows": (chunk, shape[1]), "classes": (8 * chunk, -(-shape[1] // 8))}
+
+
+def results(case: str, logits: Any, labels: Any, path: str | None = None) -> tuple[Any, ...]:
+    """Give the lazy results of one case; of the gradient a number, so that it need not stay."""
+    import polyce
+
+    if case == "logits alone":
+        return (abs(logits).max(),)
+    if case == "loss by hand":
+        return (contenders.dask_loss(logits, labels),)
+    if case == "loss":
+        return (polyce.cross_entropy(logits, labels, implementation=path),)
+    loss, grad = polyce.cross_entropy_with_grad(logits, labels, implementation=path)
+    return loss, abs(grad).max()
+
+
+def seconds(shape: tuple[int, int], chunk: int) -> list[Row]:
+    """Time both paths in turn, each case in a fresh process."""
+    return [
+        row
+        for source in ("made", "in memory")
+        for cut in ("rows", "classes")
+        for case in OURS
+        for row in measure.fresh(
+            "chunked:time_case", source=source, cut=cut, case=case, shape=shape, chunk=chunk
+        )
+    ]
+
+
+def time_case(
+    source: str, cut: str, case: str, shape: tuple[int, int], chunk: int, rounds: int = 3
+) -> list[Row]:
+    """Time one case, with logits made chunk by chunk or cut from memory."""
+    import dask
+    import dask.array as da
+
+    chunks = cuts(tuple(shape), chunk)[cut]
+    if source == "made":
+        logits, labels = contenders.lazy_problem(tuple(shape), chunks)
+    else:
+        whole, whole_labels = contenders.logits_and_labels(tuple(shape))
+        logits = da.from_array(whole, chunks=chunks, name="logits")
+        labels = da.from_array(whole_labels, chunks=chunks[0])
+
+    def run(case: str, path: str | None = None) -> Callable[[], Any]:
+        return lambda: dask.compute(*results(case, logits, labels, path))
+
+    peers = {"reference": (run(case, "reference"), 1 / 1.5 if cut == "rows" else None)}
+    if case == "loss":
+        peers["by hand"] = (run("loss by hand"), None)
+    with dask.config.set(scheduler="threads", num_workers=2):
+        name = f"{case} {shape[0]}x{shape[1]} {source} by {chunks[0]}x{chunks[1]}"
+        return measure.against(name, run(case, "dask"), peers, budget=0.0, rounds=rounds)
+
+
+def memory(shape: tuple[int, int], chunk: int) -> list[Row]:
+    """Measure the growth of dask computations, each in a fresh process."""
+    cases: list[tuple[str, str | None]] = [("logits alone", None), ("loss by hand", None)]
+    cases += [(case, path) for path in PATHS for case in OURS]
+    rows = []
+    for rows_used in (shape[0] // 4, shape[0]):
+        for cut in ("rows", "classes"):
+            for case, path in cases:
+                arguments = {"cut": cut, "case": case, "path": path, "chunk": chunk}
+                used = (rows_used, shape[1])
+                grown = measure.fresh("chunked:grow", shape=used, **arguments)
+                if grown is None:
+                    raise LookupError("this system does not tell a process's peak memory")
+                gigabytes = grown["bytes"] / 1e9
+                row = {"case": case, "path": path, "logits": f"{used[0]}x{used[1]}", "cut": cut}
+                row |= {"time_s": grown["seconds"], "growth_GB": gigabytes}
+                rows.append(row | measure.judge(gigabytes, 0.5 if path else None))
+    return rows
+
+
+def grow(
+    case: str, path: str | None, cut: str, shape: tuple[int, int], chunk: int
+) -> dict[str, float] | None:
+    """Measure the growth of one computation, on two threads."""
+    import dask
+
+    def lazy(shape: tuple[int, int], chunk: int) -> tuple[Any, ...]:
+        problem = contenders.lazy_problem(shape, cuts(shape, chunk)[cut])
+        return results(case, *problem, path)
+
+    with dask.config.set(scheduler="threads", num_workers=2):
+        # What the first computation imports and starts is not meant.
+        dask.compute(*lazy((32, 16), 2))
+        large = lazy(tuple(shape), chunk)
+        return measure.peak_growth(lambda: dask.compute(*large))
+
+
+def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
+    """Count dask's tasks and time the making of the graph, for more and more chunks."""
+    import dask
+
+    found = []
+    for cut, share, case in (
+        (cut, share, case) for cut in ("rows", "classes") for case in OURS for share in (8, 4, 2, 1)
+    ):
+        whole = (shape[0] // share, shape[1])
+        counts = {}
+        for path in ("reference", "dask"):
+            logits, labels = contenders.lazy_problem(whole, cuts(whole, chunk)[cut])
+            start = time.perf_counter()
+            lazy = _loss_and_gradient(case, logits, labels, path)
+            described = time.perf_counter() - start
+            keys = (result.__dask_graph__().keys() for result in dask.optimize(*lazy))
+            counts[path] = len(set().union(*keys))
+            pieces = math.prod(logits.numblocks)
+            row = {"case": f"{case} {whole[0]}x{whole[1]}", "cut": cut, "path": path}
+            row |= {"chunks": pieces, "tasks to run": counts[path]}
+            row |= {"per chunk": counts[path] / pieces, "describe_s": described}
+            if path == "dask":
+                ratio = counts["dask"] / counts["reference"]
+                row |= {"ratio": ratio} | measure.judge(ratio, 0.25 if cut == "rows" else None)
+            found.append(row)
+    return found
+
+
+def _loss_and_gradient(case: str, logits: Any, labels: Any, path: str) -> tuple[Any, ...]:
+    """Give the results themselves: what a caller makes of the gradient is not polyce's."""
+    import polyce
+
+    if case == "loss":
+        return (polyce.cross_entropy(logits, labels, implementation=path),)
+    return polyce.cross_entropy_with_grad(logits, labels, implementation=path)

@@ -1,0 +1,1 @@
+"""The fused paths, one file each; `polyce.registry` lists them."""

@@ -1,0 +1,237 @@
+"""dask: few tasks for each block of the logits, which run the best path of the chunk's own library.
+
+The reference on dask arrays makes a task of nearly each of its operations, and with it arrays of
+the chunk's size. Here a block of whole rows is one task, which does what a call on the block would
+do; where the classes are cut as well, a block gives the state of its part of each row, the states
+are merged, and a second task gives the block's gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+from polyce import arrays, targets
+from polyce.implementations import dask_blocks as blocks
+from polyce.problem import Operands, Problem
+from polyce.stats import RowStats
+from polyce.targets import Plan
+
+
+def unavailable() -> str | None:
+    """Say that dask is missing."""
+    return None if arrays.installed("dask") else "dask is not installed (pip install dask[array])"
+
+
+def plan(problem: Problem, operands: Operands) -> Plan:
+    """Leave the target to the blocks, and add up the mean's denominator block by block.
+
+    The other arrays of the plan are there for whoever asks; dask makes none that nobody uses.
+    """
+    target = operands.target
+    operands = _cut(problem, operands)
+    # NumPy's labels are checked now, while they can be looked at.
+    whole = targets.plan(problem, operands._replace(target=target))
+    denominator = whole.denominator
+    if problem.kind == "index" and not problem.normalized and hasattr(denominator, "dask"):
+        denominator = _total_weight(problem, operands)
+    return whole._replace(denominator=denominator, operands=operands)
+
+
+def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, None, RowStats | None]:
+    """Give the rows' losses, no state, and the rows' stats."""
+    rows, _, stats = _run(problem, plan, logits, None)
+    return rows, None, stats
+
+
+def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: None) -> Any:
+    """Give the gradient with respect to the logits; it needs no state."""
+    return forward_backward(problem, plan, cotangent, logits)[1]
+
+
+def forward_backward(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+) -> tuple[Any, Any, RowStats | None]:
+    """Give the rows' losses, the gradient, cut as the logits are, and the rows' stats."""
+    return _run(problem, plan, logits, cotangent)
+
+
+def _run(
+    problem: Problem, plan: Plan, logits: Any, cotangent: Any
+) -> tuple[Any, Any, RowStats | None]:
+    """Give losses, gradient (None without a cotangent) and stats."""
+    pieces = logits.rechunk(_cuts(problem, logits))
+    run = _whole_rows if pieces.numblocks[problem.axis] == 1 else _parts
+    rows, grad, stats = run(problem, plan.operands, pieces, cotangent)
+    return rows, grad if grad is None else grad.rechunk(logits.chunks), stats
+
+
+def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
+    """Give the logits' chunks without empty ones, in which no class is the largest."""
+    if problem.is_empty:
+        return tuple((size,) for size in problem.shape)
+    return tuple(tuple(size for size in sizes if size) for sizes in logits.chunks)
+
+
+def _whole_rows(
+    problem: Problem, operands: Operands, logits: Any, cotangent: Any
+) -> tuple[Any, Any, RowStats | None]:
+    axes, axis = _axes(problem), problem.axis
+    results = _blockwise(
+        blocks.whole_rows,
+        problem,
+        axes,
+        *_inputs(problem, operands, logits),
+        *_scale(problem, cotangent, logits),
+        adjust_chunks={axis: 1},
+        meta=logits._meta,
+    )
+    grad = None
+    if cotangent is not None:
+        grad = _take(problem, results, 1, problem.logits_dtype, logits.shape[axis])
+    return _take(problem, results, 0, problem.row_dtype), grad, _stats(problem, results, 2)
+
+
+def _parts(
+    problem: Problem, operands: Operands, logits: Any, cotangent: Any
+) -> tuple[Any, Any, RowStats | None]:
+    import dask.array as da
+
+    axes, axis = _axes(problem), problem.axis
+    sizes = logits.chunks[axis]
+    starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
+    inputs = (*_inputs(problem, operands, logits), starts, (axis,))
+    parts = _blockwise(
+        blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
+    )
+    # Under another name the class axis is one that `join` gets all blocks of, as a list.
+    every_part = tuple(len(axes) if i == axis else i for i in axes)
+    joined = _blockwise(
+        blocks.join, problem, axes, parts, every_part, new_axes={axis: 1}, meta=logits._meta
+    )
+    grad = None
+    if cotangent is not None:
+        grad = _blockwise(
+            blocks.part_gradient,
+            problem,
+            axes,
+            *inputs,
+            *_scale(problem, cotangent, logits),
+            *(joined, axes),
+            meta=logits._meta,
+        )
+    return _take(problem, joined, 0, problem.row_dtype), grad, _stats(problem, joined, 1)
+
+
+def _axes(problem: Problem) -> tuple[int, ...]:
+    return tuple(range(len(problem.shape)))
+
+
+def _row_axes(problem: Problem) -> tuple[int, ...]:
+    return tuple(i for i in _axes(problem) if i != problem.axis)
+
+
+def _blockwise(
+    function: Any, problem: Problem, out: tuple[int, ...], *pairs: Any, meta: Any, **options: Any
+) -> Any:
+    """Call a function on the blocks; a meta keeps dask from trying it on nothing first."""
+    import dask.array as da
+
+    return da.blockwise(
+        # Modules cannot be sent to another process by all picklers.
+        partial(function, problem._replace(xp=None)),
+        out,
+        *pairs,
+        align_arrays=False,
+        token=f"polyce-{function.__name__.replace('_', '-')}",
+        meta=meta,
+        **options,
+    )
+
+
+def _take(problem: Problem, results: Any, index: int, dtype: Any, classes: int = 1) -> Any:
+    """Take one of the arrays of which every block is a tuple."""
+    import dask.array as da
+
+    return da.blockwise(
+        itemgetter(index),
+        _axes(problem),
+        *(results, _axes(problem)),
+        adjust_chunks={problem.axis: classes},
+        align_arrays=False,
+        token="polyce-take",
+        meta=results._meta.astype(dtype),
+    )
+
+
+def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
+    if problem.stats is None:
+        return None
+
+    def take(index: int, dtype: Any) -> Any:
+        return _take(problem, results, first + index, dtype)
+
+    return RowStats(
+        lse=take(0, problem.row_dtype),
+        entropy=take(1, problem.row_dtype) if problem.asks("entropy") else None,
+        prediction=(take(2, problem.xp.int64) if problem.asks("prediction", "correct") else None),
+    )
+
+
+def _cut(problem: Problem, operands: Operands) -> Operands:
+    """Cut what has rows as the logits are cut."""
+    import dask.array as da
+
+    target, sample_weight = operands.target, operands.sample_weight
+    chunks = _cuts(problem, operands.logits)
+    row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
+    if problem.kind == "index":
+        if tuple(target.shape) != problem.row_shape:
+            target = target.reshape(problem.row_shape)
+        if not isinstance(target, da.Array):
+            target = da.from_array(target, chunks=row_chunks)
+    return operands._replace(
+        logits=operands.logits.rechunk(chunks),
+        target=target.rechunk(row_chunks if problem.kind == "index" else chunks),
+        sample_weight=None if sample_weight is None else sample_weight.rechunk(row_chunks),
+    )
+
+
+def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...]:
+    """Pair what every block reads with its axes; the class weights, without, come whole."""
+    axes, row_axes = _axes(problem), _row_axes(problem)
+    return (
+        *(logits, axes),
+        *(operands.target, axes if problem.kind == "probability" else row_axes),
+        *(operands.weight, None),
+        *_rows_of(operands.sample_weight, row_axes),
+    )
+
+
+def _rows_of(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    return (array, None if array is None else axes)
+
+
+def _scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
+    """Pair the cotangent, a number, one for all rows, or one for each, with its axes."""
+    if not hasattr(cotangent, "dask"):
+        return cotangent, None
+    if not cotangent.ndim:
+        return cotangent, ()
+    return arrays.align("dask", cotangent, logits), _axes(problem)
+
+
+def _total_weight(problem: Problem, operands: Operands) -> Any:
+    row_axes = _row_axes(problem)
+    totals = _blockwise(
+        blocks.total_weight,
+        problem,
+        row_axes,
+        *(operands.target, row_axes),
+        *(operands.weight, None),
+        *_rows_of(operands.sample_weight, row_axes),
+        adjust_chunks=dict.fromkeys(row_axes, 1),
+        meta=operands.target._meta.astype(problem.row_dtype),
+    )
+    return arrays.total(problem.xp, problem.backend, totals)

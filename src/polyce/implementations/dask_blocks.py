@@ -1,0 +1,204 @@
+"""What dask's tasks run on one block of the logits, with arrays of the chunk's own library.
+
+Every function is a module's and takes no module among its arguments, so that dask can send it to
+another process; and each keeps NumPy's warnings away itself, since a thread of dask's does not
+know what the caller's thread has set.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from polyce import arrays, reference, rowstate, targets, transform
+from polyce.problem import Operands, Problem
+from polyce.rowstate import RowState
+from polyce.stats import RowStats
+from polyce.targets import Plan
+
+
+def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any) -> Any:
+    """Give what the rows of one block add to the mean's denominator, from their labels alone."""
+    shape = list(target.shape)
+    shape.insert(problem.axis, problem.classes)
+    problem = _of_chunk(problem, target, shape)._replace(reduction="mean")
+    operands = Operands(None, target, weight, sample_weight, None, None)
+    with arrays.quiet(problem.backend):
+        total = targets.plan(problem, operands).denominator
+        total = problem.xp.asarray(total, dtype=problem.row_dtype)
+        return problem.xp.reshape(total, (1,) * target.ndim)
+
+
+def whole_rows(
+    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, cotangent: Any
+) -> tuple[Any, ...]:
+    """Run the call on a block of whole rows, by the first implementation that serves its arrays.
+
+    The result is the losses, the gradient (None without a cotangent), and the stats' entries.
+    """
+    from polyce import registry  # its table lists the caller of this
+
+    problem = _of_chunk(problem, logits, logits.shape)
+    chosen = registry.select_within(problem)
+    with arrays.quiet(problem.backend):
+        plan = chosen.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
+        grad = None
+        if cotangent is None:
+            rows, _, stats = chosen.forward(problem, plan, logits)
+        else:
+            rows, grad, stats = chosen.forward_backward(problem, plan, cotangent, logits)
+    return rows, grad, *(stats or ())
+
+
+class Part(NamedTuple):
+    """What one block tells of its rows, of which it holds some of the classes."""
+
+    state: RowState
+    pivot: Any
+    """The class that the state keeps apart, if it lies in this part."""
+    plan: Plan
+    """Without the arrays over the classes; the same in every part of a row."""
+
+
+class Whole(NamedTuple):
+    """What the parts of rows tell together."""
+
+    rows: Any
+    lse: Any
+    entropy: Any
+    prediction: Any
+    state: RowState
+    pivot: Any
+
+
+def part(
+    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: Any
+) -> Part:
+    """Read a block of some of the classes, of which `start` is the first."""
+    start = int(start[0])
+    problem, plan, logits, at_label, coefficients = _open(
+        problem, logits, target, weight, sample_weight, start
+    )
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    with arrays.quiet(backend):
+        if plan.label is None:
+            pivot = arrays.argmax(xp, backend, logits, axis)
+            pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
+            at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
+            at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+            pivot = pivot + start
+        else:
+            pivot, local = plan.label, plan.label - start
+            here = (local >= 0) & (local < logits.shape[axis])
+            local = xp.where(here, local, 0)
+            pivot_logit = arrays.pick(xp, backend, logits, local, logits, axis)
+            pivot_logit = xp.where(here, pivot_logit, 0.0)
+            at_pivot = xp.where(here, 1.0 if at_label is None else at_label, 0.0)
+        excluded = _excluded(problem, plan, logits, pivot - start)
+        state, _ = rowstate.from_logits(
+            problem, logits, excluded, pivot_logit, at_pivot, coefficients
+        )
+    if state.rest_first is not None:
+        state = state._replace(rest_first=state.rest_first + start)
+    return Part(state, pivot, plan._replace(class_weight=None, probabilities=None))
+
+
+def join(problem: Problem, parts: list[Part]) -> Whole:
+    """Merge the parts of rows, in the order of the classes, and give what the rows lose."""
+    state, pivot, plan = parts[0]
+    problem = _of_chunk(problem, state.rest_max, state.rest_max.shape)
+    xp = problem.xp
+    with arrays.quiet(problem.backend):
+        for other in parts[1:]:
+            joining = other.state
+            if plan.label is None:
+                passed = joining.pivot_logit > state.pivot_logit
+                state = rowstate.demote(problem, state, pivot, passed)
+                joining = rowstate.demote(problem, joining, other.pivot, ~passed)
+                pivot = xp.where(passed, other.pivot, pivot)
+            state = rowstate.merge(problem, state, joining)
+        rows = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
+        stats = reference.row_stats(problem, state, pivot) or RowStats(None, None, None)
+        rows = targets.weigh_rows(plan, xp, rows)
+    return Whole(rows, stats.lse, stats.entropy, stats.prediction, state, pivot)
+
+
+def part_gradient(
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    start: Any,
+    cotangent: Any,
+    whole: Whole,
+) -> Any:
+    """Give the gradient of a block of some of the classes, of which `start` is the first."""
+    start = int(start[0])
+    problem, plan, logits, _, coefficients = _open(
+        problem, logits, target, weight, sample_weight, start
+    )
+    xp, backend, state = problem.xp, problem.backend, whole.state
+    with arrays.quiet(backend):
+        excluded = _excluded(problem, plan, logits, whole.pivot - start)
+        rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+        top = arrays.cast(xp, state.rest_max, problem.arithmetic_dtype)
+        top = xp.where(top == -math.inf, 0.0, top)
+        rest = transform.difference(problem, rest, top, owned=True)
+        scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
+        grad = rowstate.gradient(
+            problem,
+            state,
+            arrays.overwrite(backend, xp.exp, rest),
+            excluded,
+            coefficients,
+            scale,
+            plan.counted,
+            logits,
+            targets.lse_penalty(problem, plan),
+        )
+        return arrays.cast(xp, grad, problem.logits_dtype)
+
+
+def _open(
+    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: int
+) -> tuple[Problem, Plan, Any, Any, Any]:
+    """Give a part's facts, plan, logits as computed with, and coefficients."""
+    axis = problem.axis
+    shape = list(logits.shape)
+    shape[axis] = problem.classes
+    problem = _of_chunk(problem, logits, shape)
+    xp = problem.xp
+    with arrays.quiet(problem.backend):
+        plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
+        if plan.class_weight is not None:
+            classes = slice(start, start + logits.shape[axis])
+            own = plan.class_weight[(slice(None),) * axis + (classes,)]
+            plan = plan._replace(class_weight=own)
+        at_label, coefficients = targets.coefficients(problem, plan)
+        if isinstance(coefficients, float):
+            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
+        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+    return problem, plan, logits, at_label, coefficients
+
+
+def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
+    """Mark the pivot, if it lies in this part, and all of the rows that do not count."""
+    excluded = arrays.one_hot(problem.xp, problem.backend, local, logits, problem.axis)
+    return excluded if plan.counted is None else excluded | ~plan.counted
+
+
+def _of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
+    """State the facts of a call on chunks like this one."""
+    xp, backend, _ = arrays.of(input=chunk)
+    shape = tuple(shape)
+    return problem._replace(
+        xp=xp,
+        backend=backend,
+        device=arrays.device_kind(chunk, backend),
+        shape=shape,
+        row_shape=shape[: problem.axis] + shape[problem.axis + 1 :],
+        check_labels=False,
+        reduction="none",
+        normalized=False,
+    )
