@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,12 @@ def backend(backend_name: str) -> Backend:
 def no_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the caller's environment from choosing the implementation."""
     monkeypatch.delenv("POLYCE_IMPLEMENTATION", raising=False)
+
+
+@pytest.fixture
+def torch() -> Any:
+    """torch itself, seeded; only the tests marked for it have it installed."""
+    import torch
+
+    torch.manual_seed(0)
+    return torch

@@ -178,6 +178,8 @@ def has_values(array: Any, backend: str) -> bool:
 
         return not (
             torch.compiler.is_compiling()
+            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx
+            or torch.jit.is_tracing()
             or array.device.type == "meta"
             or type(array) not in (torch.Tensor, torch.nn.Parameter)
             or torch._C._functorch.is_functorch_wrapped_tensor(array)
@@ -201,6 +203,17 @@ def has_float64(xp: Any, backend: str, where: Any) -> bool:
     if backend == "jax":
         return str(info.default_dtypes()["real floating"]) == "float64"
     return "float64" in info.dtypes(device=where.device)
+
+
+def autocast(backend: str, dtype: Any, where: Any) -> Any:
+    """Widen the 16-bit dtype of a loss on the device of `where` as torch does in its autocast."""
+    if backend == "torch" and name_of(dtype) in ("float16", "bfloat16"):
+        import torch
+
+        kind = where.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.float32
+    return dtype
 
 
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
@@ -268,6 +281,10 @@ def _is_label(classes: Any, labels: Any, logits: Any) -> Any:
 
 def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int) -> Any:
     """Take each row's value at its label, all in range; values broadcast against the logits."""
+    if backend == "torch":
+        # The standard's function also minds negative labels, and fixes symbolic sizes.
+        shape = labels.shape[:axis] + values.shape[axis : axis + 1] + labels.shape[axis + 1 :]
+        return xp.gather(values if values.shape == shape else values.expand(shape), axis, labels)
     if backend == "numpy" and axis == 1 and values.ndim == 2 and len(values) == len(labels):
         # What take_along_axis does as well, in twice the time for a few rows.
         return values[np.arange(len(values))[:, None], labels]
@@ -293,7 +310,14 @@ def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
 
 
 def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:
-    """Give the largest value over the classes; the class axis stays, of length 1."""
+    """Give the largest value over the classes; the class axis stays, of length 1.
+
+    It only serves to move a row to a place where exponentials do not overflow, and no derivative
+    depends on it.
+    """
+    if backend == "torch":
+        # torch would split the derivative among classes that tie, to cancel it later, if not quite.
+        values = values.detach()
     # A ufunc's own reduction starts in half the time of NumPy's function.
     largest = np.maximum.reduce if backend == "numpy" else xp.max
     return largest(values, axis=axis, keepdims=True)

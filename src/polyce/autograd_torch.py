@@ -1,4 +1,11 @@
-"""torch's autograd: the analytic gradient of the rows' losses, never torch's own of the formula."""
+"""torch's autograd: the analytic gradient of the rows' losses, never torch's own of the formula.
+
+A call comes in by one of three doors. Plain eager calls use an old-style `autograd.Function`, the
+kind that starts soonest, with any implementation. Under a torch.func transform, or at a level of
+forward mode, a new-style one goes through the reference, whose operations torch can batch and
+differentiate again. torch.compile traces the old-style one; torch.export, which keeps no rule,
+the operations themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +13,9 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from polyce import reference
+from polyce import arrays, reference, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -21,67 +29,97 @@ def detach(operands: Operands) -> Operands:
 
 def check(operands: Operands) -> None:
     """Refuse tensors that wait for a gradient which polyce does not give."""
-    if not torch.is_grad_enabled():
-        return
-    for name in ("target", "weight"):
-        array = getattr(operands, name)
-        if array is not None and array.requires_grad:
-            raise TypeError(
-                f"polyce differentiates with respect to input only, but {name} requires grad; "
-                f"pass {name}.detach()"
-            )
+    # Under transforms this attribute does not tell all, so the rules below refuse them again.
+    weight = _waits(operands.weight) and not operands.target.is_floating_point()
+    _refuse(weight, _waits(operands.sample_weight))
+
+
+def _refuse(weight: bool, sample_weight: bool) -> None:
+    if weight:
+        raise TypeError(
+            "weight has a gradient only where target holds class probabilities, but weight "
+            "requires grad and target holds class indices; pass weight.detach()"
+        )
+    if sample_weight:
+        raise TypeError(
+            "sample_weight has no gradient, but it requires grad; multiply the losses of "
+            "reduction='none' by it"
+        )
+
+
+def _waits(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def row_losses(
     implementation: Implementation, problem: Problem, plan: Plan, logits: Any
 ) -> tuple[Any, RowStats | None]:
     """Give the rows' losses and stats, the losses with their gradient on torch's graph."""
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    if _is_traced_without_rules():
+        rows, _, stats = reference.forward(problem, plan, _readable(problem, plan, logits))
+        return rows, _detached(stats)
+    if _is_transformed():
+        return _transformed_row_losses(problem, plan, logits)
+    if not _waits(logits, plan.probabilities, plan.class_weight):
         rows, _, stats = implementation.forward(problem, plan, logits)
         return rows, stats
-    rows, *found = _RowLosses.apply(logits, implementation, problem, plan)
+    rows, *found = _RowLosses.apply(logits, implementation, problem, *plan)
     return rows, RowStats(*found) if found else None
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)), with its gradient on torch's graph."""
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    if _is_traced_without_rules():
+        return reference.log_softmax(problem, logits)
+    if _is_transformed():
+        wide, logits = _widened(problem, logits)
+        result = _TransformedLogSoftmax.apply(logits, wide)
+        return arrays.cast(problem.xp, result, problem.logits_dtype)
+    if not _waits(logits):
         return reference.log_softmax(problem, logits)
     return _LogSoftmax.apply(logits, problem)
+
+
+def _detached(stats: RowStats | None) -> RowStats | None:
+    return stats and RowStats(*(a if a is None else a.detach() for a in stats))
+
+
+def _is_traced_without_rules() -> bool:
+    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and _is_transformed())
+
+
+def _is_transformed() -> bool:
+    """Tell whether a torch.func transform or a level of forward mode is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Any, implementation: Implementation, problem: Problem, plan: Plan
+        ctx: Any, logits: Any, implementation: Implementation, problem: Problem, *plan: Any
     ) -> tuple[Any, ...]:
-        rows, state, stats = implementation.forward(problem, plan, logits)
-        ctx.implementation, ctx.problem = implementation, problem
-        ctx.plan_type, ctx.state_type = type(plan), type(state)
-        # Saved as torch wants it, so that its hooks and its check for changed tensors apply.
-        values = (*plan, *(state or ()))
-        ctx.save_for_backward(logits, *(_tensor_or_none(value) for value in values))
-        ctx.numbers = tuple(None if isinstance(v, torch.Tensor) else v for v in values)
+        rows, state, stats = implementation.forward(problem, Plan(*plan), logits)
+        if stats is not None:
+            problem = problem._replace(stats=None)
+        ctx.implementation, ctx.problem, ctx.state_type = implementation, problem, type(state)
+        _keep(ctx, logits, (*plan, *(state or ())))
         found = stats or ()
         ctx.mark_non_differentiable(*(array for array in found if array is not None))
         return rows, *found
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, None, None, None]:
-        logits, *tensors = ctx.saved_tensors
-        values = [
-            number if tensor is None else tensor
-            for tensor, number in zip(tensors, ctx.numbers, strict=True)
-        ]
-        count = len(ctx.plan_type._fields)
-        plan = ctx.plan_type(*values[:count])
-        state = ctx.state_type(*values[count:]) if values[count:] else None
-        grad = ctx.implementation.backward(ctx.problem, plan, cotangent, logits, state)
-        return grad, None, None, None
-
-
-def _tensor_or_none(value: Any) -> Any:
-    return value if isinstance(value, torch.Tensor) else None
+    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
+        problem = ctx.problem
+        logits, plan, rest = _kept(ctx)
+        backward, state = ctx.implementation.backward, ctx.state_type(*rest) if rest else None
+        if torch.is_grad_enabled() or _is_transformed():
+            # The gradient will be differentiated or is batched, which no kernel knows of.
+            backward, state, logits = reference.backward, None, _readable(problem, plan, logits)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = backward(problem, plan, cotangent, logits, state)
+        needs = Plan(*ctx.needs_input_grad[3:])
+        return grad, None, None, *_plan_gradients(problem, plan, cotangent, logits, needs)
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -96,3 +134,199 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
         result, logits = ctx.saved_tensors
         return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None
+
+
+def _keep(ctx: Any, logits: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Save as torch wants it, so that its hooks and its check for changed tensors apply."""
+    tensors = (logits, *(v if isinstance(v, torch.Tensor) else None for v in values))
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = tuple(None if isinstance(v, torch.Tensor) else v for v in values)
+    return tensors
+
+
+def _kept(ctx: Any) -> tuple[Any, Plan, list[Any]]:
+    logits, *tensors = ctx.saved_tensors
+    values = [
+        number if tensor is None else tensor
+        for tensor, number in zip(tensors, ctx.numbers, strict=True)
+    ]
+    count = len(Plan._fields)
+    return logits, Plan(*values[:count]), values[count:]
+
+
+def _plan_gradients(problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: Plan) -> Plan:
+    """Give the gradients with respect to what the plan holds, those that are needed."""
+    _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
+    grads = Plan(*(None,) * len(plan))
+    if needs.probabilities or needs.class_weight:
+        scale = targets.weigh_rows(plan, problem.xp, cotangent)
+        scale = arrays.cast(problem.xp, scale, problem.arithmetic_dtype)
+        probabilities, class_weight = targets.coefficients_backward(
+            problem,
+            plan,
+            scale * _gaps(problem, plan, logits),
+            needs=(needs.probabilities, needs.class_weight),
+        )
+        grads = grads._replace(probabilities=probabilities, class_weight=class_weight)
+    return grads
+
+
+def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
+    """Give lse - x_c, the derivative of a row's loss with respect to its coefficients."""
+    return -log_softmax(*_widened(problem, _readable(problem, plan, logits)))
+
+
+def _readable(problem: Problem, plan: Plan, logits: Any) -> Any:
+    """Blank out the rows that do not count, which may hold infinities and nans.
+
+    The losses and the gradient select them away, but 0 times nan is a derivative of that.
+    """
+    return logits if plan.counted is None else problem.xp.where(plan.counted, logits, 0.0)
+
+
+def _widened(problem: Problem, logits: Any) -> tuple[Problem, Any]:
+    """Widen the logits outside of a rule, so that what it gives is rounded once; drop the stats."""
+    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    return problem._replace(logits_dtype=logits.dtype, stats=None), logits
+
+
+def _transformed_row_losses(
+    problem: Problem, plan: Plan, logits: Any
+) -> tuple[Any, RowStats | None]:
+    stats = None
+    if problem.stats is not None:
+        _, _, stats = reference.forward(problem, plan, logits)
+    wide, logits = _widened(problem, _readable(problem, plan, logits))
+    # The rows do not depend on what they will be divided by.
+    plan = plan._replace(denominator=None)
+    return _TransformedRowLosses.apply(logits, wide, *plan), _detached(stats)
+
+
+class _TransformedRowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(logits: Any, problem: Problem, *plan: Any) -> Any:
+        rows, _, _ = reference.forward(problem, Plan(*plan), logits)
+        return rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, ctx.problem, *plan = inputs
+        ctx.save_for_forward(*_keep(ctx, logits, tuple(plan)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, logits: Any, problem: Problem, *plan: Any) -> Any:
+        values = _batched(info.batch_size, (logits, *plan), (in_dims[0], *in_dims[2:]))
+        problem = _batched_problem(info.batch_size, problem)
+        return _TransformedRowLosses.apply(values[0], problem, *values[1:]), 0
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+        logits, plan, _ = _kept(ctx)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = reference.backward(ctx.problem, plan, cotangent, logits, None)
+        needs = Plan(*ctx.needs_input_grad[2:])
+        return grad, None, *_plan_gradients(ctx.problem, plan, cotangent, logits, needs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, _: None, *tangents: Any) -> Any:
+        logits, plan, _ = _kept(ctx)
+        moved = Plan(*tangents)
+        _refuse(
+            plan.label is not None and moved.class_weight is not None,
+            moved.sample_weight is not None,
+        )
+        with forward_ad._set_fwd_grad_enabled(True):
+            logits, plan = _primal(logits), Plan(*map(_primal, plan))
+            return _rows_tangent(ctx.problem, plan, logits, tangent, moved)
+
+
+def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved: Plan) -> Any:
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    rows = []
+    if tangent is not None:
+        product = tangent * reference.backward(problem, plan, 1.0, logits, None)
+        rows.append(arrays.class_sum(xp, backend, product, axis, problem.row_dtype))
+    coefficients = _coefficients_tangent(problem, plan, moved)
+    if coefficients is not None:
+        gaps = _gaps(problem, plan, logits)
+        # A class that stays at coefficient 0 takes no part, not even at a logit of -inf.
+        gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
+        product = arrays.class_sum(xp, backend, coefficients * gaps, axis, problem.row_dtype)
+        rows.append(targets.weigh_rows(plan, xp, product))
+    return sum(rows)
+
+
+def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
+    """Give the tangent of r, which is linear in the class weights and in the probabilities."""
+    terms = []
+    if moved.probabilities is not None:
+        share = moved.probabilities * (1.0 - problem.label_smoothing)
+        unsmoothed = problem._replace(label_smoothing=0.0)
+        terms.append(targets.coefficients(unsmoothed, plan._replace(probabilities=share))[1])
+    if moved.class_weight is not None:
+        weighted = plan._replace(class_weight=moved.class_weight)
+        terms.append(targets.coefficients(problem, weighted)[1])
+    return sum(terms) if terms else None
+
+
+class _TransformedLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(logits: Any, problem: Problem) -> Any:
+        return reference.log_softmax(problem, logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        logits, ctx.problem = inputs
+        tensors = (output, logits if ctx.problem.logit_softcap != math.inf else None)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, logits: Any, problem: Problem) -> Any:
+        (logits,) = _batched(info.batch_size, (logits,), in_dims[:1])
+        return _TransformedLogSoftmax.apply(logits, _batched_problem(info.batch_size, problem)), 0
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
+        result, logits = ctx.saved_tensors
+        return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, _: None) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            result, logits = map(_primal, ctx.saved_tensors)
+            softmax = torch.exp(result)
+            tangent = tangent * transform.slope(ctx.problem, logits)
+            return tangent - torch.sum(softmax * tangent, ctx.problem.axis, keepdim=True)
+
+
+def _batched(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
+    """Put the axis that vmap goes along first, where there is one more axis of rows."""
+    found = []
+    for value, dim in zip(values, dims, strict=True):
+        if not isinstance(value, torch.Tensor):
+            found.append(value)
+        elif dim is None:
+            found.append(value.expand(size, *value.shape))
+        else:
+            found.append(value.movedim(dim, 0))
+    return found
+
+
+def _batched_problem(size: int, problem: Problem) -> Problem:
+    return problem._replace(
+        shape=(size, *problem.shape), axis=problem.axis + 1, row_shape=(size, *problem.row_shape)
+    )
+
+
+def _primal(value: Any) -> Any:
+    """Take off the tangent of this level, so that a rule's result is differentiated once.
+
+    Around a rule torch switches forward mode off, and so a tangent within a tangent is lost
+    (https://github.com/pytorch/pytorch/issues/197867); a rule that switches it on has to do this.
+    """
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return forward_ad.unpack_dual(value).primal
+    return value

@@ -155,6 +155,7 @@ def describe(
     result_dtype = logits.dtype
     if kind == "probability":
         result_dtype = _promote(xp, logits, target, weight)
+    result_dtype = arrays.autocast(backend, result_dtype, logits)
 
     problem = Problem(
         xp=xp,

@@ -35,7 +35,7 @@ def backward(
     problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: RowState | None
 ) -> Any:
     """Give the gradient with respect to the logits, for a cotangent of the rows' losses."""
-    if state is None:
+    if problem.is_empty:
         return problem.xp.zeros_like(logits)
     return _gradient(problem, plan, cotangent, _read(problem, plan, logits))
 

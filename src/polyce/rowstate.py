@@ -88,8 +88,10 @@ def from_logits(
     elif coefficients is not None:
         others = xp.where(excluded, 0.0, coefficients)
         rest_coefficient = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
-        # A class of coefficient 0 takes no part, not even as 0 times infinity.
-        others = others * xp.where(others == 0.0, 0.0, -rest)
+        # A class of coefficient 0 takes no part, not even as 0 times infinity. Elsewhere it is
+        # multiplied all the same: the derivative by the coefficient needs the factor.
+        skipped = (others == 0.0) & (rest == -math.inf)
+        others = others * xp.where(skipped, 0.0, -rest)
         rest_excess = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
 
     if problem.asks("entropy"):

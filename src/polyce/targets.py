@@ -149,6 +149,29 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     return at_label * (1.0 - smoothing + share), plan.class_weight * share
 
 
+def coefficients_backward(
+    problem: Problem, plan: Plan, gradient: Any, *, needs: tuple[bool, bool] = (True, True)
+) -> tuple[Any, Any]:
+    """Chain a gradient with respect to r, for probabilities, to these and to the class weights.
+
+    The gradient has the logits' shape. What is not needed, or not there, is None.
+    """
+    xp = problem.xp
+    of_probabilities = of_class_weight = None
+    if needs[0]:
+        of_probabilities = gradient * (1.0 - problem.label_smoothing)
+        if plan.class_weight is not None:
+            of_probabilities = of_probabilities * plan.class_weight
+    if needs[1] and plan.class_weight is not None:
+        _, share = coefficients(problem, plan._replace(class_weight=None))
+        # A class of probability 0 takes no part, not even at a logit of -inf.
+        gradient = xp.where((share == 0.0) & xp.isinf(gradient), 0.0, gradient)
+        sizes = enumerate(plan.class_weight.shape)
+        rows = tuple(a for a, size in sizes if size == 1 and a != problem.axis)
+        of_class_weight = xp.sum(share * gradient, axis=rows, keepdims=True)
+    return of_probabilities, of_class_weight
+
+
 def lse_penalty(problem: Problem, plan: Plan) -> Any:
     """Give λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
     if not problem.z_loss:
