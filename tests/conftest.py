@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
     if config.getoption("--backend").startswith("jax"):
+        # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
         import jax
 
         jax.config.update("jax_enable_x64", config.getoption("--backend") == "jax-x64")

@@ -288,12 +288,33 @@ def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int
     if backend == "numpy" and axis == 1 and values.ndim == 2 and len(values) == len(labels):
         # What take_along_axis does as well, in twice the time for a few rows.
         return values[np.arange(len(values))[:, None], labels]
+    if backend == "jax":
+        return _jax_take(values, labels, axis)
     if hasattr(xp, "take_along_axis"):
         return xp.take_along_axis(values, labels, axis=axis)
     # dask has no gather; it sees that this mask is the one the loss needs and makes it once.
     of_logits = values.shape == logits.shape
     mask = one_hot(xp, backend, labels, logits, axis, beside_logits=of_logits)
     return xp.sum(xp.where(mask, values, 0.0), axis=axis, keepdims=True)
+
+
+def _jax_take(values: Any, labels: Any, axis: int) -> Any:
+    import jax
+
+    def take(values: Any, labels: Any) -> Any:
+        return jax.numpy.take_along_axis(values, labels, axis=axis)
+
+    shardings = [jax.typeof(array).sharding for array in (values, labels)]
+    sharded = [s for s in shardings if any(part is not None for part in s.spec)]
+    if not sharded:
+        return take(values, labels)
+    # On a mesh of explicit axes jax wants to be told how what it gathers is sharded. The rest is
+    # left to the compiler, as on a mesh of automatic axes.
+    rows = [a if a is not None else b for a, b in zip(*(s.spec for s in shardings), strict=True)]
+    rows[axis] = None
+    spec = jax.sharding.PartitionSpec(*rows)
+    result = jax.sharding.NamedSharding(sharded[0].mesh, spec)
+    return jax.sharding.auto_axes(take, out_sharding=result)(values, labels)
 
 
 def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
@@ -325,7 +346,14 @@ def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:
 
 def argmax(xp: Any, backend: str, values: Any, axis: int) -> Any:
     """Give the first class with the largest value; the class axis stays, of length 1."""
-    return xp.argmax(values, axis=axis, keepdims=True)
+    if backend != "jax":
+        return xp.argmax(values, axis=axis, keepdims=True)
+    # XLA's argmax takes ten times as long on a CPU, and gathers where the classes are sharded.
+    top = xp.max(values, axis=axis, keepdims=True)
+    classes = along_axis(xp.arange(values.shape[axis]), axis, values.ndim)
+    places = xp.where(values == top, classes, values.shape[axis])
+    first = xp.min(places, axis=axis, keepdims=True)
+    return xp.where(top == top, first, 0)
 
 
 def total(xp: Any, backend: str, values: Any) -> Any:
@@ -356,6 +384,11 @@ def overwrite(backend: str, function: Any, array: Any, *others: Any) -> Any:
     if backend in ("numpy", "cupy"):
         return function(array, *others, out=array)
     return function(array, *others)
+
+
+def fuses(backend: str, array: Any) -> bool:
+    """Tell whether a compiler will take what is written for this array apart and fuse it anew."""
+    return backend == "jax" and not has_values(array, backend)
 
 
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:

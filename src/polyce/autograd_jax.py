@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from polyce import arrays, reference, transform
+from polyce import arrays, reference, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -34,18 +34,19 @@ def row_losses(
     implementation: Implementation, problem: Problem, plan: Plan, logits: Any
 ) -> tuple[Any, RowStats | None]:
     """Give the rows' losses and stats, the losses with their derivative rule."""
-    # Widened outside the rule, so that a 16-bit gradient is rounded once, after the cotangent.
-    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
-    problem = problem._replace(logits_dtype=logits.dtype)
-    return _row_losses(implementation, problem, plan, logits)
+    # The rule asks for a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
+    problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
+    # What the mean divides by plays no part in a row and is differentiated where it divides.
+    plan = plan._replace(denominator=None)
+    rows, _, stats = _row_losses(implementation, problem, plan, logits)
+    return rows, stats
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _row_losses(
     implementation: Implementation, problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, RowStats | None]:
-    rows, _, stats = implementation.forward(problem, plan, logits)
-    return rows, stats
+) -> tuple[Any, Any, RowStats | None]:
+    return implementation.forward(problem, plan, logits)
 
 
 @partial(_row_losses.defjvp, symbolic_zeros=True)
@@ -54,23 +55,78 @@ def _row_losses_jvp(
 ) -> tuple[Any, Any]:
     plan, logits = primals
     plan_tangent, tangent = tangents
-    for leaf in jax.tree.leaves(plan_tangent, is_leaf=_is_zero):
-        if not _is_zero(leaf):
-            raise TypeError(
-                "polyce differentiates with respect to input only, but target or weight is being "
-                "differentiated; pass it through jax.lax.stop_gradient"
-            )
-    rows, state, stats = implementation.forward(problem, plan, logits)
-    no_tangents = jax.tree.map(_no_tangent, stats)
-    if _is_zero(tangent):
-        return (rows, stats), (jnp.zeros_like(rows), no_tangents)
-    grad = implementation.backward(problem, plan, 1.0, logits, state)
-    rows_tangent = jnp.sum(grad * tangent, axis=problem.axis, keepdims=True)
-    rows_tangent = arrays.cast(problem.xp, rows_tangent, rows.dtype)
+    _refuse(problem, plan_tangent)
+    # Through the rule once more: the losses' own derivative, of a higher order, is not jax's.
+    result = _row_losses(implementation, problem, plan, logits)
+    rows, state, _ = result
+    rows_tangent = jnp.zeros_like(rows)
+    if not _is_zero(tangent):
+        grad = implementation.backward(problem, plan, 1.0, logits, state)
+        tangent = arrays.cast(problem.xp, tangent, grad.dtype)
+        rows_tangent = _row_sums(problem, grad * tangent)
+    if problem.kind == "probability":
+        along = _along_target(problem, plan, plan_tangent, logits)
+        if along is not None:
+            rows_tangent = rows_tangent + along
     if plan.counted is not None:
         # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
         rows_tangent = jnp.where(plan.counted, rows_tangent, 0.0)
-    return (rows, stats), (rows_tangent, no_tangents)
+    # The state carries no derivative: what is differentiated again starts from the logits.
+    return result, (rows_tangent, *jax.tree.map(_no_tangent, result[1:]))
+
+
+def _refuse(problem: Problem, plan_tangent: Plan) -> None:
+    """Refuse derivatives with respect to what has none."""
+    if not _is_constant(plan_tangent.sample_weight):
+        raise TypeError(
+            "polyce gives no derivative with respect to sample_weight, which is being "
+            "differentiated; multiply the losses of reduction 'none' by it instead"
+        )
+    if problem.kind == "index" and not (
+        _is_constant(plan_tangent.class_weight) and _is_constant(plan_tangent.label_weight)
+    ):
+        raise TypeError(
+            "polyce differentiates with respect to weight for probability targets only, but the "
+            "target holds class indices; pass weight through jax.lax.stop_gradient, or pass the "
+            "target as probabilities"
+        )
+
+
+def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any) -> Any:
+    """Give the rows' tangents through probabilities and class weights; None where they have none.
+
+    The loss is linear in the coefficients r, with the slope lse - x_c, and r is linear in the
+    probabilities and in the weights.
+    """
+    names = ("probabilities", "class_weight")
+    tangents = {name: getattr(plan_tangent, name) for name in names}
+    tangents = {name: tangent for name, tangent in tangents.items() if not _is_constant(tangent)}
+    if not tangents:
+        return None
+    if plan.counted is not None:
+        # A row that does not count may hold anything, but 0 times it must be 0.
+        logits = jnp.where(plan.counted, logits, 0.0)
+    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    surprise = -_log_softmax(problem, logits)
+    parts = []
+    for name, tangent in tangents.items():
+
+        def coefficients(value: Any, name: str = name) -> Any:
+            return targets.coefficients(problem, plan._replace(**{name: value}))[1]
+
+        value = getattr(plan, name)
+        _, slope = jax.jvp(coefficients, (value,), (jnp.ones_like(value),))
+        # A slope of 0 takes no part, not even as 0 times infinity. Where the surprise is finite it
+        # is kept, for the derivatives of a higher order.
+        skipped = (slope == 0.0) & ~jnp.isfinite(surprise)
+        parts.append(slope * jnp.where(skipped, 0.0, surprise) * tangent)
+    along = _row_sums(problem, sum(parts[1:], start=parts[0]))
+    return targets.weigh_rows(plan, problem.xp, along)
+
+
+def _row_sums(problem: Problem, values: Any) -> Any:
+    sums = jnp.sum(values, axis=problem.axis, keepdims=True)
+    return arrays.cast(problem.xp, sums, problem.row_dtype)
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
@@ -104,5 +160,9 @@ def _no_tangent(array: Any) -> Any:
     return np.zeros(array.shape, jax.dtypes.float0)
 
 
-def _is_zero(leaf: Any) -> bool:
-    return isinstance(leaf, SymbolicZero)
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _is_constant(tangent: Any) -> bool:
+    return tangent is None or _is_zero(tangent)

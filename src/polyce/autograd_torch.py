@@ -230,7 +230,7 @@ class _TransformedRowLosses(torch.autograd.Function):
         return grad, None, *_plan_gradients(ctx.problem, plan, cotangent, logits, needs)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Any, _: None, *tangents: Any) -> Any:
+    def jvp(ctx: Any, tangent: Any, _: Any, *tangents: Any) -> Any:
         logits, plan, _ = _kept(ctx)
         moved = Plan(*tangents)
         _refuse(

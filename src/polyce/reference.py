@@ -73,7 +73,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
         return logits
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
-    pivot = xp.argmax(logits, axis=axis, keepdims=True)
+    pivot = arrays.argmax(xp, backend, logits, axis)
     mask = arrays.one_hot(xp, backend, pivot, logits, axis)
     top = arrays.pick(xp, backend, logits, pivot, logits, axis)
     state, _ = rowstate.from_logits(problem, logits, mask, top, None, None)
@@ -116,6 +116,7 @@ class _Read(NamedTuple):
 
 def _read(problem: Problem, plan: Plan, logits: Any) -> _Read:
     xp, backend, axis = problem.xp, problem.backend, problem.axis
+    given_dtype = logits.dtype
     logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
     at_pivot, coefficients = targets.coefficients(problem, plan)
     pivot = plan.label
@@ -130,7 +131,7 @@ def _read(problem: Problem, plan: Plan, logits: Any) -> _Read:
         # An ignored row is not read: it may hold infinities and nans.
         excluded = excluded | ~plan.counted
     state, rest_exp = rowstate.from_logits(
-        problem, logits, excluded, pivot_logit, at_pivot, coefficients
+        problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
     )
     return _Read(logits, pivot, excluded, state, rest_exp, coefficients)
 
