@@ -80,6 +80,8 @@ def test_z_loss_adds_the_square_of_lse_times_the_weight_of_the_label() -> None:
     assert_close(answer.loss_scale[1], 3.0 * (math.log(4.0) + 0.25 * size**2), ulp=4)
     assert_close(answer.softmax_part[1, 0], 3.0 * (1 + 0.5 * size) / 4, ulp=4)
     assert_close(answer.softmax_part[1, 3], 3.0 * (0.75 + 0.5 * size / 4), ulp=4)
+    assert_close(answer.square_part[1], 3.0 * 0.25 * size**2, ulp=4)
+    assert_close(answer.pull_part[1], 3.0 * 0.5 * size / 4, ulp=4)
 
 
 def test_a_scale_multiplies_and_a_softcap_bounds_the_logits() -> None:

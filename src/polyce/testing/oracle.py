@@ -25,9 +25,10 @@ import numpy.typing as npt
 from .dtypes import Array, Floats, is_float, promote
 from .oracle_row import DIGITS, ONE, ZERO, Row, Target, context, measures, row_answer
 
-NOTHING = Row(ZERO, ZERO, (), (), (), -1)
+NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 """The answer of a row that does not count."""
-PER_CLASS = ("grad", "softmax_part", "coefficient_part", "gap", "angle", "pivot")
+PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part")
+PER_CLASS = (*PARTS, "gap", "angle", "pivot")
 STATS = (
     "lse", "entropy", "prediction", "correct", "lse_scale", "entropy_scale", "entropy_spread",
     "entropy_lead",
@@ -85,6 +86,8 @@ class Answer:
     loss_scale : ndarray
         Magnitude for loss errors: the rows' losses as sums of non-negative terms, the z-loss with
         the square of ``|m| + h`` for lse = m + h, added up in magnitude.
+    square_part : ndarray
+        What the z-loss adds to `loss_scale`.
     loss_spread, loss_lead : ndarray
         The same, every row times its `spread` or its `lead`.
     softmax_part, coefficient_part : ndarray
@@ -93,6 +96,8 @@ class Answer:
         ``R * (1 - softmax_k) + Z * softmax_k`` and the sum of the other ``|r_c|``, all times the
         row's scale and the slope of the transform. The pivot k is the label, for probabilities
         the class of the largest logit. 0 in rows that are not finite.
+    pull_part : ndarray
+        ``Z * softmax_c``, what the z-loss adds to `softmax_part`.
     gap : ndarray
         How far a transformed logit lies below the largest one among the non-pivot classes; 0 at
         the pivot and at logits of -inf.
@@ -116,9 +121,11 @@ class Answer:
     loss_dtype: np.dtype[Any]
     transform: str
     loss_scale: Floats
+    square_part: Floats
     loss_spread: Floats
     loss_lead: Floats
     softmax_part: Floats
+    pull_part: Floats
     coefficient_part: Floats
     gap: Floats
     angle: Floats
@@ -134,15 +141,14 @@ class Answer:
 
 
 @lru_cache(maxsize=512)
-def scaled_row(row_key: tuple[Any, ...], scale: Decimal) -> tuple[Floats, Floats, Floats]:
-    """Return a row's gradient and its two magnitudes, times the scale, as float64."""
+def scaled_row(row_key: tuple[Any, ...], scale: Decimal) -> dict[str, Floats]:
+    """Return a row's gradient and its magnitudes, times the scale, as float64."""
     row = row_answer(*row_key)
     with decimal.localcontext(context(2 * DIGITS)):
-        grad, softmax_part, coefficient_part = (
-            np.array([float(scale * value) for value in values])
-            for values in (row.grad, row.softmax_part, row.coefficient_part)
-        )
-    return grad, _magnitude(softmax_part), _magnitude(coefficient_part)
+        found = {
+            name: np.array([float(scale * value) for value in getattr(row, name)]) for name in PARTS
+        }
+    return found | {name: _magnitude(found[name]) for name in PARTS[1:]}
 
 
 def _magnitude(values: Floats) -> Floats:
@@ -221,13 +227,14 @@ logit_scale, logit_softcap, grad_output
         rows = [row_answer(*key) if v_i else NOTHING for key, v_i in zip(keys, v, strict=True)]
         losses = [v_i * row.loss for v_i, row in zip(v, rows, strict=True)]
         total = np.array(float(sum(losses, ZERO) / divisor))
-        sizes = [
-            condition * abs(v_i / divisor) * row.loss_scale if v_i else ZERO
-            for v_i, row in zip(v, rows, strict=True)
-        ]
+        shares = [condition * abs(v_i / divisor) if v_i else ZERO for v_i in v]
+        sizes = [share * row.loss_scale for share, row in zip(shares, rows, strict=True)]
+        squares = [share * row.square_part for share, row in zip(shares, rows, strict=True)]
         scales = [Decimal(g) * v_i / divisor for g, v_i in zip(cotangents, v, strict=True)]
 
-    loss_sizes = _magnitude(np.array(list(map(float, sizes))))
+    loss_sizes, square_sizes = (
+        _magnitude(np.array(list(map(float, values)))) for values in (sizes, squares)
+    )
     columns = _columns(keys, rows, scales, float(condition), classes)
 
     def reduced(values: Floats) -> Floats:
@@ -245,6 +252,7 @@ logit_scale, logit_softcap, grad_output
         loss_dtype=promote(a.dtype for a in floats if is_float(a)) if soft else logits.dtype,
         transform="softcap" if logit_softcap else "scale" if scaled else "none",
         loss_scale=reduced(loss_sizes),
+        square_part=reduced(square_sizes),
         loss_spread=reduced(loss_sizes * columns["spread"]),
         loss_lead=reduced(loss_sizes * columns["lead"]),
         **{name: in_place(name) for name in (*PER_CLASS, "spread", "lead")},
@@ -273,10 +281,8 @@ def _columns(
     for i, (key, row, scale) in enumerate(zip(keys, rows, scales, strict=True)):
         if row is NOTHING or not classes:
             continue
-        grad, softmax_part, coefficient_part = scaled_row(key, scale)
-        found["grad"][i] = grad
-        found["softmax_part"][i] = condition * softmax_part
-        found["coefficient_part"][i] = condition * coefficient_part
+        for name, value in scaled_row(key, scale).items():
+            found[name][i] = value if name == "grad" else condition * value
         logits, target, *_, logit_scale, logit_softcap = key
         seen = measures(logits, row.pivot, logit_scale, logit_softcap)
         if seen is None:

@@ -103,8 +103,10 @@ class Row:
 
     loss: Decimal
     loss_scale: Decimal
+    square_part: Decimal
     grad: tuple[Decimal, ...]
     softmax_part: tuple[Decimal, ...]
+    pull_part: tuple[Decimal, ...]
     coefficient_part: tuple[Decimal, ...]
     pivot: int
 
@@ -221,11 +223,11 @@ def row_answer(
     classes = len(logits)
     bad_label = isinstance(target, int) and not 0 <= target < classes
     if classes == 0 and not bad_label:
-        return Row(ZERO, ZERO, (), (), (), -1)
+        return Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
     row = softmax_of(logits, logit_scale, logit_softcap)
     if bad_label or row is None:
         zeros = (ZERO,) * classes
-        return Row(NAN, ZERO, (NAN,) * classes, zeros, zeros, -1)
+        return Row(NAN, ZERO, ZERO, (NAN,) * classes, zeros, zeros, zeros, -1)
 
     pivot = target if isinstance(target, int) else max(range(classes), key=lambda c: logits[c])
     with decimal.localcontext(context(row.digits)):
@@ -237,14 +239,14 @@ def row_answer(
             # nan coefficients are not 0 and reach the loss.
             if coefficient != 0:
                 loss -= coefficient * z
-        loss_scale, pull, pull_size = abs(loss), ZERO, ZERO
+        plain, square_part, pull, pull_size = abs(loss), ZERO, ZERO, ZERO
         if z_loss:
             # lse may be the small sum of two large parts of unlike sign.
             zeta, size = Decimal(z_loss), abs(row.top) + row.log_sum
             if isinstance(target, int) and weight is not None:
                 zeta *= Decimal(weight[target])
             loss += zeta * row.lse**2
-            loss_scale += abs(zeta) * size**2
+            square_part = abs(zeta) * size**2
             pull, pull_size = 2 * zeta * row.lse, 2 * abs(zeta) * size
         grad = [
             without_noise((total_r + pull) * s - coefficient, abs(coefficient))
@@ -252,21 +254,21 @@ def row_answer(
         ]
         coefficient_part = [abs(coefficient) for coefficient in r]
         magnitude = sum(coefficient_part, ZERO)
-        softmax_part = [(magnitude + pull_size) * s for s in row.softmax]
+        pull_part = [pull_size * s for s in row.softmax]
+        softmax_part = [magnitude * s + z for s, z in zip(row.softmax, pull_part, strict=True)]
         rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
-        softmax_part[pivot] = (
-            magnitude * rest / (rest + row.exps[pivot]) + pull_size * row.softmax[pivot]
-        )
+        softmax_part[pivot] = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
         coefficient_part[pivot] = sum(
             coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO
         )
         if logit_scale is not None or logit_softcap is not None:
-            grad, softmax_part, coefficient_part = (
+            grad, softmax_part, pull_part, coefficient_part = (
                 [slope * value for slope, value in zip(row.slopes, values, strict=True)]
-                for values in (grad, softmax_part, coefficient_part)
+                for values in (grad, softmax_part, pull_part, coefficient_part)
             )
     return Row(
-        loss, loss_scale, tuple(grad), tuple(softmax_part), tuple(coefficient_part), pivot
+        loss, plain + square_part, square_part, tuple(grad), tuple(softmax_part),
+        tuple(pull_part), tuple(coefficient_part), pivot,
     )  # fmt: skip
 
 
