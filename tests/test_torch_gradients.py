@@ -273,3 +273,36 @@ def test_the_normalizer_differentiates(torch: Any) -> None:
     normalizer = torch.tensor(4.0, requires_grad=True)
     polyce.cross_entropy(logits, target, normalizer=normalizer).backward()
     torch.testing.assert_close(normalizer.grad, torch.tensor(-2 * math.log(3) / 16))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3), (2, 3, 0)])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_nothing_has_derivatives_of_every_order(
+    torch: Any, kind: str, shape: tuple[int, ...]
+) -> None:
+    operands = [torch.zeros(shape), torch.zeros(shape), torch.ones(shape[1])]
+    if kind == "index":
+        labels = torch.full(shape[:1] + shape[2:], -100)
+
+        def loss(x: Any) -> Any:
+            return polyce.cross_entropy(x, labels, reduction="sum")
+
+        operands = operands[:1]
+    else:
+
+        def loss(*arrays: Any) -> Any:
+            return polyce.cross_entropy(*arrays, reduction="sum")
+
+    numbers = tuple(range(len(operands)))
+    leaves = [array.requires_grad_() for array in operands]
+    gradients = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    torch.autograd.grad(sum(g.sum() for g in gradients), leaves, allow_unused=True)
+    operands = [array.detach() for array in operands]
+    zeros = tuple(torch.zeros_like(array) for array in operands)
+    torch.testing.assert_close(gradients, zeros)
+    torch.testing.assert_close(torch.func.grad(loss, numbers)(*operands), zeros)
+    expected = (torch.tensor(0.0), torch.tensor(0.0))
+    torch.testing.assert_close(torch.func.jvp(loss, tuple(operands), zeros), expected)
+    torch.testing.assert_close(
+        torch.func.vmap(loss)(*(torch.stack((array, array)) for array in operands)), torch.zeros(2)
+    )

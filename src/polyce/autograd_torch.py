@@ -69,7 +69,7 @@ def row_losses(
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)), with its gradient on torch's graph."""
-    if _is_traced_without_rules():
+    if problem.is_empty or _is_traced_without_rules():
         return reference.log_softmax(problem, logits)
     if _is_transformed():
         wide, logits = _widened(problem, logits)
@@ -230,7 +230,7 @@ class _TransformedRowLosses(torch.autograd.Function):
         return grad, None, *_plan_gradients(ctx.problem, plan, cotangent, logits, needs)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Any, _: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, tangent: Any, problem: None, *tangents: Any) -> Any:
         logits, plan, _ = _kept(ctx)
         moved = Plan(*tangents)
         _refuse(
@@ -294,7 +294,7 @@ class _TransformedLogSoftmax(torch.autograd.Function):
         return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Any, _: None) -> Any:
+    def jvp(ctx: Any, tangent: Any, problem: None) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
             result, logits = map(_primal, ctx.saved_tensors)
             softmax = torch.exp(result)

@@ -36,7 +36,7 @@ def backward(
 ) -> Any:
     """Give the gradient with respect to the logits, for a cotangent of the rows' losses."""
     if problem.is_empty:
-        return problem.xp.zeros_like(logits)
+        return logits * 0.0  # on the graph of a library that will differentiate it
     return _gradient(problem, plan, cotangent, _read(problem, plan, logits))
 
 
