@@ -98,8 +98,11 @@ def _after_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _stored(dtype: Any, array: Any) -> tuple[Any, Any]:
-    """Give an array as it is to be stored, in the 16-bit dtype that holds it exactly, and wide."""
-    if dtype is None or array.dtype == dtype:
+    """Give an array as it is to be stored, in bfloat16 if that holds it exactly, and wide.
+
+    float16 would not help: XLA for CPUs does not widen it within a reduction.
+    """
+    if dtype != jnp.bfloat16:
         return array, array
 
     def keep(array: Any) -> Any:
