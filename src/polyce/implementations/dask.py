@@ -8,8 +8,8 @@ are merged, and a second task gives the block's gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 from polyce import arrays, targets
@@ -17,6 +17,9 @@ from polyce.implementations import dask_blocks as blocks
 from polyce.problem import Operands, Problem
 from polyce.stats import RowStats
 from polyce.targets import Plan
+
+FAN_IN = 16
+"""How many blocks' numbers one task adds up."""
 
 
 def unavailable() -> str | None:
@@ -87,10 +90,19 @@ def _whole_rows(
         adjust_chunks={axis: 1},
         meta=logits._meta,
     )
+    # What will be added up comes as one number for each block.
+    cuts = results.chunks if problem.reduction == "none" else (1,) * len(axes)
+    rows = _take(problem, results, 0, problem.row_dtype, cuts)
+    stats = _stats(problem, results, 2)
     grad = None
     if cotangent is not None:
-        grad = _take(problem, results, 1, problem.logits_dtype, logits.shape[axis])
-    return _take(problem, results, 0, problem.row_dtype), grad, _stats(problem, results, 2)
+        # A block's result stays until all is taken. Were the gradient not taken last, dask could
+        # put it off in favour of the losses, block after block, until the memory is full.
+        small = [array for array in (rows, *(stats or ())) if array is not None]
+        grad = _take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
+    if problem.reduction != "none":
+        rows = rows.rechunk(dict.fromkeys(axes, FAN_IN))
+    return rows, grad, stats
 
 
 def _parts(
@@ -121,7 +133,11 @@ def _parts(
             *(joined, axes),
             meta=logits._meta,
         )
-    return _take(problem, joined, 0, problem.row_dtype), grad, _stats(problem, joined, 1)
+    return (
+        _take(problem, joined, 0, problem.row_dtype),
+        grad,
+        _stats(problem, joined, 1),
+    )
 
 
 def _axes(problem: Problem) -> tuple[int, ...]:
@@ -150,15 +166,24 @@ def _blockwise(
     )
 
 
-def _take(problem: Problem, results: Any, index: int, dtype: Any, classes: int = 1) -> Any:
-    """Take one of the arrays of which every block is a tuple."""
+def _take(
+    problem: Problem,
+    results: Any,
+    index: int,
+    dtype: Any,
+    cuts: Any = None,
+    after: Sequence[Any] = (),
+) -> Any:
+    """Take one of the arrays of which every block is a tuple, once those in `after` are there."""
     import dask.array as da
 
+    axes = _axes(problem)
     return da.blockwise(
-        itemgetter(index),
-        _axes(problem),
-        *(results, _axes(problem)),
-        adjust_chunks={problem.axis: classes},
+        partial(blocks.take, index),
+        axes,
+        *(results, axes),
+        *(item for array in after for item in (array, axes)),
+        adjust_chunks=dict(enumerate(results.chunks if cuts is None else cuts)),
         align_arrays=False,
         token="polyce-take",
         meta=results._meta.astype(dtype),
@@ -175,7 +200,7 @@ def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
     return RowStats(
         lse=take(0, problem.row_dtype),
         entropy=take(1, problem.row_dtype) if problem.asks("entropy") else None,
-        prediction=(take(2, problem.xp.int64) if problem.asks("prediction", "correct") else None),
+        prediction=take(2, problem.xp.int64) if problem.asks("prediction", "correct") else None,
     )
 
 
@@ -205,11 +230,11 @@ def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...
         *(logits, axes),
         *(operands.target, axes if problem.kind == "probability" else row_axes),
         *(operands.weight, None),
-        *_rows_of(operands.sample_weight, row_axes),
+        *_paired(operands.sample_weight, row_axes),
     )
 
 
-def _rows_of(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+def _paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     return (array, None if array is None else axes)
 
 
@@ -230,7 +255,7 @@ def _total_weight(problem: Problem, operands: Operands) -> Any:
         row_axes,
         *(operands.target, row_axes),
         *(operands.weight, None),
-        *_rows_of(operands.sample_weight, row_axes),
+        *_paired(operands.sample_weight, row_axes),
         adjust_chunks=dict.fromkeys(row_axes, 1),
         meta=operands.target._meta.astype(problem.row_dtype),
     )

@@ -34,10 +34,12 @@ def whole_rows(
 ) -> tuple[Any, ...]:
     """Run the call on a block of whole rows, by the first implementation that serves its arrays.
 
-    The result is the losses, the gradient (None without a cotangent), and the stats' entries.
+    The result is the losses, or their sum where the call adds them up, the gradient, None without
+    a cotangent, and the stats' entries.
     """
     from polyce import registry  # its table lists the caller of this
 
+    summed = problem.reduction != "none"
     problem = _of_chunk(problem, logits, logits.shape)
     chosen = registry.select_within(problem)
     with arrays.quiet(problem.backend):
@@ -47,7 +49,15 @@ def whole_rows(
             rows, _, stats = chosen.forward(problem, plan, logits)
         else:
             rows, grad, stats = chosen.forward_backward(problem, plan, cotangent, logits)
+        if summed:
+            rows = arrays.total(problem.xp, problem.backend, rows)
+            rows = problem.xp.reshape(rows, (1,) * logits.ndim)
     return rows, grad, *(stats or ())
+
+
+def take(index: int, results: Any, *after: Any) -> Any:
+    """Take one of a block's results; the others are only waited for."""
+    return results[index]
 
 
 class Part(NamedTuple):
