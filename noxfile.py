@@ -29,6 +29,12 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "jax-x64": ("jax", {"JAX_ENABLE_X64": "1"}),
     "dask": ("dask", {}),
     "cupy-dispatch": ("cupy-dispatch", {}),
+    "ndonnx": ("ndonnx", {}),
+    "cubed": ("cubed", {}),
+    "mlx": ("mlx", {}),
+    "mparray": ("mparray", {}),
+    "marray": ("marray", {}),
+    "refused": ("refused", {}),
 }
 
 # Holds the docstrings behind `polyce.__all__` to numpydoc's rules, less those in its arguments.

@@ -1,7 +1,8 @@
 """One backend a run: `pytest --backend=NAME`, numpy by default.
 
 The library asked for must be there: a missing one is an error, not a skip. A test marked
-`only("torch")` is left out of every other backend's run; one without the marker runs on all.
+`only("torch")` is left out of every other backend's run; one without the marker runs on all but
+those in MARKED_ONLY.
 """
 
 from __future__ import annotations
@@ -24,9 +25,21 @@ BACKENDS = {
     "jax-x64": "jax",
     "dask": "dask-rows",
     "cupy": "cupy",
-    # CuPy without a device can make no array but an empty shell, so only marked tests run there.
+    # CuPy without a device can make no array but an empty shell.
     "cupy-dispatch": None,
+    "ndonnx": "ndonnx",
+    "cubed": "cubed",
+    "mlx": "mlx",
+    "mparray": "mparray",
+    "marray": "marray",
+    # The libraries whose arrays are refused.
+    "refused": None,
 }
+# The second tier: libraries that are served through the standard alone, most of them slowly. The
+# grid and their own tests run there.
+TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
+# Runs of nothing but the tests that name them.
+MARKED_ONLY = ("cupy-dispatch", "refused", *TIER_2)
 FULL = os.environ.get("POLYCE_FULL") == "1"
 
 
@@ -50,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left_out = [], []
     for item in items:
         marker = item.get_closest_marker("only")
-        wanted = BACKENDS[name] is not None if marker is None else name in marker.args
+        wanted = name not in MARKED_ONLY if marker is None else name in marker.args
         (kept if wanted else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

@@ -1,11 +1,13 @@
-"""Array libraries: whose arrays these are, where they lie, and the few calls in which they differ.
+"""Array libraries: where their arrays lie, and the few calls in which they differ.
 
-Every difference between libraries that the rest of polyce must know of is decided here.
+Whose arrays they are is told by `libraries`. Every other difference between libraries that the
+rest of polyce must know of is decided here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from typing import Any
 
@@ -23,108 +25,15 @@ INTEGERS = {
     "uint64": (0, 2**64 - 1),
 }
 
-# How a user turns a NumPy array into one of these, for the error that asks for it.
-_CONVERTERS = {
-    "numpy": "numpy.asarray",
-    "torch": "torch.as_tensor",
-    "cupy": "cupy.asarray",
-    "dask": "dask.array.from_array",
-    "jax": "jax.numpy.asarray",
-    "array-api-strict": "array_api_strict.asarray",
-}
-# jax and dask functions take NumPy arrays among their own, so polyce does as well.
-_TAKES_NUMPY = ("jax", "dask")
 # Libraries whose arrays hold no values before a computation is asked for, or polyce must not ask.
 _LAZY = ("dask", "cubed", "ndonnx")
+# Libraries that compute in NumPy as soon as they are called.
+_ON_NUMPY = ("numpy", "array-api-strict", "marray", "mparray")
 
 
 # NumPy works its dtypes' names out each time they are asked for.
 _NUMPY_DTYPES = {name: np.dtype(name) for name in (*FLOATS, *INTEGERS) if name != "bfloat16"}
 _NUMPY_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
-
-
-def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
-    """Find the one library of the arguments: its namespace, its name, and the arrays.
-
-    The first argument decides. Those that are None stay None.
-    """
-    values = list(arrays.values())
-    if all(type(value) is np.ndarray or value is None for value in values):
-        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
-        # a tenth of a second at its first use and adds nothing that is needed here.
-        return np, "numpy", values
-
-    namespaces: dict[str, tuple[Any, str]] = {}
-    for name, value in arrays.items():
-        if value is not None:
-            namespaces[name] = _namespace(name, value)
-    first = next(iter(namespaces))
-    xp, backend = namespaces[first]
-    for index, name in enumerate(arrays):
-        if name not in namespaces:
-            continue
-        other = namespaces[name][1]
-        if other == backend:
-            if backend == "numpy":
-                values[index] = np.asarray(values[index])
-        elif other == "numpy" and backend in _TAKES_NUMPY:
-            values[index] = np.asarray(values[index])
-            if name != "target" or values[index].dtype.kind not in "iu":
-                # Labels stay in NumPy, where they can be looked at, and where jax without 64-bit
-                # types does not cut them down.
-                values[index] = xp.asarray(values[index])
-        else:
-            converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
-            raise TypeError(
-                f"all arrays must come from one library, but {first} is {backend} and {name} is "
-                f"{other}; convert {name} with {converter}"
-            )
-    return xp, backend, values
-
-
-def _namespace(name: str, value: Any) -> tuple[Any, str]:
-    if isinstance(value, (np.ndarray, np.generic)):
-        if isinstance(value, (np.ma.MaskedArray, np.matrix)):
-            raise TypeError(
-                f"{name} must be a plain array, got {_kind(value)}, whose own meaning polyce would "
-                f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
-            )
-        return np, "numpy"
-    # The classes are looked at here, not by array_api_compat.array_namespace, whose caches
-    # torch.compile warns of. A library that is not loaded has made no array.
-    loaded = sys.modules
-    if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
-        if value.layout is not loaded["torch"].strided or value.is_nested:
-            raise TypeError(
-                f"{name} must be a dense tensor, got layout {value.layout}; "
-                "call to_dense() or to_padded_tensor() first"
-            )
-        import array_api_compat.torch
-
-        return array_api_compat.torch, "torch"
-    if "jax" in loaded and isinstance(value, loaded["jax"].Array):
-        return loaded["jax"].numpy, "jax"
-    if "dask.array" in loaded and isinstance(value, loaded["dask.array"].Array):
-        import array_api_compat.dask.array
-
-        return array_api_compat.dask.array, "dask"
-    import array_api_compat
-
-    if not array_api_compat.is_array_api_obj(value):
-        raise TypeError(
-            f"{name} must be an array of an array-API library, got {_kind(value)}; "
-            "convert it with the asarray of the library that the other arrays are from"
-        )
-    xp = array_api_compat.array_namespace(value)
-    full = xp.__name__.removeprefix("array_api_compat.")
-    backend = full.partition(".")[0].replace("array_api_strict", "array-api-strict")
-    return xp, backend
-
-
-def _kind(value: Any) -> str:
-    kind = type(value)
-    module = kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 def dtype_name(array: Any) -> str:
@@ -142,21 +51,24 @@ def name_of(dtype: Any) -> str:
 
 def float_dtype(xp: Any, backend: str, name: str) -> Any:
     """Give float32 or float64 as an array of the library shows it."""
-    numpy_like = backend in ("numpy", "cupy", "dask", "jax")
-    return _NUMPY_DTYPES[name] if numpy_like else getattr(xp, name)
+    if backend in ("numpy", "cupy", "dask", "jax", "cubed", "mparray"):
+        return _NUMPY_DTYPES[name]
+    dtype = getattr(xp, name)
+    return np.dtype(dtype) if isinstance(dtype, type) else dtype
 
 
 def device(array: Any, backend: str) -> Any:
     """Tell the device of an array as its library compares them, or None where it has no say."""
-    if backend in ("torch", "cupy", "array-api-strict"):
+    if backend in ("torch", "cupy", "array-api-strict", "marray"):
         return array.device
-    # A jax array's new companions are uncommitted and follow it; dask's chunks live anywhere.
+    # A jax array's new companions are uncommitted and follow it; dask's chunks live anywhere, and
+    # mlx's arrays wherever they are computed with.
     return None
 
 
 def device_kind(array: Any, backend: str) -> str:
     """Tell what kind of device holds an array: cpu, cuda, ..., or unknown while tracing."""
-    if backend in ("numpy", "array-api-strict", "dask") or isinstance(array, np.ndarray):
+    if backend in (*_ON_NUMPY, "dask", "cubed") or isinstance(array, np.ndarray):
         return "cpu"
     if backend == "torch":
         return str(array.device.type)
@@ -164,12 +76,16 @@ def device_kind(array: Any, backend: str) -> str:
         return "cuda"
     if backend == "jax" and has_values(array, backend):
         return str(next(iter(array.devices())).platform)
+    if backend == "mlx":
+        import mlx.core
+
+        return str(mlx.core.default_device().type.name)
     return "unknown"
 
 
 def has_values(array: Any, backend: str) -> bool:
     """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
-    if backend in ("numpy", "array-api-strict", "cupy") or isinstance(array, np.ndarray):
+    if backend in (*_ON_NUMPY, "cupy", "mlx") or isinstance(array, np.ndarray):
         return True
     if backend in _LAZY:
         return False
@@ -193,12 +109,25 @@ def has_values(array: Any, backend: str) -> bool:
     return not array_api_compat.is_lazy_array(array)
 
 
+def are_at_hand(array: Any, backend: str) -> bool:
+    """Tell whether a look at an array's values costs no more than the look."""
+    if backend == "mlx":
+        # All is put off there, so that a look would compute; and under its compile and vmap, which
+        # nothing tells of, a look is an error.
+        return False
+    # On an accelerator it would stall the host.
+    return has_values(array, backend) and device_kind(array, backend) in ("cpu", "unknown")
+
+
 def has_float64(xp: Any, backend: str, where: Any) -> bool:
     """Tell whether the library computes in float64 on the device that holds `where`."""
-    if backend in ("numpy", "dask", "cupy"):
+    if backend in ("numpy", "dask", "cupy", "cubed", "ndonnx", "mparray"):
         return True
     if backend == "torch":
         return bool(where.device.type != "mps")
+    if backend == "mlx":
+        # Only on a CPU, and exp and log1p of float64 are no better than those of float32.
+        return False
     info = xp.__array_namespace_info__()
     if backend == "jax":
         return str(info.default_dtypes()["real floating"]) == "float64"
@@ -228,8 +157,10 @@ def cast(xp: Any, array: Any, dtype: Any) -> Any:
 
 def label_dtype(xp: Any, backend: str, labels: Any) -> Any:
     """Give the integer dtype for positions along the class axis, beside these labels."""
-    if backend in ("numpy", "torch", "dask", "cupy"):
+    if backend in ("numpy", "torch", "dask", "cupy", "cubed", "ndonnx", "mparray"):
         return xp.int64
+    if backend == "mlx":
+        return xp.int32
     # Not all have 64-bit integers everywhere: jax by its settings, others by device.
     info = xp.__array_namespace_info__()
     options = {} if backend == "jax" else {"device": labels.device}
@@ -249,7 +180,7 @@ def along_axis(vector: Any, axis: int, ndim: int) -> Any:
 
 def align(backend: str, array: Any, logits: Any) -> Any:
     """Cut a dask array that broadcasts against the logits as they are cut, so that they stay so."""
-    if backend != "dask":
+    if backend not in ("dask", "cubed"):
         return array
     pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
     return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
@@ -261,9 +192,11 @@ def one_hot(
     """Mark in every row of the logits the class that labels name: booleans of the logits' shape."""
     where = device(logits, backend)
     options = {} if where is None else {"device": where}
-    if backend == "dask":
-        # The same cuts as the logits, or dask would cut both to fit.
+    if backend in ("dask", "cubed"):
+        # The same cuts as the logits, or the library would cut both to fit.
         options["chunks"] = (logits.chunks[axis],)
+    if backend == "cubed":
+        options["spec"] = logits.spec
     classes = xp.arange(logits.shape[axis], dtype=labels.dtype, **options)
     classes = along_axis(classes, axis, logits.ndim)
     if backend == "dask" and beside_logits:
@@ -290,7 +223,9 @@ def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int
         return values[np.arange(len(values))[:, None], labels]
     if backend == "jax":
         return _jax_take(values, labels, axis)
-    if hasattr(xp, "take_along_axis"):
+    # ONNX does not broadcast what it gathers from.
+    fits = backend != "ndonnx" or values.shape == logits.shape
+    if hasattr(xp, "take_along_axis") and fits:
         return xp.take_along_axis(values, labels, axis=axis)
     # dask has no gather; it sees that this mask is the one the loss needs and makes it once.
     of_logits = values.shape == logits.shape
@@ -325,6 +260,8 @@ def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
     if backend == "torch":
         # torch adds in a cascade, whatever the axis, and would copy all values to widen them.
         return cast(xp, xp.sum(values, axis=axis, keepdims=True), dtype)
+    if backend == "mlx":
+        return cast(xp, xp.sum(_summable(xp, values), axis=axis, keepdims=True), dtype)
     # NumPy adds pairwise along the innermost axis only; widening on the way is right for all.
     add = np.add.reduce if backend == "numpy" else xp.sum
     return add(values, axis=axis, dtype=dtype, keepdims=True)
@@ -346,22 +283,48 @@ def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:
 
 def argmax(xp: Any, backend: str, values: Any, axis: int) -> Any:
     """Give the first class with the largest value; the class axis stays, of length 1."""
-    if backend != "jax":
-        return xp.argmax(values, axis=axis, keepdims=True)
-    # XLA's argmax takes ten times as long on a CPU, and gathers where the classes are sharded.
-    top = xp.max(values, axis=axis, keepdims=True)
-    classes = along_axis(xp.arange(values.shape[axis]), axis, values.ndim)
-    places = xp.where(values == top, classes, values.shape[axis])
-    first = xp.min(places, axis=axis, keepdims=True)
-    return xp.where(top == top, first, 0)
+    if backend == "jax":
+        # XLA's takes ten times as long on a CPU, and gathers where the classes are sharded.
+        top = xp.max(values, axis=axis, keepdims=True)
+        classes = along_axis(xp.arange(values.shape[axis]), axis, values.ndim)
+        places = xp.where(values == top, classes, values.shape[axis])
+        first = xp.min(places, axis=axis, keepdims=True)
+        return xp.where(top == top, first, 0)
+    found = xp.argmax(values, axis=axis, keepdims=True)
+    if backend == "mlx":
+        # Unsigned, so that there were no -1 for a row without one, and not to be differentiated.
+        return xp.stop_gradient(cast(xp, found, xp.int32))
+    return found
+
+
+def row_count(xp: Any, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
+    """Count the rows: a float, or a 0-d array where only a run will tell."""
+    if None not in row_shape:
+        return float(math.prod(row_shape))
+    one_class = logits[(slice(None),) * axis + (slice(0, 1),)]
+    return xp.sum(xp.ones_like(one_class, dtype=dtype))
+
+
+def exact(number: float) -> Any:
+    """Give a number as mparray computes with them, to any number of digits."""
+    import mpmath
+
+    return mpmath.mpf(number)
 
 
 def total(xp: Any, backend: str, values: Any) -> Any:
     """Sum over everything."""
+    if backend == "mlx":
+        return cast(xp, xp.sum(_summable(xp, values)), values.dtype)
     if backend == "dask":
         # dask by itself adds up two such numbers a task, as if they were large.
         return values.sum(split_every=dict.fromkeys(range(values.ndim), 16))
     return np.add.reduce(values, axis=None) if backend == "numpy" else xp.sum(values)
+
+
+def _summable(xp: Any, values: Any) -> Any:
+    """Widen mlx's values on a CPU, which adds one by one and loses 3e-4 of 35000; GPUs do not."""
+    return cast(xp, values, xp.float64) if device_kind(values, "mlx") == "cpu" else values
 
 
 def any_true(xp: Any, mask: Any) -> bool:
@@ -393,7 +356,7 @@ def fuses(backend: str, array: Any) -> bool:
 
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:
     """Keep NumPy's warnings away: an infinity or nan here is selected away or is the answer."""
-    if backend in ("numpy", "array-api-strict"):
+    if backend in _ON_NUMPY:
         return np.errstate(all="ignore")
     return contextlib.nullcontext()
 

@@ -18,7 +18,13 @@ def logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
             f"got {_show(logits)}; convert it to one of these first"
         )
     shape = _known_shape("input", logits)
-    return shape, options.class_axis(shape, axis)
+    axis = options.class_axis(shape, axis)
+    if shape[axis] is None:
+        raise ValueError(
+            f"the class axis of input must have a known length, got shape {shape}; "
+            "only the others may be left open"
+        )
+    return shape, axis
 
 
 def _show(array: Any) -> str:
@@ -26,9 +32,10 @@ def _show(array: Any) -> str:
 
 
 def _known_shape(name: str, array: Any) -> tuple[int, ...]:
+    # None is a size that an ONNX graph learns when it runs.
     shape = tuple(array.shape)
     for size in shape:
-        if size is None or (isinstance(size, float) and math.isnan(size)):
+        if isinstance(size, float) and math.isnan(size):
             raise ValueError(
                 f"{name} must have a known shape, got {shape}; "
                 "call compute_chunk_sizes() on a dask array first"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from polyce import arrays, checks, options
+from polyce import arrays, checks, libraries, options
 
 
 class Problem(NamedTuple):
@@ -137,7 +137,7 @@ def describe(
         "normalizer": normalizer,
         "grad_output": cotangent,
     }
-    xp, backend, values = arrays.of(**given)
+    xp, backend, values = libraries.of(**given)
     logits, target, weight, sample_weight, normalizer, cotangent = values
     if arrays.device(logits, backend) is not None:
         checks.devices(backend, dict(zip(given, values, strict=True)))
@@ -191,6 +191,10 @@ def describe(
         checks.grad_output(cotangent, row_shape, reduction)
     if divisor is not None:
         normalizer = divisor
+    if backend == "mparray":
+        problem = _with_exact_options(problem)
+        if reduction == "mean" and not hasattr(cotangent, "dtype"):
+            cotangent = xp.asarray(1.0 if cotangent is None else cotangent)
     return problem, Operands(logits, target, weight, sample_weight, normalizer, cotangent)
 
 
@@ -203,7 +207,7 @@ def describe_logits(
     """Check the arguments of a function of logits alone and state its static facts."""
     if input is None:
         raise TypeError("input must be an array, got None; pass the logits")
-    xp, backend, (logits,) = arrays.of(input=input)
+    xp, backend, (logits,) = libraries.of(input=input)
     shape, axis = checks.logits_shape(logits, axis)
     problem = Problem(
         xp=xp,
@@ -224,7 +228,13 @@ def describe_logits(
         logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
         logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
     )
-    return problem, logits
+    return (_with_exact_options(problem) if backend == "mparray" else problem), logits
+
+
+def _with_exact_options(problem: Problem) -> Problem:
+    """Let what is computed from the options alone have as many digits as the arrays."""
+    names = ("label_smoothing", "logit_scale", "logit_softcap")
+    return problem._replace(**{name: arrays.exact(getattr(problem, name)) for name in names})
 
 
 def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, Any]:
@@ -249,8 +259,7 @@ def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) 
                 "none yet; leave validate at None (a bad label then gives nan)"
             )
         return False
-    # On an accelerator a look at the labels would stall the host.
-    return bool(validate) or arrays.device_kind(target, backend) in ("cpu", "unknown")
+    return bool(validate) or arrays.are_at_hand(target, backend)
 
 
 def _promote(xp: Any, *operands: Any) -> Any:

@@ -50,7 +50,7 @@ def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
     xp, asked = problem.xp, problem.stats or ()
     valid = plan.counted
     if valid is None:
-        valid = xp.ones_like(found.lse, dtype=xp.bool)
+        valid = xp.zeros_like(found.lse) == 0.0
 
     def narrow(values: Any) -> Any:
         return arrays.cast(xp, xp.where(valid, values, math.nan), problem.arithmetic_dtype)

@@ -119,7 +119,9 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
         return 0.0
     if row_weight is None:
         if counted is None:
-            return float(math.prod(problem.row_shape))
+            return arrays.row_count(
+                xp, problem.row_shape, operands.logits, problem.axis, problem.row_dtype
+            )
         row_weight = arrays.cast(xp, counted, problem.row_dtype)
     elif counted is not None:
         row_weight = xp.where(counted, row_weight, 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, reference, rowstate, targets, transform
+from polyce import arrays, libraries, reference, rowstate, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -200,7 +200,7 @@ def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
 
 def _of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
     """State the facts of a call on chunks like this one."""
-    xp, backend, _ = arrays.of(input=chunk)
+    xp, backend, _ = libraries.of(input=chunk)
     shape = tuple(shape)
     return problem._replace(
         xp=xp,

@@ -196,6 +196,112 @@ def _cupy() -> Backend:
     )
 
 
+def _ndonnx() -> Backend:
+    ndx = importlib.import_module("ndonnx")
+    return Backend(
+        "ndonnx",
+        lambda array: ndx.asarray(array.copy()),
+        # Arrays made of known values know their own; what they were made by ran in onnxruntime.
+        lambda array: np.asarray(array.unwrap_numpy()),
+        lambda result: isinstance(result, ndx.Array),
+        floats=WITHOUT_BFLOAT16,
+    )
+
+
+def _cubed() -> Backend:
+    cubed = importlib.import_module("cubed")
+    # In one thread and in memory: what is computed here is small and much.
+    spec = cubed.Spec(allowed_mem="500MB", executor_name="single-threaded", intermediate_store={})
+
+    def asarray(array: Array) -> Any:
+        # Two chunks along the default class axis.
+        chunks = list(array.shape)
+        if array.ndim:
+            cut = min(1, array.ndim - 1)
+            chunks[cut] = -(-array.shape[cut] // 2)
+        return cubed.from_array(array.copy(), chunks=tuple(max(1, n) for n in chunks), spec=spec)
+
+    def to_numpy(array: Any) -> Array:
+        # NumPy computes here what cubed put off; its warnings are not about the call any more.
+        with np.errstate(all="ignore"):
+            return np.asarray(array.compute())
+
+    return Backend(
+        "cubed",
+        asarray,
+        to_numpy,
+        lambda result: isinstance(result, cubed.Array),
+        floats=("float32", "float64"),
+    )
+
+
+def _mlx() -> Backend:
+    mx = importlib.import_module("mlx.core")
+
+    def asarray(array: Array) -> Any:
+        if array.size == 0:
+            # Computing with an empty array that was NumPy's deadlocks now and then.
+            return mx.zeros(array.shape, dtype=getattr(mx, array.dtype.name))
+        array = array.copy(order="C")
+        if array.dtype.name == "bfloat16":
+            return mx.array(array.view(np.int16)).view(mx.bfloat16)
+        return mx.array(array, dtype=getattr(mx, array.dtype.name))
+
+    def to_numpy(array: Any) -> Array:
+        if array.dtype == mx.bfloat16:
+            return np.array(array.view(mx.int16)).view(dtype("bfloat16"))
+        return np.array(array)
+
+    return Backend(
+        "mlx",
+        asarray,
+        to_numpy,
+        lambda result: isinstance(result, mx.array),
+        floats=tuple(name for name in FLOAT_NAMES if name not in missing()),
+        notes=missing(),
+    )
+
+
+def _mparray() -> Backend:
+    xp = importlib.import_module("mparray")
+
+    def to_numpy(array: Any) -> Array:
+        if xp.isdtype(array.dtype, "real floating"):
+            # Numbers there have no largest one; what the dtype cannot hold is infinity in it.
+            with np.errstate(over="ignore"):
+                values = np.asarray(array._data, np.float64)
+                # mpmath's nan becomes one with a sign.
+                return np.where(np.isnan(values), np.nan, values).astype(array.dtype)
+        return np.asarray(array._data, array.dtype)
+
+    return Backend(
+        "mparray",
+        xp.asarray,
+        to_numpy,
+        lambda result: isinstance(result, xp.MPArray),
+        floats=("float32", "float64"),
+        quiet=True,
+    )
+
+
+def _marray(under: str) -> Backend:
+    xp = importlib.import_module("marray").masked_namespace(importlib.import_module(under))
+
+    def to_numpy(array: Any) -> Array:
+        if np.any(np.asarray(array.mask)):
+            raise AssertionError("entries are masked")
+        return np.asarray(array.data)
+
+    return Backend(
+        "marray",
+        lambda array: xp.asarray(array.copy()),
+        to_numpy,
+        lambda result: isinstance(result, xp.MArray),
+        floats=("float32", "float64"),
+        quiet=True,
+    )
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "numpy": _numpy,
     "array-api-strict": _array_api_strict,
@@ -205,6 +311,12 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "dask-rows": lambda: dask(0, 2, "dask-rows"),
     "dask-classes": lambda: dask(-1, 3, "dask-classes"),
     "cupy": _cupy,
+    "ndonnx": _ndonnx,
+    "cubed": _cubed,
+    "mlx": _mlx,
+    "mparray": _mparray,
+    "marray": lambda: _marray("array_api_strict"),
+    "marray-numpy": lambda: _marray("numpy"),
 }
 """The backends by name; calling one imports the library."""
 

@@ -112,6 +112,19 @@ _DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal, capped=_CA
 _SINGLE_XLA = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny, capped=_CAPPED_XLA)
 _DOUBLE_XLA = replace(_DOUBLE, flush=8 * FORMATS["float64"].tiny, capped=_CAPPED_XLA)
 
+# mlx's exp loses 0.75 unit roundoffs of float32 for each unit of its argument, and what is below
+# the smallest normal number; that of float64 loses twice as much, and a sum over a thousand
+# classes what a thousand of them have lost.
+_MLX = replace(_SINGLE_XLA, loss_ulp=72.0, pivot_ulp=72.0, entry=72.0, entropy_ulp=216.0)
+_MLX_DOUBLE = replace(
+    _MLX,
+    loss_ulp=144.0,
+    pivot_ulp=144.0,
+    entry=144.0,
+    entropy_ulp=432.0,
+    flush=1024 * FORMATS["float32"].tiny,
+)
+
 ACCURACY: dict[tuple[str | None, str], Accuracy] = {
     (None, "float16"): _SINGLE,
     (None, "bfloat16"): _SINGLE,
@@ -121,6 +134,10 @@ ACCURACY: dict[tuple[str | None, str], Accuracy] = {
     ("jax", "bfloat16"): _SINGLE_XLA,
     ("jax", "float32"): _SINGLE_XLA,
     ("jax", "float64"): _DOUBLE_XLA,
+    ("mlx", "float16"): _MLX,
+    ("mlx", "bfloat16"): _MLX,
+    ("mlx", "float32"): _MLX,
+    ("mlx", "float64"): _MLX_DOUBLE,
 }
 """What is asked of a result dtype, by (backend or None for all others, dtype)."""
 

@@ -1,0 +1,161 @@
+"""Which library the arrays of a call are from, and what is said of those that are not taken."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+# How a user turns a NumPy array into one of these, for the error that asks for it.
+_CONVERTERS = {
+    "numpy": "numpy.asarray",
+    "torch": "torch.as_tensor",
+    "cupy": "cupy.asarray",
+    "dask": "dask.array.from_array",
+    "jax": "jax.numpy.asarray",
+    "array-api-strict": "array_api_strict.asarray",
+    "cubed": "cubed.from_array, with input's spec",
+    "ndonnx": "ndonnx.asarray",
+    "mlx": "mlx.core.array",
+    "mparray": "mparray.asarray",
+    "marray": "the asarray of input's own marray namespace",
+}
+
+# Libraries whose arrays are not taken, by top-level module: why, and the way round it. Some of
+# them pass for arrays of the standard and would give errors from deep inside, or wrong numbers.
+NOT_TAKEN = {
+    "blosc2": ("whose lazy where sums up wrongly", "pass {name}[:], a NumPy array"),
+    "sparse": ("which has no gather and whose losses would be dense", "pass {name}.todense()"),
+    "xarray": ("whose axes have names", "pass {name}.data, or use xarray.apply_ufunc"),
+    "pint": ("whose units a logarithm has no meaning for", "pass {name}.magnitude"),
+    "tensorflow": (
+        "which lacks the array API standard",
+        "pass {name}.numpy(), or torch.from_dlpack({name}) for a gradient",
+    ),
+    "paddle": (
+        "which lacks the array API standard",
+        "pass {name}.numpy(), or torch.from_dlpack({name}) for a gradient",
+    ),
+}
+
+# jax and dask functions take NumPy arrays among their own, so polyce does as well.
+_TAKES_NUMPY = ("jax", "dask")
+# What marray is taken over: elsewhere a look at the mask could compute, or be impossible.
+_UNDER_MARRAY = ("numpy", "array_api_compat.numpy", "array_api_strict")
+
+
+def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
+    """Find the one library of the arguments: its namespace, its name, and the arrays.
+
+    The first argument decides. Those that are None stay None.
+    """
+    values = list(arrays.values())
+    if all(type(value) is np.ndarray or value is None for value in values):
+        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
+        # a tenth of a second at its first use and adds nothing that is needed here.
+        return np, "numpy", values
+
+    namespaces: dict[str, tuple[Any, str]] = {}
+    for name, value in arrays.items():
+        if value is not None:
+            namespaces[name] = _find(name, value)
+    first = next(iter(namespaces))
+    xp, backend = namespaces[first]
+    for index, name in enumerate(arrays):
+        if name not in namespaces:
+            continue
+        other = namespaces[name][1]
+        if other == backend:
+            if backend == "numpy":
+                values[index] = np.asarray(values[index])
+        elif other == "numpy" and backend in _TAKES_NUMPY:
+            values[index] = np.asarray(values[index])
+            if name != "target" or values[index].dtype.kind not in "iu":
+                # Labels stay in NumPy, where they can be looked at, and where jax without 64-bit
+                # types does not cut them down.
+                values[index] = xp.asarray(values[index])
+        else:
+            converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
+            raise TypeError(
+                f"all arrays must come from one library, but {first} is {backend} and {name} is "
+                f"{other}; convert {name} with {converter}"
+            )
+    return xp, backend, values
+
+
+def _find(name: str, value: Any) -> tuple[Any, str]:
+    """Give the namespace and the name of the library that made the array called `name`."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+            raise TypeError(
+                f"{name} must be a plain array, got {_kind(value)}, whose own meaning polyce would "
+                f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
+            )
+        return np, "numpy"
+    # The classes are looked at here, not by array_api_compat.array_namespace, whose caches
+    # torch.compile warns of. A library that is not loaded has made no array.
+    loaded = sys.modules
+    if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
+        if value.layout is not loaded["torch"].strided or value.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got layout {value.layout}; "
+                "call to_dense() or to_padded_tensor() first"
+            )
+        import array_api_compat.torch
+
+        return array_api_compat.torch, "torch"
+    if "jax" in loaded and isinstance(value, loaded["jax"].Array):
+        return loaded["jax"].numpy, "jax"
+    if "dask.array" in loaded and isinstance(value, loaded["dask.array"].Array):
+        import array_api_compat.dask.array
+
+        return array_api_compat.dask.array, "dask"
+    _check_taken(name, value)
+    import array_api_compat
+
+    if not array_api_compat.is_array_api_obj(value):
+        raise TypeError(
+            f"{name} must be an array of an array-API library, got {_kind(value)}; "
+            "convert it with the asarray of the library that the other arrays are from"
+        )
+    xp = array_api_compat.array_namespace(value)
+    full = xp.__name__.removeprefix("array_api_compat.")
+    backend = full.partition(".")[0].replace("array_api_strict", "array-api-strict")
+    if backend == "marray":
+        _check_unmasked(name, value, xp)
+    return xp, backend
+
+
+def _check_taken(name: str, value: Any) -> None:
+    for kind in type(value).__mro__:
+        module = kind.__module__.partition(".")[0]
+        if module in NOT_TAKEN:
+            why, instead = NOT_TAKEN[module]
+            raise TypeError(
+                f"{name} must not be {_kind(value)}, {why}; {instead.format(name=name)}"
+            )
+
+
+def _check_unmasked(name: str, value: Any, xp: Any) -> None:
+    under = xp.__name__.removeprefix("marray.")
+    if under not in _UNDER_MARRAY:
+        raise TypeError(
+            f"{name} must be an marray over numpy or array_api_strict, got one over {under}; "
+            f"pass {name}.data, and mark rows to leave out with ignore_index"
+        )
+    masked = int(np.count_nonzero(np.asarray(value.mask)))
+    if masked:
+        # By marray's rules sums pass over masked entries: which rows the mean is over, and whether
+        # smoothing counts a masked class, would depend on the way the loss is written.
+        raise ValueError(
+            f"{name} must have no masked entries, got {masked}: they might stand for rows or for "
+            "classes to leave out; fill them, with ignore_index in target to leave out rows, "
+            "with -inf in input to leave out classes"
+        )
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    module = kind.__module__
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"

@@ -1,0 +1,58 @@
+"""A few cases that stand for the grid, for libraries that take long over each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+
+from .case import Case
+
+
+def traits(case: Case) -> set[tuple[str, ...]]:
+    """Return what a case tries: each word of its name, and each two facts of its call together.
+
+    Parameters
+    ----------
+    case : Case
+        A case of the grid.
+    """
+    words = {(case.group, word) for word in case.name.split("/")}
+    facts = {case.kind, *(f"{name}:{array.dtype}" for name, array in case.arrays.items())}
+    facts |= {f"{key}:{value}" for key, value in case.options.items() if key != "ignore_index"}
+    return words | set(combinations(sorted(facts), 2))
+
+
+def representative(cases: Iterable[Case], most: int | None = None) -> list[Case]:
+    """Choose cases that between them have every trait that any of the cases has.
+
+    Parameters
+    ----------
+    cases : iterable of Case
+        What to choose from.
+    most : int, optional
+        Stop after so many, those with the most traits not seen before come first.
+
+    Returns
+    -------
+    list of Case
+        Always the same for the same cases.
+    """
+    left = {case: traits(case) for case in cases}
+    wanted = set().union(*left.values())
+    chosen: list[Case] = []
+    while wanted and (most is None or len(chosen) < most):
+        best = max(left, key=lambda case: len(left[case] & wanted))
+        wanted -= left.pop(best)
+        chosen.append(best)
+    return chosen
+
+
+def names(cases: Sequence[Case]) -> frozenset[str]:
+    """Return the cases' names.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        Some cases.
+    """
+    return frozenset(case.name for case in cases)
