@@ -280,6 +280,36 @@ def test_every_option_gives_numpy_s_answer_for_any_cuts(da: Any, kind: str, cuts
         np.testing.assert_allclose(found, value, rtol=1e-13)
 
 
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_result_can_be_computed_and_used_alone(
+    da: Any, reduction: str, kind: str, cuts: str
+) -> None:
+    # What dask fuses depends on which results are asked for.
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((7, 8, 3))
+    target = rng.random((7, 8, 3)) if kind == "probability" else rng.integers(0, 8, (7, 3))
+    arrays = {
+        "weight": rng.random(8),
+        "grad_output": rng.random((7, 3)) if reduction == "none" else rng.random(()),
+    }
+    options: dict[str, Any] = {"reduction": reduction, "return_stats": True}
+    expected = polyce.cross_entropy_with_grad(logits, target, **arrays, **options)
+    loss, grad, stats = polyce.cross_entropy_with_grad(
+        da.from_array(logits, chunks=CUTS[cuts]),
+        da.from_array(target, chunks=3),
+        **{name: da.from_array(array, chunks=-1) for name, array in arrays.items()},
+        **options,
+    )
+    for found, value in zip((loss, grad, *stats), (*expected[:2], *expected[2]), strict=True):
+        np.testing.assert_allclose(found.compute(), value, rtol=1e-12)
+        total = abs(value * 2.0).sum()
+        np.testing.assert_allclose(abs(found * 2.0).sum().compute(), total, rtol=1e-12)
+    largest = abs(expected[1]).max(axis=1)
+    np.testing.assert_allclose(abs(grad).max(axis=1).compute(), largest, rtol=1e-12)
+
+
 @pytest.mark.parametrize("chunks", [ROWS, (8, 10)], ids=["rows", "classes"])
 def test_the_same_bits_for_any_number_of_threads(da: Any, chunks: Any) -> None:
     logits, target = example(da, chunks)

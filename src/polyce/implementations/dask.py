@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from polyce import arrays, targets
@@ -117,11 +118,7 @@ def _parts(
     parts = _blockwise(
         blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
     )
-    # Under another name the class axis is one that `join` gets all blocks of, as a list.
-    every_part = tuple(len(axes) if i == axis else i for i in axes)
-    joined = _blockwise(
-        blocks.join, problem, axes, parts, every_part, new_axes={axis: 1}, meta=logits._meta
-    )
+    joined = _join(problem, parts)
     grad = None
     if cotangent is not None:
         grad = _blockwise(
@@ -138,6 +135,30 @@ def _parts(
         grad,
         _stats(problem, joined, 1),
     )
+
+
+def _join(problem: Problem, parts: Any) -> Any:
+    """Bring the parts of each row together.
+
+    Not by blockwise: dask would run it within each block of the gradient if nothing else uses it.
+    """
+    import dask.array as da
+    from dask.base import tokenize
+    from dask.highlevelgraph import HighLevelGraph
+
+    axis, shared = problem.axis, problem._replace(xp=None)
+    name = f"polyce-join-{tokenize(parts.name, shared)}"
+    before, after = parts.numblocks[:axis], parts.numblocks[axis + 1 :]
+    graph = {}
+    for place in product(*map(range, before), (0,), *map(range, after)):
+        every = [
+            (parts.name, *place[:axis], part, *place[axis + 1 :])
+            for part in range(parts.numblocks[axis])
+        ]
+        graph[(name, *place)] = (partial(blocks.join, shared), every)
+    chunks = (*parts.chunks[:axis], (1,), *parts.chunks[axis + 1 :])
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=[parts])
+    return da.Array(layers, name, chunks, meta=parts._meta)
 
 
 def _axes(problem: Problem) -> tuple[int, ...]:
