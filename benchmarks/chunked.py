@@ -1,6 +1,6 @@
 """Measure dask: seconds, growth of the process, and tasks, of its own path and of the reference.
 
-`python benchmarks/reference.py --only dask dask-memory dask-tasks` runs what stands here.
+`python benchmarks/reference.py --only dask dask-memory dask-cluster dask-tasks` runs it all.
 """
 
 from __future__ import annotations
@@ -113,10 +113,36 @@ def grow(
         return measure.peak_growth(lambda: dask.compute(*large))
 
 
+def cluster(shape: tuple[int, int], chunk: int) -> list[Row]:
+    """Time loss and gradient on a worker process with one thread, and measure its peak memory."""
+    return [
+        measure.fresh("chunked:on_worker", path=path, cut=cut, shape=shape, chunk=chunk)
+        for cut in ("rows", "classes")
+        for path in PATHS
+    ]
+
+
+def on_worker(path: str, cut: str, shape: tuple[int, int], chunk: int) -> Row:
+    """Run loss and gradient on a fresh worker."""
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        Client(local) as client,
+    ):
+        chunks = cuts(tuple(shape), chunk)[cut]
+        lazy = results("loss and gradient", *contenders.lazy_problem(tuple(shape), chunks), path)
+        start = time.perf_counter()
+        client.gather(client.compute(lazy))
+        seconds = time.perf_counter() - start
+        (memory,) = client.run(measure.memory).values()
+    row = {"case": f"loss and gradient {shape[0]}x{shape[1]}", "cut": cut, "path": path}
+    gigabytes = memory["VmHWM"] / 1e9
+    return row | {"time_s": seconds, "peak_GB": gigabytes} | measure.judge(gigabytes, 0.5)
+
+
 def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
     """Count dask's tasks and time the making of the graph, for more and more chunks."""
-    import dask
-
     found = []
     for cut, share, case in (
         (cut, share, case) for cut in ("rows", "classes") for case in OURS for share in (8, 4, 2, 1)
@@ -128,8 +154,7 @@ def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
             start = time.perf_counter()
             lazy = _loss_and_gradient(case, logits, labels, path)
             described = time.perf_counter() - start
-            keys = (result.__dask_graph__().keys() for result in dask.optimize(*lazy))
-            counts[path] = len(set().union(*keys))
+            counts[path] = _count(lazy)
             pieces = math.prod(logits.numblocks)
             row = {"case": f"{case} {whole[0]}x{whole[1]}", "cut": cut, "path": path}
             row |= {"chunks": pieces, "tasks to run": counts[path]}
@@ -139,6 +164,24 @@ def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
                 row |= {"ratio": ratio} | measure.judge(ratio, 0.25 if cut == "rows" else None)
             found.append(row)
     return found
+
+
+class _Counted(Exception):
+    """Carries the number of tasks that dask was about to run."""
+
+
+def _count(lazy: tuple[Any, ...]) -> int:
+    """Count the tasks for all results together: dask.optimize would fuse those of each alone."""
+    import dask
+
+    def scheduler(graph: Any, keys: Any, **options: Any) -> Any:
+        raise _Counted(len(graph.__dask_graph__()))
+
+    try:
+        dask.compute(*lazy, scheduler=scheduler)
+    except _Counted as counted:
+        return int(counted.args[0])
+    raise RuntimeError("dask has not asked its scheduler")
 
 
 def _loss_and_gradient(case: str, logits: Any, labels: Any, path: str) -> tuple[Any, ...]:

@@ -118,11 +118,11 @@ def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
     Right only in a process that has not yet been larger than it is; None where the system does not
     tell. (ru_maxrss would not do: a new process starts with its parent's.)
     """
-    before = _memory()
+    before = memory()
     start = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
-    after = _memory()
+    after = memory()
     del result
     if before is None or after is None:
         return None
@@ -131,7 +131,8 @@ def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
     return {"bytes": after["VmHWM"] - before["VmRSS"], "seconds": seconds}
 
 
-def _memory() -> dict[str, int] | None:
+def memory() -> dict[str, int] | None:
+    """Give this process's memory, now and at its peak, where the system tells."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None

@@ -278,6 +278,11 @@ QUESTIONS = {
         "dask",
         lambda size: chunked.memory(size.lazy, size.lazy_chunk),
     ),
+    "dask-cluster": Question(
+        "dask, one worker process with one thread: its peak memory in GB, of which 0.07 at rest",
+        "distributed",
+        lambda size: chunked.cluster(size.lazy, size.lazy_chunk),
+    ),
     "dask-tasks": Question(
         "dask, tasks to run for more and more chunks",
         "dask",

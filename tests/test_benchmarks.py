@@ -18,7 +18,7 @@ def test_benchmark_runs(question: str) -> None:
 
 
 @pytest.mark.only("dask")
-@pytest.mark.parametrize("question", ["dask", "dask-memory", "dask-tasks"])
+@pytest.mark.parametrize("question", ["dask-cluster", "dask-tasks"])
 def test_benchmark_of_dask_runs(question: str) -> None:
     run_tiny(question)
 
