@@ -295,9 +295,10 @@ def test_a_kernel_is_never_asked_under_a_transform(
         called.append("forward")
         return reference.forward(*arguments)
 
-    def backward(*arguments: Any) -> Any:
+    def backward(problem: Any, *arguments: Any) -> Any:
         called.append("backward")
-        return reference.backward(*arguments)
+        assert problem.stats is None  # nobody takes them from here
+        return reference.backward(problem, *arguments)
 
     kernel = registry.Implementation(
         name="kernel",
@@ -312,9 +313,12 @@ def test_a_kernel_is_never_asked_under_a_transform(
     assert called == []
 
     x = arrays.x.clone().requires_grad_()
-    loss = polyce.cross_entropy(x, arrays.y)
+    loss, _ = polyce.cross_entropy(x, arrays.y, return_stats=True)
     torch.autograd.grad(loss, x, retain_graph=True)
     assert called == ["forward", "backward"]
+    # Several gradients at once.
+    ones = torch.ones(2, dtype=torch.float64)
+    torch.autograd.grad(loss, x, ones, is_grads_batched=True, retain_graph=True)
     # A gradient that will be differentiated again.
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     torch.autograd.grad(gradient.sum(), x)
