@@ -212,7 +212,8 @@ def test_show_versions_prints_versions_and_implementations(
     versions, _, implementations = capsys.readouterr().out.partition("\n\n")
     found = dict(line.split(maxsplit=1) for line in versions.splitlines())
     libraries = ["numpy", "array_api_compat", "torch", "jax", "dask", "cupy", "array_api_strict"]
-    assert list(found) == ["polyce", "python", *libraries, "ml_dtypes"]
+    more = ["ndonnx", "cubed", "mlx", "mparray", "marray", "ml_dtypes"]
+    assert list(found) == ["polyce", "python", *libraries, *more]
     assert found["polyce"] == polyce.__version__
     assert found["python"] == platform.python_version()
     assert found["numpy"] == np.__version__

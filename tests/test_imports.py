@@ -15,7 +15,10 @@ import polyce
 
 PACKAGE = Path(polyce.__file__).parent
 NUMPY = pytest.mark.only("numpy")
-LIBRARIES = ("torch", "jax", "jaxlib", "dask", "cupy", "array_api_strict", "ml_dtypes", "mlx")
+LIBRARIES = (
+    *("torch", "jax", "jaxlib", "dask", "cupy", "array_api_strict", "ml_dtypes"),
+    *("ndonnx", "onnx", "cubed", "mlx", "mparray", "mpmath", "marray"),
+)
 
 ARRAYS = """
 import numpy as np

@@ -54,7 +54,7 @@ def float_dtype(xp: Any, backend: str, name: str) -> Any:
     if backend in ("numpy", "cupy", "dask", "jax", "cubed", "mparray"):
         return _NUMPY_DTYPES[name]
     dtype = getattr(xp, name)
-    return np.dtype(dtype) if isinstance(dtype, type) else dtype
+    return np.dtype(dtype) if backend == "marray" and isinstance(dtype, type) else dtype
 
 
 def device(array: Any, backend: str) -> Any:
@@ -297,12 +297,12 @@ def argmax(xp: Any, backend: str, values: Any, axis: int) -> Any:
     return found
 
 
-def row_count(xp: Any, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
-    """Count the rows: a float, or a 0-d array where only a run will tell."""
-    if None not in row_shape:
-        return float(math.prod(row_shape))
-    one_class = logits[(slice(None),) * axis + (slice(0, 1),)]
-    return xp.sum(xp.ones_like(one_class, dtype=dtype))
+def row_count(problem: Any, logits: Any) -> Any:
+    """Count a problem's rows: a float, or a 0-d array where only a run will tell."""
+    if problem.backend != "ndonnx" or None not in problem.row_shape:
+        return float(math.prod(problem.row_shape))
+    one_class = logits[(slice(None),) * problem.axis + (slice(0, 1),)]
+    return problem.xp.sum(problem.xp.ones_like(one_class, dtype=problem.row_dtype))
 
 
 def exact(number: float) -> Any:

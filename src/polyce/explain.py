@@ -22,6 +22,11 @@ _LIBRARIES = {
     "dask": ("dask",),
     "cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x"),
     "array_api_strict": ("array-api-strict",),
+    "ndonnx": ("ndonnx",),
+    "cubed": ("cubed",),
+    "mlx": ("mlx",),
+    "mparray": ("mparray",),
+    "marray": ("marray",),
     "ml_dtypes": ("ml_dtypes", "ml-dtypes"),
 }
 

@@ -31,11 +31,11 @@ NOT_TAKEN = {
     "pint": ("whose units a logarithm has no meaning for", "pass {name}.magnitude"),
     "tensorflow": (
         "which lacks the array API standard",
-        "pass {name}.numpy(), or torch.from_dlpack({name}) for a gradient",
+        "pass {name}.numpy(), or torch.from_dlpack({name})",
     ),
     "paddle": (
         "which lacks the array API standard",
-        "pass {name}.numpy(), or torch.from_dlpack({name}) for a gradient",
+        "pass {name}.numpy(), or torch.from_dlpack({name})",
     ),
 }
 

@@ -17,18 +17,27 @@ class Stats(NamedTuple):
     what was not asked for. Rows that do not count, ignored ones and those with a sample weight of
     0, hold nan, -1 and False. So do rows that have no softmax (a nan, +inf or nothing but -inf
     among their logits), though they count.
+
+    Parameters
+    ----------
+    lse : array or None
+        log Σ exp(x_c) of the logits after logit_scale and logit_softcap, in nats. In float32, or in
+        float64 where the loss is computed in it.
+    entropy : array or None
+        -Σ p_c log p_c of the softmax p, in nats, in the same dtype.
+    prediction : array or None
+        The class with the largest logit, the first of them where several have it.
+    correct : array or None
+        Whether that is the label or, for probabilities, their first largest class.
+    valid : array
+        Whether the row counts. Always given.
     """
 
     lse: Any
-    """log Σ exp(x_c) of the logits after logit_scale and logit_softcap, in nats."""
     entropy: Any
-    """-Σ p_c log p_c of the softmax p, in nats."""
     prediction: Any
-    """The class with the largest logit, the first of them where several have it."""
     correct: Any
-    """Whether that is the label or, for probabilities, their first largest class."""
     valid: Any
-    """Whether the row counts. Always given."""
 
 
 class RowStats(NamedTuple):

@@ -119,9 +119,7 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
         return 0.0
     if row_weight is None:
         if counted is None:
-            return arrays.row_count(
-                xp, problem.row_shape, operands.logits, problem.axis, problem.row_dtype
-            )
+            return arrays.row_count(problem, operands.logits)
         row_weight = arrays.cast(xp, counted, problem.row_dtype)
     elif counted is not None:
         row_weight = xp.where(counted, row_weight, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import combinations
 
 from .case import Case
@@ -45,14 +45,3 @@ def representative(cases: Iterable[Case], most: int | None = None) -> list[Case]
         wanted -= left.pop(best)
         chosen.append(best)
     return chosen
-
-
-def names(cases: Sequence[Case]) -> frozenset[str]:
-    """Return the cases' names.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-        Some cases.
-    """
-    return frozenset(case.name for case in cases)
