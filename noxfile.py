@@ -90,10 +90,10 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("--force-reinstall", "--no-deps", built)
 
 
-def run_tests(session: nox.Session, backend: str, *args: str) -> None:
+def run_tests(session: nox.Session, backend: str, **env: str) -> None:
     """Run the tests of one backend; what follows `--` on nox's command line goes to pytest."""
-    env = BACKENDS[backend][1] if backend in BACKENDS else {}
-    session.run("pytest", f"--backend={backend}", *args, *session.posargs, env=env)
+    env |= BACKENDS[backend][1] if backend in BACKENDS else {}
+    session.run("pytest", f"--backend={backend}", *session.posargs, env=env)
 
 
 @nox.session
@@ -147,9 +147,9 @@ def tests(session: nox.Session, backend: str) -> None:
 @nox.session(python=["3.12", "3.13"])
 @nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
 def tests_other(session: nox.Session, backend: str) -> None:
-    """Run the tests on another Python."""
+    """Run the tests on another Python, with a few cases that stand for the grid."""
     install(session, BACKENDS[backend][0])
-    run_tests(session, backend)
+    run_tests(session, backend, POLYCE_FEW="1")
 
 
 @nox.session(python="3.11")
@@ -157,7 +157,7 @@ def tests_other(session: nox.Session, backend: str) -> None:
 def minimums(session: nox.Session, backend: str) -> None:
     """Run the tests on the oldest Python, NumPy and array-api-compat that polyce takes."""
     install(session, "minimums")
-    run_tests(session, backend)
+    run_tests(session, backend, POLYCE_FEW="1")
 
 
 @nox.session

@@ -41,6 +41,8 @@ TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
 # Runs of nothing but the tests that name them.
 MARKED_ONLY = ("cupy-dispatch", "refused", *TIER_2)
 FULL = os.environ.get("POLYCE_FULL") == "1"
+# For another Python or another NumPy: what is the same there is not tested twice.
+FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
+    config.addinivalue_line("markers", "tests_of_tests: leave the test out of runs with few cases")
     if config.getoption("--backend").startswith("jax"):
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")
@@ -62,6 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     name = config.getoption("--backend")
     kept, left_out = [], []
     for item in items:
+        if FEW and item.get_closest_marker("tests_of_tests"):
+            left_out.append(item)
+            continue
         marker = item.get_closest_marker("only")
         wanted = name not in MARKED_ONLY if marker is None else name in marker.args
         (kept if wanted else left_out).append(item)

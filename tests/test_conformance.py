@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 
 import polyce
-from conftest import FULL
-from polyce.testing import GROUPS, check_implementation
-from polyce.testing.backends import Backend
+from conftest import FEW, FULL
+from polyce.testing import GROUPS, Case, cases, check_implementation
+from polyce.testing.backends import Backend, get_backend
+from polyce.testing.selection import representative
 
 # The backends with an implementation of their own.
 OWN = {"dask-rows": "dask"}
 
 
+def few(group: str, floats: Sequence[str]) -> Callable[[Case], str]:
+    """Leave out what adds no new trait to the cases that stand for a group."""
+    chosen = {case.name for case in representative(cases([group], floats))}
+    return lambda case: "" if case.name in chosen else "not among the few that stand for its group"
+
+
 @pytest.mark.only("numpy", "strict", "torch", "torch-cuda", "jax-x32", "jax-x64", "cupy")
 @pytest.mark.parametrize("group", GROUPS)
 def test_grid(backend: Backend, group: str) -> None:
-    print(check_implementation("reference", backend, groups=[group]))
+    leave_out = few(group, backend.floats) if FEW else None
+    print(check_implementation("reference", backend, groups=[group], leave_out=leave_out))
 
 
 @pytest.mark.only("jax-x32", "jax-x64")
@@ -35,12 +45,9 @@ def test_grid_under_jit(backend: Backend) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["dask", "reference"])
 def test_grid_on_dask(name: str, chunks: str, group: str) -> None:
-    # dask takes a tenth of a second for each case: the hardest cuts get them all, but for the
-    # many special values, and the others a few.
-    whole = FULL or chunks == "dask-classes"
-    dtypes = None if FULL or (whole and group != "special") else ["float32"]
-    report = check_implementation(name, chunks, groups=[group], dtypes=dtypes, few_shapes=not whole)
-    print(report)
+    # dask takes a tenth of a second for each case.
+    leave_out = None if FULL else few(group, get_backend(chunks).floats)
+    print(check_implementation(name, chunks, groups=[group], leave_out=leave_out))
 
 
 def test_the_choice_is_the_backend_s_own_path_or_the_reference(backend: Backend) -> None:

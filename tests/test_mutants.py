@@ -10,7 +10,7 @@ import pytest
 from mutants import MUTANTS, OPTION_MUTANTS, Mutant
 from polyce.testing import Case, check_implementation
 
-pytestmark = pytest.mark.only("numpy")
+pytestmark = [pytest.mark.only("numpy"), pytest.mark.tests_of_tests]
 
 
 def fewer(case: Case) -> str:

@@ -12,7 +12,7 @@ import pytest
 from polyce.testing import exact_answer
 from polyce.testing.oracle_row import measures
 
-pytestmark = pytest.mark.only("numpy")
+pytestmark = [pytest.mark.only("numpy"), pytest.mark.tests_of_tests]
 
 LOGITS = np.random.default_rng(1).normal(0.0, 2.0, (5, 7))
 LABELS = np.array([1, 3, 6, 0, 3])

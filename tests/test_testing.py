@@ -26,7 +26,7 @@ from polyce.testing import (
     read,
 )
 
-pytestmark = pytest.mark.only("numpy")
+pytestmark = [pytest.mark.only("numpy"), pytest.mark.tests_of_tests]
 
 DOUBLE = np.dtype("float64")
 
