@@ -47,8 +47,8 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
         )
 
 
-def _waits(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _waits(tensor: Any) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def row_losses(
@@ -60,10 +60,13 @@ def row_losses(
         return rows, _detached(stats)
     if _is_transformed():
         return _transformed_row_losses(problem, plan, logits)
-    if not _waits(logits, plan.probabilities, plan.class_weight):
+    probabilities, class_weight = plan.probabilities, plan.class_weight
+    if not (_waits(logits) or _waits(probabilities) or _waits(class_weight)):
         rows, _, stats = implementation.forward(problem, plan, logits)
         return rows, stats
-    rows, *found = _RowLosses.apply(logits, implementation, problem, *plan)
+    rows, *found = _RowLosses.apply(
+        logits, probabilities, class_weight, implementation, problem, plan
+    )
     return rows, RowStats(*found) if found else None
 
 
@@ -85,7 +88,7 @@ def _detached(stats: RowStats | None) -> RowStats | None:
 
 
 def _is_traced_without_rules() -> bool:
-    return torch.compiler.is_exporting() or (torch.compiler.is_compiling() and _is_transformed())
+    return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _is_transformed())
 
 
 def _is_transformed() -> bool:
@@ -93,12 +96,27 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _is_batched(cotangent: Any) -> bool:
+    """Tell whether is_grads_batched is on, whose vmap is older than that of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))
+
+
 class _RowLosses(torch.autograd.Function):
+    # Each argument costs time: the plan's tensors that have gradients are passed, and the plan.
+
     @staticmethod
     def forward(
-        ctx: Any, logits: Any, implementation: Implementation, problem: Problem, *plan: Any
+        ctx: Any,
+        logits: Any,
+        probabilities: Any,
+        class_weight: Any,
+        implementation: Implementation,
+        problem: Problem,
+        plan: Plan,
     ) -> tuple[Any, ...]:
-        rows, state, stats = implementation.forward(problem, Plan(*plan), logits)
+        rows, state, stats = implementation.forward(problem, plan, logits)
         if stats is not None:
             problem = problem._replace(stats=None)
         ctx.implementation, ctx.problem, ctx.state_type = implementation, problem, type(state)
@@ -112,14 +130,15 @@ class _RowLosses(torch.autograd.Function):
         problem = ctx.problem
         logits, plan, rest = _kept(ctx)
         backward, state = ctx.implementation.backward, ctx.state_type(*rest) if rest else None
-        if torch.is_grad_enabled() or _is_transformed():
+        if torch.is_grad_enabled() or _is_transformed() or _is_batched(cotangent):
             # The gradient will be differentiated or is batched, which no kernel knows of.
             backward, state, logits = reference.backward, None, _readable(problem, plan, logits)
-        grad = None
-        if ctx.needs_input_grad[0]:
-            grad = backward(problem, plan, cotangent, logits, state)
-        needs = Plan(*ctx.needs_input_grad[3:])
-        return grad, None, None, *_plan_gradients(problem, plan, cotangent, logits, needs)
+        needs = ctx.needs_input_grad
+        grad = backward(problem, plan, cotangent, logits, state) if needs[0] else None
+        if not (needs[1] or needs[2]):
+            return grad, None, None, None, None, None
+        target_grads = _target_gradients(problem, plan, cotangent, logits, needs[1:3])
+        return grad, *target_grads, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -154,21 +173,14 @@ def _kept(ctx: Any) -> tuple[Any, Plan, list[Any]]:
     return logits, Plan(*values[:count]), values[count:]
 
 
-def _plan_gradients(problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: Plan) -> Plan:
-    """Give the gradients with respect to what the plan holds, those that are needed."""
-    _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
-    grads = Plan(*(None,) * len(plan))
-    if needs.probabilities or needs.class_weight:
-        scale = targets.weigh_rows(plan, problem.xp, cotangent)
-        scale = arrays.cast(problem.xp, scale, problem.arithmetic_dtype)
-        probabilities, class_weight = targets.coefficients_backward(
-            problem,
-            plan,
-            scale * _gaps(problem, plan, logits),
-            needs=(needs.probabilities, needs.class_weight),
-        )
-        grads = grads._replace(probabilities=probabilities, class_weight=class_weight)
-    return grads
+def _target_gradients(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    """Give the gradients of the probabilities and of the class weights, those that are needed."""
+    scale = targets.weigh_rows(plan, problem.xp, cotangent)
+    scale = arrays.cast(problem.xp, scale, problem.arithmetic_dtype)
+    gradient = scale * _gaps(problem, plan, logits)
+    return targets.coefficients_backward(problem, plan, gradient, needs=needs)
 
 
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
@@ -223,11 +235,16 @@ class _TransformedRowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
         logits, plan, _ = _kept(ctx)
-        grad = None
+        problem, needs = ctx.problem, Plan(*ctx.needs_input_grad[2:])
+        _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
+        grad, grads = None, Plan(*(None,) * len(plan))
         if ctx.needs_input_grad[0]:
-            grad = reference.backward(ctx.problem, plan, cotangent, logits, None)
-        needs = Plan(*ctx.needs_input_grad[2:])
-        return grad, None, *_plan_gradients(ctx.problem, plan, cotangent, logits, needs)
+            grad = reference.backward(problem, plan, cotangent, logits, None)
+        wanted = (needs.probabilities, needs.class_weight)
+        if any(wanted):
+            found = _target_gradients(problem, plan, cotangent, logits, wanted)
+            grads = grads._replace(probabilities=found[0], class_weight=found[1])
+        return grad, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, problem: None, *tangents: Any) -> Any:
