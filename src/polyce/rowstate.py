@@ -104,8 +104,9 @@ def from_logits(
 
     if problem.asks("entropy"):
         gaps, rest = rest, xp.exp(rest)
-        gaps = xp.where(rest == 0.0, 0.0, rest * -gaps)
-        rest_entropy = arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        gaps = arrays.replace(xp, backend, rest == 0.0, 0.0, gaps, owned=True)
+        gaps = arrays.overwrite(backend, xp.multiply, gaps, rest)
+        rest_entropy = -arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
         del gaps
     else:
         rest = arrays.overwrite(backend, xp.exp, rest)
