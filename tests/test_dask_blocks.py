@@ -325,6 +325,32 @@ def test_the_same_bits_for_any_number_of_threads(da: Any, chunks: Any) -> None:
         assert bits(scheduler="threads", num_workers=workers) == first
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 0)])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_no_rows_or_no_classes_in_any_chunks(da: Any, kind: str, shape: tuple[int, int]) -> None:
+    chunks = tuple((0, size) if size < 6 else (2, 4) for size in shape)
+    logits = da.zeros(shape, chunks=chunks, dtype=np.float32)
+    target = logits if kind == "probability" else da.full(shape[0], -100, dtype=np.int64)
+    weight = da.ones(shape[1])
+    expected = polyce.cross_entropy_with_grad(
+        *(array.compute() for array in (logits, target, weight)), reduction="sum"
+    )
+    loss, grad = polyce.cross_entropy_with_grad(logits, target, weight, reduction="sum")
+    assert (loss.compute(), grad.chunks) == (expected[0], logits.chunks)
+    np.testing.assert_array_equal(grad.compute(), expected[1], strict=True)
+
+
+@pytest.mark.parametrize("chunk", [6, 4])
+def test_a_single_row_without_an_axis_of_rows(da: Any, chunk: int) -> None:
+    logits, target = np.arange(6.0), np.array(4)
+    expected = polyce.cross_entropy_with_grad(logits, target)
+    found = polyce.cross_entropy_with_grad(
+        da.from_array(logits, chunks=chunk), da.from_array(target)
+    )
+    np.testing.assert_allclose(found[0].compute(), expected[0], rtol=1e-15)
+    np.testing.assert_allclose(found[1].compute(), expected[1], rtol=1e-14)
+
+
 def test_no_warning_comes_out_of_a_thread(da: Any) -> None:
     logits = np.full((4, 6), -math.inf, np.float32)
     logits[0, 0] = math.inf

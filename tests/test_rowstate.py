@@ -275,6 +275,32 @@ def test_the_merge_is_commutative_and_associative_to_rounding(backend: Backend, 
             assert np.allclose(value, of_right[key], rtol=8 * 2.0**-53, atol=0.0, equal_nan=True)
 
 
+def test_a_pivot_that_another_part_passes_counts_among_the_rest(backend: Backend) -> None:
+    generator = np.random.default_rng(11)
+    for dtype in ("float32", "float64"):
+        rows = draw_rows(generator, "probability", dtype)
+        problem = problem_of(backend, rows)._replace(stats=("prediction",))
+        merged = None
+        for classes in np.array_split(np.arange(CLASSES), 4):
+            own = classes[np.argmax(rows.logits[:, classes], axis=1)]
+            state = state_of(backend, problem, rows._replace(pivot=own), classes)
+            first = state.rest_first + backend.asarray(np.full((ROWS, 1), classes[0]))
+            passed = backend.asarray((own != rows.pivot)[:, None])
+            with arrays.quiet(problem.backend):
+                state = rowstate.demote(
+                    problem,
+                    state._replace(rest_first=first),
+                    backend.asarray(own[:, None]),
+                    passed,
+                )
+                merged = state if merged is None else rowstate.merge(problem, merged, state)
+        check(backend, problem, rows, merged)
+        second = rows.logits.copy()
+        np.put_along_axis(second, rows.pivot[:, None], -INF, axis=1)
+        found = backend.to_numpy(merged.rest_first)[3:, 0]
+        np.testing.assert_array_equal(found, np.argmax(second[3:], axis=1))
+
+
 def test_one_coefficient_for_all_classes_is_as_good_as_an_array(backend: Backend) -> None:
     drawn = draw_rows(np.random.default_rng(2), "label", "float64")
     share = 1 / 64

@@ -176,7 +176,7 @@ def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState
     nowhere = xp.zeros_like(logit)
     alone = RowState(
         rest_max=logit,
-        rest_sum=xp.where(nothing, 0.0, 1.0),
+        rest_sum=xp.where(nothing, nowhere, 1.0),
         pivot_logit=nowhere,
         pivot_coefficient=nowhere,
         rest_coefficient=coefficient,

@@ -65,10 +65,10 @@ def _run(
     problem: Problem, plan: Plan, logits: Any, cotangent: Any
 ) -> tuple[Any, Any, RowStats | None]:
     """Give losses, gradient (None without a cotangent) and stats."""
-    pieces = logits.rechunk(_cuts(problem, logits))
+    pieces = _recut(logits, _cuts(problem, logits))
     run = _whole_rows if pieces.numblocks[problem.axis] == 1 else _parts
     rows, grad, stats = run(problem, plan.operands, pieces, cotangent)
-    return rows, grad if grad is None else grad.rechunk(logits.chunks), stats
+    return rows, grad if grad is None else _recut(grad, logits.chunks), stats
 
 
 def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
@@ -76,6 +76,13 @@ def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
     if problem.is_empty:
         return tuple((size,) for size in problem.shape)
     return tuple(tuple(size for size in sizes if size) for sizes in logits.chunks)
+
+
+def _recut(array: Any, chunks: Any) -> Any:
+    """Rechunk; dask's own does nothing to an array of which every axis is empty."""
+    import dask.array as da
+
+    return array.rechunk(chunks) if array.size else da.zeros_like(array, chunks=chunks)
 
 
 def _whole_rows(
@@ -238,9 +245,9 @@ def _cut(problem: Problem, operands: Operands) -> Operands:
         if not isinstance(target, da.Array):
             target = da.from_array(target, chunks=row_chunks)
     return operands._replace(
-        logits=operands.logits.rechunk(chunks),
-        target=target.rechunk(row_chunks if problem.kind == "index" else chunks),
-        sample_weight=None if sample_weight is None else sample_weight.rechunk(row_chunks),
+        logits=_recut(operands.logits, chunks),
+        target=_recut(target, row_chunks if problem.kind == "index" else chunks),
+        sample_weight=None if sample_weight is None else _recut(sample_weight, row_chunks),
     )
 
 
