@@ -25,9 +25,9 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "numpy": ("numpy", {}),
     "strict": ("strict", {}),
     "torch": ("torch", {}),
-    # jax compiles each case anew, so one of the two takes the few cases that stand for the grid.
+    # jax compiles each case anew: here it takes the few cases that stand for the grid.
     "jax-x32": ("jax", {"JAX_ENABLE_X64": "0", "POLYCE_FEW": "1"}),
-    "jax-x64": ("jax", {"JAX_ENABLE_X64": "1"}),
+    "jax-x64": ("jax", {"JAX_ENABLE_X64": "1", "POLYCE_FEW": "1"}),
     "dask": ("dask", {}),
     "cupy-dispatch": ("cupy-dispatch", {}),
     "ndonnx": ("ndonnx", {}),

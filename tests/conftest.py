@@ -41,7 +41,7 @@ TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
 # Runs of nothing but the tests that name them.
 MARKED_ONLY = ("cupy-dispatch", "refused", *TIER_2)
 FULL = os.environ.get("POLYCE_FULL") == "1"
-# For another Python, another NumPy, jax's other width: what is the same is not tested twice.
+# For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
 
 
