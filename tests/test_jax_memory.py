@@ -45,11 +45,13 @@ def test_loss_and_gradient_store_nothing_beside_the_gradient(options: Any, dtype
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
-def test_the_gradient_for_probabilities_stores_nothing_beside_it(options: Any) -> None:
+def test_what_the_gradient_for_probabilities_stores_beside_it(options: Any) -> None:
     import jax
 
     target = jax.ShapeDtypeStruct((ROWS, CLASSES), "float32")
-    assert stored(jax.grad(polyce.cross_entropy), "float32", target, options) < 0.05
+    # With 64-bit types XLA for CPUs widens the probabilities before it sums them, and stores that.
+    wide = 2.0 if jax.config.jax_enable_x64 else 0.0
+    assert stored(jax.grad(polyce.cross_entropy), "float32", target, options) < wide + 0.05
     # The loss sums probability times logit, and has to put the products somewhere.
     both = jax.value_and_grad(polyce.cross_entropy)
-    assert stored(both, "float32", target, options) < 1.01
+    assert stored(both, "float32", target, options) < wide + 1.01
