@@ -31,6 +31,15 @@ class Stats(NamedTuple):
         Whether that is the label or, for probabilities, their first largest class.
     valid : array
         Whether the row counts. Always given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> logits, labels = np.array([[0.0, 3.0], [2.0, 1.0], [1.0, 0.0]]), np.array([1, 1, -100])
+    >>> _, stats = polyce.cross_entropy(logits, labels, return_stats=("prediction", "correct"))
+    >>> print(stats.prediction, stats.correct, stats.valid)
+    [ 1  0 -1] [ True False False] [ True  True False]
     """
 
     lse: Any
