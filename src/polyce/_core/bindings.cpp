@@ -1,0 +1,288 @@
+// The one file that knows Python: it turns arrays into addresses and strides, and calls core.hpp.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+using namespace polyce;
+
+namespace {
+
+using Shape = std::vector<std::int64_t>;
+
+// Calls smaller than this are over before another thread could have had the lock.
+constexpr std::int64_t numbers_worth_unlocking = 4096;
+
+Float float_named(const std::string& name) {
+    if (name == "float16") return Float::f16;
+    if (name == "bfloat16") return Float::bf16;
+    if (name == "float32") return Float::f32;
+    if (name == "float64") return Float::f64;
+    throw nb::type_error(("no floating dtype of the kernels: " + name).c_str());
+}
+
+Integer integer_named(const std::string& name) {
+    constexpr const char* names[] = {"int8",  "int16",  "int32",  "int64",
+                                     "uint8", "uint16", "uint32", "uint64"};
+    for (int i = 0; i < 8; ++i) {
+        if (name == names[i]) return Integer(i);
+    }
+    throw nb::type_error(("no integer dtype of the kernels: " + name).c_str());
+}
+
+int integer_size(Integer dtype) { return 1 << (int(dtype) % 4); }
+
+// An array as Python hands it over: an object with the buffer protocol, or a pair of an address and
+// strides in elements, for libraries whose tensors have no buffer.
+class Array {
+public:
+    Array() = default;
+    Array(const Array&) = delete;
+    ~Array() {
+        if (held_) PyBuffer_Release(&view_);
+    }
+
+    void open(nb::handle array, const Shape& shape, int itemsize, bool writable) {
+        const int axes = int(shape.size());
+        if (PyTuple_CheckExact(array.ptr())) {
+            data_ = static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GetItem(array.ptr(), 0)));
+            const nb::tuple steps = nb::cast<nb::tuple>(nb::handle(PyTuple_GetItem(array.ptr(), 1)));
+            if (int(nb::len(steps)) != axes) throw nb::value_error("there must be a stride for each axis");
+            for (int a = 0; a < axes; ++a) strides_[a] = nb::cast<std::int64_t>(steps[a]) * itemsize;
+            return;
+        }
+        const int flags = writable ? PyBUF_STRIDES | PyBUF_WRITABLE : PyBUF_STRIDES;
+        if (PyObject_GetBuffer(array.ptr(), &view_, flags) != 0) throw nb::python_error();
+        held_ = true;
+        bool fits = view_.ndim == axes && view_.itemsize == itemsize;
+        for (int a = 0; fits && a < axes; ++a) fits = view_.shape[a] == shape[std::size_t(a)];
+        if (!fits) throw nb::value_error("an array has another shape or dtype than the call is for");
+        data_ = static_cast<char*>(view_.buf);
+        for (int a = 0; a < axes; ++a) strides_[a] = view_.strides[a];
+    }
+
+    // For what has a number for each row or class: its address.
+    char* open_contiguous(nb::handle array, const Shape& shape, int itemsize, bool writable) {
+        open(array, shape, itemsize, writable);
+        std::int64_t step = itemsize;
+        for (int a = int(shape.size()) - 1; a >= 0; --a) {
+            const std::int64_t size = shape[std::size_t(a)];
+            if (size == 0) return data_;
+            if (size > 1 && strides_[a] != step) throw nb::value_error("an array must be C-contiguous");
+            step *= size;
+        }
+        return data_;
+    }
+
+    char* data() const { return data_; }
+    std::int64_t stride(int axis) const { return strides_[axis]; }
+
+private:
+    char* data_ = nullptr;
+    std::int64_t strides_[max_axes];
+    Py_buffer view_;
+    bool held_ = false;
+};
+
+// What calls of one shape, one set of dtypes and one set of options have in common.
+class Call {
+public:
+    Call(
+        Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
+        bool probabilities, bool wide, const std::string& result_dtype, const std::string& reduction,
+        std::optional<std::int64_t> ignored, bool check_labels, double smoothing, double z_loss,
+        double scale, double cap, bool normalized
+    )
+        : shape_(std::move(shape)), axis_(axis), probabilities_(probabilities) {
+        if (int(shape_.size()) > max_axes || axis < 0 || axis >= int(shape_.size())) {
+            throw nb::value_error("the class axis must be one of at most 64 axes");
+        }
+        for (int a = 0; a < int(shape_.size()); ++a) {
+            if (a == axis) continue;
+            row_shape_.push_back(shape_[std::size_t(a)]);
+            job_.rows *= shape_[std::size_t(a)];
+        }
+        job_.classes = shape_[std::size_t(axis)];
+        job_.logits.dtype = job_.grad.dtype = float_named(logits_dtype);
+        if (probabilities) {
+            job_.probabilities.dtype = float_named(target_dtype);
+        } else if (target_dtype != "none") {
+            job_.label_dtype = integer_named(target_dtype);
+        }
+        job_.wide = wide;
+        job_.result_dtype = float_named(result_dtype);
+        job_.reduction = reduction == "mean"  ? Reduction::mean
+                         : reduction == "sum" ? Reduction::sum
+                                              : Reduction::none;
+        job_.check_labels = check_labels && !probabilities;
+        job_.has_ignored = ignored.has_value();
+        job_.ignored = ignored.value_or(0);
+        job_.smoothing = smoothing;
+        job_.z_loss = z_loss;
+        job_.scale = scale;
+        job_.cap = cap;
+        job_.normalized = normalized;
+    }
+
+    nb::object run(
+        nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
+        double normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
+        nb::handle grad, bool fresh, bool backward
+    ) const {
+        Job job = job_;
+        Array x, t, g, others[10];
+        const int wide = job.wide ? 8 : 4;
+        x.open(logits, shape_, size_of(job.logits.dtype), false);
+        if (probabilities_) {
+            t.open(target, shape_, size_of(job.probabilities.dtype), false);
+        } else {
+            job.labels = t.open_contiguous(target, row_shape_, integer_size(job.label_dtype), false);
+        }
+        if (!grad.is_none()) g.open(grad, shape_, size_of(job.grad.dtype), true);
+        place(job, x, probabilities_ ? &t : nullptr, grad.is_none() ? nullptr : &g);
+
+        Array* next = others;
+        const auto rows = [&](nb::handle array, int itemsize, bool writable) -> void* {
+            return array.is_none() ? nullptr
+                                   : (next++)->open_contiguous(array, row_shape_, itemsize, writable);
+        };
+        if (!weight.is_none()) job.class_weight = (next++)->open_contiguous(weight, {job.classes}, wide, false);
+        job.sample_weight = static_cast<const double*>(rows(sample_weight, 8, false));
+        job.normalizer = normalizer;
+        job.losses = rows(losses, size_of(job.result_dtype), true);
+        if (!saved.is_none()) {
+            void* place = (next++)->open_contiguous(saved, {job.rows, 4}, 8, true);
+            job.saved = static_cast<SavedRow*>(place);
+        }
+        if (PyFloat_CheckExact(cotangent.ptr())) {
+            job.cotangent = nb::cast<double>(cotangent);
+        } else {
+            job.cotangents = static_cast<const double*>(rows(cotangent, 8, false));
+        }
+        if (!stats.is_none()) {
+            const nb::tuple five = nb::cast<nb::tuple>(stats);
+            job.stats.lse = rows(five[0], wide, true);
+            job.stats.entropy = rows(five[1], wide, true);
+            job.stats.prediction = static_cast<std::int64_t*>(rows(five[2], 8, true));
+            job.stats.correct = static_cast<bool*>(rows(five[3], 1, true));
+            job.stats.valid = static_cast<bool*>(rows(five[4], 1, true));
+        }
+        job.backward_only = backward;
+        job.fresh = fresh;
+        if (job.rows * job.classes < numbers_worth_unlocking) {
+            run_job(job);
+        } else {
+            nb::gil_scoped_release unlocked;
+            run_job(job);
+        }
+        if (job.bad_row >= 0) return nb::int_(job.bad_row);
+        if (backward || job.reduction == Reduction::none) return nb::none();
+        return nb::float_(reduced(job));
+    }
+
+    void log_softmax(nb::handle logits, nb::handle out) const {
+        Job job = job_;
+        Array x, g;
+        x.open(logits, shape_, size_of(job.logits.dtype), false);
+        g.open(out, shape_, size_of(job.grad.dtype), true);
+        place(job, x, nullptr, &g);
+        nb::gil_scoped_release unlocked;
+        polyce::log_softmax(job);
+    }
+
+    bool saves_rows() const { return job_.classes > 64; }
+
+private:
+    static void run_job(Job& job) {
+        read_target(job);
+        if (job.bad_row < 0) polyce::run(job);
+    }
+
+    // Says where the rows lie; axes that all arrays step through evenly become one.
+    void place(Job& job, const Array& x, const Array* t, const Array* g) const {
+        const Array* arrays[] = {&x, t, g};
+        Matrix* matrices[] = {&job.logits, &job.probabilities, &job.grad};
+        for (int m = 0; m < 3; ++m) {
+            if (!arrays[m]) continue;
+            matrices[m]->data = arrays[m]->data();
+            matrices[m]->class_stride = arrays[m]->stride(axis_);
+        }
+        for (int a = 0; a < int(shape_.size()); ++a) {
+            const std::int64_t size = shape_[std::size_t(a)];
+            if (a == axis_ || size == 1) continue;
+            const int last = job.axes - 1;
+            bool joins = last >= 0;
+            for (int m = 0; joins && m < 3; ++m) {
+                joins = !arrays[m] || matrices[m]->row_stride[last] == arrays[m]->stride(a) * size;
+            }
+            const int at = joins ? last : job.axes++;
+            job.axis_size[at] = joins ? job.axis_size[at] * size : size;
+            for (int m = 0; m < 3; ++m) {
+                if (arrays[m]) matrices[m]->row_stride[at] = arrays[m]->stride(a);
+            }
+        }
+    }
+
+    Shape shape_, row_shape_;
+    int axis_;
+    bool probabilities_;
+    Job job_;
+};
+
+nb::tuple isa_names_here() {
+    nb::list names;
+    for (const char* const* name = isa_names(); *name; ++name) names.append(nb::str(*name));
+    return nb::tuple(names);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    m.doc() = "polyce's compiled kernels: addresses in, losses and gradients out; nothing is checked "
+              "here that polyce.problem has checked.";
+    nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
+        .def(nb::init<Shape, int, const std::string&, const std::string&, bool, bool, const std::string&,
+                      const std::string&, std::optional<std::int64_t>, bool, double, double, double,
+                      double, bool>(),
+             nb::arg("shape"), nb::arg("axis"), nb::arg("logits_dtype"), nb::arg("target_dtype"),
+             nb::arg("probabilities"), nb::arg("wide"), nb::arg("result_dtype"), nb::arg("reduction"),
+             nb::arg("ignored").none(), nb::arg("check_labels"), nb::arg("smoothing"),
+             nb::arg("z_loss"), nb::arg("scale"), nb::arg("cap"), nb::arg("normalized"))
+        .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
+             nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
+             nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
+             nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
+             nb::sig("def run(self, logits: object, target: object, weight: object, "
+                     "sample_weight: object, normalizer: float, losses: object, stats: object, "
+                     "saved: object, cotangent: object, grad: object, fresh: bool, backward: bool) "
+                     "-> float | int | None"),
+             "Compute and write what has a place: arrays are buffers, or pairs of an address and "
+             "strides. Gives the reduced loss, None without reduction, or, as an int, the first row "
+             "with a bad label; then nothing was written.")
+        .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),
+             "Write log(softmax(logits)) into out.")
+        .def_prop_ro("saves_rows", &Call::saves_rows,
+                     "Whether a backward pass is spared a reading of the logits by `saved`.");
+    m.def("get_num_threads", &thread_count, "Give the number of threads of a large call.");
+    m.def("set_num_threads", &set_thread_count, nb::arg("count"), "Set it.");
+    m.def("isa", &isa_name, "Name the instruction set in use.");
+    m.def("isas", &isa_names_here, nb::sig("def isas() -> tuple[str, ...]"),
+          "Name the instruction sets that are here, best first.");
+    m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); }, nb::arg("name"),
+          "Use this instruction set from now on; False if it is not here.");
+    m.def("ask_for_huge_pages",
+          [](std::uintptr_t address, std::int64_t bytes) {
+              ask_for_huge_pages(reinterpret_cast<void*>(address), bytes);
+          },
+          nb::arg("address"), nb::arg("bytes"),
+          "Ask for huge pages under memory that is about to be written for the first time.");
+}

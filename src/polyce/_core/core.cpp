@@ -1,0 +1,145 @@
+#include "core.hpp"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "isa.hpp"
+#include "threads.hpp"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace polyce {
+namespace {
+
+// A thread that helps costs some microseconds to wake, as much as this many logits.
+constexpr std::int64_t numbers_per_thread = 32768;
+constexpr std::int64_t rows_in_label_block = 16384;
+// A gradient larger than this has left the caches before anyone reads it.
+constexpr std::int64_t bytes_worth_streaming = 16 << 20;
+constexpr std::int64_t huge_page = 2 << 20;
+
+int threads_for(std::int64_t numbers) {
+    const std::int64_t worthwhile = numbers / numbers_per_thread;
+    const int most = thread_count();
+    return worthwhile < 1 ? 1 : worthwhile < most ? int(worthwhile) : most;
+}
+
+// Partial sums are added in the order of the rows, pairwise, so that nothing depends on which
+// thread was first.
+double pairwise(const double* values, std::int64_t count) {
+    if (count <= 8) {
+        double sum = 0.0;
+        for (std::int64_t i = 0; i < count; ++i) sum += values[i];
+        return sum;
+    }
+    const std::int64_t half = count / 2;
+    return pairwise(values, half) + pairwise(values + half, count - half);
+}
+
+// Makes the system give all pages of fresh memory now, on all threads. Were each given when it is
+// first written, its zeros would push out of the caches what is being computed with.
+void fill_with_pages(char* memory, std::int64_t bytes) {
+    ask_for_huge_pages(memory, bytes);
+    const auto touch = [](void* start, std::int64_t page, char*) {
+        static_cast<char*>(start)[page * huge_page] = 0;
+    };
+    share_tiles((bytes + huge_page - 1) / huge_page, threads_for(bytes), 64, touch, memory);
+}
+
+}  // namespace
+
+void read_target(Job& job) {
+    const bool by_labels = !job.probabilities.data;
+    const bool needs_weight = job.reduction == Reduction::mean && !job.normalized;
+    double weight = 0.0;
+    job.bad_row = -1;
+    if (!by_labels && !job.sample_weight) {
+        // torch divides the number of logits by C, and so finds no rows where there is no class.
+        weight = job.classes ? double(job.rows) : 0.0;
+    } else if (needs_weight || (by_labels && job.check_labels)) {
+        const std::int64_t blocks = (job.rows + rows_in_label_block - 1) / rows_in_label_block;
+        const std::unique_ptr<LabelFacts[]> facts(new LabelFacts[std::size_t(blocks ? blocks : 1)]);
+        struct Context {
+            const Job& job;
+            LabelFacts* facts;
+            const Kernels& kernels;
+        } context{job, facts.get(), current_kernels()};
+        const auto task = [](void* shared, std::int64_t b, char*) {
+            const Context& c = *static_cast<Context*>(shared);
+            const std::int64_t first = b * rows_in_label_block, left = c.job.rows - first;
+            c.facts[b] = c.kernels.read_labels(
+                c.job, first, left < rows_in_label_block ? left : rows_in_label_block);
+        };
+        share_tiles(blocks, threads_for(job.rows / 2), 64, task, &context);
+        const std::unique_ptr<double[]> weights(new double[std::size_t(blocks ? blocks : 1)]);
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            weights[b] = facts[b].weight;
+            if (job.check_labels && job.bad_row < 0) job.bad_row = facts[b].bad_row;
+        }
+        weight = pairwise(weights.get(), blocks);
+    }
+    if (!by_labels && job.classes == 0) weight = 0.0;
+    job.denominator = job.reduction != Reduction::mean ? 1.0 : job.normalized ? job.normalizer : weight;
+    if (job.reduction == Reduction::mean) job.cotangent /= job.denominator;
+}
+
+void run(Job& job) {
+    const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
+    if (job.grad.data && bytes >= bytes_worth_streaming) {
+        // What is overwritten in place is in the caches already.
+        job.streams = job.grad.data != job.logits.data && job.grad.class_stride == size_of(job.grad.dtype);
+        if (job.fresh) fill_with_pages(job.grad.data, bytes);
+    }
+    const Kernels& kernels = current_kernels();
+    const std::int64_t tiles = kernels.tiles(job);
+    const std::unique_ptr<double[]> sums(new double[std::size_t(tiles ? tiles : 1)]);
+    struct Context {
+        const Job& job;
+        double* sums;
+        const Kernels& kernels;
+    } context{job, sums.get(), kernels};
+    const auto task = [](void* shared, std::int64_t tile, char* scratch) {
+        const Context& c = *static_cast<Context*>(shared);
+        c.sums[tile] = c.kernels.run_tile(c.job, tile, scratch);
+    };
+    share_tiles(tiles, threads_for(job.rows * job.classes), kernels.scratch_bytes(job), task, &context);
+    job.total = pairwise(sums.get(), tiles);
+}
+
+double reduced(const Job& job) {
+    const double loss = job.reduction == Reduction::mean ? job.total / job.denominator : job.total;
+    return current_kernels().rounded(job.result_dtype, loss);
+}
+
+void log_softmax(const Job& job) {
+    const Kernels& kernels = current_kernels();
+    struct Context {
+        const Job& job;
+        const Kernels& kernels;
+    } context{job, kernels};
+    const auto task = [](void* shared, std::int64_t tile, char* scratch) {
+        const Context& c = *static_cast<Context*>(shared);
+        c.kernels.log_softmax_tile(c.job, tile, scratch);
+    };
+    share_tiles(
+        kernels.tiles(job), threads_for(job.rows * job.classes), kernels.scratch_bytes(job), task, &context);
+}
+
+void ask_for_huge_pages(void* memory, std::int64_t bytes) {
+#if defined(__linux__)
+    // Advice that may be refused, as some systems do: then the pages are small.
+    const auto start = reinterpret_cast<std::uintptr_t>(memory);
+    const std::uintptr_t first = (start + huge_page - 1) / huge_page * huge_page;
+    const std::uintptr_t end = (start + std::uintptr_t(bytes)) / huge_page * huge_page;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+}  // namespace polyce

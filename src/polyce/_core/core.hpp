@@ -1,0 +1,25 @@
+// A whole call: labels first, then the rows, then the sum.
+#pragma once
+
+#include "job.hpp"
+
+namespace polyce {
+
+// Reads all labels; sets bad_row, or the denominator and what follows from it. Nothing is written.
+void read_target(Job& job);
+// Reads the logits, writes what the job has places for, and sets total.
+void run(Job& job);
+void log_softmax(const Job& job);
+// The loss of the whole, rounded once to the result dtype.
+double reduced(const Job& job);
+
+// The instruction set in use, the one to use from now on (false for one that is not here), and
+// those that are here, best first, ending with null.
+const char* isa_name();
+bool use_isa(const char* name);
+const char* const* isa_names();
+
+// Asks for huge pages under memory that is about to be written for the first time.
+void ask_for_huge_pages(void* memory, std::int64_t bytes);
+
+}  // namespace polyce

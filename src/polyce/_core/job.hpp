@@ -1,0 +1,97 @@
+// What one call asks of the kernels, as plain data: no Python, no array library.
+#pragma once
+
+#include <cstdint>
+
+namespace polyce {
+
+enum class Float : std::uint8_t { f16, bf16, f32, f64 };
+enum class Integer : std::uint8_t { i8, i16, i32, i64, u8, u16, u32, u64 };
+
+constexpr int size_of(Float dtype) {
+    return dtype == Float::f64 ? 8 : dtype == Float::f32 ? 4 : 2;
+}
+
+constexpr int max_axes = 64;  // as many as NumPy and torch allow
+
+// An array of one number for each row and class. Strides are in bytes and may be anything: zero,
+// negative, no multiple of the element's size.
+struct Matrix {
+    char* data = nullptr;
+    Float dtype = Float::f32;
+    std::int64_t class_stride = 0;
+    std::int64_t row_stride[max_axes] = {};  // of the axes in Job::axis_size
+};
+
+// Statistics of each row, where they are asked for.
+struct Stats {
+    void* lse = nullptr;      // in the arithmetic dtype
+    void* entropy = nullptr;  // in the arithmetic dtype
+    std::int64_t* prediction = nullptr;
+    bool* correct = nullptr;
+    bool* valid = nullptr;
+};
+
+// What `forward` leaves for `backward` where reading the logits once more would cost more.
+struct SavedRow {
+    double rest_max, rest_sum, rest_coefficient, pivot;
+};
+
+enum class Reduction : std::uint8_t { none, sum, mean };
+
+struct Job {
+    // The rows, in C order of their axes, of which neighbours are joined where strides allow.
+    std::int64_t rows = 1, classes = 0;
+    int axes = 0;
+    std::int64_t axis_size[max_axes] = {};
+
+    Matrix logits;
+    Matrix probabilities;           // data is null for class indices
+    Matrix grad;                    // data is null where no gradient is wanted
+    const void* labels = nullptr;   // contiguous
+    Integer label_dtype = Integer::i64;
+    bool check_labels = true, has_ignored = false;
+    std::int64_t ignored = 0;       // as the bits of a label
+    bool wide = false;              // float64 arithmetic, else float32
+    const void* class_weight = nullptr;     // in the arithmetic dtype, contiguous
+    const double* sample_weight = nullptr;  // contiguous
+    double smoothing = 0, z_loss = 0, scale = 1, cap = 0;  // cap 0: none
+
+    Reduction reduction = Reduction::mean;
+    bool normalized = false;
+    double normalizer = 0;
+    double cotangent = 1;                // of the loss
+    const double* cotangents = nullptr;  // of each row's, in its place
+
+    Float result_dtype = Float::f32;
+    void* losses = nullptr;       // without reduction: one for each row
+    SavedRow* saved = nullptr;    // written by a forward pass, read by a backward pass
+    bool backward_only = false;
+    bool fresh = false;           // the gradient is dense and has never been written
+    bool streams = false;         // the gradient goes past the caches
+    Stats stats;
+
+    // Found on the way.
+    double denominator = 1, total = 0;
+    std::int64_t bad_row = -1;  // the first row with a label out of range, where they are checked
+};
+
+// What the labels of some rows tell together.
+struct LabelFacts {
+    double weight;
+    std::int64_t bad_row;
+};
+
+// One instruction set's kernels.
+struct Kernels {
+    const char* name;
+    LabelFacts (*read_labels)(const Job&, std::int64_t first, std::int64_t count);
+    // Rows go by tiles, which do not depend on the number of threads.
+    std::int64_t (*tiles)(const Job&);
+    std::int64_t (*scratch_bytes)(const Job&);
+    double (*run_tile)(const Job&, std::int64_t tile, char* scratch);
+    void (*log_softmax_tile)(const Job&, std::int64_t tile, char* scratch);
+    double (*rounded)(Float, double);
+};
+
+}  // namespace polyce

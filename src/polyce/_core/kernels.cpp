@@ -1,0 +1,148 @@
+// One instruction set's kernels: this file is compiled once for each, with POLYCE_ISA as its name.
+
+#define POLYCE_TEXT(x) #x
+#define POLYCE_TEXT_OF(x) POLYCE_TEXT(x)
+
+#include "across.hpp"
+#include "along.hpp"
+
+namespace polyce::POLYCE_ISA {
+namespace {
+
+// Below this many numbers a tile would not be worth fetching.
+constexpr std::int64_t tile_numbers = 16384;
+
+std::int64_t magnitude(std::int64_t value) { return value < 0 ? -value : value; }
+
+bool goes_across(const Job& job) {
+    if (job.axes == 0) return false;
+    const std::int64_t between_rows = magnitude(job.logits.row_stride[job.axes - 1]);
+    return job.classes <= chunk || between_rows < magnitude(job.logits.class_stride);
+}
+
+std::int64_t rows_in_tile(const Job& job) {
+    if (goes_across(job)) return width;
+    const std::int64_t rows = tile_numbers / (job.classes + 1);
+    return rows < 1 ? 1 : rows > width ? width : rows;
+}
+
+std::int64_t tiles(const Job& job) {
+    const std::int64_t in_tile = rows_in_tile(job);
+    return (job.rows + in_tile - 1) / in_tile;
+}
+
+// Calls f with a number of the arithmetic's type and whether there is a softcap.
+template <class F>
+decltype(auto) with_arithmetic(const Job& job, F&& f) {
+    if (job.cap != 0) return job.wide ? f(double{}, std::true_type{}) : f(float{}, std::true_type{});
+    return job.wide ? f(double{}, std::false_type{}) : f(float{}, std::false_type{});
+}
+
+std::int64_t scratch_bytes(const Job& job) {
+    return with_arithmetic(job, [&](auto number, auto capped) {
+        using T = decltype(number);
+        return goes_across(job) ? Across<T, capped>::scratch_bytes() : Along<T, capped>::scratch_bytes(job);
+    });
+}
+
+template <class T, bool capped>
+double run_along(const Job& job, std::int64_t first, int count, char* scratch) {
+    Along<T, capped> order(job, scratch);
+    std::int64_t logits[width], probabilities[width], grad[width];
+    row_offsets(job, job.logits.row_stride, first, count, logits);
+    row_offsets(job, job.probabilities.row_stride, first, count, probabilities);
+    row_offsets(job, job.grad.row_stride, first, count, grad);
+    double total = 0.0;
+    for (int i = 0; i < count; ++i) {
+        total += order.run(first + i, job.logits.data + logits[i],
+                           job.probabilities.data ? job.probabilities.data + probabilities[i] : nullptr,
+                           job.grad.data ? job.grad.data + grad[i] : nullptr);
+    }
+    if (job.streams) end_streaming();
+    return total;
+}
+
+template <class T, bool capped>
+void log_softmax_along(const Job& job, std::int64_t first, int count, char* scratch) {
+    Along<T, capped> order(job, scratch);
+    std::int64_t logits[width], out[width];
+    row_offsets(job, job.logits.row_stride, first, count, logits);
+    row_offsets(job, job.grad.row_stride, first, count, out);
+    for (int i = 0; i < count; ++i) order.log_softmax(job.logits.data + logits[i], job.grad.data + out[i]);
+}
+
+double run_tile(const Job& job, std::int64_t tile, char* scratch) {
+    const std::int64_t in_tile = rows_in_tile(job), first = tile * in_tile;
+    const int count = int(job.rows - first < in_tile ? job.rows - first : in_tile);
+    return with_arithmetic(job, [&](auto number, auto capped) {
+        using T = decltype(number);
+        if (goes_across(job)) return Across<T, capped>(job, scratch).run(first, count);
+        return run_along<T, capped>(job, first, count, scratch);
+    });
+}
+
+void log_softmax_tile(const Job& job, std::int64_t tile, char* scratch) {
+    const std::int64_t in_tile = rows_in_tile(job), first = tile * in_tile;
+    const int count = int(job.rows - first < in_tile ? job.rows - first : in_tile);
+    with_arithmetic(job, [&](auto number, auto capped) {
+        using T = decltype(number);
+        if (goes_across(job)) {
+            Across<T, capped>(job, scratch).log_softmax(first, count);
+        } else {
+            log_softmax_along<T, capped>(job, first, count, scratch);
+        }
+    });
+}
+
+// Without weights the total is a count, and no label is looked at twice unless one is bad.
+template <class L>
+LabelFacts count_labels(const Job& job, std::int64_t first, std::int64_t count) {
+    const char* labels = static_cast<const char*>(job.labels) + first * std::int64_t(sizeof(L));
+    std::int64_t ignored = 0, bad = 0;
+    const std::int64_t marker = job.ignored, has_marker = job.has_ignored;
+    const std::uint64_t classes = std::uint64_t(job.classes);
+    POLYCE_SIMD_SUM(ignored, bad)
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t label = std::int64_t(fetch<L>(labels + i * std::int64_t(sizeof(L))));
+        const std::int64_t is_ignored = has_marker & std::int64_t(label == marker);
+        ignored += is_ignored;
+        bad += std::int64_t(std::uint64_t(label) >= classes) & (is_ignored ^ 1);
+    }
+    return {double(count - ignored), bad ? 0 : -1};
+}
+
+LabelFacts read_labels(const Job& job, std::int64_t first, std::int64_t count) {
+    LabelFacts facts{0.0, -1};
+    if (!job.probabilities.data && !job.class_weight && !job.sample_weight) {
+        facts = with_type(job.label_dtype, [&](auto type) {
+            return count_labels<decltype(type)>(job, first, count);
+        });
+    } else {
+        for (std::int64_t row = first; row < first + count; ++row) {
+            const RowTarget target = job.wide ? read_target<double>(job, row) : read_target<float>(job, row);
+            const double weight = job.sample_weight ? job.sample_weight[row] : 1.0;
+            if (target.counted) facts.weight += weight * target.label_weight;
+        }
+        if (job.check_labels && !job.probabilities.data) facts.bad_row = 0;
+    }
+    if (facts.bad_row == -1) return facts;
+    facts.bad_row = -1;
+    for (std::int64_t row = first; row < first + count && facts.bad_row == -1; ++row) {
+        const std::int64_t label = label_at(job, row);
+        const bool ignored = job.has_ignored && label == job.ignored;
+        if (!ignored && out_of_range(label, job.classes)) facts.bad_row = row;
+    }
+    return facts;
+}
+
+double rounded(Float dtype, double value) {
+    return with_type(dtype, [&](auto type) { return double(widen(narrow<decltype(type)>(value))); });
+}
+
+}  // namespace
+
+extern const Kernels kernels{
+    POLYCE_TEXT_OF(POLYCE_ISA), read_labels, tiles, scratch_bytes, run_tile, log_softmax_tile, rounded,
+};
+
+}  // namespace polyce::POLYCE_ISA

@@ -1,0 +1,143 @@
+// The row formula in a row's few numbers: what rowstate.py specifies, in double for all dtypes.
+//
+//     δ = m' - x_k,  E = d' exp(δ) or d' - 1 + exp(-δ),  h = log1p(E)
+//     loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h + λ lse²
+#pragma once
+
+#include "arithmetic.hpp"
+
+namespace polyce::POLYCE_ISA {
+
+// logit_scale and logit_softcap. Differences of two transformed logits are taken by a form in
+// which nothing cancels: see transform.py.
+template <bool capped>
+struct Transform {
+    double scale, cap;
+};
+
+// exp(-2|u|), from which the slope of a softcap follows, for u = scale·logit/cap.
+template <class T>
+POLYCE_INLINE T decay_of(T logit, T twice_over_cap) {
+    const T twice = logit * twice_over_cap;
+    return exp_negative(twice < T(0) ? twice : -twice);
+}
+
+template <class T>
+POLYCE_INLINE T slope_of(T e, T scale) {
+    return T(4) * scale * e / ((T(1) + e) * (T(1) + e));
+}
+
+// x(a) - x(b) under a softcap; `decay_b` is decay_of(b).
+template <class T>
+POLYCE_INLINE T capped_gap(T a, T b, T decay_b, T scale, T cap) {
+    const T p = decay_of(a, T(2) * scale / cap);
+    const T share = (a < T(0)) == (b < T(0)) ? p + decay_b : T(1) + p * decay_b;
+    const T factor = share * (T(2) * cap) / ((T(1) + p) * (T(1) + decay_b));
+    const T gap = a - b;
+    const bool masked = a == -infinity<T> || b == -infinity<T>;
+    return masked ? gap : factor * tanh(gap * (scale / cap));
+}
+
+template <bool capped>
+POLYCE_INLINE double difference(const Transform<capped>& x, double a, double b) {
+    if (!capped) return (a - b) * x.scale;
+    return capped_gap(a, b, decay_of(b, 2.0 * x.scale / x.cap), x.scale, x.cap);
+}
+
+template <bool capped>
+POLYCE_INLINE double transformed(const Transform<capped>& x, double logit) {
+    if (!capped) return logit * x.scale;
+    return logit == -infinity<double> ? logit : x.cap * tanh(logit * (x.scale / x.cap));
+}
+
+template <bool capped>
+POLYCE_INLINE double slope(const Transform<capped>& x, double logit) {
+    return capped ? slope_of(decay_of(logit, 2.0 * x.scale / x.cap), x.scale) : x.scale;
+}
+
+// What rounding took from scale·(a - b), for float64 logits: a - b by Knuth's two-sum, the product
+// by Dekker's splitting.
+template <bool capped>
+POLYCE_INLINE double difference_error(const Transform<capped>& x, double a, double b) {
+    if (capped) return 0.0;
+    const double gap = a - b;
+    const double b_part = a - gap, a_part = gap + b_part;
+    const double product = gap * x.scale;
+    const double split = gap * 134217729.0, high = split - (split - gap), low = gap - high;
+    const double s = x.scale * 134217729.0, s_high = s - (s - x.scale), s_low = x.scale - s_high;
+    const double lost = ((high * s_high - product) + high * s_low + low * s_high) + low * s_low;
+    const double error = lost + ((a - a_part) + (b_part - b)) * x.scale;
+    return error - error == 0.0 ? error : 0.0;
+}
+
+// A part of a row: sums over the classes besides the pivot, as in rowstate.py.
+struct RowState {
+    double rest_max, rest_sum, pivot_logit;
+    double pivot_coefficient, rest_coefficient, rest_excess, rest_entropy;
+};
+
+// What a row's loss and gradient follow from.
+struct RowScalars {
+    bool below;
+    double behind, opposite, decay, excess, h;
+};
+
+template <bool capped>
+POLYCE_INLINE RowScalars scalars(const Transform<capped>& x, const RowState& s, bool exact_logits) {
+    double delta = difference(x, s.rest_max, s.pivot_logit);
+    const bool below = delta <= 0.0;
+    double decay = exp_negative_full(below ? delta : -delta);
+    if (exact_logits) {
+        const double error = difference_error(x, s.rest_max, s.pivot_logit);
+        decay = decay + decay * (below ? error : -error);
+    }
+    // A pivot at +inf has no softmax.
+    const double nothing = s.pivot_logit - s.pivot_logit;
+    const double excess = below ? s.rest_sum * decay + nothing : (s.rest_sum - 1.0) + decay;
+    return {below, below ? 0.0 : delta, -delta, decay, excess, log1p_positive(excess)};
+}
+
+template <bool capped>
+POLYCE_INLINE double log_sum_exp(const Transform<capped>& x, const RowState& s, const RowScalars& r) {
+    return transformed(x, r.below ? s.pivot_logit : s.rest_max) + r.h;
+}
+
+// Products with a coefficient that is 0 are selected: the other factor may be infinite.
+POLYCE_INLINE double row_loss(const RowState& s, const RowScalars& r, double penalty, double lse) {
+    const double at_pivot =
+        (s.pivot_coefficient == 0.0 ? 0.0 : s.pivot_coefficient * r.behind) +
+        s.pivot_coefficient * r.h;
+    const double ahead = r.below && s.rest_coefficient != 0.0 ? s.rest_coefficient * r.opposite : 0.0;
+    const double loss = at_pivot + (s.rest_excess + ahead + s.rest_coefficient * r.h);
+    return penalty == 0.0 ? loss : loss + penalty * lse * lse;
+}
+
+// What the gradient of a row needs: entry c is (exp(x_c - m')·softmax - r_c)·scale, the pivot's
+// entry is at_pivot·scale.
+struct RowGradient {
+    double softmax, at_pivot;
+};
+
+POLYCE_INLINE RowGradient row_gradient(
+    const RowState& s, const RowScalars& r, double penalty, double lse
+) {
+    const double whole = 1.0 + r.excess;
+    const double factor = (r.below ? r.decay : 1.0) / whole;
+    const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
+    double total = s.pivot_coefficient + s.rest_coefficient;
+    double at_pivot = s.rest_coefficient - total * (s.rest_sum * factor);
+    const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
+    at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;
+    return {(total + pull) * factor, at_pivot};
+}
+
+POLYCE_INLINE double row_entropy(const RowState& s, const RowScalars& r) {
+    const double whole = 1.0 + r.excess;
+    const double factor = (r.below ? r.decay : 1.0) / whole;
+    const double at_pivot = (r.below ? 1.0 : r.decay) / whole;
+    const double ahead = r.below && s.rest_sum != 0.0 ? r.opposite : 0.0;
+    const double behind = at_pivot == 0.0 ? 0.0 : r.behind;
+    return factor * s.rest_entropy + s.rest_sum * factor * (ahead + r.h) + at_pivot * (behind + r.h);
+}
+
+}  // namespace polyce::POLYCE_ISA

@@ -1,0 +1,157 @@
+// What both orders of reading, along.hpp and across.hpp, do for each row: its place in memory, what
+// its target means, and what becomes of its sums. The meaning of a target is that of targets.py.
+#pragma once
+
+#include "formats.hpp"
+#include "job.hpp"
+#include "row.hpp"
+
+namespace polyce::POLYCE_ISA {
+
+// Byte offsets of `count` rows from `first` on, in C order of the row axes.
+inline void row_offsets(
+    const Job& job, const std::int64_t* strides, std::int64_t first, int count, std::int64_t* offsets
+) {
+    std::int64_t index[max_axes], offset = 0, left = first;
+    for (int a = job.axes - 1; a >= 0; --a) {
+        index[a] = left % job.axis_size[a];
+        left /= job.axis_size[a];
+        offset += index[a] * strides[a];
+    }
+    for (int i = 0; i < count; ++i) {
+        offsets[i] = offset;
+        for (int a = job.axes - 1; a >= 0; --a) {
+            offset += strides[a];
+            if (++index[a] < job.axis_size[a]) break;
+            offset -= index[a] * strides[a];
+            index[a] = 0;
+        }
+    }
+}
+
+// A label as a signed number. Of uint64 the upper half turns negative, which no class is.
+POLYCE_INLINE std::int64_t label_at(const Job& job, std::int64_t row) {
+    return with_type(job.label_dtype, [&](auto type) {
+        const char* labels = static_cast<const char*>(job.labels);
+        return std::int64_t(fetch<decltype(type)>(labels + row * std::int64_t(sizeof type)));
+    });
+}
+
+POLYCE_INLINE bool out_of_range(std::int64_t label, std::int64_t classes) {
+    return std::uint64_t(label) >= std::uint64_t(classes);
+}
+
+// What the target says of a row before its logits are looked at.
+struct RowTarget {
+    std::int64_t label;   // always in range; 0 for rows without one
+    bool counted, invalid;
+    double weight;        // what multiplies loss and gradient; nan for a bad label
+    double label_weight;  // w_y, 1 without class weights
+};
+
+template <class T>
+POLYCE_INLINE RowTarget read_target(const Job& job, std::int64_t row) {
+    RowTarget target{0, true, false, 1.0, 1.0};
+    if (job.sample_weight) {
+        target.weight = job.sample_weight[row];
+        target.counted = target.weight != 0.0;
+    }
+    if (job.probabilities.data) return target;
+    const std::int64_t label = label_at(job, row);
+    if (job.has_ignored && label == job.ignored) {
+        target.counted = false;
+    } else if (out_of_range(label, job.classes)) {
+        target.invalid = target.counted;
+        if (target.invalid) target.weight = std::numeric_limits<double>::quiet_NaN();
+    } else {
+        target.label = label;
+        if (job.class_weight) target.label_weight = static_cast<const T*>(job.class_weight)[label];
+    }
+    return target;
+}
+
+// The coefficient of every class that a label gives by smoothing, per unit of class weight.
+POLYCE_INLINE double smoothing_share(const Job& job) {
+    return job.smoothing / double(job.classes > 0 ? job.classes : 1);
+}
+
+POLYCE_INLINE double label_coefficient(const Job& job, double label_weight) {
+    return label_weight * (1.0 - job.smoothing + smoothing_share(job));
+}
+
+// Whether classes besides the pivot have coefficients.
+POLYCE_INLINE bool has_coefficients(const Job& job) {
+    return job.probabilities.data || job.smoothing != 0.0;
+}
+
+// Turns a run of probabilities (ignored for labels) into coefficients; `weights` are the class
+// weights of the same classes, `step` apart, or null.
+template <class T>
+POLYCE_INLINE T coefficient(const Job& job, T probability, T weight, T kept, T share) {
+    const T even = job.probabilities.data ? probability * kept + share : share;
+    return even * weight;
+}
+
+POLYCE_INLINE double penalty_of(const Job& job, double label_weight) {
+    return job.z_loss * label_weight;
+}
+
+// What multiplies the gradient of a row's loss.
+POLYCE_INLINE double row_scale(const Job& job, const RowTarget& target, std::int64_t row) {
+    if (!target.counted) return 0.0;
+    return target.weight * (job.cotangents ? job.cotangents[row] : job.cotangent);
+}
+
+// Rows without a class have no softmax, but a loss of 0 where none is asked of them.
+POLYCE_INLINE double weighted(const RowTarget& target, double loss) {
+    return target.counted ? target.weight * loss : 0.0;
+}
+
+inline void store_loss(const Job& job, std::int64_t row, double loss) {
+    if (!job.losses) return;
+    char* place = static_cast<char*>(job.losses) + row * size_of(job.result_dtype);
+    narrow_run(job.result_dtype, &loss, 1, place, size_of(job.result_dtype));
+}
+
+// The first largest probability, which `correct` compares the prediction with.
+template <class T>
+std::int64_t likeliest(const Job& job, const char* probabilities) {
+    const Matrix& p = job.probabilities;
+    std::int64_t best = 0;
+    T top = -infinity<T>;
+    for (std::int64_t c = 0; c < job.classes; ++c) {
+        T value;
+        widen_run(p.dtype, probabilities + c * p.class_stride, 0, 1, &value);
+        // As argmax has it: a nan is the largest of all.
+        if (value != value) return c;
+        if (value > top) top = value, best = c;
+    }
+    return best;
+}
+
+template <class T, bool capped>
+void store_stats(
+    const Job& job, const Transform<capped>& x, std::int64_t row, const RowTarget& target,
+    const RowState& state, std::int64_t pivot, std::int64_t rest_first, const char* probabilities
+) {
+    const Stats& stats = job.stats;
+    const RowScalars r = scalars(x, state, job.wide);
+    const double lse = job.classes ? log_sum_exp(x, state, r) : std::numeric_limits<double>::quiet_NaN();
+    const bool defined = target.counted && lse == lse;
+    if (stats.valid) stats.valid[row] = target.counted;
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
+    if (stats.entropy) {
+        static_cast<T*>(stats.entropy)[row] = T(target.counted ? row_entropy(state, r) : nan);
+    }
+    const bool leads = state.pivot_logit > state.rest_max ||
+                       (state.pivot_logit == state.rest_max && pivot < rest_first);
+    const std::int64_t prediction = leads ? pivot : rest_first;
+    if (stats.prediction) stats.prediction[row] = defined ? prediction : -1;
+    if (stats.correct) {
+        const std::int64_t truth = probabilities && defined ? likeliest<T>(job, probabilities) : target.label;
+        stats.correct[row] = defined && !target.invalid && prediction == truth;
+    }
+}
+
+}  // namespace polyce::POLYCE_ISA
