@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import tempfile
@@ -55,25 +57,56 @@ print(*findings, sep="\\n")
 sys.exit(bool(findings))
 """
 
-_built: list[Path] = []
+# Writes the cases for the program that runs the kernels without Python: those that stand for the
+# grid, or all of it.
+DUMP = """
+import sys
+from polyce.testing import cases, dump
+from polyce.testing.selection import representative
+folder, everything = sys.argv[1:]
+dump(folder, cases() if everything == "1" else representative(cases()))
+"""
+
+# session of that program: the sanitizers it is built with
+SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
+
+STUB = Path("src/polyce/_core.pyi")
+
+_built: dict[str, Path] = {}
 
 
 def wheel(session: nox.Session) -> str:
-    """Path of the wheel of this nox run, built by the first session that asks."""
-    if not _built:
-        out = Path(session.cache_dir) / "dist"
+    """Path of the wheel of this nox run for the session's Python, built by the first that asks."""
+    version = session.python or f"{sys.version_info.major}.{sys.version_info.minor}"
+    # From 3.12 on all share the stable ABI.
+    kind = "cp311" if version == "3.11" else "abi3"
+    if kind not in _built:
+        out = Path(session.cache_dir) / "dist" / kind
         shutil.rmtree(out, ignore_errors=True)
         pip_wheel(session, ".", out)
-        _built.extend(out.glob("*.whl"))
-    if not _built:
+        for path in out.glob("*.whl"):
+            _built[kind] = path
+    if kind not in _built:
         session.error("no wheel was built: `nox -R` skips that, `nox -r` does not")
-    return str(_built[0])
+    if not any(map(is_core, contents(_built[kind]))):
+        # What is wrong with the compiled part, pip hides: it builds a wheel without it instead.
+        session.error("the wheel lacks polyce._core: `pip wheel -v .` tells why")
+    return str(_built[kind])
 
 
-def pip_wheel(session: nox.Session, source: str | Path, out: Path) -> None:
-    """Build a wheel of `source` into `out`."""
+def pip_wheel(session: nox.Session, source: str | Path, out: Path, **env: str) -> None:
+    """Build a wheel of `source` into `out`, with the pinned build tools."""
+    pins = Path(session.cache_dir) / "build-tools.txt"
+    pins.parent.mkdir(parents=True, exist_ok=True)
+    pins.write_text("\n".join(nox.project.dependency_groups(PYPROJECT, "native")))
+    env["PIP_BUILD_CONSTRAINT"] = str(pins.resolve())
     command = ("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out), str(source))
-    session.run_install(*command, silent=True)
+    session.run_install(*command, silent=True, env=env)
+
+
+def is_core(name: str) -> bool:
+    """Tell whether a file in a wheel is the compiled part."""
+    return re.fullmatch(r"polyce/_core\..*(so|pyd)", name) is not None
 
 
 def contents(path: str | Path) -> dict[str, bytes]:
@@ -113,11 +146,28 @@ def types(session: nox.Session) -> None:
     install(session, "types")
     session.run("mypy")
     session.run("mypy", "tests/typing/consumer.py")
+    if write_stub(session, Path(session.create_tmp())) != STUB.read_text(encoding="utf-8"):
+        session.error(f"{STUB} is not what the core looks like: `nox -s stub` writes it anew")
+
+
+@nox.session(default=False)
+def stub(session: nox.Session) -> None:
+    """Write the types of the compiled core, src/polyce/_core.pyi, anew."""
+    install(session, "types")
+    write_stub(session, STUB.parent)
+
+
+def write_stub(session: nox.Session, folder: Path) -> str:
+    """Write the stub of the installed core into a folder, and give its text."""
+    path = folder / STUB.name
+    command = ("python", "-m", "nanobind.stubgen", "-q", "-m", "polyce._core", "-o", str(path))
+    session.run(*command)
+    return path.read_text(encoding="utf-8")
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Check wheel and sdist, and run the demo on the wheel alone."""
+    """Check wheel and sdist, and run the demo on the wheel alone, with its core and without."""
     install(session)
     session.run("python", "-m", "pip", "check")
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -131,10 +181,43 @@ def build(session: nox.Session) -> None:
         pip_wheel(session, sdist, Path(elsewhere))
         (from_sdist,) = Path(elsewhere).glob("*.whl")
         ours, theirs = contents(wheel(session)), contents(from_sdist)
-    if missing := {"polyce/py.typed", "polyce/data/digits.npz"} - ours.keys():
+        check_without_core(session, Path(elsewhere) / "pure")
+    if missing := {"polyce/py.typed", "polyce/_core.pyi", "polyce/data/digits.npz"} - ours.keys():
         session.error(f"the wheel lacks {sorted(missing)}")
-    if differing := {name for name, _ in ours.items() ^ theirs.items()}:
+    # Two builds of one binary need not be the same, nor RECORD, which has its checksum.
+    alike = {n for n in ours if (is_core(n) or n.endswith("/RECORD")) and n in theirs}
+    if differing := {name for name, _ in ours.items() ^ theirs.items()} - alike:
         session.error(f"the wheels of checkout and sdist differ in {sorted(differing)}")
+
+
+def check_without_core(session: nox.Session, folder: Path) -> None:
+    """Check that what is built without a compiler is the same polyce less its core, and runs."""
+    pip_wheel(session, ".", folder, POLYCE_BUILD_CORE="0")
+    (pure,) = folder.glob("*.whl")
+    if not pure.name.endswith("-py3-none-any.whl"):
+        session.error(f"the wheel without the core is {pure.name}")
+    files = {name for name in contents(wheel(session)) if not is_core(name)}
+    if differing := files ^ contents(pure).keys():
+        session.error(f"besides the core, the wheel without it differs in {sorted(differing)}")
+    session.install("--force-reinstall", "--no-deps", str(pure))
+    with session.chdir(folder):
+        session.run("python", "-m", "polyce", "demo")
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the compiled kernels without Python, as they are and under three sanitizers."""
+    install(session, "numpy", "native")
+    folder = Path(session.create_tmp())
+    cases = folder / "cases"
+    shutil.rmtree(cases, ignore_errors=True)
+    session.run("python", "-c", DUMP, str(cases), os.environ.get("POLYCE_FULL", "0"))
+    for name, sanitizers in SANITIZERS.items():
+        built = folder / name
+        options = ("-DPOLYCE_DRIVER=ON", f"-DPOLYCE_SANITIZE={sanitizers}")
+        session.run("cmake", "-G", "Ninja", "-S", ".", "-B", str(built), *options, silent=True)
+        session.run("cmake", "--build", str(built), silent=True)
+        session.run(str(built / "polyce_driver"), str(cases), external=True)
 
 
 @nox.session

@@ -36,6 +36,7 @@ LOGS = ("log_softmax",)
 SOFT = tuple(name for name in FUNCTIONS if name not in (*NLL, *LOGS))
 LOSSES = (*SOFT, *NLL)
 GRAD = ("cross_entropy_with_grad",)
+OUT = (*GRAD, "explain")
 # The functions that read the labels.
 READERS = tuple(name for name in LOSSES if name != "explain")
 
@@ -126,6 +127,8 @@ RULES = {
     "scale range": Rule(ValueError, "{} must be finite and above 0, got {}; None turns", SCALED),
     "stats": Rule(ValueError, "return_stats takes the names lse, .*, got {}; leave it out", SOFT),
     "stats kind": Rule(TypeError, "return_stats must be True, False or .*, got {}; there", SOFT),
+    "out dtype": Rule(TypeError, "out must have input's dtype float32, got {}; pass empty", OUT),
+    "out shape": Rule(ValueError, r"out must have input's shape \(3, 5\), got {}; pass empty", OUT),
     "grad_output dtype": Rule(TypeError, "grad_output must be real .*, got {}; convert it", GRAD),
 }
 
@@ -160,6 +163,13 @@ def floats(*shape: int) -> Any:
 
 
 def check(backend: Backend, call: Bad, name: str, **more: Any) -> None:
+    """Make the call, by the default way and by the reference, and see the same sentence."""
+    _check_once(backend, call, name, more)
+    with polyce.use("reference"):
+        _check_once(backend, call, name, more)
+
+
+def _check_once(backend: Backend, call: Bad, name: str, more: dict[str, Any]) -> None:
     """Make the call, see the error and that the arrays are what they were."""
     before = {"input": X, "target": T} | call.arguments | more
     given = {

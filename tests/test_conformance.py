@@ -14,7 +14,7 @@ from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
 # The backends with an implementation of their own.
-OWN = {"dask-rows": "dask"}
+OWN = {"dask-rows": "dask", "numpy": "native", "torch": "native"}
 
 
 def few(group: str, floats: Sequence[str]) -> Callable[[Case], str]:

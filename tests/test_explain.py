@@ -16,6 +16,8 @@ import pytest
 
 import polyce
 from polyce import registry
+from polyce.explain import versions
+from polyce.implementations import native
 from polyce.registry import Implementation
 
 pytestmark = pytest.mark.only("numpy")
@@ -118,7 +120,7 @@ def test_labels_are_not_looked_at() -> None:
     bad = np.full(8, 10)
     with pytest.raises(IndexError, match="labels must lie in 0 to 9"):
         polyce.cross_entropy(LOGITS, bad)
-    assert polyce.explain(LOGITS, bad).chosen == "reference"
+    assert polyce.explain(LOGITS, bad).chosen == "native"
 
 
 @pytest.mark.parametrize("label", CALLS)
@@ -218,7 +220,9 @@ def test_show_versions_prints_versions_and_implementations(
     assert found["python"] == platform.python_version()
     assert found["numpy"] == np.__version__
     assert found["array_api_compat"] == importlib.metadata.version("array-api-compat")
-    assert implementations == (
+    # The core's line has a test of its own.
+    lines = implementations.splitlines(keepends=True)
+    assert "".join(line for line in lines if not line.startswith("native core")) == (
         "implementations, in order of preference\n"
         "  triton     no   not installed\n"
         "  native     yes\n"
@@ -260,7 +264,7 @@ def test_the_demo_learns_the_digits_and_compares_libraries() -> None:
     assert all(after < before for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.3
     assert float(steps[-1][2]) > 0.9
-    row = r"^numpy +\d\.\d{6,} +\d\.\d{6,} +reference$"
+    row = r"^numpy +\d\.\d{6,} +\d\.\d{6,} +native$"
     assert re.search(row, done.stdout, re.MULTILINE), done.stdout
     difference = re.search(r"^largest difference from float64.*: (\S+)$", done.stdout, re.MULTILINE)
     assert difference is not None
@@ -278,3 +282,26 @@ def test_an_unknown_subcommand_ends_with_usage_and_exit_code_2(arguments: str) -
     done = run_module(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: python -m polyce [demo]\n")
+
+
+def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an install without a compiler."""
+    monkeypatch.setattr(native, "_IS_BUILT", False)
+    monkeypatch.setattr(registry, "_choices", {})
+    explanation = polyce.explain(LOGITS, LABELS)
+    assert explanation.chosen == "reference"
+    (reason,) = explanation.reasons["native"]
+    assert reason.startswith("the compiled core is not built, so calls on NumPy and torch CPU")
+    assert f"native     no   {reason}" in versions()
+    polyce.cross_entropy(LOGITS, LABELS)
+    with pytest.raises(ValueError, match="only the native path has threads, but the compiled core"):
+        polyce.set_num_threads(2)
+    with pytest.raises(ValueError, match="'native' cannot serve this call: the compiled core is"):
+        polyce.cross_entropy(LOGITS, LABELS, implementation="native")
+
+
+def test_the_core_s_instruction_set_and_threads_are_shown() -> None:
+    core = native.core()
+    line = next(line for line in versions().splitlines() if line.startswith("native core"))
+    assert line.split()[2] == core.isa()
+    assert line.endswith(f"{core.get_num_threads()} threads")

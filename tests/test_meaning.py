@@ -312,11 +312,17 @@ def test_byte_swapped_arrays(backend: Backend, reduction: str) -> None:
     weight, soft = np.array([1.0, 2.0, 3.0]), np.full((3, 3), 0.25)
     for arrays in ((X, T, weight), (X, soft, weight), (X.astype(np.float16), T)):
         swapped = [array.astype(array.dtype.newbyteorder()) for array in arrays]
-        want, want_grad = rows_and_grad(backend, *arrays, reduction=reduction)
-        loss, grad = rows_and_grad(backend, *swapped, reduction=reduction)
-        np.testing.assert_array_equal(loss, want)
-        np.testing.assert_array_equal(grad, want_grad)
-        assert (loss.dtype.name, grad.dtype.name) == (want.dtype.name, want_grad.dtype.name)
+        # Floats in a foreign order are the reference's; labels and their weights, anybody's.
+        ways = [(swapped, "reference")]
+        if arrays[1] is T:
+            ways.append(([arrays[0], *swapped[1:]], "native"))
+        for given, name in ways:
+            options = {"reduction": reduction, "implementation": name}
+            want, want_grad = rows_and_grad(backend, *arrays, **options)
+            loss, grad = rows_and_grad(backend, *given, reduction=reduction)
+            np.testing.assert_array_equal(loss, want)
+            np.testing.assert_array_equal(grad, want_grad)
+            assert (loss.dtype.name, grad.dtype.name) == (want.dtype.name, want_grad.dtype.name)
 
 
 # Kinds of results, and arguments left alone.

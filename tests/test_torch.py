@@ -132,7 +132,7 @@ def test_saves_logits_and_rows_only(torch: Any) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = polyce.cross_entropy(logits, torch.zeros(64, dtype=torch.int64))
     loss.backward()
-    assert max(sizes) == 64
+    assert max(sizes) == 4 * 64
 
 
 def test_with_grad_carries_no_graph(torch: Any) -> None:

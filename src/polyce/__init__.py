@@ -5,6 +5,7 @@ from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softma
 from polyce.loss import CrossEntropyLoss, NLLLoss
 from polyce.registry import use
 from polyce.stats import Stats
+from polyce.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -16,8 +17,10 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_grad",
     "explain",
+    "get_num_threads",
     "log_softmax",
     "nll_loss",
+    "set_num_threads",
     "show_versions",
     "use",
 ]

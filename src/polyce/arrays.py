@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from polyce.eager import ON_NUMPY, has_values
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = {
     "int8": (-(2**7), 2**7 - 1),
@@ -24,12 +26,6 @@ INTEGERS = {
     "uint32": (0, 2**32 - 1),
     "uint64": (0, 2**64 - 1),
 }
-
-# Libraries whose arrays hold no values before a computation is asked for, or polyce must not ask.
-_LAZY = ("dask", "cubed", "ndonnx")
-# Libraries that compute in NumPy as soon as they are called.
-_ON_NUMPY = ("numpy", "array-api-strict", "marray", "mparray")
-
 
 # NumPy works its dtypes' names out each time they are asked for.
 _NUMPY_DTYPES = {name: np.dtype(name) for name in (*FLOATS, *INTEGERS) if name != "bfloat16"}
@@ -68,7 +64,7 @@ def device(array: Any, backend: str) -> Any:
 
 def device_kind(array: Any, backend: str) -> str:
     """Tell what kind of device holds an array: cpu, cuda, ..., or unknown while tracing."""
-    if backend in (*_ON_NUMPY, "dask", "cubed") or isinstance(array, np.ndarray):
+    if backend in (*ON_NUMPY, "dask", "cubed") or isinstance(array, np.ndarray):
         return "cpu"
     if backend == "torch":
         return str(array.device.type)
@@ -81,32 +77,6 @@ def device_kind(array: Any, backend: str) -> str:
 
         return str(mlx.core.default_device().type.name)
     return "unknown"
-
-
-def has_values(array: Any, backend: str) -> bool:
-    """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
-    if backend in (*_ON_NUMPY, "cupy", "mlx") or isinstance(array, np.ndarray):
-        return True
-    if backend in _LAZY:
-        return False
-    if backend == "torch":
-        import torch
-
-        return not (
-            torch.compiler.is_compiling()
-            or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx
-            or torch.jit.is_tracing()
-            or array.device.type == "meta"
-            or type(array) not in (torch.Tensor, torch.nn.Parameter)
-            or torch._C._functorch.is_functorch_wrapped_tensor(array)
-        )
-    if backend == "jax":
-        import jax
-
-        return not isinstance(array, jax.core.Tracer)
-    import array_api_compat
-
-    return not array_api_compat.is_lazy_array(array)
 
 
 def are_at_hand(array: Any, backend: str) -> bool:
@@ -356,7 +326,7 @@ def fuses(backend: str, array: Any) -> bool:
 
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:
     """Keep NumPy's warnings away: an infinity or nan here is selected away or is the answer."""
-    if backend in _ON_NUMPY:
+    if backend in ON_NUMPY:
         return np.errstate(all="ignore")
     return contextlib.nullcontext()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from polyce import reference
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -28,6 +28,6 @@ def row_losses(
     return rows, stats
 
 
-def log_softmax(problem: Problem, logits: Any) -> Any:
-    """Give log(softmax(logits))."""
-    return reference.log_softmax(problem, logits)
+def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
+    """Give log(softmax(logits)) as `compute` does."""
+    return compute(problem, logits)

@@ -10,6 +10,7 @@ the operations themselves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def row_losses(
 ) -> tuple[Any, RowStats | None]:
     """Give the rows' losses and stats, the losses with their gradient on torch's graph."""
     if _is_traced_without_rules():
-        rows, _, stats = reference.forward(problem, plan, _readable(problem, plan, logits))
+        rows, _, stats = reference.forward(problem, plan, readable(problem, plan, logits))
         return rows, _detached(stats)
     if _is_transformed():
         return _transformed_row_losses(problem, plan, logits)
@@ -70,8 +71,8 @@ def row_losses(
     return rows, RowStats(*found) if found else None
 
 
-def log_softmax(problem: Problem, logits: Any) -> Any:
-    """Give log(softmax(logits)), with its gradient on torch's graph."""
+def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
+    """Give log(softmax(logits)) as `compute` does, with its gradient on torch's graph."""
     if problem.is_empty or _is_traced_without_rules():
         return reference.log_softmax(problem, logits)
     if _is_transformed():
@@ -79,8 +80,8 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
         result = _TransformedLogSoftmax.apply(logits, wide)
         return arrays.cast(problem.xp, result, problem.logits_dtype)
     if not _waits(logits):
-        return reference.log_softmax(problem, logits)
-    return _LogSoftmax.apply(logits, problem)
+        return compute(problem, logits)
+    return _LogSoftmax.apply(logits, problem, compute)
 
 
 def _detached(stats: RowStats | None) -> RowStats | None:
@@ -94,6 +95,11 @@ def _is_traced_without_rules() -> bool:
 def _is_transformed() -> bool:
     """Tell whether a torch.func transform or a level of forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def wants_operations(cotangent: Any) -> bool:
+    """Tell whether a gradient will be differentiated or is batched, which no kernel knows of."""
+    return torch.is_grad_enabled() or _is_transformed() or _is_batched(cotangent)
 
 
 def _is_batched(cotangent: Any) -> bool:
@@ -130,29 +136,29 @@ class _RowLosses(torch.autograd.Function):
         problem = ctx.problem
         logits, plan, rest = _kept(ctx)
         backward, state = ctx.implementation.backward, ctx.state_type(*rest) if rest else None
-        if torch.is_grad_enabled() or _is_transformed() or _is_batched(cotangent):
-            # The gradient will be differentiated or is batched, which no kernel knows of.
-            backward, state, logits = reference.backward, None, _readable(problem, plan, logits)
+        if wants_operations(cotangent):
+            backward, state, logits = reference.backward, None, readable(problem, plan, logits)
         needs = ctx.needs_input_grad
         grad = backward(problem, plan, cotangent, logits, state) if needs[0] else None
         if not (needs[1] or needs[2]):
             return grad, None, None, None, None, None
-        target_grads = _target_gradients(problem, plan, cotangent, logits, needs[1:3])
+        target_grads = target_gradients(problem, plan, cotangent, logits, needs[1:3])
         return grad, *target_grads, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Any, problem: Problem) -> Any:
-        result = reference.log_softmax(problem, logits)
+    def forward(ctx: Any, logits: Any, problem: Problem, compute: Callable[..., Any]) -> Any:
+        result = compute(problem, logits)
         ctx.problem = problem
         ctx.save_for_backward(result, logits if problem.logit_softcap != math.inf else None)
         return result
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         result, logits = ctx.saved_tensors
-        return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None
+        grad = reference.log_softmax_backward(ctx.problem, cotangent, logits, result)
+        return grad, None, None
 
 
 def _keep(ctx: Any, logits: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -173,7 +179,7 @@ def _kept(ctx: Any) -> tuple[Any, Plan, list[Any]]:
     return logits, Plan(*values[:count]), values[count:]
 
 
-def _target_gradients(
+def target_gradients(
     problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: tuple[bool, bool]
 ) -> tuple[Any, Any]:
     """Give the gradients of the probabilities and of the class weights, those that are needed."""
@@ -185,10 +191,11 @@ def _target_gradients(
 
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Give lse - x_c, the derivative of a row's loss with respect to its coefficients."""
-    return -log_softmax(*_widened(problem, _readable(problem, plan, logits)))
+    problem, logits = _widened(problem, readable(problem, plan, logits))
+    return -log_softmax(problem, logits, reference.log_softmax)
 
 
-def _readable(problem: Problem, plan: Plan, logits: Any) -> Any:
+def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Blank out the rows that do not count, which may hold infinities and nans.
 
     The losses and the gradient select them away, but 0 times nan is a derivative of that.
@@ -208,7 +215,7 @@ def _transformed_row_losses(
     stats = None
     if problem.stats is not None:
         _, _, stats = reference.forward(problem, plan, logits)
-    wide, logits = _widened(problem, _readable(problem, plan, logits))
+    wide, logits = _widened(problem, readable(problem, plan, logits))
     # The rows do not depend on what they will be divided by.
     plan = plan._replace(denominator=None)
     return _TransformedRowLosses.apply(logits, wide, *plan), _detached(stats)
@@ -242,7 +249,7 @@ class _TransformedRowLosses(torch.autograd.Function):
             grad = reference.backward(problem, plan, cotangent, logits, None)
         wanted = (needs.probabilities, needs.class_weight)
         if any(wanted):
-            found = _target_gradients(problem, plan, cotangent, logits, wanted)
+            found = target_gradients(problem, plan, cotangent, logits, wanted)
             grads = grads._replace(probabilities=found[0], class_weight=found[1])
         return grad, None, *grads
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyce import arrays, registry
+from polyce import arrays, outputs, registry
 from polyce.autograd import rules
 from polyce.functional import cross_entropy, cross_entropy_with_grad
+from polyce.implementations import native
 from polyce.options import current_reduction
 from polyce.problem import Operands, Problem, describe
 
@@ -78,6 +79,7 @@ def explain(
     validate: bool | None = None,
     implementation: str | None = None,
     grad_output: Any = None,
+    out: Any = None,
     function: Callable[..., Any] | None = None,
 ) -> Explanation:
     """Tell which implementation a call would run, and why not the others; computes nothing.
@@ -88,7 +90,7 @@ def explain(
         As for `cross_entropy`.
     axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
         As for `cross_entropy_with_grad`.
-    validate, implementation, grad_output
+    validate, implementation, grad_output, out
         As for `cross_entropy_with_grad`.
     function : callable, optional
         The function that the call is of: `cross_entropy`, the default, or
@@ -111,7 +113,8 @@ def explain(
     >>> print(polyce.explain(np.zeros((8, 10)), np.zeros(8, np.int64)))  # doctest: +ELLIPSIS
     cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
       dask       no   ...arrays numpy is not served (dask)
-      reference  yes  <- runs
+      native     yes  <- runs
+      reference  yes
     """
     if function not in (None, cross_entropy, cross_entropy_with_grad):
         raise ValueError(
@@ -138,6 +141,8 @@ def explain(
     )
     if function is not cross_entropy_with_grad:
         rules(problem.backend).check(operands)
+    if out is not None:
+        outputs.check(problem, operands, out)
     return Explanation(
         call=_call(name, problem, operands),
         chosen=registry.select(problem, implementation).name,
@@ -201,6 +206,11 @@ def versions() -> str:
     for row in registry.TABLE:
         reason = row.unavailable()
         lines.append(f"  {row.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
+    if native.unavailable() is None:
+        core = native.core()
+        others = [name for name in core.isas() if name != core.isa()]
+        also = f" (here too: {', '.join(others)})" if others else ""
+        lines.append(f"native core  {core.isa()}{also}, {core.get_num_threads()} threads")
     preferred = os.environ.get(registry.VARIABLE)
     lines.append(f"{registry.VARIABLE}  {preferred or 'not set'}")
     return "\n".join(lines)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, reference, stats, targets
+from polyce import arrays, outputs, reference, stats, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction
 from polyce.problem import describe, describe_logits
-from polyce.registry import select
+from polyce.registry import select, select_log_softmax
 
 ArrayT = TypeVar("ArrayT")
 
@@ -151,6 +151,9 @@ def cross_entropy(
     chosen = select(problem, implementation)
     autograd = rules(problem.backend)
     autograd.check(operands)
+    if chosen.cross_entropy is not None:
+        loss, facts = chosen.cross_entropy(problem, operands)
+        return loss if facts is None else (loss, facts)
     with arrays.quiet(problem.backend):
         plan = chosen.plan(problem, operands)
         rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
@@ -178,6 +181,7 @@ def cross_entropy_with_grad(
     validate: bool | None = None,
     implementation: str | None = None,
     grad_output: Any = None,
+    out: Any = None,
 ) -> tuple[Any, ...]:
     r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
 
@@ -201,13 +205,18 @@ def cross_entropy_with_grad(
         g, the gradient with respect to the loss: an array of the rows' shape for reduction
         'none', else a number or a 0-d array. 1 by default, so that reduction 'none' gives the
         gradient of the sum.
+    out : array, optional
+        Where the gradient goes: an array of input's shape and dtype that can be written, on its
+        device. It may be `input` itself, which then holds the gradient, or memory that none of the
+        arguments lies in. All labels are checked before anything is written.
 
     Returns
     -------
     loss : array
         As `cross_entropy` gives it.
     grad : array
-        Of input's shape and dtype. Neither result is part of a torch or jax graph.
+        Of input's shape and dtype, `out` if that is given. Neither result is part of a torch or jax
+        graph.
     stats : Stats
         Only with `return_stats`.
 
@@ -223,6 +232,10 @@ def cross_entropy_with_grad(
     >>> loss, grad = polyce.cross_entropy_with_grad(np.zeros((1, 4)), np.array([2]))
     >>> print(grad)
     [[ 0.25  0.25 -0.75  0.25]]
+    >>> logits = np.zeros((1, 4))
+    >>> loss, grad = polyce.cross_entropy_with_grad(logits, np.array([2]), out=logits)
+    >>> print(grad is logits, logits)
+    True [[ 0.25  0.25 -0.75  0.25]]
     """
     reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
@@ -244,12 +257,20 @@ def cross_entropy_with_grad(
     )
     chosen = select(problem, implementation)
     operands = rules(problem.backend).detach(operands)
+    if out is not None:
+        outputs.check(problem, operands, out)
+    if chosen.cross_entropy_with_grad is not None:
+        loss, grad, facts = chosen.cross_entropy_with_grad(problem, operands, out)
+        return (loss, grad) if facts is None else (loss, grad, facts)
     with arrays.quiet(problem.backend):
         plan = chosen.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         rows, grad, found = chosen.forward_backward(problem, plan, cotangent, operands.logits)
         loss = targets.reduce(problem, plan, rows)
-        return (loss, grad) if found is None else (loss, grad, stats.finish(problem, plan, found))
+        facts = None if found is None else stats.finish(problem, plan, found)
+        if out is not None:
+            grad = outputs.write(problem, grad, out)
+        return (loss, grad) if facts is None else (loss, grad, facts)
 
 
 def nll_loss(
@@ -361,5 +382,6 @@ def log_softmax(
     [-4.00000000e+01 -4.24835426e-18]
     """
     problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
+    compute = select_log_softmax(problem)
     with arrays.quiet(problem.backend):
-        return rules(problem.backend).log_softmax(problem, logits)
+        return rules(problem.backend).log_softmax(problem, logits, compute)

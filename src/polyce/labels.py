@@ -27,17 +27,12 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
         target = xp.reshape(target, problem.row_shape)
     target = arrays.expand(target, problem.axis)
     lowest, highest = arrays.INTEGERS[problem.target_dtype]
-    ignore_index: int | None = problem.ignore_index
-    if not lowest <= problem.ignore_index <= highest:
-        # Compared as numbers: a cast to the target's dtype could turn it into another label.
-        ignore_index = None
+    ignore_index = _ignored(problem)
     if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
-        # torch can store these but hardly compute with them. uint64 from 2^63 on turns negative,
-        # which no label is, and the ignored value turns with it.
+        # torch can store these but hardly compute with them.
         target = arrays.cast(xp, target, xp.int64)
         lowest = -(2**63)
-        if ignore_index is not None and ignore_index > 2**63 - 1:
-            ignore_index -= 2**64
+        ignore_index = ignored_as_signed(problem)
 
     ignored = None
     if ignore_index is not None:
@@ -55,7 +50,8 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
         invalid = invalid & ~ignored
     if problem.check_labels and invalid is not None:
         if arrays.any_true(xp, invalid):
-            raise _bad_label(problem, xp, target, invalid)
+            first = int(xp.argmax(xp.astype(xp.reshape(invalid, (-1,)), xp.uint8)))
+            raise bad_label(problem, int(xp.reshape(target, (-1,))[first]), first)
         invalid = None
 
     unusable = _either(ignored, invalid)
@@ -72,6 +68,24 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     return beside_logits(label), beside_logits(counted), beside_logits(invalid)
 
 
+def _ignored(problem: Problem) -> int | None:
+    """Give the label that marks ignored rows; None where the target's dtype does not hold it.
+
+    Compared as numbers: a cast to the target's dtype could turn it into another label.
+    """
+    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    return problem.ignore_index if lowest <= problem.ignore_index <= highest else None
+
+
+def ignored_as_signed(problem: Problem) -> int | None:
+    """Give that label where labels are read as int64.
+
+    Those of uint64 from 2^63 on turn negative, which no label is, and this one turns with them.
+    """
+    ignored = _ignored(problem)
+    return ignored - 2**64 if ignored is not None and ignored >= 2**63 else ignored
+
+
 def _out_of_range(target: Any, lowest: int, highest: int, classes: int) -> Any:
     """Mark labels outside 0, ..., C - 1; None where the dtype holds no such value."""
     below = target < 0 if lowest < 0 else None
@@ -86,10 +100,9 @@ def _either(one: Any, other: Any) -> Any:
     return one | other
 
 
-def _bad_label(problem: Problem, xp: Any, target: Any, bad: Any) -> IndexError:
-    first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
-    position = tuple(int(i) for i in np.unravel_index(first, problem.row_shape))
-    value = int(xp.reshape(target, (-1,))[first])
+def bad_label(problem: Problem, value: int, row: int) -> IndexError:
+    """Say what label is out of range, in which of the rows counted in C order."""
+    position = tuple(int(i) for i in np.unravel_index(row, problem.row_shape))
     if problem.target_dtype == "uint64":
         value %= 2**64
     where = f" at position {position}" if position else ""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from polyce import arrays, checks, libraries, options
+from polyce import arrays, checks, eager, libraries, options
 
 
 class Problem(NamedTuple):
@@ -40,6 +40,8 @@ class Problem(NamedTuple):
     label_smoothing: float
     reduction: str
     check_labels: bool
+    is_concrete: bool
+    """Whether the arrays are memory that can be read now: not traced, lazy, transformed or meta."""
     sample_weighted: bool = False
     normalized: bool = False
     """Whether the call brings what the mean divides by."""
@@ -95,6 +97,12 @@ class Operands(NamedTuple):
     grad_output: Any
 
 
+# A call is described from these facts alone where its arrays are plain ones. Small calls are mostly
+# like one before, and describing them anew would take longer than computing them.
+_MOST_KNOWN = 1024
+_known: dict[tuple[Any, ...], Problem] = {}
+
+
 def describe(
     input: Any,
     target: Any,
@@ -118,6 +126,76 @@ def describe(
 
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
+    facts = None
+    if normalizer is None and (grad_output is None or type(grad_output) is float):
+        facts = eager.plain_facts(input, target, weight, sample_weight)
+    if facts is not None:
+        values = (
+            ignore_index,
+            reduction,
+            label_smoothing,
+            axis,
+            z_loss,
+            logit_scale,
+            logit_softcap,
+            return_stats,
+            validate,
+            probabilities,
+            grad_output is None,
+        )
+        try:
+            # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
+            key = (facts, values, *map(type, values))
+            problem = _known.get(key)
+        except TypeError:  # an option that has no hash, such as a list
+            facts = None
+        else:
+            if problem is not None:
+                return problem, Operands(input, target, weight, sample_weight, None, grad_output)
+    problem, operands = _describe(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        axis=axis,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_stats=return_stats,
+        validate=validate,
+        grad_output=grad_output,
+        probabilities=probabilities,
+    )
+    if facts is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = problem
+    return problem, operands
+
+
+def _describe(
+    input: Any,
+    target: Any,
+    weight: Any,
+    *,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    axis: int | None,
+    sample_weight: Any,
+    normalizer: Any,
+    z_loss: float,
+    logit_scale: float | None,
+    logit_softcap: float | None,
+    return_stats: bool | str | Sequence[str],
+    validate: bool | None,
+    grad_output: Any,
+    probabilities: bool,
+) -> tuple[Problem, Operands]:
     options.check_reduction(reduction)
     if input is None or target is None:
         missing = "input" if input is None else "target"
@@ -154,7 +232,7 @@ def describe(
         checks.normalizer(normalizer)
     result_dtype = logits.dtype
     if kind == "probability":
-        result_dtype = _promote(xp, logits, target, weight)
+        result_dtype = _promote(xp, backend, logits, target, weight)
     result_dtype = arrays.autocast(backend, result_dtype, logits)
 
     problem = Problem(
@@ -173,6 +251,7 @@ def describe(
         label_smoothing=label_smoothing,
         reduction=reduction,
         check_labels=_checks_labels(kind, target, backend, validate),
+        is_concrete=eager.are_concrete(values, backend),
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
         z_loss=options.check_z_loss(z_loss),
@@ -225,6 +304,7 @@ def describe_logits(
         label_smoothing=0.0,
         reduction="none",
         check_labels=False,
+        is_concrete=eager.are_concrete([logits], backend),
         logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
         logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
     )
@@ -252,7 +332,7 @@ def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) 
         raise TypeError(f"validate must be True, False or None, got {validate!r}; None is usual")
     if validate is False or kind != "index":
         return False
-    if not arrays.has_values(target, backend):
+    if not eager.has_values(target, backend):
         if validate:
             raise ValueError(
                 "validate=True needs target's values, but this target is traced or lazy and has "
@@ -262,12 +342,12 @@ def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) 
     return bool(validate) or arrays.are_at_hand(target, backend)
 
 
-def _promote(xp: Any, *operands: Any) -> Any:
+def _promote(xp: Any, backend: str, *operands: Any) -> Any:
     """Promote the floating dtypes among the operands; float16 with bfloat16 gives float32."""
     found = {arrays.dtype_name(array): array.dtype for array in operands if array is not None}
     for name in ("float64", "float32"):
         if name in found:
             return found[name]
     if "float16" in found and "bfloat16" in found:
-        return xp.float32
+        return arrays.float_dtype(xp, backend, "float32")
     return found.get("float16", found.get("bfloat16"))

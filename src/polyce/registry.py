@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyce import reference, targets
-from polyce.implementations import dask
+from polyce.implementations import dask, native
 from polyce.problem import Problem
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
@@ -46,6 +46,14 @@ class Implementation:
     options: frozenset[str] | None = None
     unavailable: Callable[[], str | None] = _available
     """Why it cannot run at all here ("not installed", "not built"), or None."""
+    refuses: Callable[[Problem], str | None] | None = None
+    """Any other reason against a problem, or None."""
+    cross_entropy: Callable[..., tuple[Any, Any]] | None = None
+    """(problem, operands) -> (loss, stats), for a path that plans and reduces itself"""
+    cross_entropy_with_grad: Callable[..., tuple[Any, Any, Any]] | None = None
+    """(problem, operands, out) -> (loss, gradient, stats)"""
+    log_softmax: Callable[..., Any] | None = None
+    """(problem, logits) -> log(softmax(logits)), for a path that has one of its own"""
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
         """Give all reasons against running this problem; none means that it can."""
@@ -66,6 +74,8 @@ class Implementation:
             for option in problem.options:
                 if option not in self.options:
                     found.append(f"option {option} is not served")
+        if not found and self.refuses is not None and (reason := self.refuses(problem)):
+            found.append(reason)
         return tuple(found)
 
     def serves(self, problem: Problem) -> bool:
@@ -86,10 +96,25 @@ TABLE: tuple[Implementation, ...] = (
         unavailable=dask.unavailable,
     ),
     Implementation(
+        name="native",
+        forward=native.forward,
+        backward=native.backward,
+        forward_backward=native.forward_backward,
+        plan=native.plan,
+        backends=native.BACKENDS,
+        devices=frozenset({"cpu"}),
+        unavailable=native.unavailable,
+        refuses=native.refuses,
+        cross_entropy=native.cross_entropy,
+        cross_entropy_with_grad=native.cross_entropy_with_grad,
+        log_softmax=native.log_softmax,
+    ),
+    Implementation(
         name="reference",
         forward=reference.forward,
         backward=reference.backward,
         forward_backward=reference.forward_backward,
+        log_softmax=reference.log_softmax,
     ),
 )
 
@@ -164,14 +189,43 @@ def select_within(problem: Problem) -> Implementation:
     return _unforced(problem, _preference())
 
 
+def select_log_softmax(problem: Problem) -> Callable[..., Any]:
+    """Choose what computes log(softmax(logits)): of the rows that have it, the first that serves.
+
+    One that `use` or the environment variable names goes before the others, where it can serve.
+    """
+    wanted = getattr(_forced, "name", None) or os.environ.get(VARIABLE)
+    for row in sorted(TABLE, key=lambda row: row.name != wanted):
+        if row.log_softmax is not None and row.serves(problem):
+            return row.log_softmax
+    return reference.log_softmax
+
+
 def _preference() -> Implementation | None:
     preferred = os.environ.get(VARIABLE)
     return find(preferred) if preferred else None
 
 
+# What the table gives, for problems met before: to ask every row takes as long as a small call.
+_MOST_KNOWN = 1024
+_choices: dict[Problem, tuple[tuple[Implementation, ...], Implementation]] = {}
+
+
 def _unforced(problem: Problem, preference: Implementation | None) -> Implementation:
     if preference is not None and preference.serves(problem):
         return preference
+    if not problem.is_concrete:
+        return _first(problem)
+    table, chosen = _choices.get(problem, (None, None))
+    if chosen is None or table is not TABLE:
+        if len(_choices) >= _MOST_KNOWN:
+            _choices.clear()
+        chosen = _first(problem)
+        _choices[problem] = TABLE, chosen
+    return chosen
+
+
+def _first(problem: Problem) -> Implementation:
     for row in TABLE:
         if row.serves(problem):
             return row

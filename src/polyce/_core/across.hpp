@@ -2,451 +2,425 @@
 // together than classes do.
 //
 // A tile of 128 rows is brought, some classes at a time, into scratch memory in which a class's
-// row lies together; the rows' few numbers are computed side by side as well.
+// row lies together; the rows' few numbers are computed side by side as well. All loops over rows
+// take 16 at a time, which makes whole registers of them for every instruction set.
 #pragma once
 
-#include "rows.hpp"
+#include "pair.hpp"
+#include "tile.hpp"
 
 namespace polyce::POLYCE_ISA {
 
-constexpr int width = 128, chunk = 64, step = 16;
-
-// What is known of each row of a tile. Bools are doubles, so that all loops have one width.
-template <class T>
-struct Lanes {
-    alignas(64) T m[width], top[width], once[width], softmax[width], last[width], keep[width];
-    alignas(64) T at_pivot[width], decay[width];
-    alignas(64) double rest_max[width], rest_sum[width], pivot_logit[width], pivot_coefficient[width];
-    alignas(64) double rest_coefficient[width], rest_excess[width], rest_entropy[width];
-    alignas(64) double weight[width], label_weight[width], counted[width], scale[width], loss[width];
-    alignas(64) std::int64_t pivot[width], first[width], label[width];
-    alignas(64) std::int64_t logits[width], probabilities[width], grad[width];
-};
+// Up to so many classes, a look at each is cheaper than going to the pivot of each row.
+constexpr int few = 16;
 
 template <class T, bool capped>
-struct Across {
-    const Job& job;
+struct Across : Tile<T> {
+    using Place = typename Lanes<T>::Place;
+    using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::gaps, Tile<T>::coefficients;
+    using Tile<T>::first_row, Tile<T>::rows, Tile<T>::by_labels;
+    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty;
+
     Transform<capped> transform;
-    T *tile, *gaps, *coefficients, *line;
-    Lanes<T>& lane;
     T scale, cap, twice_over_cap, share, kept;
-    int rows = 0, used = 0;
-
-    static constexpr std::int64_t tile_size = std::int64_t(chunk) * width;
-
-    static std::int64_t scratch_bytes() {
-        return std::int64_t(sizeof(Lanes<T>)) + (3 * tile_size + width) * std::int64_t(sizeof(T));
-    }
+    bool spread;  // classes besides the pivot have coefficients
+    bool plain;   // neither that nor z_loss
 
     Across(const Job& job, char* scratch)
-        : job(job), transform{job.scale, job.cap},
-          tile(reinterpret_cast<T*>(scratch + sizeof(Lanes<T>))), gaps(tile + tile_size),
-          coefficients(gaps + tile_size), line(coefficients + tile_size),
-          lane(*reinterpret_cast<Lanes<T>*>(scratch)), scale(T(job.scale)), cap(T(job.cap)),
+        : Tile<T>(job, scratch), transform{job.scale, job.cap}, scale(T(job.scale)), cap(T(job.cap)),
           twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)),
-          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)) {}
+          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)), spread(has_coefficients(job)),
+          plain(!spread && job.z_loss == 0.0) {}
 
-    // The distance between a tile's rows where it is the same for all, as it mostly is.
-    bool evenly(const std::int64_t* offsets, std::int64_t& stride) const {
-        stride = rows > 1 ? offsets[1] - offsets[0] : 0;
-        for (int i = 2; i < rows; ++i) {
-            if (offsets[i] - offsets[i - 1] != stride) return false;
+    // Calls f(first class, number of classes) for as many classes as a tile has room for.
+    template <class F>
+    void each_chunk(F f) {
+        for (std::int64_t start = 0; start < job.classes; start += chunk) {
+            f(start, int(job.classes - start < chunk ? job.classes - start : chunk));
         }
-        return true;
-    }
-
-    void fill(const Matrix& m, const std::int64_t* offsets, std::int64_t start, int count, T* to) const {
-        std::int64_t stride;
-        const bool even = evenly(offsets, stride);
-        with_type(m.dtype, [&](auto type) {
-            using S = decltype(type);
-            for (int c = 0; c < count; ++c) {
-                const char* from = m.data + (start + c) * m.class_stride;
-                T* lanes = to + c * width;
-                if (even) {
-                    widen_run<S>(from + offsets[0], stride, rows, lanes);
-                } else {
-                    for (int i = 0; i < rows; ++i) lanes[i] = T(widen(fetch<S>(from + offsets[i])));
-                }
-                for (int i = rows; i < used; ++i) lanes[i] = T(0);
-            }
-        });
-    }
-
-    void empty(const Matrix& m, const std::int64_t* offsets, std::int64_t start, int count, const T* from) const {
-        std::int64_t stride;
-        const bool even = evenly(offsets, stride);
-        with_type(m.dtype, [&](auto type) {
-            using S = decltype(type);
-            for (int c = 0; c < count; ++c) {
-                char* to = m.data + (start + c) * m.class_stride;
-                const T* lanes = from + c * width;
-                if (even) {
-                    narrow_run<S>(lanes, rows, to + offsets[0], stride);
-                } else {
-                    for (int i = 0; i < rows; ++i) narrow_run<S>(lanes + i, 1, to + offsets[i], 0);
-                }
-            }
-        });
     }
 
     void fill_coefficients(std::int64_t start, int count) const {
-        if (job.probabilities.data) fill(job.probabilities, lane.probabilities, start, count, coefficients);
+        if (!by_labels) fill(job.probabilities, start, count, coefficients);
         const T* weights = static_cast<const T*>(job.class_weight);
+        const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
             const T weight = weights ? weights[start + c] : T(1);
             T* r = coefficients + c * width;
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) r[i] = coefficient(job, r[i], weight, kept, share);
-        }
-    }
-
-    void read_targets(std::int64_t first_row) {
-        for (int i = 0; i < rows; ++i) {
-            lane.weight[i] = job.sample_weight ? job.sample_weight[first_row + i] : 1.0;
-        }
-        for (int i = rows; i < used; ++i) lane.weight[i] = 0.0;
-        POLYCE_SIMD
-        for (int i = 0; i < used; ++i) {
-            lane.counted[i] = lane.weight[i] != 0.0 ? 1.0 : 0.0;
-            lane.label_weight[i] = 1.0;
-            lane.label[i] = 0;
-        }
-        if (job.probabilities.data) return;
-        with_type(job.label_dtype, [&](auto type) {
-            using L = decltype(type);
-            const char* labels = static_cast<const char*>(job.labels) + first_row * std::int64_t(sizeof(L));
-            for (int i = 0; i < rows; ++i) lane.label[i] = std::int64_t(fetch<L>(labels + i * std::int64_t(sizeof(L))));
-        });
-        const double nan = std::numeric_limits<double>::quiet_NaN();
-        for (int i = 0; i < rows; ++i) {
-            const bool ignored = job.has_ignored && lane.label[i] == job.ignored;
-            const bool bad = out_of_range(lane.label[i], job.classes);
-            lane.counted[i] = ignored ? 0.0 : lane.counted[i];
-            lane.weight[i] = bad && lane.counted[i] != 0.0 ? nan : lane.weight[i];
-            lane.label[i] = ignored || bad ? 0 : lane.label[i];
-        }
-        if (job.class_weight) {
-            const T* weights = static_cast<const T*>(job.class_weight);
-            for (int i = 0; i < rows; ++i) {
-                const bool valid = lane.counted[i] != 0.0 && lane.weight[i] == lane.weight[i];
-                if (valid && job.classes) lane.label_weight[i] = weights[lane.label[i]];
-            }
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = coefficient(job, r[i], weight, kept, share); });
         }
     }
 
     // The first class with the largest logit, as each row's pivot.
     void find_largest() {
-        for (int i = 0; i < used; ++i) lane.top[i] = -infinity<T>, lane.pivot[i] = 0;
-        for (std::int64_t start = 0; start < job.classes; start += chunk) {
-            const int count = int(job.classes - start < chunk ? job.classes - start : chunk);
-            fill(job.logits, lane.logits, start, count, tile);
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.top[i] = -infinity<T>, lane.pivot[i] = 0; });
+        each_chunk([&](std::int64_t start, int count) {
+            fill(job.logits, start, count, logits);
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = -1; });
             for (int c = 0; c < count; ++c) {
-                const T* x = tile + c * width;
-                for (int i = 0; i < used; ++i) {
+                const T* x = logits + c * width;
+                each_lane([&](int i) POLYCE_INLINE_LAMBDA {
                     const bool more = x[i] > lane.top[i];
                     lane.top[i] = more ? x[i] : lane.top[i];
-                    lane.pivot[i] = more ? start + c : lane.pivot[i];
-                }
+                    lane.found[i] = more ? Place(c) : lane.found[i];
+                });
             }
-        }
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                lane.pivot[i] = lane.found[i] < 0 ? lane.pivot[i] : start + lane.found[i];
+            });
+        });
     }
 
-    // Brings some classes into the tile, each pivot's logit into the state and -inf in its place.
-    void fill_apart(std::int64_t start, int count) {
-        fill(job.logits, lane.logits, start, count, tile);
-        for (int i = 0; i < rows; ++i) {
+    // Where in the tile the pivots are; -1 for those among other classes.
+    void find_pivots(std::int64_t start, int count) {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const std::int64_t c = lane.pivot[i] - start;
-            if (c < 0 || c >= count) continue;
-            T& x = tile[c * width + i];
-            lane.pivot_logit[i] = double(x);
-            x = -infinity<T>;
+            lane.place[i] = Place(out_of_range(c, count) ? -1 : c);
+        });
+    }
+
+    // Calls f(row, its pivot's number in `values`) for pivots in the tile.
+    template <class F>
+    void each_pivot(T* values, F f) {
+        for (int i = 0; i < rows; ++i) {
+            if (lane.place[i] >= 0) f(i, values[lane.place[i] * width + i]);
         }
     }
 
-    void raise_to_top(std::int64_t start, int count) {
-        for (int i = 0; i < used; ++i) lane.top[i] = -infinity<T>;
-        for (int c = 0; c < count; ++c) {
-            const T* x = tile + c * width;
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) lane.top[i] = x[i] > lane.top[i] ? x[i] : lane.top[i];
-        }
-        if (job.stats.prediction || job.stats.correct) {
-            for (int i = 0; i < rows; ++i) {
-                if (!(double(lane.top[i]) > lane.rest_max[i])) continue;
-                int c = 0;
-                while (c + 1 < count && tile[c * width + i] != lane.top[i]) ++c;
-                lane.first[i] = start + c;
-            }
-        }
-        if (start == 0) {
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) lane.rest_max[i] = double(lane.top[i]);
+    // Takes the pivots' logits out of the logits, leaving -inf, and finds the largest of the others.
+    void set_apart(int count) {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.top[i] = -infinity<T>; });
+        if (count <= few) {
+            raise_top(count, [&](int i, int c, T& logit) POLYCE_INLINE_LAMBDA {
+                T& x = logits[c * width + i];
+                const T found = x;
+                const bool apart = lane.place[i] == Place(c);
+                logit = apart ? found : logit;
+                return x = apart ? -infinity<T> : found;
+            });
         } else {
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) {
-                const double before = lane.rest_max[i], found = double(lane.top[i]);
-                const double top = found > before ? found : before;
-                const double reference = top == -infinity<double> ? 0.0 : top;
-                const double own = before == -infinity<double> ? 0.0 : before;
-                const double decay = exp_negative_full(difference(transform, before, reference));
-                const double risen = difference(transform, reference, own);
-                const double sum = lane.rest_sum[i];
-                const double entropy = (lane.rest_entropy[i] + sum * risen) * decay;
-                lane.rest_entropy[i] = sum == 0.0 ? lane.rest_entropy[i] : entropy;
-                lane.rest_sum[i] = sum == 0.0 ? 0.0 : sum * decay;
-                const double r = lane.rest_coefficient[i];
-                lane.rest_excess[i] = lane.rest_excess[i] + (r == 0.0 ? 0.0 : r * risen);
-                lane.rest_max[i] = top;
-            }
+            each_pivot(logits, [&](int i, T& x) { lane.pivot_logit[i] = x, x = -infinity<T>; });
+            raise_top(count, [&](int i, int c, T&) POLYCE_INLINE_LAMBDA { return logits[c * width + i]; });
         }
-        set_references();
     }
 
-    void set_references() {
-        POLYCE_SIMD
-        for (int i = 0; i < used; ++i) {
-            lane.m[i] = lane.rest_max[i] == -infinity<double> ? T(0) : T(lane.rest_max[i]);
+    // `logit_at`(row, class, the pivot's logit) gives a logit; four at a time, for fewer loads.
+    template <class F>
+    POLYCE_INLINE void raise_top(int count, F logit_at) {
+        const auto larger = [](T a, T b) POLYCE_INLINE_LAMBDA { return a > b ? a : b; };
+        int c = 0;
+        for (; c + 4 <= count; c += 4) {
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                T logit = lane.pivot_logit[i];
+                const T one = larger(logit_at(i, c, logit), logit_at(i, c + 1, logit));
+                const T two = larger(logit_at(i, c + 2, logit), logit_at(i, c + 3, logit));
+                lane.top[i] = larger(larger(one, two), lane.top[i]);
+                lane.pivot_logit[i] = logit;
+            });
         }
+        for (; c < count; ++c) {
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                T logit = lane.pivot_logit[i];
+                lane.top[i] = larger(logit_at(i, c, logit), lane.top[i]);
+                lane.pivot_logit[i] = logit;
+            });
+        }
+    }
+
+    // Notes the first class of each row that has its largest logit.
+    void find_first(std::int64_t start, int count) {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = 0; });
+        for (int c = count - 1; c >= 0; --c) {
+            const T* x = logits + c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                lane.found[i] = x[i] == lane.top[i] ? Place(c) : lane.found[i];
+            });
+        }
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.first[i] = lane.top[i] > lane.rest_max[i] ? start + lane.found[i] : lane.first[i];
+        });
+    }
+
+    // Carries the sums over to a maximum that the classes in the tile have raised.
+    void raise_to_top() {
+        const Transform<capped> transform = this->transform;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            const double before = double(lane.rest_max[i]), found = double(lane.top[i]);
+            const double top = found > before ? found : before;
+            const double reference = top == -infinity<double> ? 0.0 : top;
+            const double own = before == -infinity<double> ? 0.0 : before;
+            const double decay = exp_negative_full(difference(transform, before, reference));
+            const double risen = difference(transform, reference, own);
+            const double sum = lane.rest_sum[i], r = lane.rest_coefficient[i];
+            const double entropy = (lane.rest_entropy[i] + sum * risen) * decay;
+            lane.rest_entropy[i] = sum == 0.0 ? lane.rest_entropy[i] : entropy;
+            lane.rest_sum[i] = sum == 0.0 ? 0.0 : sum * decay;
+            lane.rest_excess[i] = lane.rest_excess[i] + (r == 0.0 ? 0.0 : r * risen);
+            lane.top[i] = T(top);
+        });
+    }
+
+    void refer_to(const T (&logits)[width]) {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.m[i] = logits[i] == -infinity<T> ? T(0) : logits[i];
+        });
         if constexpr (capped) {
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) lane.decay[i] = decay_of(lane.m[i], twice_over_cap);
+            const T twice_over_cap = this->twice_over_cap;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.decay[i] = decay_of(lane.m[i], twice_over_cap); });
         }
     }
 
-    // x(logit) - x(m), from `tile` into `to`.
-    void read_gaps(int count, T* to) const {
+    // x(logit) - x(m), from `logits` into `gaps`.
+    void read_gaps(int count) const {
+        const T scale = this->scale, cap = this->cap;
         for (int c = 0; c < count; ++c) {
-            const T* x = tile + c * width;
-            T* gap = to + c * width;
-            if constexpr (capped) {
-                POLYCE_SIMD
-                for (int i = 0; i < used; ++i) gap[i] = capped_gap(x[i], lane.m[i], lane.decay[i], scale, cap);
-            } else {
-                POLYCE_SIMD
-                for (int i = 0; i < used; ++i) gap[i] = (x[i] - lane.m[i]) * scale;
-            }
+            const T* x = logits + c * width;
+            T* t = gaps + c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                if constexpr (capped) {
+                    t[i] = capped_gap(x[i], lane.m[i], lane.decay[i], scale, cap);
+                } else {
+                    t[i] = (x[i] - lane.m[i]) * scale;
+                }
+            });
         }
     }
 
-    // Adds Σ term(place in the tile) to a sum of each row: four terms pairwise, then in double.
+    void exponentials(int count) const {
+        for (int c = 0; c < count; ++c) {
+            T* t = gaps + c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = exp_negative(t[i]); });
+        }
+    }
+
+    // Adds Σ term(row, place in the tile) to a sum of each row: four terms pairwise, then in double.
     template <class Term>
     POLYCE_INLINE void add(int count, double* sums, Term term) const {
         int c = 0;
         for (; c + 4 <= count; c += 4) {
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) {
-                const int at = c * width + i;
-                sums[i] += double((term(at) + term(at + width)) + (term(at + 2 * width) + term(at + 3 * width)));
-            }
+            const int at = c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                const T one = term(i, at + i) + term(i, at + width + i);
+                const T two = term(i, at + 2 * width + i) + term(i, at + 3 * width + i);
+                sums[i] += double(one + two);
+            });
         }
         for (; c < count; ++c) {
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) sums[i] += double(term(c * width + i));
+            const int at = c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { sums[i] += double(term(i, at + i)); });
+        }
+    }
+
+    void add_coefficients(std::int64_t start, int count) {
+        fill_coefficients(start, count);
+        each_pivot(coefficients, [&](int i, T& r) { lane.pivot_coefficient[i] = double(r), r = T(0); });
+        const T *const t = gaps, *const r = coefficients;
+        add(count, lane.rest_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA { return r[at]; });
+        add(count, lane.rest_excess, [&](int, int at) POLYCE_INLINE_LAMBDA {
+            // Only what is infinite is skipped: a nan has to stay.
+            return r[at] == T(0) && t[at] == -infinity<T> ? T(0) : r[at] * -t[at];
+        });
+    }
+
+    void add_entropy(int count) {
+        const T* const t = gaps;
+        add(count, lane.rest_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
+            const T e = exp_negative(t[at]);
+            return e == T(0) ? T(0) : -t[at] * e;
+        });
+    }
+
+    // Adds the exponentials and leaves them in `gaps`.
+    void add_exponentials(int count) {
+        T* const t = gaps;
+        const T* const x = logits;
+        const T scale = this->scale;
+        if (capped || spread || job.stats.entropy) {
+            add(count, lane.rest_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return t[at] = exp_negative(t[at]); });
+        } else {
+            add(count, lane.rest_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
+                return t[at] = exp_negative((x[at] - lane.m[i]) * scale);
+            });
         }
     }
 
     void sum() {
-        for (int i = 0; i < used; ++i) {
-            lane.rest_max[i] = -infinity<double>;
-            lane.rest_sum[i] = lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
-            lane.rest_coefficient[i] = lane.pivot_logit[i] = 0.0;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.rest_max[i] = -infinity<T>;
+            lane.pivot_logit[i] = T(0);
+            lane.rest_sum[i] = lane.rest_coefficient[i] = 0.0;
+            lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
             lane.first[i] = 0;
-        }
-        T* const t = gaps;
-        const T* const r = coefficients;
-        for (std::int64_t start = 0; start < job.classes; start += chunk) {
-            const int count = int(job.classes - start < chunk ? job.classes - start : chunk);
-            fill_apart(start, count);
-            raise_to_top(start, count);
-            read_gaps(count, t);
-            if (job.stats.entropy) {
-                add(count, lane.rest_entropy, [&](int at) POLYCE_INLINE_LAMBDA {
-                    const T e = exp_negative(t[at]);
-                    return e == T(0) ? T(0) : -t[at] * e;
-                });
-            }
-            if (has_coefficients(job)) {
-                fill_coefficients(start, count);
-                for (int i = 0; i < rows; ++i) {
-                    const std::int64_t c = lane.pivot[i] - start;
-                    if (c < 0 || c >= count) continue;
-                    lane.pivot_coefficient[i] = double(r[c * width + i]);
-                    coefficients[c * width + i] = T(0);
-                }
-                add(count, lane.rest_coefficient, [&](int at) POLYCE_INLINE_LAMBDA { return r[at]; });
-                add(count, lane.rest_excess, [&](int at) POLYCE_INLINE_LAMBDA {
-                    // Only what is infinite is skipped: a nan has to stay.
-                    return r[at] == T(0) && t[at] == -infinity<T> ? T(0) : r[at] * -t[at];
-                });
-            }
-            exponentials(count);
-            add(count, lane.rest_sum, [&](int at) POLYCE_INLINE_LAMBDA { return t[at]; });
+        });
+        each_chunk([&](std::int64_t start, int count) {
+            fill(job.logits, start, count, logits);
+            find_pivots(start, count);
+            set_apart(count);
+            if (job.stats.prediction || job.stats.correct) find_first(start, count);
+            if (start) raise_to_top();
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
+            refer_to(lane.rest_max);
+            if (capped || spread || job.stats.entropy) read_gaps(count);
+            if (job.stats.entropy) add_entropy(count);
+            if (spread) add_coefficients(start, count);
+            add_exponentials(count);
+        });
+        if (by_labels) {
+            const double each = label_coefficient(job, 1.0);
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.pivot_coefficient[i] = lane.label_weight[i] * each; });
         }
     }
 
-    // exp of the gaps, in their place.
-    void exponentials(int count) const {
-        for (int c = 0; c < count; ++c) {
-            T* t = gaps + c * width;
-            POLYCE_SIMD
-            for (int i = 0; i < used; ++i) t[i] = exp_negative(t[i]);
-        }
-    }
-
-    RowState state(int i) const {
-        return {lane.rest_max[i], lane.rest_sum[i], lane.pivot_logit[i], lane.pivot_coefficient[i],
+    POLYCE_INLINE RowState state(int i) const {
+        return {double(lane.rest_max[i]), lane.rest_sum[i], double(lane.pivot_logit[i]), lane.pivot_coefficient[i],
                 lane.rest_coefficient[i], lane.rest_excess[i], lane.rest_entropy[i]};
+    }
+
+    // From the sums to the losses and to what the gradient is made of.
+    template <bool with_gradient, bool only_pivots>
+    void finish() {
+        const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
+        const Transform<capped> transform = this->transform;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            RowState s = state(i);
+            if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
+            const RowScalars found = scalars(transform, s, sizeof(T) == 8);
+            const double penalty = only_pivots ? 0.0 : z_loss * lane.label_weight[i];
+            const double lse = only_pivots ? 0.0 : log_sum_exp(transform, s, found);
+            const double loss = row_loss(s, found, penalty, lse);
+            lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
+            if constexpr (with_gradient) {
+                const RowGradient g = row_gradient(s, found, penalty, lse);
+                const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
+                if constexpr (only_pivots && !capped) {
+                    lane.once[i] = T(factor * own_scale * g.softmax);
+                } else {
+                    lane.softmax[i] = T(g.softmax);
+                    lane.last[i] = T(factor * own_scale);
+                }
+                lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
+            }
+        });
     }
 
     template <bool with_gradient>
     void finish() {
-        const double slope_scale = capped ? 1.0 : job.scale;
-        POLYCE_SIMD
-        for (int i = 0; i < used; ++i) {
-            const RowState s = state(i);
-            const RowScalars found = scalars(transform, s, sizeof(T) == 8);
-            const double penalty = job.z_loss * lane.label_weight[i];
-            const double lse = log_sum_exp(transform, s, found);
-            const double loss = row_loss(s, found, penalty, lse);
-            lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
-            if (with_gradient) {
-                const RowGradient g = row_gradient(s, found, penalty, lse);
-                const double factor = lane.scale[i];
-                lane.once[i] = T(factor * slope_scale * g.softmax);
-                lane.softmax[i] = T(g.softmax);
-                lane.last[i] = T(factor * slope_scale);
-                lane.at_pivot[i] = T(g.at_pivot * factor * slope(transform, s.pivot_logit));
-                lane.keep[i] = T(lane.counted[i]);
-            }
-        }
+        return plain ? finish<with_gradient, true>() : finish<with_gradient, false>();
     }
 
     void write_gradient() {
-        const bool alone = job.classes <= chunk, coefficients_too = has_coefficients(job);
-        for (std::int64_t start = 0; start < job.classes; start += chunk) {
-            const int count = int(job.classes - start < chunk ? job.classes - start : chunk);
-            if (!alone) {
+        each_chunk([&](std::int64_t start, int count) {
+            if (job.classes > chunk) {
                 // What the sums were made of has given way to the next classes.
-                fill(job.logits, lane.logits, start, count, tile);
-                read_gaps(count, gaps);
+                fill(job.logits, start, count, logits);
+                find_pivots(start, count);
+                read_gaps(count);
                 exponentials(count);
-                if (coefficients_too) fill_coefficients(start, count);
+                if (spread) fill_coefficients(start, count);
             }
-            for (int c = 0; c < count; ++c) {
-                T* t = gaps + c * width;
-                const T *r = coefficients + c * width, *x = tile + c * width;
-                if (coefficients_too) {
-                    POLYCE_SIMD
-                    for (int i = 0; i < used; ++i) {
-                        const T entry = (t[i] * lane.softmax[i] - r[i]) * lane.last[i];
-                        t[i] = lane.keep[i] == T(0) ? T(0) : entry;
-                    }
-                } else {
-                    POLYCE_SIMD
-                    for (int i = 0; i < used; ++i) t[i] = lane.keep[i] == T(0) ? T(0) : t[i] * lane.once[i];
-                }
-                if constexpr (capped) {
-                    POLYCE_SIMD
-                    for (int i = 0; i < used; ++i) {
-                        const T slope = slope_of(decay_of(x[i], twice_over_cap), scale);
-                        t[i] = lane.keep[i] == T(0) ? T(0) : t[i] * slope;
-                    }
-                }
-            }
-            for (int i = 0; i < rows; ++i) {
-                const std::int64_t c = lane.pivot[i] - start;
-                if (c < 0 || c >= count) continue;
-                gaps[c * width + i] = lane.keep[i] == T(0) ? T(0) : lane.at_pivot[i];
-            }
-            empty(job.grad, lane.grad, start, count, gaps);
+            const bool look = count <= few;
+            for (int c = 0; c < count; ++c) multiply(c, look);
+            if (!look) each_pivot(gaps, [&](int i, T& t) { t = lane.at_pivot[i]; });
+            empty(start, count);
+        });
+    }
+
+    // A class's exponentials become its gradient; `look`: also where it is the pivot.
+    void multiply(int c, bool look) const {
+        const T scale = this->scale, twice_over_cap = this->twice_over_cap;
+        const T *x = logits + c * width, *r = coefficients + c * width;
+        T* t = gaps + c * width;
+        const bool plain = this->plain, spread = this->spread;
+        if (plain && !capped) {
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                const T entry = lane.kept[i] == T(0) ? T(0) : t[i] * lane.once[i];
+                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
+            });
+        } else {
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
+                if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
+                entry = lane.kept[i] == T(0) ? T(0) : entry;
+                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
+            });
         }
     }
 
+    void write_stats() {
+        std::int64_t probabilities[width] = {};
+        if (!by_labels) row_offsets(job, job.probabilities.row_stride, first_row, rows, probabilities);
+        for (int i = 0; i < rows; ++i) {
+            const bool invalid = lane.weight[i] != lane.weight[i];
+            const RowTarget target{by_labels ? lane.pivot[i] : 0, lane.counted[i] != 0.0, invalid, lane.weight[i],
+                                   lane.label_weight[i]};
+            const char* p = by_labels ? nullptr : job.probabilities.data + probabilities[i];
+            store_stats<T, capped>(job, transform, first_row + i, target, state(i), lane.pivot[i], lane.first[i], p);
+        }
+    }
+
+    bool is_pair() const {
+        return sizeof(T) == 4 && !capped && plain && job.classes == 2;
+    }
+
     // The sum of the losses of one tile of rows.
-    double run(std::int64_t first_row, int count) {
-        rows = count;
-        used = (rows + step - 1) / step * step;
-        row_offsets(job, job.logits.row_stride, first_row, rows, lane.logits);
-        if (job.probabilities.data) {
-            row_offsets(job, job.probabilities.row_stride, first_row, rows, lane.probabilities);
-        }
-        read_targets(first_row);
-        const bool by_labels = !job.probabilities.data;
-        if (by_labels) {
-            for (int i = 0; i < used; ++i) {
-                lane.pivot[i] = lane.label[i];
-                lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
-            }
+    double run(std::int64_t first, int count) {
+        this->begin(first, count);
+        this->read_targets();
+        if (job.grad.data) this->read_factors();
+        if (is_pair()) {
+            if (job.stats.valid) sum();
+            finish_pair(*this);
         } else {
-            for (int i = 0; i < used; ++i) lane.pivot_coefficient[i] = 0.0;
-            find_largest();
-        }
-        sum();
-        if (by_labels && has_coefficients(job)) {
-            for (int i = 0; i < used; ++i) {
-                lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
+            if (!by_labels) find_largest();
+            sum();
+            if (job.grad.data) {
+                finish<true>();
+                write_gradient();
+            } else {
+                finish<false>();
             }
         }
-        if (job.grad.data) {
-            row_offsets(job, job.grad.row_stride, first_row, rows, lane.grad);
-            for (int i = 0; i < rows; ++i) {
-                const double cotangent = job.cotangents ? job.cotangents[first_row + i] : job.cotangent;
-                lane.scale[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * cotangent;
-            }
-            for (int i = rows; i < used; ++i) lane.scale[i] = 0.0;
-            finish<true>();
-            write_gradient();
-        } else {
-            finish<false>();
-        }
-        if (job.stats.valid) {
-            for (int i = 0; i < rows; ++i) {
-                const bool invalid = lane.weight[i] != lane.weight[i];
-                const RowTarget target{lane.label[i], lane.counted[i] != 0.0, invalid, lane.weight[i],
-                                       lane.label_weight[i]};
-                const char* p = by_labels ? nullptr : job.probabilities.data + lane.probabilities[i];
-                store_stats<T, capped>(job, transform, first_row + i, target, state(i), lane.pivot[i], lane.first[i], p);
-            }
-        }
+        if (job.stats.valid) write_stats();
         if (job.losses) {
             const int size = size_of(job.result_dtype);
             narrow_run(job.result_dtype, lane.loss, rows, static_cast<char*>(job.losses) + first_row * size, size);
         }
-        double total = 0.0;
-        for (int i = 0; i < rows; ++i) total += lane.loss[i];
-        return total;
+        return total();
     }
 
-    void log_softmax(std::int64_t first_row, int count) {
-        rows = count;
-        used = (rows + step - 1) / step * step;
-        row_offsets(job, job.logits.row_stride, first_row, rows, lane.logits);
-        row_offsets(job, job.grad.row_stride, first_row, rows, lane.grad);
-        for (int i = 0; i < used; ++i) {
-            lane.weight[i] = lane.label_weight[i] = lane.counted[i] = lane.pivot_coefficient[i] = 1.0;
+    double total() const {
+        double sums[step] = {};
+        for (int start = 0; start < this->used; start += step) {
+            POLYCE_SIMD
+            for (int i = 0; i < step; ++i) sums[i] += lane.loss[start + i];
         }
+        for (int half = step / 2; half; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        }
+        return sums[0];
+    }
+
+    // log(softmax): what the likeliest class lacks to 0 is its loss.
+    void log_softmax(std::int64_t first, int count) {
+        this->begin(first, count);
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.weight[i] = lane.label_weight[i] = lane.counted[i] = 1.0;
+        });
         find_largest();
         sum();
         finish<false>();
-        for (int i = 0; i < used; ++i) lane.m[i] = T(lane.pivot_logit[i]);
-        if constexpr (capped) {
-            for (int i = 0; i < used; ++i) lane.decay[i] = decay_of(lane.m[i], twice_over_cap);
-        }
-        for (std::int64_t start = 0; start < job.classes; start += chunk) {
-            const int here = int(job.classes - start < chunk ? job.classes - start : chunk);
-            fill(job.logits, lane.logits, start, here, tile);
-            read_gaps(here, gaps);
+        refer_to(lane.pivot_logit);
+        each_chunk([&](std::int64_t start, int here) {
+            fill(job.logits, start, here, logits);
+            find_pivots(start, here);
+            read_gaps(here);
             for (int c = 0; c < here; ++c) {
                 T* t = gaps + c * width;
-                for (int i = 0; i < used; ++i) t[i] = t[i] - T(lane.loss[i]);
+                each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = t[i] - T(lane.loss[i]); });
             }
-            for (int i = 0; i < rows; ++i) {
-                const std::int64_t c = lane.pivot[i] - start;
-                if (c >= 0 && c < here) gaps[c * width + i] = -T(lane.loss[i]);
-            }
-            empty(job.grad, lane.grad, start, here, gaps);
-        }
+            each_pivot(gaps, [&](int i, T& t) { t = -T(lane.loss[i]); });
+            empty(start, here);
+        });
     }
 };
 

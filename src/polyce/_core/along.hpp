@@ -23,7 +23,7 @@ POLYCE_INLINE double fold(double (&sums)[lanes]) {
 
 // Arithmetic leaves the memory idle unless what comes next is asked for meanwhile.
 POLYCE_INLINE void fetch_ahead(const char* place, int bytes) {
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(place + at);
+    for (int at = 0; at < bytes; at += 64) POLYCE_FETCH(place + at);
 }
 
 // Σ term(i) for i below `count`, a multiple of `group`. Meanwhile as many numbers are fetched from
@@ -319,7 +319,7 @@ struct Along {
         std::int64_t pivot = target.label, first = 0;
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
         if (target.counted && job.classes) {
-            if (job.backward_only) {
+            if (job.backward_only && job.saved) {
                 const SavedRow& saved = job.saved[r];
                 pivot = std::int64_t(saved.pivot);
                 s.rest_max = saved.rest_max, s.rest_sum = saved.rest_sum;

@@ -5,8 +5,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <chrono>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core.hpp"
@@ -83,7 +86,11 @@ public:
         return data_;
     }
 
-    char* data() const { return data_; }
+    // Arrays without elements may lie nowhere, but where null means that there is none, they are.
+    char* data() const {
+        static char nowhere;
+        return data_ ? data_ : &nowhere;
+    }
     std::int64_t stride(int axis) const { return strides_[axis]; }
 
 private:
@@ -91,6 +98,37 @@ private:
     std::int64_t strides_[max_axes];
     Py_buffer view_;
     bool held_ = false;
+};
+
+// Lets other Python threads run during a large call. Not once the process is ending: a thread that
+// then asked for the lock back would be ended by Python, in the middle of C++ frames that nothing
+// may unwind. So the end waits for those that are out, and later calls keep the lock.
+class Unlocked {
+public:
+    explicit Unlocked(std::int64_t numbers) {
+        if (ending_ || numbers < numbers_worth_unlocking) return;
+        ++outside_;
+        state_ = PyEval_SaveThread();
+    }
+    ~Unlocked() {
+        if (!state_) return;
+        PyEval_RestoreThread(state_);
+        --outside_;
+    }
+    Unlocked(const Unlocked&) = delete;
+
+    static void wait_for_all() {
+        ending_ = true;
+        while (outside_ > 0) {
+            nb::gil_scoped_release unlocked;
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+
+private:
+    static inline std::atomic<bool> ending_{false};
+    static inline std::atomic<int> outside_{0};
+    PyThreadState* state_ = nullptr;
 };
 
 // What calls of one shape, one set of dtypes and one set of options have in common.
@@ -133,7 +171,7 @@ public:
         job_.normalized = normalized;
     }
 
-    nb::object run(
+    std::optional<std::int64_t> run(
         nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
         double normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
         nb::handle grad, bool fresh, bool backward
@@ -158,7 +196,11 @@ public:
         if (!weight.is_none()) job.class_weight = (next++)->open_contiguous(weight, {job.classes}, wide, false);
         job.sample_weight = static_cast<const double*>(rows(sample_weight, 8, false));
         job.normalizer = normalizer;
-        job.losses = rows(losses, size_of(job.result_dtype), true);
+        if (job.reduction == Reduction::none) {
+            job.losses = rows(losses, size_of(job.result_dtype), true);
+        } else if (!losses.is_none()) {
+            job.reduced = (next++)->open_contiguous(losses, {}, size_of(job.result_dtype), true);
+        }
         if (!saved.is_none()) {
             void* place = (next++)->open_contiguous(saved, {job.rows, 4}, 8, true);
             job.saved = static_cast<SavedRow*>(place);
@@ -178,15 +220,12 @@ public:
         }
         job.backward_only = backward;
         job.fresh = fresh;
-        if (job.rows * job.classes < numbers_worth_unlocking) {
-            run_job(job);
-        } else {
-            nb::gil_scoped_release unlocked;
+        {
+            const Unlocked unlocked(job.rows * job.classes);
             run_job(job);
         }
-        if (job.bad_row >= 0) return nb::int_(job.bad_row);
-        if (backward || job.reduction == Reduction::none) return nb::none();
-        return nb::float_(reduced(job));
+        if (job.bad_row >= 0) return job.bad_row;
+        return {};
     }
 
     void log_softmax(nb::handle logits, nb::handle out) const {
@@ -195,7 +234,8 @@ public:
         x.open(logits, shape_, size_of(job.logits.dtype), false);
         g.open(out, shape_, size_of(job.grad.dtype), true);
         place(job, x, nullptr, &g);
-        nb::gil_scoped_release unlocked;
+        job.fresh = true;
+        const Unlocked unlocked(job.rows * job.classes);
         polyce::log_softmax(job);
     }
 
@@ -204,7 +244,9 @@ public:
 private:
     static void run_job(Job& job) {
         read_target(job);
-        if (job.bad_row < 0) polyce::run(job);
+        if (job.bad_row >= 0) return;
+        polyce::run(job);
+        store_reduced(job);
     }
 
     // Says where the rows lie; axes that all arrays step through evenly become one.
@@ -249,6 +291,7 @@ nb::tuple isa_names_here() {
 NB_MODULE(_core, m) {
     m.doc() = "polyce's compiled kernels: addresses in, losses and gradients out; nothing is checked "
               "here that polyce.problem has checked.";
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::wait_for_all));
     nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
         .def(nb::init<Shape, int, const std::string&, const std::string&, bool, bool, const std::string&,
                       const std::string&, std::optional<std::int64_t>, bool, double, double, double,
@@ -261,13 +304,10 @@ NB_MODULE(_core, m) {
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
              nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
-             nb::sig("def run(self, logits: object, target: object, weight: object, "
-                     "sample_weight: object, normalizer: float, losses: object, stats: object, "
-                     "saved: object, cotangent: object, grad: object, fresh: bool, backward: bool) "
-                     "-> float | int | None"),
-             "Compute and write what has a place: arrays are buffers, or pairs of an address and "
-             "strides. Gives the reduced loss, None without reduction, or, as an int, the first row "
-             "with a bad label; then nothing was written.")
+             "Compute, and write what has a place; arrays are buffers, or tuples that begin with an "
+             "address and strides. Gives the first row with a bad label, where labels are checked; "
+             "then nothing was written. A gradient is `fresh` where its memory is "
+             "dense and has never been written.")
         .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),
              "Write log(softmax(logits)) into out.")
         .def_prop_ro("saves_rows", &Call::saves_rows,
@@ -279,10 +319,4 @@ NB_MODULE(_core, m) {
           "Name the instruction sets that are here, best first.");
     m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); }, nb::arg("name"),
           "Use this instruction set from now on; False if it is not here.");
-    m.def("ask_for_huge_pages",
-          [](std::uintptr_t address, std::int64_t bytes) {
-              ask_for_huge_pages(reinterpret_cast<void*>(address), bytes);
-          },
-          nb::arg("address"), nb::arg("bytes"),
-          "Ask for huge pages under memory that is about to be written for the first time.");
 }

@@ -21,6 +21,7 @@ constexpr std::int64_t numbers_per_thread = 32768;
 constexpr std::int64_t rows_in_label_block = 16384;
 // A gradient larger than this has left the caches before anyone reads it.
 constexpr std::int64_t bytes_worth_streaming = 16 << 20;
+constexpr std::int64_t bytes_worth_huge_pages = 4 << 20;
 constexpr std::int64_t huge_page = 2 << 20;
 
 int threads_for(std::int64_t numbers) {
@@ -41,10 +42,21 @@ double pairwise(const double* values, std::int64_t count) {
     return pairwise(values, half) + pairwise(values + half, count - half);
 }
 
+void ask_for_huge_pages(void* memory, std::int64_t bytes) {
+#if defined(__linux__)
+    // Advice that may be refused, as some systems do: then the pages are small.
+    const auto start = reinterpret_cast<std::uintptr_t>(memory);
+    const std::uintptr_t first = (start + huge_page - 1) / huge_page * huge_page;
+    const std::uintptr_t end = (start + std::uintptr_t(bytes)) / huge_page * huge_page;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 // Makes the system give all pages of fresh memory now, on all threads. Were each given when it is
 // first written, its zeros would push out of the caches what is being computed with.
 void fill_with_pages(char* memory, std::int64_t bytes) {
-    ask_for_huge_pages(memory, bytes);
     const auto touch = [](void* start, std::int64_t page, char*) {
         static_cast<char*>(start)[page * huge_page] = 0;
     };
@@ -90,6 +102,7 @@ void read_target(Job& job) {
 
 void run(Job& job) {
     const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
+    if (job.fresh && bytes >= bytes_worth_huge_pages) ask_for_huge_pages(job.grad.data, bytes);
     if (job.grad.data && bytes >= bytes_worth_streaming) {
         // What is overwritten in place is in the caches already.
         job.streams = job.grad.data != job.logits.data && job.grad.class_stride == size_of(job.grad.dtype);
@@ -111,13 +124,16 @@ void run(Job& job) {
     job.total = pairwise(sums.get(), tiles);
 }
 
-double reduced(const Job& job) {
+void store_reduced(const Job& job) {
+    if (!job.reduced) return;
     const double loss = job.reduction == Reduction::mean ? job.total / job.denominator : job.total;
-    return current_kernels().rounded(job.result_dtype, loss);
+    current_kernels().store(job.result_dtype, loss, job.reduced);
 }
 
 void log_softmax(const Job& job) {
     const Kernels& kernels = current_kernels();
+    const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
+    if (job.fresh && bytes >= bytes_worth_huge_pages) ask_for_huge_pages(job.grad.data, bytes);
     struct Context {
         const Job& job;
         const Kernels& kernels;
@@ -128,18 +144,6 @@ void log_softmax(const Job& job) {
     };
     share_tiles(
         kernels.tiles(job), threads_for(job.rows * job.classes), kernels.scratch_bytes(job), task, &context);
-}
-
-void ask_for_huge_pages(void* memory, std::int64_t bytes) {
-#if defined(__linux__)
-    // Advice that may be refused, as some systems do: then the pages are small.
-    const auto start = reinterpret_cast<std::uintptr_t>(memory);
-    const std::uintptr_t first = (start + huge_page - 1) / huge_page * huge_page;
-    const std::uintptr_t end = (start + std::uintptr_t(bytes)) / huge_page * huge_page;
-    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 }  // namespace polyce

@@ -10,16 +10,13 @@ void read_target(Job& job);
 // Reads the logits, writes what the job has places for, and sets total.
 void run(Job& job);
 void log_softmax(const Job& job);
-// The loss of the whole, rounded once to the result dtype.
-double reduced(const Job& job);
+// Writes the loss of the whole, rounded once, if there is a reduction and a place for it.
+void store_reduced(const Job& job);
 
 // The instruction set in use, the one to use from now on (false for one that is not here), and
 // those that are here, best first, ending with null.
 const char* isa_name();
 bool use_isa(const char* name);
 const char* const* isa_names();
-
-// Asks for huge pages under memory that is about to be written for the first time.
-void ask_for_huge_pages(void* memory, std::int64_t bytes);
 
 }  // namespace polyce

@@ -65,6 +65,7 @@ struct Job {
 
     Float result_dtype = Float::f32;
     void* losses = nullptr;       // without reduction: one for each row
+    void* reduced = nullptr;      // with one: the loss, for those who want it in memory
     SavedRow* saved = nullptr;    // written by a forward pass, read by a backward pass
     bool backward_only = false;
     bool fresh = false;           // the gradient is dense and has never been written
@@ -91,7 +92,7 @@ struct Kernels {
     std::int64_t (*scratch_bytes)(const Job&);
     double (*run_tile)(const Job&, std::int64_t tile, char* scratch);
     void (*log_softmax_tile)(const Job&, std::int64_t tile, char* scratch);
-    double (*rounded)(Float, double);
+    void (*store)(Float, double, void*);
 };
 
 }  // namespace polyce

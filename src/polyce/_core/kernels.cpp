@@ -135,14 +135,14 @@ LabelFacts read_labels(const Job& job, std::int64_t first, std::int64_t count) {
     return facts;
 }
 
-double rounded(Float dtype, double value) {
-    return with_type(dtype, [&](auto type) { return double(widen(narrow<decltype(type)>(value))); });
+void store(Float dtype, double value, void* place) {
+    narrow_run(dtype, &value, 1, static_cast<char*>(place), 0);
 }
 
 }  // namespace
 
 extern const Kernels kernels{
-    POLYCE_TEXT_OF(POLYCE_ISA), read_labels, tiles, scratch_bytes, run_tile, log_softmax_tile, rounded,
+    POLYCE_TEXT_OF(POLYCE_ISA), read_labels, tiles, scratch_bytes, run_tile, log_softmax_tile, store,
 };
 
 }  // namespace polyce::POLYCE_ISA

@@ -142,7 +142,7 @@ void store_stats(
     const double nan = std::numeric_limits<double>::quiet_NaN();
     if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
     if (stats.entropy) {
-        static_cast<T*>(stats.entropy)[row] = T(target.counted ? row_entropy(state, r) : nan);
+        static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(state, r) : nan);
     }
     const bool leads = state.pivot_logit > state.rest_max ||
                        (state.pivot_logit == state.rest_max && pivot < rest_first);

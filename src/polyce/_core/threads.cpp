@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -116,12 +115,8 @@ Pool& current_pool() {
     return *found;
 }
 
-// The processors that this process may use, or what POLYCE_NUM_THREADS says.
+// The processors that this process may use.
 int usable_processors() {
-    if (const char* text = std::getenv("POLYCE_NUM_THREADS")) {
-        const int count = std::atoi(text);
-        if (count > 0) return count;
-    }
 #if defined(__linux__)
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);

@@ -1,0 +1,38 @@
+"""
+polyce's compiled kernels: addresses in, losses and gradients out; nothing is checked here that polyce.problem has checked.
+"""
+
+from collections.abc import Sequence
+
+
+class Call:
+    """What calls of one shape, one set of dtypes and options share."""
+
+    def __init__(self, shape: Sequence[int], axis: int, logits_dtype: str, target_dtype: str, probabilities: bool, wide: bool, result_dtype: str, reduction: str, ignored: int | None, check_labels: bool, smoothing: float, z_loss: float, scale: float, cap: float, normalized: bool) -> None: ...
+
+    def run(self, logits: object, target: object, weight: object | None, sample_weight: object | None, normalizer: float, losses: object | None, stats: object | None, saved: object | None, cotangent: object, grad: object | None, fresh: bool, backward: bool) -> int | None:
+        """
+        Compute, and write what has a place; arrays are buffers, or tuples that begin with an address and strides. Gives the first row with a bad label, where labels are checked; then nothing was written. A gradient is `fresh` where its memory is dense and has never been written.
+        """
+
+    def log_softmax(self, logits: object, out: object) -> None:
+        """Write log(softmax(logits)) into out."""
+
+    @property
+    def saves_rows(self) -> bool:
+        """Whether a backward pass is spared a reading of the logits by `saved`."""
+
+def get_num_threads() -> int:
+    """Give the number of threads of a large call."""
+
+def set_num_threads(count: int) -> None:
+    """Set it."""
+
+def isa() -> str:
+    """Name the instruction set in use."""
+
+def isas() -> tuple[str, ...]:
+    """Name the instruction sets that are here, best first."""
+
+def use_isa(name: str) -> bool:
+    """Use this instruction set from now on; False if it is not here."""

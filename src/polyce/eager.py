@@ -1,0 +1,95 @@
+"""Which arrays hold values now, that can be looked at or lie in memory for a kernel to read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+# Libraries whose arrays hold no values before a computation is asked for, or polyce must not ask.
+LAZY = ("dask", "cubed", "ndonnx")
+# Libraries that compute in NumPy as soon as they are called.
+ON_NUMPY = ("numpy", "array-api-strict", "marray", "mparray")
+
+
+def has_values(array: Any, backend: str) -> bool:
+    """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
+    if backend in (*ON_NUMPY, "cupy", "mlx") or isinstance(array, np.ndarray):
+        return True
+    if backend in LAZY:
+        return False
+    if backend == "torch":
+        import torch
+
+        return not (
+            _is_traced(torch)
+            or array.device.type == "meta"
+            or type(array) not in (torch.Tensor, torch.nn.Parameter)
+            or torch._C._functorch.is_functorch_wrapped_tensor(array)
+        )
+    if backend == "jax":
+        import jax
+
+        return not isinstance(array, jax.core.Tracer)
+    import array_api_compat
+
+    return not array_api_compat.is_lazy_array(array)
+
+
+def _is_traced(torch: Any) -> bool:
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx
+        or torch.jit.is_tracing()
+    )
+
+
+def _is_transformed(torch: Any) -> bool:
+    """Tell whether a torch.func transform or a level of forward mode is active."""
+    return bool(
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def are_concrete(arrays: Iterable[Any], backend: str) -> bool:
+    """Tell whether all arrays are memory that a kernel may read, and no derivative waits for it.
+
+    Under a transform or at a level of forward mode torch wants to see operations of its own.
+    """
+    if backend == "numpy":
+        return True
+    if not all(array is None or has_values(array, backend) for array in arrays):
+        return False
+    return backend != "torch" or not _is_transformed(sys.modules["torch"])
+
+
+def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
+    """Give shape and dtype of each array where that is all that a description depends on.
+
+    So it is for NumPy's own arrays, and for torch's own on a CPU while nothing but its autograd
+    watches. None stands for an array that is not there.
+    """
+    kind = type(arrays[0])
+    torch = None
+    if kind is not np.ndarray:
+        torch = sys.modules.get("torch")
+        if torch is None or torch.compiler.is_compiling() or kind is not torch.Tensor:
+            return None
+    facts: list[Any] = []
+    for array in arrays:
+        if array is None:
+            facts.append(None)
+        elif type(array) is not kind or (
+            torch is not None
+            and (not array.is_cpu or array.layout is not torch.strided or array.is_nested)
+        ):
+            return None
+        else:
+            facts.append((array.shape, array.dtype))
+    if torch is not None and (
+        _is_traced(torch) or _is_transformed(torch) or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    return tuple(facts)

@@ -1,0 +1,303 @@
+"""native: the compiled kernels, for NumPy arrays and torch tensors on a CPU.
+
+One reading of the logits and one writing of the gradient, whatever their strides. What a target
+means, the reduction and the stats are the kernels' own as well, held to the reference's by the
+tests, so that a small call is little more than one call of theirs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyce import arrays, labels, targets
+from polyce.problem import Operands, Problem
+from polyce.stats import RowStats, Stats
+from polyce.targets import Plan
+
+BACKENDS = frozenset({"numpy", "torch"})
+ISA_VARIABLE = "POLYCE_ISA"
+THREADS_VARIABLE = "POLYCE_NUM_THREADS"
+_MOST_KERNELS = 1024
+
+
+# Looked up once: torch.compile traces the choice of an implementation. In a checkout the folder of
+# the C++ files has the module's name, and is found, but loads nothing.
+_SPEC = importlib.util.find_spec("polyce._core")
+_IS_BUILT = _SPEC is not None and _SPEC.loader is not None
+
+
+def unavailable() -> str | None:
+    """Say that the core was not built with this install, and what that costs."""
+    if _IS_BUILT:
+        return None
+    return (
+        "the compiled core is not built, so calls on NumPy and torch CPU arrays take several times "
+        "as long (install polyce again where there is a C++ compiler)"
+    )
+
+
+def refuses(problem: Problem) -> str | None:
+    """Say what the kernels cannot read."""
+    if not problem.is_concrete:
+        return "the arrays are no memory to read now (traced, transformed or without values)"
+    # The result has the byte order of what it is promoted from.
+    if problem.backend == "numpy" and not (
+        problem.logits_dtype.isnative and problem.result_dtype.isnative
+    ):
+        return "the bytes of logits or probabilities are not in this processor's order"
+    return None
+
+
+_loaded: list[ModuleType] = []
+
+
+def core() -> ModuleType:
+    """Give the compiled module, set as the environment asks when it is first used."""
+    if not _loaded:
+        _loaded.append(_set_up(importlib.import_module("polyce._core")))
+    return _loaded[0]
+
+
+def _set_up(module: ModuleType) -> ModuleType:
+    isa, threads = os.environ.get(ISA_VARIABLE), os.environ.get(THREADS_VARIABLE)
+    if isa and not module.use_isa(isa):
+        raise ValueError(
+            f"{ISA_VARIABLE} must be one of {', '.join(module.isas())} on this processor, got "
+            f"{isa!r}; leave it out for the first of them"
+        )
+    if threads:
+        if not threads.isdecimal() or int(threads) < 1:
+            raise ValueError(
+                f"{THREADS_VARIABLE} must be a number of threads from 1 on, got {threads!r}; "
+                "leave it out for one on each processor"
+            )
+        module.set_num_threads(int(threads))
+    return module
+
+
+class Memory(NamedTuple):
+    """How the kernels come by the memory of a library's arrays."""
+
+    empty: Callable[..., Any]
+    """(shape, dtype) -> array"""
+    empty_like: Callable[[Any], Any]
+    """An array laid out as another is, without gaps and overlaps."""
+    handle: Callable[[Any], Any]
+    """What tells the kernels an array's address and strides."""
+    dense: Callable[..., Any]
+    """(array, dtype or None) -> a C-contiguous array of that dtype, or of its own"""
+    scalar: Callable[[Any], Any]
+    """An array of no dimension as the library's own sum returns it."""
+    written: Callable[[Any], object] = id
+    """Says that the kernels have written an array of the caller's, where somebody keeps count."""
+
+
+def _in_order(array: Any) -> Any:
+    """Give an array with its bytes in this processor's order, as the kernels read them."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _dense(array: Any, dtype: Any) -> Any:
+    array = np.asarray(_in_order(array), dtype, order="C")
+    return array if array.flags.aligned else array.copy()
+
+
+_NUMPY = Memory(
+    empty=np.empty,
+    empty_like=np.empty_like,
+    handle=_in_order,
+    dense=_dense,
+    scalar=lambda array: array[()],
+)
+
+
+def memory(backend: str) -> Memory:
+    """Give what is known of a backend's arrays."""
+    if backend == "numpy":
+        return _NUMPY
+    from polyce.implementations import native_torch
+
+    return native_torch.MEMORY
+
+
+def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
+    """Give the loss as the caller gets it, on torch's graph where it needs to be, and the stats."""
+    if problem.backend == "torch":
+        from polyce.implementations import native_torch
+
+        return native_torch.cross_entropy(problem, operands)
+    return run(problem, operands)
+
+
+def cross_entropy_with_grad(
+    problem: Problem, operands: Operands, out: Any
+) -> tuple[Any, Any, Stats | None]:
+    """Give the loss, the gradient, in `out` where it is given, and the stats."""
+    own = memory(problem.backend)
+    grad = own.empty_like(operands.logits) if out is None else out
+    loss, found = run(problem, operands, grad, fresh=out is None)
+    if out is not None:
+        own.written(out)
+    return loss, grad, found
+
+
+def run(
+    problem: Problem,
+    operands: Operands,
+    grad: Any = None,
+    *,
+    fresh: bool = False,
+    saved: Any = None,
+    backward: bool = False,
+) -> tuple[Any, Stats | None]:
+    """Run the kernels; the gradient, and what a backward pass needs, are written where given."""
+    own = memory(problem.backend)
+    empty, handle, dense = own.empty, own.handle, own.dense
+    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    by_rows = problem.reduction == "none"
+    losses = None
+    if not backward:
+        losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
+    found = None if problem.stats is None else _empty_stats(problem, empty)
+    if problem.kind == "index":
+        target = dense(target, None)
+        if target.shape != problem.row_shape:
+            target = target.reshape(problem.row_shape)
+    if weight is not None:
+        weight = handle(dense(weight, problem.arithmetic_dtype))
+    if sample_weight is not None:
+        sample_weight = handle(dense(sample_weight, problem.row_dtype))
+    if cotangent is None:
+        cotangent = 1.0
+    elif type(cotangent) is not float:
+        by_row = by_rows and cotangent.ndim > 0
+        cotangent = handle(dense(cotangent, problem.row_dtype)) if by_row else float(cotangent)
+    bad_row = kernel(problem).run(
+        handle(logits),
+        handle(target),
+        weight,
+        sample_weight,
+        0.0 if normalizer is None else float(normalizer),
+        None if losses is None else handle(losses),
+        found and tuple(None if array is None else handle(array) for array in found),
+        None if saved is None else handle(saved),
+        cotangent,
+        None if grad is None else handle(grad),
+        fresh,
+        backward,
+    )
+    if bad_row is not None:
+        raise labels.bad_label(problem, int(target.reshape((-1,))[bad_row]), bad_row)
+    return losses if by_rows or backward else own.scalar(losses), found
+
+
+def log_softmax(problem: Problem, logits: Any) -> Any:
+    """Give log(softmax(logits)) along the class axis."""
+    own = memory(problem.backend)
+    result = own.empty_like(logits)
+    kernel(problem).log_softmax(own.handle(logits), own.handle(result))
+    return result
+
+
+def _empty_stats(problem: Problem, empty: Callable[..., Any]) -> Stats:
+    xp, arithmetic, asked = problem.xp, problem.arithmetic_dtype, problem.stats or ()
+
+    def entry(name: str, dtype: Any) -> Any:
+        wanted = name in asked or name == "valid"
+        return empty(problem.row_shape, dtype=dtype) if wanted else None
+
+    return Stats(
+        lse=entry("lse", arithmetic),
+        entropy=entry("entropy", arithmetic),
+        prediction=entry("prediction", xp.int64),
+        correct=entry("correct", xp.bool),
+        valid=entry("valid", xp.bool),
+    )
+
+
+_kernels: dict[Problem, Any] = {}
+
+
+def kernel(problem: Problem) -> Any:
+    """Give what the kernels know of a problem before they see an array."""
+    found = _kernels.get(problem)
+    if found is None:
+        if len(_kernels) >= _MOST_KERNELS:
+            _kernels.clear()
+        found = _kernels[problem] = _kernel(problem)
+    return found
+
+
+def _kernel(problem: Problem) -> Any:
+    return core().Call(
+        shape=problem.shape,
+        axis=problem.axis,
+        logits_dtype=problem.logits_dtype_name,
+        target_dtype=problem.target_dtype,
+        probabilities=problem.kind == "probability",
+        wide=arrays.name_of(problem.arithmetic_dtype) == "float64",
+        result_dtype=arrays.name_of(problem.result_dtype),
+        reduction=problem.reduction,
+        ignored=labels.ignored_as_signed(problem) if problem.kind == "index" else None,
+        check_labels=problem.check_labels,
+        smoothing=problem.label_smoothing,
+        z_loss=problem.z_loss,
+        scale=problem.logit_scale,
+        cap=0.0 if problem.logit_softcap == math.inf else problem.logit_softcap,
+        normalized=problem.normalized,
+    )
+
+
+# For a caller that has rows to itself, as a block of a dask array has.
+
+
+def plan(problem: Problem, operands: Operands) -> Plan:
+    """Read the target; the kernels will do so again, from the operands."""
+    return targets.plan(problem, operands)._replace(operands=operands)
+
+
+def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, None, RowStats | None]:
+    """Give the rows' losses, no state, and the rows' stats."""
+    rows, _, found = _rows(problem, plan, None, logits)
+    return rows, None, found
+
+
+def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: None) -> Any:
+    """Give the gradient with respect to the logits."""
+    return forward_backward(problem, plan, cotangent, logits)[1]
+
+
+def forward_backward(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+) -> tuple[Any, Any, RowStats | None]:
+    """Give the rows' losses, the gradient and the rows' stats in one pass over the logits."""
+    return _rows(problem, plan, cotangent, logits)
+
+
+def _rows(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+) -> tuple[Any, Any, RowStats | None]:
+    problem = problem._replace(
+        reduction="none", normalized=False, result_dtype=problem.row_dtype, check_labels=False
+    )
+    grad = None
+    if cotangent is not None:
+        grad = memory(problem.backend).empty_like(logits)
+        if type(cotangent) is not float and cotangent.ndim:
+            cotangent = cotangent.reshape(problem.row_shape)
+    operands = plan.operands._replace(logits=logits, grad_output=cotangent, normalizer=None)
+    rows, found = run(problem, operands, grad, fresh=True)
+
+    def expand(array: Any) -> Any:
+        return None if array is None else arrays.expand(array, problem.axis)
+
+    stats = found and RowStats(*map(expand, (found.lse, found.entropy, found.prediction)))
+    return expand(rows), grad, stats

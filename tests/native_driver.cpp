@@ -1,0 +1,314 @@
+// Holds the kernels to the answers that polyce.testing.dump wrote, with no Python in the process:
+// for every instruction set that is here, in every order of memory and on several threads. What it
+// is for is to be built with sanitizers: every array lies in heap memory of exactly its size.
+//
+//   polyce_driver FOLDER
+//
+// The format of the files is described at the top of polyce/testing/dump.py.
+
+#include <cstdio>
+#include <thread>
+
+#include "core.hpp"
+#include "native_cases.hpp"
+#include "threads.hpp"
+
+using namespace polyce;
+
+namespace {
+
+enum class Gradient : std::uint8_t { absent, apart, in_place, from_saved };
+
+struct Way {
+    std::string name;
+    Layout layout = {};
+    Gradient gradient = Gradient::apart;
+    int threads = 1;
+    bool stats = true, fresh = false, streams = false;
+};
+
+struct Results {
+    Bytes loss, grad, lse, entropy, prediction, correct, valid;
+};
+
+void place_rows(Job& job, const Shape& rows) {
+    job.rows = product(rows);
+    job.axes = int(rows.size());
+    for (std::size_t a = 0; a < rows.size(); ++a) job.axis_size[a] = rows[a];
+}
+
+void read_and_run(Job& job) {
+    read_target(job);
+    run(job);
+}
+
+Results run_case(const Case& c, const Way& way) {
+    Job job = c.job;
+    const Shape rows = c.row_shape();
+    place_rows(job, rows);
+    job.classes = c.shape[std::size_t(c.axis)];
+    const bool by_labels = c.fields.at("kind") == "index";
+    const int size = size_of(job.logits.dtype), target_size = c.format("target_dtype").size;
+    Placed logits(c.shape, size, way.layout), apart(c.shape, size, way.layout);
+    Placed target(by_labels ? rows : c.shape, target_size,
+                  by_labels ? Layout{false, false, 1, way.layout.offset} : way.layout);
+    logits.fill(c.logits);
+    target.fill(c.target);
+    logits.describe(job.logits, c.axis);
+    if (by_labels) {
+        job.labels = target.data();
+    } else {
+        target.describe(job.probabilities, c.axis);
+    }
+    if (!c.weight.empty()) job.class_weight = c.weight.data();
+    if (!c.sample_weight.empty()) {
+        job.sample_weight = reinterpret_cast<const double*>(c.sample_weight.data());
+    }
+    if (job.reduction == Reduction::none && !c.cotangents.empty()) {
+        job.cotangents = reinterpret_cast<const double*>(c.cotangents.data());
+    }
+
+    const Placed& grad = way.gradient == Gradient::in_place ? logits : apart;
+    if (way.gradient == Gradient::apart || way.gradient == Gradient::in_place) {
+        grad.describe(job.grad, c.axis);
+    }
+    job.fresh = way.fresh;
+    job.streams = way.streams;
+    const int arithmetic = c.wide() ? 8 : 4;
+    Placed loss(job.reduction == Reduction::none ? rows : Shape{}, size_of(job.result_dtype));
+    (job.reduction == Reduction::none ? job.losses : job.reduced) = loss.data();
+    Placed lse(rows, arithmetic), entropy(rows, arithmetic), prediction(rows, 8);
+    Placed correct(rows, 1), valid(rows, 1);
+    if (way.stats) {
+        job.stats = {lse.data(), entropy.data(), reinterpret_cast<std::int64_t*>(prediction.data()),
+                     reinterpret_cast<bool*>(correct.data()), reinterpret_cast<bool*>(valid.data())};
+    }
+    const std::unique_ptr<SavedRow[]> saved(new SavedRow[std::size_t(job.rows)]);
+    if (way.gradient == Gradient::from_saved) job.saved = saved.get();
+
+    set_thread_count(way.threads);
+    Job second = job;
+    read_and_run(job);
+    store_reduced(job);
+    if (way.gradient == Gradient::from_saved) {
+        grad.describe(second.grad, c.axis);
+        second.backward_only = true;
+        second.losses = second.reduced = nullptr;
+        second.stats = {};
+        read_and_run(second);
+    }
+    return {loss.elements(),       grad.elements(),    lse.elements(),  entropy.elements(),
+            prediction.elements(), correct.elements(), valid.elements()};
+}
+
+bool agrees(double got, double want, double tolerance, double overflow) {
+    if (got == want || (std::isnan(got) && std::isnan(want))) return true;
+    if (std::isinf(got)) {
+        const double most = std::fabs(want) + tolerance;
+        return std::isfinite(want) && std::signbit(got) == std::signbit(want) &&
+               (most >= overflow || std::isinf(most));
+    }
+    return std::fabs(got - want) <= tolerance;
+}
+
+int passed = 0, failed = 0;
+
+void tell(bool fine, const std::string& text) {
+    ++(fine ? passed : failed);
+    if (!fine) std::printf("FAILED %s %s\n", isa_name(), text.c_str());
+}
+
+// What is wrong with an array, in words, or nothing.
+std::string fault(const Case& c, const std::string& what, const Bytes& found, const Format& format) {
+    const std::vector<double>& want = c.expected.at(what);
+    const auto tolerances = c.expected.find(what + "_tol");
+    const std::vector<double> got = numbers(found, format);
+    for (std::size_t i = 0; i < want.size(); ++i) {
+        const double tolerance = tolerances == c.expected.end() ? 0.0 : tolerances->second.at(i);
+        if (agrees(got.at(i), want[i], tolerance, format.overflow)) continue;
+        char text[200];
+        std::snprintf(text, sizeof text, "%s[%zu]: got %.17g, expected %.17g within %.3g", what.c_str(), i,
+                      got[i], want[i], tolerance);
+        return text;
+    }
+    return "";
+}
+
+void check_answers(const Case& c, const Way& way, const Results& found) {
+    const Format& arithmetic = formats.at(c.wide() ? "float64" : "float32");
+    std::string text = fault(c, "loss", found.loss, c.format("loss_dtype"));
+    if (way.gradient != Gradient::absent) text += fault(c, "grad", found.grad, c.format("dtype"));
+    if (way.stats) {
+        text += fault(c, "lse", found.lse, arithmetic);
+        text += fault(c, "entropy", found.entropy, arithmetic);
+        text += fault(c, "prediction", found.prediction, formats.at("int64"));
+        text += fault(c, "correct", found.correct, formats.at("uint8"));
+        text += fault(c, "valid", found.valid, formats.at("uint8"));
+    }
+    tell(text.empty(), c.name + ", " + way.name + ": " + text);
+}
+
+// Every nan is as good as another: which one comes out is the compiler's choice.
+bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
+    if (a == b) return true;
+    const std::size_t size = std::size_t(format.size);
+    for (std::size_t i = 0; i < a.size(); i += size) {
+        if (std::memcmp(&a[i], &b[i], size) == 0) continue;
+        if (!std::isnan(format.read(&a[i])) || !std::isnan(format.read(&b[i]))) return false;
+    }
+    return true;
+}
+
+std::string difference(const Case& c, const Results& a, const Results& b, bool with_grad) {
+    const Format& arithmetic = formats.at(c.wide() ? "float64" : "float32");
+    if (!same_bits(a.loss, b.loss, c.format("loss_dtype"))) return "loss";
+    if (with_grad && !same_bits(a.grad, b.grad, c.format("dtype"))) return "gradient";
+    const bool same = same_bits(a.lse, b.lse, arithmetic) && same_bits(a.entropy, b.entropy, arithmetic) &&
+                      a.prediction == b.prediction && a.correct == b.correct && a.valid == b.valid;
+    return same ? "" : "stats";
+}
+
+// Numbers whose places in memory differ, not the order in which they are read: the same bits.
+void check_same_bits(const Case& c, const Way& way, const Results& one, const Results& other, bool with_grad) {
+    const std::string text = difference(c, one, other, with_grad);
+    tell(text.empty(), c.name + ", " + way.name + ": other bits than in C order in " + text);
+}
+
+void check_log_softmax(const Case& c, const Layout& layout) {
+    Job job;
+    job.logits.dtype = job.grad.dtype = c.job.logits.dtype;
+    job.wide = c.job.wide, job.scale = c.job.scale, job.cap = c.job.cap;
+    place_rows(job, c.row_shape());
+    job.classes = c.shape[std::size_t(c.axis)];
+    const Format& format = c.format("dtype");
+    Placed logits(c.shape, format.size, layout), out(c.shape, format.size, layout);
+    logits.fill(c.logits);
+    logits.describe(job.logits, c.axis);
+    out.describe(job.grad, c.axis);
+    log_softmax(job);
+    double largest_sum = 0.0;
+    if (job.axes == 1 && c.axis == 1) {
+        const std::vector<double> logs = numbers(out.elements(), format);
+        for (std::int64_t row = 0; row < job.rows && job.classes; ++row) {
+            double sum = 0.0;
+            for (std::int64_t i = 0; i < job.classes; ++i) sum += std::exp(logs[std::size_t(row * job.classes + i)]);
+            if (std::isfinite(sum)) largest_sum = std::fmax(largest_sum, std::fabs(sum - 1.0));
+        }
+    }
+    // A logarithm of size 12 in bfloat16 is off by up to 2^-6.
+    const double allowed = format.size == 8 ? 1e-12 : format.size == 4 ? 1e-5 : 0.05;
+    tell(largest_sum < allowed, c.name + ": log_softmax adds up to 1 ± " + std::to_string(largest_sum));
+}
+
+void check_case(const Case& c) {
+    const Way plain{"C order"};
+    const Results base = run_case(c, plain);
+    check_answers(c, plain, base);
+    const std::vector<Way> same = {
+        {"2 threads", {}, Gradient::apart, 2},
+        {"in place", {}, Gradient::in_place},
+        {"no gradient", {}, Gradient::absent},
+    };
+    for (const Way& way : same) check_same_bits(c, way, base, run_case(c, way), way.gradient != Gradient::absent);
+    const Layout transposed{true, false, 1, 0}, odd{false, false, 1, 1}, backwards{false, true, 2, 0};
+    const std::vector<Way> others = {
+        {"transposed", transposed},
+        {"transposed, in place", transposed, Gradient::in_place},
+        {"misaligned", odd},
+        {"misaligned, transposed", {true, false, 1, 1}},
+        {"backwards, every second", backwards},
+        {"from what was saved", {}, Gradient::from_saved},
+        {"from what was saved, transposed", transposed, Gradient::from_saved},
+        {"without stats", {}, Gradient::apart, 1, false},
+        {"without stats, transposed", transposed, Gradient::apart, 1, false},
+    };
+    for (const Way& way : others) check_answers(c, way, run_case(c, way));
+    for (const Layout& layout : {Layout{}, transposed, odd}) check_log_softmax(c, layout);
+}
+
+// Nothing may depend on how many threads there are.
+void check_large(const Case& c) {
+    for (const bool transposed : {false, true}) {
+        const Layout layout{transposed, false, 1, 0};
+        const std::string order = transposed ? ", transposed" : "";
+        const Results one = run_case(c, {"1 thread" + order, layout});
+        std::vector<Way> ways = {
+            {"2 threads" + order, layout, Gradient::apart, 2},
+            {"5 threads, fresh" + order, layout, Gradient::apart, 5, true, true},
+            {"3 threads, misaligned" + order, {transposed, false, 1, 1}, Gradient::apart, 3},
+            {"3 threads, in place" + order, layout, Gradient::in_place, 3},
+            {"3 threads, every second" + order, {transposed, false, 2, 0}, Gradient::apart, 3},
+        };
+        for (const Way& way : ways) check_same_bits(c, way, one, run_case(c, way), true);
+    }
+}
+
+// A large gradient goes past the caches, unless its classes do not lie side by side.
+void check_streaming(const Case& c) {
+    const Results kept = run_case(c, {"every second", {false, false, 2, 0}, Gradient::apart, 1, false});
+    for (const int offset : {0, 1, 62}) {
+        const Layout layout{false, false, 1, offset};
+        const Way way{"streaming at " + std::to_string(offset), layout, Gradient::apart, 2, false, false, true};
+        check_same_bits(c, way, kept, run_case(c, way), true);
+    }
+}
+
+// Several callers at a time, of whom one has the helpers.
+void check_callers(const Case& c) {
+    const Way way{"several callers", {}, Gradient::apart, 3};
+    const Results alone = run_case(c, way);
+    std::vector<Results> found(3);
+    std::vector<std::thread> callers;
+    for (Results& place : found) {
+        callers.emplace_back([&] {
+            for (int i = 0; i < 2; ++i) place = run_case(c, way);
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    for (const Results& one : found) check_same_bits(c, way, alone, one, true);
+}
+
+// With rows one after the other, then with rows side by side.
+std::vector<Case> large_cases() {
+    return {
+        large_case("float16", {70, 3001}, true, 0),
+        large_case("float32", {70, 3001}, true, 0),
+        large_case("bfloat16", {3001, 70}, false, 30),
+        large_case("float64", {3001, 70}, false, 0),
+    };
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 2) {
+        std::fprintf(stderr, "usage: polyce_driver FOLDER, to which polyce.testing.dump wrote\n");
+        return 2;
+    }
+    const std::string folder = std::string(arguments[1]) + "/";
+    std::ifstream index(folder + "cases.txt");
+    for (std::string line; std::getline(index, line);) {
+        if (line[0] == '#') continue;
+        const Case c = read_case(folder, line);
+        for (const char* const* name = isa_names(); *name; ++name) {
+            use_isa(*name);
+            check_case(c);
+        }
+    }
+    if (passed + failed == 0) tell(false, folder + "cases.txt holds no case");
+    for (const Case& c : large_cases()) {
+        for (const char* const* name = isa_names(); *name; ++name) {
+            use_isa(*name);
+            check_large(c);
+            check_streaming(c);
+        }
+    }
+    use_isa(isa_names()[0]);
+    check_callers(large_case("float32", {300, 700}, true, 0));
+    // More than 16 MiB, for which the system is asked for pages beforehand.
+    const Case huge = large_case("float32", {35, 130001}, true, 0);
+    const Way way{"fresh", {}, Gradient::apart, 2, false, true};
+    check_same_bits(huge, way, run_case(huge, {"1 thread", {}, Gradient::apart, 1, false}), run_case(huge, way), true);
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}

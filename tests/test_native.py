@@ -1,0 +1,206 @@
+"""The compiled kernels: the grid on every instruction set, the same bits everywhere, 4 ulp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polyce
+from conftest import FEW, FULL
+from polyce.implementations import native
+from polyce.testing import GROUPS, Case, cases, check_implementation, exact_answer
+from polyce.testing.backends import Backend
+from polyce.testing.dtypes import FORMATS
+from polyce.testing.selection import representative
+
+pytestmark = pytest.mark.only("numpy", "torch")
+
+ISAS = native.core().isas()
+# Without fused multiply-add, sums round in more places.
+FUSED = [name for name in ISAS if name != "baseline"]
+
+
+@pytest.fixture
+def settings() -> Iterator[Any]:
+    """The core, whose instruction set and threads are put back after the test."""
+    core = native.core()
+    isa, threads = core.isa(), core.get_num_threads()
+    yield core
+    core.use_isa(isa)
+    core.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_grid(backend: Backend, settings: Any, isa: str, group: str) -> None:
+    assert settings.use_isa(isa)
+    leave_out = None
+    if FEW or (isa != ISAS[0] and not FULL):
+        chosen = {case.name for case in representative(cases([group]))}
+
+        def leave_out(case: Case) -> str:
+            return "" if case.name in chosen else "not among the few that stand for its group"
+
+    print(check_implementation("native", backend, groups=[group], leave_out=leave_out))
+
+
+def arrays(rows: int, classes: int, dtype: str = "float32") -> tuple[Any, Any]:
+    rng = np.random.default_rng(rows * classes)
+    logits = 4 * rng.standard_normal((rows, classes))
+    return logits.astype(dtype), rng.integers(0, classes, rows)
+
+
+# One for each way through the kernels: across rows in one chunk and in several, along rows with a
+# tail and without one, blocks of rows that keep their exponentials.
+SHAPES = [(1, 1), (5, 2), (300, 10), (129, 64), (40, 65), (7, 1000), (3, 2048), (2, 70001)]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"label_smoothing": 0.1},
+    {"logit_softcap": 5.0},
+    {"logit_scale": 0.7, "z_loss": 0.1, "return_stats": True},
+]
+
+
+def everything(logits: Any, target: Any, options: dict[str, Any]) -> list[bytes]:
+    """Give the bits of all that a call computes, for rows and reduced."""
+    found: list[Any] = []
+    for reduction in ("none", "mean"):
+        alone = polyce.cross_entropy(logits, target, reduction=reduction, **options)
+        both = polyce.cross_entropy_with_grad(logits, target, reduction=reduction, **options)
+        loss = alone[0] if options.get("return_stats") else alone
+        assert np.asarray(loss).tobytes() == np.asarray(both[0]).tobytes(), "loss without gradient"
+        found += [both[0], both[1], *(both[2] if len(both) == 3 else ())]
+    return [np.ascontiguousarray(array).tobytes() for array in found]
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_the_same_bits(settings: Any, shape: tuple[int, int], options: dict[str, Any]) -> None:
+    for dtype in ("float16", "float32", "float64"):
+        logits, labels = arrays(*shape, dtype)
+        soft = np.abs(logits) / 10
+        for target in (labels, soft):
+            for layout in (logits, np.asfortranarray(logits)):
+                bits = []
+                for isa in FUSED or ISAS[:1]:
+                    for threads in (1, 2, 64):
+                        settings.use_isa(isa)
+                        settings.set_num_threads(threads)
+                        bits.append(everything(layout, target, options))
+                assert all(one == bits[0] for one in bits), (dtype, isa)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("classes", [2, 10, 64, 1000, 32000])
+def test_float32_rows_and_label_entries_are_within_4_ulp(
+    settings: Any, isa: str, classes: int
+) -> None:
+    settings.use_isa(isa)
+    form = FORMATS["float32"]
+    rng = np.random.default_rng(classes)
+    rows = 4 if classes > 1000 else 24
+    labels = rng.integers(0, classes, rows)
+    random = rng.standard_normal((rows, classes))
+    flat = np.full((rows, classes), 0.3)
+    ahead = random.copy()
+    ahead[np.arange(rows), labels] += np.linspace(-20, 80, rows)
+    families = [random, 3 * random, 10 * random, 300 * random, flat, flat + 1e-7 * random]
+    families += [ahead, random + 1e4, 3 * random - 3e4, ahead + 1e4]
+    for index, family in enumerate(families):
+        logits = family.astype(np.float32)
+        answer = exact_answer(logits, labels, reduction="none")
+        for order in ("C", "F"):
+            loss, grad = polyce.cross_entropy_with_grad(
+                np.asarray(logits, order=order), labels, reduction="none", implementation="native"
+            )
+            place = (np.arange(rows), labels)
+            for got, want in ((loss, answer.loss), (grad[place], answer.grad[place])):
+                ulps = np.abs(got.astype(np.float64) - want) / form.spacing(np.abs(want))
+                assert ulps.max() <= 4.0, (index, order, ulps.max())
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_any_strides_and_addresses(dtype: str) -> None:
+    """Views give the bits of a copy in C order, whatever way through the kernels they take."""
+    size = np.dtype(dtype).itemsize
+    for rows, classes in ((5, 3), (20, 70), (3, 700)):
+        logits, labels = arrays(rows, classes, dtype)
+        odd = np.zeros(logits.nbytes + 1, np.uint8)[1:].view(dtype).reshape(rows, classes)
+        odd[...] = logits
+        record = np.zeros(rows * classes, np.dtype([("pad", "u1"), ("x", dtype)]))
+        record["x"] = logits.ravel()
+        views = {
+            "misaligned": odd,
+            "no multiple of the itemsize": record["x"].reshape(rows, classes),
+            "every other": np.repeat(logits, 2, axis=1)[:, ::2],
+            "far rows": np.concatenate([logits, logits], axis=1)[:, :classes],
+            "reversed": logits[::-1, ::-1].copy()[::-1, ::-1],
+        }
+        want = polyce.cross_entropy_with_grad(logits, labels, reduction="none")
+        for name, view in views.items():
+            got = polyce.cross_entropy_with_grad(view, labels, reduction="none")
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=f"{name} {size}")
+            out = np.empty_like(logits)
+            polyce.cross_entropy_with_grad(view, labels, reduction="none", out=out)
+            np.testing.assert_array_equal(out, want[1])
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint64"])
+def test_weights_and_sample_weights_of_any_kind(dtype: str) -> None:
+    logits, labels = arrays(9, 12)
+    weight, sample = np.arange(12).astype(dtype), np.arange(9).astype(dtype)[::-1]
+    got = polyce.cross_entropy_with_grad(logits, labels, weight, sample_weight=sample)
+    wide = polyce.cross_entropy_with_grad(
+        logits, labels, weight.astype(np.float32), sample_weight=sample.astype(np.float64)
+    )
+    np.testing.assert_array_equal(got[0], wide[0])
+    np.testing.assert_array_equal(got[1], wide[1])
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_the_first_bad_label_is_named(settings: Any, threads: int) -> None:
+    settings.set_num_threads(threads)
+    logits, labels = np.zeros((200_000, 3), np.float32), np.zeros(200_000, np.int64)
+    labels[150_000], labels[160_000] = 3, -7
+    before = logits.copy()
+    with pytest.raises(IndexError, match=r"got 3 at position \(150000,\)"):
+        polyce.cross_entropy_with_grad(logits, labels, out=logits)
+    np.testing.assert_array_equal(logits, before)
+    labels[70_001] = -7
+    with pytest.raises(IndexError, match=r"got -7 at position \(70001,\)"):
+        polyce.cross_entropy(logits, labels)
+
+
+@pytest.mark.only("numpy")
+def test_offsets_beyond_32_bits() -> None:
+    """Memory that nobody writes costs nothing; the rows lie gigabytes apart in it."""
+    far = 2**31 + 64
+    memory = np.zeros(2 * far + 64, np.float16)
+    for classes, step in ((5, 1), (100, 1), (5, 7)):
+        strides = (2 * far, 2 * step)
+        logits = np.lib.stride_tricks.as_strided(memory, (2, classes), strides)
+        logits[...] = np.arange(2 * classes).reshape(2, classes) % 7
+        labels = np.array([1, classes - 1])
+        want = polyce.cross_entropy_with_grad(logits.copy(), labels, reduction="none")
+        got = polyce.cross_entropy_with_grad(logits, labels, reduction="none", out=logits)
+        np.testing.assert_array_equal(got[0], want[0])
+        np.testing.assert_array_equal(logits, want[1])
+
+
+@pytest.mark.only("numpy")
+def test_more_classes_than_32_bits_count() -> None:
+    classes = 2**31 + 3
+    row = np.zeros((1, classes), np.float16)  # memory that is only read costs nothing either
+    row[0, -1] = 30.0
+    loss = polyce.cross_entropy(row, np.array([classes - 1]), reduction="none")
+    want = np.log1p((classes - 1) * np.exp(-30.0))
+    np.testing.assert_allclose(loss.astype(np.float64), want, rtol=1e-3)

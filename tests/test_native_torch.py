@@ -1,0 +1,119 @@
+"""The native path under torch: what it saves, what it leaves to the reference, other processes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polyce
+from polyce import reference
+
+pytestmark = pytest.mark.only("torch")
+
+
+def data(torch: Any, rows: int = 6, classes: int = 300) -> tuple[Any, Any]:
+    x = torch.randn(rows, classes, dtype=torch.float64).requires_grad_()
+    return x, torch.randint(classes, (rows,))
+
+
+def saved_by(torch: Any, call: Any) -> list[Any]:
+    sizes = []
+
+    def pack(tensor: Any) -> Any:
+        sizes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sizes
+
+
+@pytest.mark.parametrize("classes", [10, 300])
+def test_the_logits_and_a_few_numbers_are_saved(torch: Any, classes: int) -> None:
+    x, t = data(torch, 6, classes)
+    expected = [(6, classes), (6,)] + ([(6, 4)] if classes > 64 else [])
+    assert saved_by(torch, lambda: polyce.cross_entropy(x, t)) == expected
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(6, 300), (6, 10), (2, 70, 5), (2, 300, 3, 4)])
+def test_backward_gives_the_gradient(torch: Any, reduction: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, dtype=torch.float64).requires_grad_()
+    rows = (shape[0], *shape[2:])
+    t = torch.randint(shape[1], rows)
+    t.view(-1)[0] = -100
+    weight = torch.rand(shape[1], dtype=torch.float64)
+    sample = torch.rand(*rows)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.7, "sample_weight": sample}
+    loss = polyce.cross_entropy(x, t, weight, reduction=reduction, **options)
+    g = torch.rand(loss.shape, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(loss, x, g, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x, g)
+    want = polyce.cross_entropy_with_grad(
+        x.detach(), t, weight, reduction=reduction, grad_output=g, implementation="reference",
+        **options,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.detach(), want[0], rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(grad, want[1], rtol=1e-13, atol=1e-16)
+    assert torch.equal(grad, again)
+
+
+def test_what_will_be_differentiated_again_goes_by_the_reference(
+    torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    backward = reference.backward
+
+    def noted(*arguments: Any) -> Any:
+        ran.append("reference")
+        return backward(*arguments)
+
+    monkeypatch.setattr(reference, "backward", noted)
+    x, t = data(torch)
+    polyce.cross_entropy(x, t).backward()
+    assert ran == []
+    torch.autograd.grad(polyce.cross_entropy(x, t), x, create_graph=True)
+    assert ran == ["reference"]
+    assert torch.autograd.gradgradcheck(lambda x: polyce.cross_entropy(x, t % 5), x[:, :5] * 1.0)
+
+
+def test_changed_logits_are_noticed(torch: Any) -> None:
+    x, t = data(torch)
+    x = x * 1.0
+    loss = polyce.cross_entropy(x, t)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_views_that_negate(torch: Any) -> None:
+    x, t = data(torch)
+    x = x.detach()
+    negated = torch._neg_view(x)
+    assert torch.equal(polyce.cross_entropy(negated, t), polyce.cross_entropy(-x, t))
+
+
+class InWorker:
+    """A dataset whose items are losses."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+
+        x, t = torch.zeros(300, 1000), torch.zeros(300, dtype=torch.int64)
+        return polyce.cross_entropy(x, t)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_forked_worker_of_a_data_loader_calls_it(torch: Any) -> None:
+    InWorker()[0]  # the threads exist before the fork
+    loader = torch.utils.data.DataLoader(
+        InWorker(), 4, num_workers=2, multiprocessing_context="fork"
+    )
+    losses = torch.cat(list(loader))
+    np.testing.assert_allclose(losses.numpy(), np.log(1000.0), rtol=1e-6)
