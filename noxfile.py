@@ -64,7 +64,7 @@ import sys
 from polyce.testing import cases, dump
 from polyce.testing.selection import representative
 folder, everything = sys.argv[1:]
-dump(folder, cases() if everything == "1" else representative(cases()))
+dump(folder, cases() if everything == "1" else representative(cases(), 100))
 """
 
 # session of that program: the sanitizers it is built with
@@ -264,9 +264,20 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Time the reference implementation and measure its errors; arguments follow `--`."""
-    install(session, "numpy", "torch", "jax", "dask")
-    session.run("python", "benchmarks/reference.py", *session.posargs)
+    """Time the native path, draw what came out, and measure errors; arguments follow `--`.
+
+    `--reference` times the reference and the dask path instead.
+    """
+    install(session, "bench")
+    arguments = list(session.posargs)
+    if "--reference" in arguments:
+        arguments.remove("--reference")
+        session.run("python", "benchmarks/reference.py", *arguments)
+        return
+    results = str(Path(session.create_tmp()) / "results.json")
+    session.run("python", "benchmarks/cpu.py", "run", "--out", results, *arguments)
+    session.run("python", "benchmarks/cpu.py", "table", results)
+    session.run("python", "benchmarks/cpu.py", "plot", results, "--out", "docs/_static")
     session.run("python", "benchmarks/accuracy.py")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,36 @@ def are_concrete(arrays: Iterable[Any], backend: str) -> bool:
     return backend != "torch" or not _is_transformed(sys.modules["torch"])
 
 
+class _Probes(NamedTuple):
+    """What is asked of torch at each call, looked up once."""
+
+    tensor: Any
+    strided: Any
+    modes: Callable[[], int]
+    tracing: Callable[[], Any]
+    transformed: Callable[[], bool]
+    forward_mode: Any
+    autocast: Callable[[str], bool]
+
+
+_probes: list[_Probes] = []
+
+
+def _probes_of(torch: Any) -> _Probes:
+    if not _probes:
+        found = _Probes(
+            tensor=torch.Tensor,
+            strided=torch.strided,
+            modes=torch._C._len_torch_dispatch_stack,
+            tracing=torch._C._get_tracing_state,
+            transformed=torch._C._are_functorch_transforms_active,
+            forward_mode=torch.autograd.forward_ad,
+            autocast=torch.is_autocast_enabled,
+        )
+        _probes.append(found)
+    return _probes[0]
+
+
 def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
     """Give shape and dtype of each array where that is all that a description depends on.
 
@@ -72,24 +102,39 @@ def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
     watches. None stands for an array that is not there.
     """
     kind = type(arrays[0])
-    torch = None
     if kind is not np.ndarray:
-        torch = sys.modules.get("torch")
-        if torch is None or torch.compiler.is_compiling() or kind is not torch.Tensor:
-            return None
+        return _plain_torch_facts(arrays)
     facts: list[Any] = []
     for array in arrays:
         if array is None:
             facts.append(None)
-        elif type(array) is not kind or (
-            torch is not None
-            and (not array.is_cpu or array.layout is not torch.strided or array.is_nested)
-        ):
-            return None
-        else:
+        elif type(array) is kind:
             facts.append((array.shape, array.dtype))
-    if torch is not None and (
-        _is_traced(torch) or _is_transformed(torch) or torch.is_autocast_enabled("cpu")
-    ):
+        else:
+            return None
+    return tuple(facts)
+
+
+def _plain_torch_facts(arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    torch = sys.modules.get("torch")
+    if torch is None or torch.compiler.is_compiling():
+        return None
+    ask = _probes_of(torch)
+    facts: list[Any] = []
+    for array in arrays:
+        if array is None:
+            facts.append(None)
+        elif (
+            type(array) is ask.tensor
+            and array.is_cpu
+            and array.layout is ask.strided
+            and not array.is_nested
+        ):
+            facts.append((array.shape, array.dtype))
+        else:
+            return None
+    if ask.modes() or ask.tracing() is not None or ask.transformed():
+        return None
+    if ask.forward_mode._current_level >= 0 or ask.autocast("cpu"):
         return None
     return tuple(facts)

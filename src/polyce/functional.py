@@ -149,11 +149,11 @@ def cross_entropy(
         validate=validate,
     )
     chosen = select(problem, implementation)
-    autograd = rules(problem.backend)
-    autograd.check(operands)
     if chosen.cross_entropy is not None:
         loss, facts = chosen.cross_entropy(problem, operands)
         return loss if facts is None else (loss, facts)
+    autograd = rules(problem.backend)
+    autograd.check(operands)
     with arrays.quiet(problem.backend):
         plan = chosen.plan(problem, operands)
         rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)

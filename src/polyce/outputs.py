@@ -101,7 +101,9 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
             f"out must not overlap itself, got shape {place.shape} with strides of "
             f"{place.strides} bytes; pass a copy of it"
         )
-    for name, operand in operands._asdict().items():
+    for name, operand in zip(operands._fields, operands, strict=True):
+        if operand is None:
+            continue
         there = _place(operand, backend)
         if there is None or not place.meets(there) or (name == "logits" and there == place):
             continue

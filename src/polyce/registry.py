@@ -202,7 +202,9 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
 
 
 def _preference() -> Implementation | None:
-    preferred = os.environ.get(VARIABLE)
+    if VARIABLE not in os.environ:  # half as long as get
+        return None
+    preferred = os.environ[VARIABLE]
     return find(preferred) if preferred else None
 
 

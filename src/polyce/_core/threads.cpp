@@ -13,6 +13,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
 
 namespace polyce {
 namespace {
@@ -44,6 +47,16 @@ struct Share {
     }
 };
 
+constexpr int patience = 2000;  // looks, of up to 0.1 µs each
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+    asm volatile("yield");
+#endif
+}
+
 // Helpers sleep until a call wants some of them. One call at a time has them: a second caller,
 // meanwhile, does its work alone, which a machine that is busy anyway would hardly notice.
 class Pool {
@@ -65,9 +78,14 @@ public:
         }
         wake_.notify_all();
         share.work();
+        {
+            std::lock_guard<std::mutex> guard(mutex_);
+            wanted_ = 0;  // who has not come by now is not needed
+            share_ = nullptr;
+        }
+        // The others are at their last tiles: to fall asleep would take longer than most of them.
+        for (int i = 0; i < patience && busy_.load(std::memory_order_acquire) > 0; ++i) pause();
         std::unique_lock<std::mutex> guard(mutex_);
-        wanted_ = 0;  // who has not come by now is not needed
-        share_ = nullptr;
         done_.wait(guard, [this] { return busy_ == 0; });
     }
 
@@ -89,7 +107,8 @@ private:
     std::mutex owner_, mutex_;
     std::condition_variable wake_, done_;
     Share* share_ = nullptr;
-    int started_ = 0, wanted_ = 0, busy_ = 0;
+    int started_ = 0, wanted_ = 0;
+    std::atomic<int> busy_{0};
 };
 
 // Never destroyed: at exit its threads may still be asleep in it. A forked child, which has none of

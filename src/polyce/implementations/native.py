@@ -98,6 +98,8 @@ class Memory(NamedTuple):
     """An array of no dimension as the library's own sum returns it."""
     written: Callable[[Any], object] = id
     """Says that the kernels have written an array of the caller's, where somebody keeps count."""
+    on_graph: Callable[..., tuple[Any, Stats | None]] | None = None
+    """(problem, operands) -> (loss, stats), for a library that differentiates"""
 
 
 def _in_order(array: Any) -> Any:
@@ -119,22 +121,22 @@ _NUMPY = Memory(
 )
 
 
+_memories = {"numpy": _NUMPY}
+
+
 def memory(backend: str) -> Memory:
     """Give what is known of a backend's arrays."""
-    if backend == "numpy":
-        return _NUMPY
-    from polyce.implementations import native_torch
+    if backend not in _memories:
+        from polyce.implementations import native_torch
 
-    return native_torch.MEMORY
+        _memories[backend] = native_torch.MEMORY
+    return _memories[backend]
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Give the loss as the caller gets it, on torch's graph where it needs to be, and the stats."""
-    if problem.backend == "torch":
-        from polyce.implementations import native_torch
-
-        return native_torch.cross_entropy(problem, operands)
-    return run(problem, operands)
+    on_graph = memory(problem.backend).on_graph
+    return run(problem, operands) if on_graph is None else on_graph(problem, operands)
 
 
 def cross_entropy_with_grad(

@@ -36,19 +36,11 @@ def _written(tensor: torch.Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-MEMORY = native.Memory(
-    empty=torch.empty,
-    empty_like=torch.empty_like,
-    handle=_handle,
-    dense=_dense,
-    scalar=lambda tensor: tensor,
-    written=_written,
-)
-
-
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Give the loss, on torch's graph if something waits for a gradient, and the stats."""
-    logits, target, weight, _, normalizer, _ = operands
+    logits, target, weight, sample_weight, normalizer, _ = operands
+    if weight is not None or sample_weight is not None:
+        autograd_torch.check(operands)
     if not torch.is_grad_enabled():
         return native.run(problem, operands)
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
@@ -119,3 +111,14 @@ def _by_reference(problem: Problem, operands: Operands, needs: tuple[bool, ...])
         of_target = of_target if of_target is None else of_target.to(target.dtype)
         of_weight = of_weight if of_weight is None else of_weight.reshape(-1).to(weight.dtype)
     return grad, of_target, of_weight
+
+
+MEMORY = native.Memory(
+    empty=torch.empty,
+    empty_like=torch.empty_like,
+    handle=_handle,
+    dense=_dense,
+    scalar=lambda tensor: tensor,
+    written=_written,
+    on_graph=cross_entropy,
+)
