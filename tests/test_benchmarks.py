@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reference.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.only("numpy")
@@ -24,7 +24,18 @@ def test_benchmark_of_dask_runs(question: str) -> None:
 
 
 def run_tiny(question: str) -> None:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--only", question]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "loss" in run.stdout
+    assert "loss" in run("reference.py", "--tiny", "--only", question)
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.only("numpy")
+def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
+    results = str(tmp_path / "results.json")
+    run("cpu.py", "run", "--quick", "--shapes", "8x10", "--out", results)
+    assert "polyce NumPy" in run("cpu.py", "table", results)

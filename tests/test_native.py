@@ -204,3 +204,26 @@ def test_more_classes_than_32_bits_count() -> None:
     loss = polyce.cross_entropy(row, np.array([classes - 1]), reduction="none")
     want = np.log1p((classes - 1) * np.exp(-30.0))
     np.testing.assert_allclose(loss.astype(np.float64), want, rtol=1e-3)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_many_blocks(settings: Any, options: dict[str, Any], order: str) -> None:
+    """The maximum rises from block to block, and what was summed before is carried over."""
+    rng = np.random.default_rng(3)
+    for classes in (200, 2049, 10_000):
+        rising = np.linspace(0.0, 30.0, classes) + rng.standard_normal((3, classes))
+        for logits in (rising, rising[:, ::-1]):
+            given = np.asarray(logits, np.float32, order=order)
+            labels = np.array([0, classes // 2, classes - 1])
+            exact = polyce.cross_entropy_with_grad(
+                given.astype(np.float64), labels, implementation="reference", **options
+            )
+            for isa in ISAS:
+                settings.use_isa(isa)
+                loss, grad = polyce.cross_entropy_with_grad(
+                    given, labels, implementation="native", **options
+                )
+                np.testing.assert_allclose(loss, exact[0], rtol=1e-6)
+                np.testing.assert_allclose(grad, exact[1], rtol=2e-5, atol=1e-12)
