@@ -21,9 +21,15 @@ POLYCE_INLINE double fold(double (&sums)[lanes]) {
     return sums[0];
 }
 
-// Arithmetic leaves the memory idle unless what comes next is asked for meanwhile.
+// Arithmetic leaves the memory idle unless what comes next is asked for meanwhile: into the first
+// cache what is needed next, into the second what is so many bytes further on.
+constexpr int far_ahead = 32768;
+
 POLYCE_INLINE void fetch_ahead(const char* place, int bytes) {
-    for (int at = 0; at < bytes; at += 64) POLYCE_FETCH(place + at);
+    for (int at = 0; at < bytes; at += 64) {
+        POLYCE_FETCH(place + at, 3);
+        POLYCE_FETCH(place + at + far_ahead, 1);
+    }
 }
 
 // Σ term(i) for i below `count`, a multiple of `group`. Meanwhile as many numbers are fetched from

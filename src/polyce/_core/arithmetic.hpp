@@ -15,12 +15,12 @@
 #define POLYCE_PRAGMA(...) __pragma(__VA_ARGS__)
 #define POLYCE_INLINE __forceinline
 #define POLYCE_INLINE_LAMBDA
-#define POLYCE_FETCH(place) ((void)(place))
+#define POLYCE_FETCH(place, nearness) ((void)(place))
 #else
 #define POLYCE_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define POLYCE_INLINE inline __attribute__((always_inline))
 #define POLYCE_INLINE_LAMBDA __attribute__((always_inline))
-#define POLYCE_FETCH(place) __builtin_prefetch(place)
+#define POLYCE_FETCH(place, nearness) __builtin_prefetch(place, 0, nearness)
 #endif
 #define POLYCE_SIMD POLYCE_PRAGMA(omp simd)
 #define POLYCE_SIMD_MAX(a, b, c, d) POLYCE_PRAGMA(omp simd reduction(max : a, b, c, d))
