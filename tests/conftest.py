@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
     config.addinivalue_line("markers", "tests_of_tests: leave the test out of runs with few cases")
+    config.addinivalue_line("markers", "same_everywhere: likewise, the core does not see Python")
     if config.getoption("--backend").startswith("jax"):
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")
@@ -65,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     name = config.getoption("--backend")
     kept, left_out = [], []
     for item in items:
-        if FEW and item.get_closest_marker("tests_of_tests"):
+        if FEW and any(map(item.get_closest_marker, ("tests_of_tests", "same_everywhere"))):
             left_out.append(item)
             continue
         marker = item.get_closest_marker("only")

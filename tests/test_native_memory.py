@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.only("numpy", "torch"),
+    pytest.mark.same_everywhere,
     pytest.mark.skipif(
         not Path("/proc/self/status").exists(), reason="this system does not tell of peak memory"
     ),
