@@ -32,10 +32,15 @@ POLYCE_INLINE void fetch_ahead(const char* place, int bytes) {
     }
 }
 
-// Σ term(i) for i below `count`, a multiple of `group`. Meanwhile as many numbers are fetched from
-// `ahead` on, if it is not null.
+// What a sum fetches meanwhile: as many numbers as it adds, of so many bytes each; none by default.
+struct Ahead {
+    const char* place = nullptr;
+    int bytes_each = 0;
+};
+
+// Σ term(i) for i below `count`, a multiple of `group`.
 template <class T, class Term>
-POLYCE_INLINE double lane_sum(int count, const char* ahead, Term term) {
+POLYCE_INLINE double lane_sum(int count, Ahead ahead, Term term) {
     const auto four = [&](int i) POLYCE_INLINE_LAMBDA {
         return (term(i) + term(i + lanes)) + (term(i + 2 * lanes) + term(i + 3 * lanes));
     };
@@ -43,7 +48,7 @@ POLYCE_INLINE double lane_sum(int count, const char* ahead, Term term) {
     for (int l = 0; l < lanes; ++l) sums[l] = 0.0;
     int i = 0;
     for (; i + sixteen <= count; i += sixteen) {
-        if (ahead) fetch_ahead(ahead + i * int(sizeof(T)), sixteen * int(sizeof(T)));
+        if (ahead.place) fetch_ahead(ahead.place + i * ahead.bytes_each, sixteen * ahead.bytes_each);
         POLYCE_SIMD
         for (int l = 0; l < lanes; ++l) {
             const T sum = (four(i + l) + four(i + l + group)) +
@@ -196,7 +201,7 @@ struct Along {
         return found;
     }
 
-    double sum_exponentials(const T* x, int count, T m, std::int64_t start, const char* ahead) {
+    double sum_exponentials(const T* x, int count, T m, std::int64_t start, Ahead ahead) {
         if (keeps) {
             T* to = exponentials + start;
             references[start / block] = m;
@@ -218,7 +223,9 @@ struct Along {
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = int(job.classes - start < block ? job.classes - start : block);
             const int full = padded(count);
-            const char* ahead = direct ? row + (start + block) * job.logits.class_stride : nullptr;
+            const std::int64_t each = job.logits.class_stride;
+            Ahead ahead;
+            if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
             const T* x = read(row, start, count, pivot);
             const T most = block_max(x, full);
             if (double(most) > s.rest_max) {
@@ -233,7 +240,7 @@ struct Along {
             read_gaps(x, full, m);
             s.rest_sum += lane_sum<T>(full, ahead, [&](int i) POLYCE_INLINE_LAMBDA { return exp_negative(gaps[i]); });
             if (entropy) {
-                s.rest_entropy += lane_sum<T>(full, nullptr, [&](int i) POLYCE_INLINE_LAMBDA {
+                s.rest_entropy += lane_sum<T>(full, {}, [&](int i) POLYCE_INLINE_LAMBDA {
                     const T e = exp_negative(gaps[i]);
                     return e == T(0) ? T(0) : -gaps[i] * e;
                 });
@@ -244,8 +251,8 @@ struct Along {
                     s.pivot_coefficient = double(coefficients[pivot - start]);
                     coefficients[pivot - start] = T(0);
                 }
-                s.rest_coefficient += lane_sum<T>(full, nullptr, [&](int i) POLYCE_INLINE_LAMBDA { return coefficients[i]; });
-                s.rest_excess += lane_sum<T>(full, nullptr, [&](int i) POLYCE_INLINE_LAMBDA {
+                s.rest_coefficient += lane_sum<T>(full, {}, [&](int i) POLYCE_INLINE_LAMBDA { return coefficients[i]; });
+                s.rest_excess += lane_sum<T>(full, {}, [&](int i) POLYCE_INLINE_LAMBDA {
                     // Only what is infinite is skipped: a nan has to stay.
                     return coefficients[i] == T(0) && gaps[i] == -infinity<T> ? T(0)
                                                                               : coefficients[i] * -gaps[i];
