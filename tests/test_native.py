@@ -231,3 +231,10 @@ def test_rows_of_many_blocks(settings: Any, options: dict[str, Any], order: str)
                 )
                 np.testing.assert_allclose(loss, exact[0], rtol=1e-6)
                 np.testing.assert_allclose(grad, exact[1], rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (3, 0), (0, 3), (2, 0, 3), (2, 3, 0)])
+def test_log_softmax_of_nothing(shape: tuple[int, ...]) -> None:
+    result = polyce.log_softmax(np.zeros(shape, np.float32))
+    assert (result.shape, result.dtype) == (shape, np.float32)

@@ -202,9 +202,7 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
 
 
 def _preference() -> Implementation | None:
-    if VARIABLE not in os.environ:  # half as long as get
-        return None
-    preferred = os.environ[VARIABLE]
+    preferred = os.environ.get(VARIABLE)
     return find(preferred) if preferred else None
 
 

@@ -131,6 +131,7 @@ void store_reduced(const Job& job) {
 }
 
 void log_softmax(const Job& job) {
+    if (job.classes == 0) return;  // nothing to write, and no largest class to read
     const Kernels& kernels = current_kernels();
     const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
     if (job.fresh && bytes >= bytes_worth_huge_pages) ask_for_huge_pages(job.grad.data, bytes);
