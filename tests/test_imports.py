@@ -89,6 +89,9 @@ labels = torch.tensor(labels)
 polyce.cross_entropy(logits, labels).backward()
 polyce.cross_entropy_with_grad(logits, labels)
 polyce.explain(logits, labels)
+import sys
+# Nor what torch.compile alone needs, or who asks for the modules.
+assert not {"polyce.torch_ops", "polyce.torch"} & sys.modules.keys()
 """
     found = loaded(code)
     assert {"polyce", "torch"} <= found

@@ -94,6 +94,8 @@ def test_views_that_negate(torch: Any) -> None:
     x = x.detach()
     negated = torch._neg_view(x)
     assert torch.equal(polyce.cross_entropy(negated, t), polyce.cross_entropy(-x, t))
+    with pytest.raises(ValueError, match=r"^out must lie in memory as it is read"):
+        polyce.cross_entropy_with_grad(x, t, out=negated)
 
 
 class InWorker:

@@ -3,14 +3,14 @@
 A call comes in by one of three doors. Plain eager calls use an old-style `autograd.Function`, the
 kind that starts soonest, with any implementation. Under a torch.func transform, or at a level of
 forward mode, a new-style one goes through the reference, whose operations torch can batch and
-differentiate again. torch.compile traces the old-style one; torch.export, which keeps no rule,
-the operations themselves.
+differentiate again. torch.compile traces the old-style one, where no operator of `torch_ops` takes
+the whole call; torch.export, which keeps no rule, the operations themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,24 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def asked_for(ctx: Any) -> Sequence[bool]:
+    """Tell which gradients a backward pass is for: logits, target and class weights.
+
+    What torch says by itself is which there could be.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.needs_input_grad
+    nodes = [node for node, _ in ctx.next_functions]
+    return [node is not None and _is_run(node) for node in (*nodes, None)]
+
+
+def _is_run(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True  # what it says of leaves that torch.autograd.grad is asked for
+
+
 def wants_operations(cotangent: Any) -> bool:
     """Tell whether a gradient will be differentiated or is batched, which no kernel knows of."""
     return torch.is_grad_enabled() or _is_transformed() or _is_batched(cotangent)
@@ -139,11 +157,14 @@ class _RowLosses(torch.autograd.Function):
         if wants_operations(cotangent):
             backward, state, logits = reference.backward, None, readable(problem, plan, logits)
         needs = ctx.needs_input_grad
+        if needs[1] or needs[2]:
+            needs = asked_for(ctx)
         grad = backward(problem, plan, cotangent, logits, state) if needs[0] else None
-        if not (needs[1] or needs[2]):
-            return grad, None, None, None, None, None
-        target_grads = target_gradients(problem, plan, cotangent, logits, needs[1:3])
-        return grad, *target_grads, None, None, None
+        of_probabilities = of_weight = None
+        if needs[1] or needs[2]:
+            found = target_gradients(problem, plan, cotangent, logits, (needs[1], needs[2]))
+            of_probabilities, of_weight = found
+        return grad, of_probabilities, of_weight, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):

@@ -25,8 +25,7 @@ def has_values(array: Any, backend: str) -> bool:
 
         return not (
             _is_traced(torch)
-            or array.device.type == "meta"
-            or type(array) not in (torch.Tensor, torch.nn.Parameter)
+            or not _is_plain(torch, array)
             or torch._C._functorch.is_functorch_wrapped_tensor(array)
         )
     if backend == "jax":
@@ -63,6 +62,26 @@ def are_concrete(arrays: Iterable[Any], backend: str) -> bool:
     if not all(array is None or has_values(array, backend) for array in arrays):
         return False
     return backend != "torch" or not _is_transformed(sys.modules["torch"])
+
+
+def are_compiled(arrays: Iterable[Any], backend: str) -> bool:
+    """Tell whether torch.compile traces these arrays, all plain ones that will hold values.
+
+    torch.export wants operations of torch alone, and so do transforms and forward mode.
+    """
+    if backend != "torch":
+        return False
+    torch = sys.modules["torch"]
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    return not _is_transformed(torch) and all(
+        array is None or _is_plain(torch, array) for array in arrays
+    )
+
+
+def _is_plain(torch: Any, array: Any) -> bool:
+    kind = type(array)
+    return kind in (torch.Tensor, torch.nn.Parameter) and array.device.type != "meta"
 
 
 class _Probes(NamedTuple):

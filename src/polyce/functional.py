@@ -149,8 +149,13 @@ def cross_entropy(
         validate=validate,
     )
     chosen = select(problem, implementation)
-    if chosen.cross_entropy is not None:
-        loss, facts = chosen.cross_entropy(problem, operands)
+    whole = chosen.cross_entropy
+    if problem.is_compiling and chosen.torch_kernels is not None:
+        from polyce import torch_ops
+
+        whole = torch_ops.whole_call(chosen)
+    if whole is not None:
+        loss, facts = whole(problem, operands)
         return loss if facts is None else (loss, facts)
     autograd = rules(problem.backend)
     autograd.check(operands)
@@ -259,6 +264,11 @@ def cross_entropy_with_grad(
     operands = rules(problem.backend).detach(operands)
     if out is not None:
         outputs.check(problem, operands, out)
+    if problem.is_compiling and chosen.torch_kernels is not None:
+        from polyce import torch_ops
+
+        loss, grad, facts = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
+        return (loss, grad) if facts is None else (loss, grad, facts)
     if chosen.cross_entropy_with_grad is not None:
         loss, grad, facts = chosen.cross_entropy_with_grad(problem, operands, out)
         return (loss, grad) if facts is None else (loss, grad, facts)

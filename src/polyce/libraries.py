@@ -97,6 +97,13 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
     # torch.compile warns of. A library that is not loaded has made no array.
     loaded = sys.modules
     if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
+        sharded = loaded.get("torch.distributed.tensor")
+        if sharded is not None and isinstance(value, sharded.DTensor):
+            raise TypeError(
+                f"{name} must be a tensor of one process, got a DTensor, which polyce does not "
+                f"reduce across processes yet; pass {name}.full_tensor(), or {name}.to_local() and "
+                "sum up the losses"
+            )
         if value.layout is not loaded["torch"].strided or value.is_nested:
             raise TypeError(
                 f"{name} must be a dense tensor, got layout {value.layout}; "

@@ -91,6 +91,8 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
         )
     if backend == "numpy" and not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array; pass a copy of it")
+    if backend == "torch" and out.is_neg():
+        raise ValueError("out must lie in memory as it is read, got a negated view; pass a copy")
     if backend == "torch" and out.requires_grad:
         raise ValueError("out must not require a gradient, but it does; pass out.detach()")
     place = _place(out, backend)
@@ -111,6 +113,41 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
             "out may be input itself, but must share no memory with the arguments otherwise, and "
             f"does with {'input' if name == 'logits' else name}; pass a copy of it"
         )
+
+
+def check_inplace(problem: Problem, operands: Operands) -> None:
+    """Refuse torch logits that a backward pass could not write its gradient over."""
+    if not problem.is_concrete:
+        raise ValueError(
+            "inplace_backward needs memory that can be written, but input is traced; "
+            "leave inplace_backward out"
+        )
+    logits = operands.logits
+    place = _place(logits, "torch")
+    if place is None:
+        return
+    if place.overlaps_itself:
+        raise ValueError(
+            "with inplace_backward input must not overlap itself, got shape "
+            f"{place.shape} with strides of {place.strides} bytes; pass a copy of it"
+        )
+    for name, operand in zip(operands._fields, operands, strict=True):
+        there = None if name == "logits" else _place(operand, "torch")
+        if there is not None and place.meets(there):
+            raise ValueError(
+                "with inplace_backward input must share no memory with the other arguments, and "
+                f"does with {name}; pass a copy of it"
+            )
+    # Of a view, autograd hands the gradient on to what it is a view of.
+    for tensor in (logits, logits._base):
+        if tensor is None or not (tensor.is_leaf or tensor.retains_grad) or tensor.grad is None:
+            continue
+        there = None if tensor.grad.is_sparse else _place(tensor.grad, "torch")
+        if there is not None and place.meets(there):
+            raise ValueError(
+                "with inplace_backward input must not hold its own gradient, to which a backward "
+                "pass would add what it has just written over it, and does; set its grad to None"
+            )
 
 
 def write(problem: Problem, grad: Any, out: Any) -> Any:

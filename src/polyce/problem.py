@@ -51,6 +51,10 @@ class Problem(NamedTuple):
     """inf for none."""
     stats: tuple[str, ...] | None = None
     """What to report of each row beside its loss; None for nothing at all."""
+    inplace_backward: bool = False
+    """Whether torch's backward pass writes the gradient over the logits."""
+    is_compiling: bool = False
+    """Whether torch.compile traces plain tensors, and may call kernels by an operator."""
 
     @property
     def classes(self) -> int:
@@ -252,6 +256,7 @@ def _describe(
         reduction=reduction,
         check_labels=_checks_labels(kind, target, backend, validate),
         is_concrete=eager.are_concrete(values, backend),
+        is_compiling=eager.are_compiled(values, backend),
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
         z_loss=options.check_z_loss(z_loss),

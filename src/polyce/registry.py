@@ -48,10 +48,14 @@ class Implementation:
     """Why it cannot run at all here ("not installed", "not built"), or None."""
     refuses: Callable[[Problem], str | None] | None = None
     """Any other reason against a problem, or None."""
+    by_name_only: Callable[[Problem], bool] | None = None
+    """Whether it takes a problem, if at all, only where it is asked for by name."""
     cross_entropy: Callable[..., tuple[Any, Any]] | None = None
     """(problem, operands) -> (loss, stats), for a path that plans and reduces itself"""
     cross_entropy_with_grad: Callable[..., tuple[Any, Any, Any]] | None = None
     """(problem, operands, out) -> (loss, gradient, stats)"""
+    torch_kernels: Callable[[], Any] | None = None
+    """() -> `torch_calls.Kernels`, for a path that torch.compile may put into its graph"""
     log_softmax: Callable[..., Any] | None = None
     """(problem, logits) -> log(softmax(logits)), for a path that has one of its own"""
 
@@ -79,8 +83,10 @@ class Implementation:
         return tuple(found)
 
     def serves(self, problem: Problem) -> bool:
-        """Tell whether there is no reason against it, soon for another library's arrays."""
+        """Tell whether it can be chosen unasked, soon for another library's arrays."""
         if self.backends is not None and problem.backend not in self.backends:
+            return False
+        if self.by_name_only is not None and self.by_name_only(problem):
             return False
         return not self.reasons(problem)
 
@@ -105,8 +111,10 @@ TABLE: tuple[Implementation, ...] = (
         devices=frozenset({"cpu"}),
         unavailable=native.unavailable,
         refuses=native.refuses,
+        by_name_only=native.is_left_to_the_compiler,
         cross_entropy=native.cross_entropy,
         cross_entropy_with_grad=native.cross_entropy_with_grad,
+        torch_kernels=native.torch_kernels,
         log_softmax=native.log_softmax,
     ),
     Implementation(
@@ -212,7 +220,7 @@ _choices: dict[Problem, tuple[tuple[Implementation, ...], Implementation]] = {}
 
 
 def _unforced(problem: Problem, preference: Implementation | None) -> Implementation:
-    if preference is not None and preference.serves(problem):
+    if preference is not None and not preference.reasons(problem):
         return preference
     if not problem.is_concrete:
         return _first(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from polyce import arrays
@@ -61,6 +62,25 @@ class RowStats(NamedTuple):
     """In the row dtype."""
     prediction: Any
     """The first class with the largest logit; anything where there is no softmax."""
+
+
+def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> Stats | None:
+    """Give arrays for what the caller asked for, from empty(shape, dtype), for a kernel to fill."""
+    if problem.stats is None:
+        return None
+    xp, arithmetic = problem.xp, problem.arithmetic_dtype
+
+    def entry(name: str, dtype: Any) -> Any:
+        wanted = name == "valid" or problem.asks(name)
+        return empty(problem.row_shape, dtype) if wanted else None
+
+    return Stats(
+        lse=entry("lse", arithmetic),
+        entropy=entry("entropy", arithmetic),
+        prediction=entry("prediction", xp.int64),
+        correct=entry("correct", xp.bool),
+        valid=entry("valid", xp.bool),
+    )
 
 
 def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:

@@ -12,7 +12,7 @@ import polyce
 from .tables import rows
 
 SOURCE = Path(polyce.__file__).parent
-ERRORS = ("TypeError", "ValueError", "IndexError")
+ERRORS = ("TypeError", "ValueError", "IndexError", "RuntimeError")
 NOT_FOR_CALLERS = ("testing", "demo.py", "__main__.py")
 
 

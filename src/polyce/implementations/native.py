@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays, labels, targets
+from polyce import arrays, labels, stats, targets
 from polyce.problem import Operands, Problem
 from polyce.stats import RowStats, Stats
 from polyce.targets import Plan
@@ -26,6 +26,13 @@ BACKENDS = frozenset({"numpy", "torch"})
 ISA_VARIABLE = "POLYCE_ISA"
 THREADS_VARIABLE = "POLYCE_NUM_THREADS"
 _MOST_KERNELS = 1024
+# From so many classes on a backward pass is spared a reading of the logits by what a forward pass
+# saves of each row. The core's own rule, here for those who ask where it does not run.
+SAVED_FROM = 65
+# Under torch.compile the call of an operator takes 40 to 80 µs more than what the compiler makes of
+# the reference's operations; about here the kernel has made up for that (forward: 128×1000 118 and
+# 116 µs, 256×1000 161 and 198; with backward 291 and 276, 341 and 443; one thread).
+FEWEST_COMPILED = 2**17
 
 
 # Looked up once: torch.compile traces the choice of an implementation. In a checkout the folder of
@@ -46,7 +53,7 @@ def unavailable() -> str | None:
 
 def refuses(problem: Problem) -> str | None:
     """Say what the kernels cannot read."""
-    if not problem.is_concrete:
+    if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
     # The result has the byte order of what it is promoted from.
     if problem.backend == "numpy" and not (
@@ -54,6 +61,18 @@ def refuses(problem: Problem) -> str | None:
     ):
         return "the bytes of logits or probabilities are not in this processor's order"
     return None
+
+
+def is_left_to_the_compiler(problem: Problem) -> bool:
+    """Tell whether torch.compile had better fuse the reference's operations than call a kernel.
+
+    Calling it takes the time of some ten thousand logits. Where sizes are symbolic it is called.
+    """
+    if not problem.is_compiling:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(math.prod(problem.shape) < FEWEST_COMPILED))
 
 
 _loaded: list[ModuleType] = []
@@ -133,6 +152,13 @@ def memory(backend: str) -> Memory:
     return _memories[backend]
 
 
+def torch_kernels() -> Any:
+    """Give the kernels of whole calls on torch."""
+    from polyce.implementations import native_torch
+
+    return native_torch.KERNELS
+
+
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Give the loss as the caller gets it, on torch's graph where it needs to be, and the stats."""
     on_graph = memory(problem.backend).on_graph
@@ -168,7 +194,9 @@ def run(
     losses = None
     if not backward:
         losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
-    found = None if problem.stats is None else _empty_stats(problem, empty)
+    found = None
+    if problem.stats is not None:
+        found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
     if problem.kind == "index":
         target = dense(target, None)
         if target.shape != problem.row_shape:
@@ -207,22 +235,6 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     result = own.empty_like(logits)
     kernel(problem).log_softmax(own.handle(logits), own.handle(result))
     return result
-
-
-def _empty_stats(problem: Problem, empty: Callable[..., Any]) -> Stats:
-    xp, arithmetic, asked = problem.xp, problem.arithmetic_dtype, problem.stats or ()
-
-    def entry(name: str, dtype: Any) -> Any:
-        wanted = name in asked or name == "valid"
-        return empty(problem.row_shape, dtype=dtype) if wanted else None
-
-    return Stats(
-        lse=entry("lse", arithmetic),
-        entropy=entry("entropy", arithmetic),
-        prediction=entry("prediction", xp.int64),
-        correct=entry("correct", xp.bool),
-        valid=entry("valid", xp.bool),
-    )
 
 
 _kernels: dict[Problem, Any] = {}

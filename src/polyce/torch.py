@@ -1,0 +1,306 @@
+"""For torch alone: the losses as modules, and a backward pass that needs no memory of its own.
+
+``import polyce.torch`` imports torch, which ``import polyce`` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from polyce import functional, outputs, torch_calls
+from polyce.options import current_reduction
+from polyce.problem import describe
+from polyce.registry import select
+
+__all__ = ["CrossEntropyLoss", "NLLLoss", "cross_entropy"]
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    axis: int | None = None,
+    sample_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
+    validate: bool | None = None,
+    implementation: str | None = None,
+    inplace_backward: bool = False,
+) -> Any:
+    """Compute the softmax cross-entropy of torch tensors; its backward pass may work in place.
+
+    Without `inplace_backward` this is `polyce.cross_entropy`.
+
+    Parameters
+    ----------
+    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As for `polyce.cross_entropy`.
+    axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
+        As for `polyce.cross_entropy`.
+    validate, implementation
+        As for `polyce.cross_entropy`.
+    inplace_backward : bool, default False
+        Whether the backward pass writes the gradient of `input` over `input`, which saves a tensor
+        of its size. The notes say for whom.
+
+    Returns
+    -------
+    torch.Tensor
+        The loss; with `return_stats`, the pair of it and a `polyce.Stats`.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `polyce.cross_entropy` does; a TypeError for arrays that are no torch tensors. With
+        `inplace_backward` a ValueError for an `input` that is traced, overlaps itself (as an
+        expanded tensor does), shares memory with another argument or with its own ``.grad``.
+
+    Notes
+    -----
+    With `inplace_backward` the logits are what they were until the backward pass; after it their
+    memory holds the gradient, and so does that part of whatever they are a view of. Nothing is
+    written where no gradient of the logits is asked for, as under ``torch.no_grad``.
+
+    - What needs the logits' values, such as an accuracy, reads them before the backward pass, or
+      takes `return_stats`. What was detached from them before reads the gradient afterwards.
+    - A second backward pass through this loss raises a RuntimeError, and so does one through
+      another operation that saved the logits, unless it came first. ``create_graph=True`` and
+      ``is_grads_batched=True`` raise one before anything is written.
+    - Logits that are a leaf share their memory with their ``.grad`` from then on. That has to be
+      None again before the next call.
+    - Where ``torch.autograd.graph.saved_tensors_hooks`` bring back a copy of the logits, the
+      gradient is a new tensor and nothing is written over.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import polyce.torch
+    >>> features = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    >>> logits = features * 0.0
+    >>> loss = polyce.torch.cross_entropy(logits, torch.tensor([0]), inplace_backward=True)
+    >>> loss.backward()
+    >>> logits.detach()
+    tensor([[-0.5000,  0.5000]])
+    """
+    _check(input)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": current_reduction(size_average, reduce, reduction),
+        "label_smoothing": label_smoothing,
+        "axis": axis,
+        "sample_weight": sample_weight,
+        "normalizer": normalizer,
+        "z_loss": z_loss,
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+        "return_stats": return_stats,
+        "validate": validate,
+    }
+    if not inplace_backward:
+        return functional.cross_entropy(
+            input, target, weight, implementation=implementation, **options
+        )
+    problem, operands = describe(input, target, weight, **options)
+    outputs.check_inplace(problem, operands)
+    problem = problem._replace(inplace_backward=True)
+    chosen = select(problem, implementation)
+    compute = chosen.cross_entropy or torch_calls.whole_call(chosen)
+    loss, facts = compute(problem, operands)
+    return loss if facts is None else (loss, facts)
+
+
+def _check(input: Any) -> None:
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(
+            f"polyce.torch takes torch tensors, but input is {type(input).__qualname__}; convert "
+            "it with torch.as_tensor, or call the function of that name in polyce"
+        )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Softmax cross-entropy as a module, in the place of ``torch.nn.CrossEntropyLoss``.
+
+    It is one of torch's: ``isinstance`` says so, and ``state_dict`` has the same entries, so that
+    a checkpoint of either loads into the other. As there, options are checked in the call.
+
+    Parameters
+    ----------
+    weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        As for ``torch.nn.CrossEntropyLoss``; see `polyce.cross_entropy`.
+    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation
+        As for `polyce.cross_entropy`.
+    inplace_backward
+        As for `cross_entropy`, which says who may read the logits afterwards.
+
+    Attributes
+    ----------
+    weight : torch.Tensor or None
+        Weight of each class, a buffer: it moves and is cast with the module.
+    ignore_index, reduction, label_smoothing, axis, z_loss, logit_scale, logit_softcap
+        As given; they may be assigned.
+    return_stats, validate, implementation, inplace_backward
+        As given; they may be assigned.
+
+    See Also
+    --------
+    polyce.CrossEntropyLoss : The same for the arrays of any library, and no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import polyce.torch
+    >>> criterion = polyce.torch.CrossEntropyLoss(label_smoothing=0.1)
+    >>> isinstance(criterion, torch.nn.CrossEntropyLoss)
+    True
+    >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    >>> criterion(logits, torch.tensor([0])).backward()
+    >>> logits.grad
+    tensor([[-0.0692,  0.0692]])
+    """
+
+    __constants__ = [  # noqa: RUF012 - as torch's own
+        *torch.nn.CrossEntropyLoss.__constants__,
+        *("axis", "z_loss", "logit_scale", "logit_softcap", "return_stats"),
+        *("validate", "implementation", "inplace_backward"),
+    ]
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        axis: int | None = None,
+        z_loss: float = 0.0,
+        logit_scale: float | None = None,
+        logit_softcap: float | None = None,
+        return_stats: bool | str | Sequence[str] = False,
+        validate: bool | None = None,
+        implementation: str | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.axis = axis
+        self.z_loss = z_loss
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.return_stats = return_stats
+        self.validate = validate
+        self.implementation = implementation
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> Any:
+        """Compute the loss of logits against a target, as `cross_entropy` does."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            axis=self.axis,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            return_stats=self.return_stats,
+            validate=self.validate,
+            implementation=self.implementation,
+            inplace_backward=self.inplace_backward,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """Negative log-likelihood as a module, in the place of ``torch.nn.NLLLoss``.
+
+    It is one of torch's, as `CrossEntropyLoss` is. There is no ``inplace_backward``: the backward
+    pass of the log_softmax before it needs the log-probabilities that it would write over.
+
+    Parameters
+    ----------
+    weight, size_average, ignore_index, reduce, reduction
+        As for ``torch.nn.NLLLoss``; see `polyce.nll_loss`.
+    axis, validate
+        As for `polyce.nll_loss`.
+
+    Attributes
+    ----------
+    weight : torch.Tensor or None
+        Weight of each class, a buffer: it moves and is cast with the module.
+    ignore_index, reduction, axis, validate
+        As given; they may be assigned.
+
+    See Also
+    --------
+    polyce.NLLLoss : The same for the arrays of any library, and no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import polyce.torch
+    >>> criterion = polyce.torch.NLLLoss(reduction="sum")
+    >>> criterion(torch.log(torch.tensor([[0.5, 0.5]])), torch.tensor([0]))
+    tensor(0.6931)
+    """
+
+    __constants__ = [*torch.nn.NLLLoss.__constants__, "axis", "validate"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        axis: int | None = None,
+        validate: bool | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        self.axis = axis
+        self.validate = validate
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        sample_weight: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute the loss of log-probabilities against labels, as `polyce.nll_loss` does."""
+        _check(input)
+        return functional.nll_loss(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            axis=self.axis,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            validate=self.validate,
+        )

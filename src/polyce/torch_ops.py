@@ -1,0 +1,281 @@
+"""The kernels as operators of torch, for torch.compile to put into its graph.
+
+torch calls an operator with its arguments alone, so that a call is described in them again. One
+operator gives the loss, the stats and what a backward pass wants, the other the gradient of the
+logits. What is not there is an empty tensor, for an operator gives as many as it says.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from polyce import autograd_torch, registry, stats, torch_calls
+from polyce.problem import Operands, Problem, describe
+from polyce.registry import Implementation
+from polyce.stats import Stats
+from polyce.torch_calls import Kernels, Saved
+
+
+class _Options(NamedTuple):
+    """What both operators take beside tensors, in the order of their schemas."""
+
+    axis: int
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    logit_softcap: float | None
+    stats: str | None
+    """Names with commas between them."""
+    result_dtype: Any
+    implementation: str
+
+
+_OPTIONS = (
+    "int axis, int ignore_index, str reduction, float label_smoothing, "
+    "float z_loss, float logit_scale, float? logit_softcap, str? stats, ScalarType result_dtype, "
+    "str implementation"
+)
+_OPERANDS = (
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
+)
+_COUNT = 5
+_FOUND = "Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct, Tensor valid"
+
+
+def whole_call(implementation: Implementation) -> Callable[..., tuple[Any, Stats | None]]:
+    """Give an implementation's whole calls, as parts of a graph."""
+    return functools.partial(cross_entropy, implementation.name)
+
+
+def cross_entropy(
+    implementation: str, problem: Problem, operands: Operands
+) -> tuple[Any, Stats | None]:
+    """Give the loss and the stats of one call as part of a graph."""
+    autograd_torch.check(operands)
+    normalizer = operands.normalizer
+    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
+        summed, operands = torch_calls.without_normalizer(problem, operands)
+        total, facts = cross_entropy(implementation, summed, operands)
+        return (total / normalizer).to(problem.result_dtype), facts
+    keep = torch.is_grad_enabled() and operands.logits.requires_grad
+    loss, facts, _, _ = _forward(implementation, problem, operands, keep)
+    return loss, facts
+
+
+def cross_entropy_with_grad(
+    implementation: str, problem: Problem, operands: Operands
+) -> tuple[Any, Any, Stats | None]:
+    """Give the loss, the gradient and the stats of one call as part of a graph."""
+    cotangent = operands.grad_output
+    loss, facts, rows, denominator = _forward(implementation, problem, operands, keep=True)
+    if cotangent is None or isinstance(cotangent, float):
+        ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
+        cotangent = ones if cotangent is None else ones * cotangent
+    tensors, options = _arguments(implementation, problem._replace(stats=None), operands)
+    grad = _backward_operator(cotangent, *tensors, rows, denominator, *options)
+    return loss, grad, facts
+
+
+def _forward(
+    implementation: str, problem: Problem, operands: Operands, keep: bool
+) -> tuple[Any, Stats | None, Any, Any]:
+    tensors, options = _arguments(implementation, problem, operands)
+    loss, *found, rows, denominator = _operator(*tensors, keep, *options)
+    if problem.stats is None:
+        return loss, None, rows, denominator
+    wanted = (*(name in problem.stats for name in Stats._fields[:-1]), True)
+    facts = Stats(*(a if is_wanted else None for a, is_wanted in zip(found, wanted, strict=True)))
+    return loss, facts, rows, denominator
+
+
+def _arguments(
+    implementation: str, problem: Problem, operands: Operands
+) -> tuple[tuple[Any, ...], _Options]:
+    logits, target, weight, sample_weight, normalizer, _ = operands
+    if isinstance(normalizer, float):
+        # It may change with every batch: a number that goes into a product does not become a
+        # constant of the graph, but one of an operator's arguments does.
+        one = torch.ones((), dtype=problem.row_dtype, device=logits.device)
+        normalizer = one * normalizer
+    options = _Options(
+        axis=problem.axis,
+        ignore_index=problem.ignore_index,
+        reduction=problem.reduction,
+        label_smoothing=problem.label_smoothing,
+        z_loss=problem.z_loss,
+        logit_scale=problem.logit_scale,
+        logit_softcap=None if problem.logit_softcap == math.inf else problem.logit_softcap,
+        stats=None if problem.stats is None else ",".join(problem.stats),
+        result_dtype=problem.result_dtype,
+        implementation=implementation,
+    )
+    return (logits, target, weight, sample_weight, normalizer), options
+
+
+def _described(
+    tensors: tuple[Any, ...], options: _Options, cotangent: Any = None
+) -> tuple[Problem, Operands]:
+    """Describe the call that the arguments of an operator are of."""
+    logits, target, weight, sample_weight, normalizer = tensors
+    asked: Any = False
+    if options.stats is not None:
+        asked = tuple(name for name in options.stats.split(",") if name)
+    problem, operands = describe(
+        logits,
+        target,
+        weight,
+        ignore_index=options.ignore_index,
+        reduction=options.reduction,
+        label_smoothing=options.label_smoothing,
+        axis=options.axis,
+        sample_weight=sample_weight,
+        z_loss=options.z_loss,
+        logit_scale=options.logit_scale,
+        logit_softcap=options.logit_softcap,
+        return_stats=asked,
+        validate=False,
+    )
+    # The autocast that was on when the call was traced need not be on now.
+    problem = problem._replace(result_dtype=options.result_dtype, normalized=normalizer is not None)
+    return problem, operands._replace(normalizer=normalizer, grad_output=cotangent)
+
+
+def _kernels(options: _Options) -> Kernels:
+    kernels = registry.find(options.implementation).torch_kernels
+    if kernels is None:
+        raise ValueError(
+            "the operators of polyce run an implementation that has kernels for torch, got "
+            f"{options.implementation!r}; call polyce.cross_entropy instead"
+        )
+    return kernels()
+
+
+def _taken(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool, _Options]:
+    return arguments[:_COUNT], arguments[_COUNT], _Options(*arguments[_COUNT + 1 :])
+
+
+def _compute(*arguments: Any) -> tuple[Any, ...]:
+    tensors, keep, options = _taken(arguments)
+    problem, operands = _described(tensors, options)
+    loss, found, saved = _kernels(options).forward(problem, operands, keep)
+    return _filled(tensors[0], loss, found, saved)
+
+
+_DTYPES = (*(torch.float32,) * 2, torch.int64, *(torch.bool,) * 2, *(torch.float64,) * 2)
+
+
+def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[Any, ...]:
+    """Give results as an operator does, an empty tensor for what is not there."""
+    given = (*(found or (None,) * len(Stats._fields)), *saved)
+    return loss, *(
+        logits.new_empty(0, dtype=dtype) if tensor is None else tensor
+        for tensor, dtype in zip(given, _DTYPES, strict=True)
+    )
+
+
+def _imagine(*arguments: Any) -> tuple[Any, ...]:
+    """Give results without values, as `_compute` gives them."""
+    tensors, keep, options = _taken(arguments)
+    problem, _ = _described(tensors, options)
+    logits, rows = tensors[0], problem.row_shape
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        return logits.new_empty(shape, dtype=dtype)
+
+    loss = empty(rows if problem.reduction == "none" else (), problem.result_dtype)
+    saved = Saved()
+    if keep:
+        keeps = _kernels(options).keeps(problem)
+        saved = Saved(
+            rows=empty((math.prod(rows), 4), torch.float64) if keeps.rows else None,
+            denominator=empty((), torch.float64) if keeps.denominator else None,
+        )
+    return _filled(logits, loss, stats.unfilled(problem, empty), saved)
+
+
+def _compute_gradient(cotangent: Any, *arguments: Any) -> Any:
+    tensors, options = arguments[:_COUNT], _Options(*arguments[_COUNT + 2 :])
+    problem, operands = _described(tensors, options, cotangent)
+    saved = Saved(*(a if a.numel() else None for a in arguments[_COUNT : _COUNT + 2]))
+    return _kernels(options).backward(problem, operands, saved, None)
+
+
+def _imagine_gradient(cotangent: Any, logits: Any, *_: Any) -> Any:
+    return torch.empty_like(logits)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, *found, rows, denominator = output
+    ctx.mark_non_differentiable(*found, rows, denominator)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_COUNT], rows, denominator)
+    ctx.options = _Options(*inputs[_COUNT + 1 :])._replace(stats=None)
+
+
+def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
+    needs, saved, options = ctx.needs_input_grad, ctx.saved_tensors, ctx.options
+    grad = of_target = of_weight = None
+    if needs[0]:
+        grad = _backward_operator(cotangent, *saved, *options)
+    if needs[1] or needs[2]:
+        problem, operands = _described(saved[:_COUNT], options, cotangent)
+        of_target, of_weight = torch_calls.target_gradients(problem, operands, needs[1:3])
+    return grad, of_target, of_weight, *(None,) * (_COUNT - 2 + len(options))
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[: _COUNT + 1])
+    ctx.options = _Options(*inputs[_COUNT + 3 :])
+
+
+def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+    """Differentiate the gradient, as operations of torch give it."""
+    first, *tensors = ctx.saved_tensors
+    wanted = [
+        a for a, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed
+    ]
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        problem, operands = _described(tuple(tensors), ctx.options, first)
+        grad = torch_calls.gradient(problem, operands)
+        found = iter(
+            torch.autograd.grad(grad, wanted, cotangent, create_graph=graph, allow_unused=True)
+        )
+    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[: _COUNT + 1]]
+    return *grads, *(None,) * (2 + len(ctx.options))
+
+
+# What `torch.library.custom_op` does is done here by hand, less its checks at each call: they take
+# as long as describing the call and half of a small kernel's time.
+_LIBRARY = torch.library.Library("polyce", "FRAGMENT")
+_LIBRARY.define(
+    f"cross_entropy({_OPERANDS}, bool keep, {_OPTIONS}) "
+    f"-> ({_FOUND}, Tensor rows, Tensor denominator)"
+)
+_LIBRARY.define(
+    f"cross_entropy_backward(Tensor cotangent, {_OPERANDS}, Tensor rows, Tensor denominator, "
+    f"{_OPTIONS}) -> Tensor"
+)
+for _name, _run, _fake, _rule, _save in (
+    ("cross_entropy", _compute, _imagine, _differentiate, _keep),
+    (
+        "cross_entropy_backward",
+        _compute_gradient,
+        _imagine_gradient,
+        _differentiate_again,
+        _keep_all,
+    ),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"polyce::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"polyce::{_name}", _rule, setup_context=_save, lib=_LIBRARY)
+
+_operator = torch.ops.polyce.cross_entropy.default
+_backward_operator = torch.ops.polyce.cross_entropy_backward.default
