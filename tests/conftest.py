@@ -34,12 +34,15 @@ BACKENDS = {
     "marray": "marray",
     # The libraries whose arrays are refused.
     "refused": None,
+    # Triton's kernels in its interpreter, on a CPU; and compiled for GPUs, launched on a recorder.
+    "triton": "torch",
+    "triton-compile": "torch",
 }
 # The second tier: libraries that are served through the standard alone, most of them slowly. The
 # grid and their own tests run there.
 TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
 # Runs of nothing but the tests that name them.
-MARKED_ONLY = ("cupy-dispatch", "refused", *TIER_2)
+MARKED_ONLY = ("cupy-dispatch", "refused", "triton", "triton-compile", *TIER_2)
 FULL = os.environ.get("POLYCE_FULL") == "1"
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
@@ -53,6 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
     config.addinivalue_line("markers", "tests_of_tests: leave the test out of runs with few cases")
     config.addinivalue_line("markers", "same_everywhere: likewise, the core does not see Python")
+    if config.getoption("--backend") == "triton":
+        # Read when Triton is first imported; so interpreter and compiler need a process each.
+        os.environ["TRITON_INTERPRET"] = "1"
     if config.getoption("--backend").startswith("jax"):
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")

@@ -41,6 +41,14 @@ def test_grid_under_jit(backend: Backend) -> None:
     print(report)
 
 
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("group", GROUPS)
+def test_grid_on_triton(backend: Backend, group: str) -> None:
+    # The interpreter takes tens of milliseconds for each case.
+    leave_out = None if FULL else few(group, backend.floats)
+    print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
+
+
 CHUNKS = ("dask", "dask-rows", "dask-classes")
 # The hardest cuts alone for the reference, which dask's own path stands before.
 WAYS = [*product(["dask"], CHUNKS), *product(["reference"], CHUNKS if FULL else CHUNKS[-1:])]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyce import reference, targets
-from polyce.implementations import dask, native
+from polyce.implementations import dask, native, triton
 from polyce.problem import Problem
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
@@ -116,6 +116,21 @@ TABLE: tuple[Implementation, ...] = (
         cross_entropy_with_grad=native.cross_entropy_with_grad,
         torch_kernels=native.torch_kernels,
         log_softmax=native.log_softmax,
+    ),
+    Implementation(
+        name="triton",
+        forward=reference.forward,
+        backward=reference.backward,
+        forward_backward=reference.forward_backward,
+        backends=triton.BACKENDS,
+        devices=triton.DEVICES,
+        dtypes=triton.DTYPES,
+        unavailable=triton.unavailable,
+        refuses=triton.refuses,
+        by_name_only=triton.is_emulated,
+        cross_entropy=triton.cross_entropy,
+        cross_entropy_with_grad=triton.cross_entropy_with_grad,
+        torch_kernels=triton.torch_kernels,
     ),
     Implementation(
         name="reference",

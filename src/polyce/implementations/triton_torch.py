@@ -1,0 +1,87 @@
+"""The triton path's calls: memory for the kernels' results, and what nothing is launched for."""
+
+from __future__ import annotations
+
+import torch
+
+from polyce import reference, stats, targets
+from polyce.implementations import triton_launch
+from polyce.implementations.triton_launch import Results
+from polyce.problem import Operands, Problem
+from polyce.stats import Stats
+from polyce.torch_calls import Kernels, Saved
+
+
+def forward(
+    problem: Problem, operands: Operands, keep: bool
+) -> tuple[torch.Tensor, Stats | None, Saved]:
+    """Give the loss, the stats, and what a backward pass wants where there will be one."""
+    if problem.is_empty:
+        return *_of_nothing(problem, operands), Saved(None, None)
+    device = operands.logits.device
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    call = triton_launch.call(problem, operands)
+    reduced = problem.reduction != "none"
+    divided = problem.reduction == "mean"
+    results = Results(
+        loss=empty(() if reduced else problem.row_shape, problem.result_dtype),
+        stats=stats.unfilled(problem, empty),
+        rows=empty((call.row_count, 4), torch.float64) if keep else None,
+        sums=empty((call.programs, 2), torch.float64) if reduced else None,
+        denominator=empty((), torch.float64) if divided else None,
+        normalizer=operands.normalizer,
+    )
+    triton_launch.run(triton_launch.forward(call, results), operands.logits)
+    saved = Saved(results.rows, results.denominator) if keep else Saved(None, None)
+    return results.loss, results.stats, saved
+
+
+def backward(
+    problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Give the gradient, in `out` where that is given, which may be the logits."""
+    logits = operands.logits.detach()
+    if problem.is_empty:
+        return torch.zeros_like(logits) if out is None else out.zero_()
+    if saved.rows is None:
+        _, _, saved = forward(problem, operands, keep=True)
+    grad = torch.empty_like(logits) if out is None else out
+    call, place = triton_launch.call(problem, operands, grad), grad
+    if call.grad_rows is None:
+        place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
+        call = triton_launch.call(problem, operands, place)
+    cotangent = operands.grad_output
+    if not isinstance(cotangent, torch.Tensor):
+        number = 1.0 if cotangent is None else cotangent
+        cotangent = torch.full((), number, dtype=torch.float64, device=logits.device)
+    launches = triton_launch.backward(call, saved.rows, saved.denominator, cotangent, place)
+    triton_launch.run(launches, logits)
+    return grad if place is grad else grad.copy_(place)
+
+
+def cross_entropy_with_grad(
+    problem: Problem, operands: Operands, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
+    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    loss, found, saved = forward(problem, operands, keep=True)
+    return loss, backward(problem, operands, saved, out), found
+
+
+def _of_nothing(problem: Problem, operands: Operands) -> tuple[torch.Tensor, Stats | None]:
+    plan = targets.plan(problem, operands)
+    rows, _, found = reference.forward(problem, plan, operands.logits.detach())
+    loss = targets.reduce(problem, plan, rows)
+    return loss, None if found is None else stats.finish(problem, plan, found)
+
+
+def keeps(problem: Problem) -> Saved:
+    """Tell what a forward pass saves."""
+    if problem.is_empty:
+        return Saved(rows=False, denominator=False)
+    return Saved(rows=True, denominator=problem.reduction == "mean")
+
+
+KERNELS = Kernels("triton", forward, backward, keeps)

@@ -1,0 +1,148 @@
+"""A Triton driver without a device: kernels are compiled for a GPU, and launches written down.
+
+So the very Python code that a call on a GPU runs is run here, on tensors in ordinary memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from polyce.implementations import triton_torch
+from polyce.problem import describe
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch: what kernel, over what grid, with how many warps, and what it was called with."""
+
+    name: str
+    grid: tuple[int, int, int]
+    warps: int
+    arguments: tuple[Any, ...]
+
+
+@dataclass
+class Recorder:
+    """What Triton takes for a device of some target."""
+
+    target: GPUTarget
+    # Triton keeps what it has compiled by device: each target poses as a device of its own.
+    device: int
+    launched: list[Launched] = field(default_factory=list)
+
+    @property
+    def utils(self) -> Recorder:
+        return self
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            # The kernel's own arguments stand last.
+            values = tuple(rest[-len(source.fn.arg_names) :])
+            self.launched.append(Launched(metadata.name, (x, y, z), metadata.num_warps, values))
+
+        return launch
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": 65536,
+            "max_num_regs": 65536,
+            "multiprocessor_count": 132,
+            "warpSize": self.target.warp_size,
+        }
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+
+# What has been compiled for a device once is launched through the recorder of that time.
+_RECORDERS = {
+    name: Recorder(target, device) for device, (name, target) in enumerate(TARGETS.items())
+}
+
+
+def record(name: str) -> Recorder:
+    """Make Triton compile for a target from now on, and give what will be launched."""
+    recorder = _RECORDERS[name]
+    recorder.launched.clear()
+    driver.set_active(recorder)
+    return recorder
+
+
+def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any) -> Any:
+    """Run a call's own code for the triton path, forward and backward; validate=False."""
+    problem, operands = describe(*arrays, validate=False, **options)
+    loss, _, saved = triton_torch.forward(problem, operands, keep)
+    if not backward:
+        return None
+    cotangent = torch.ones((), dtype=loss.dtype).expand(loss.shape)
+    operands = operands._replace(grad_output=cotangent)
+    return triton_torch.backward(problem, operands, saved, None)
+
+
+def binaries(kernel: Any, device: int) -> list[Any]:
+    """Give what was compiled of a kernel for a device, newest last."""
+    return list(kernel.device_caches[device][0].values())
+
+
+def registers(binary: Any, folder: Path) -> tuple[int, int]:
+    """Give how many registers a thread has, and how many bytes it keeps elsewhere for want of one.
+
+    On NVIDIA's GPUs these show as stack.
+    """
+    if "amdgcn" in binary.asm:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", binary.asm["amdgcn"]))
+        return int(found["vgpr_count"]), int(found["vgpr_spill_count"])
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "-res-usage", str(path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2])
+
+
+def widths(binary: Any) -> tuple[set[int], set[int]]:
+    """Give in how many bytes at once it loads, and stores."""
+    if "amdgcn" in binary.asm:
+        sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+        found = re.findall(r"(?:global|buffer)_(load|store)_(\w+?)\b", binary.asm["amdgcn"])
+        pairs = [(kind, sizes.get(size.removesuffix("_d16"), 1)) for kind, size in found]
+    else:
+        found = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
+        pairs = [
+            ("load" if kind == "ld" else "store", int(count or 1) * int(bits) // 8)
+            for kind, count, bits in found
+        ]
+    return tuple({size for kind, size in pairs if kind == what} for what in ("load", "store"))

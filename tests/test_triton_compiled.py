@@ -1,0 +1,91 @@
+"""The triton kernels compiled for GPUs: no spills, bounded registers, 16-byte loads and stores."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import FULL
+
+pytestmark = pytest.mark.only("triton-compile")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Shape and strides; whether classes are read, and the gradient written, 16 bytes at once.
+LAYOUTS = {
+    "aligned": ((4, 4096), (4096, 1), True),
+    "odd": ((4, 50257), (50257, 1), True),
+    "rows of 1000": ((4, 1000), (1000, 1), True),
+    "short": ((300, 10), (10, 1), False),
+    "neighbours": ((2, 19, 256), (4864, 256, 1), True),
+    "split": ((2, 200_001), (200_001, 1), True),
+}
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
+# What else is passed, and options.
+FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": ((), {}),
+    "sum": ((), {"reduction": "sum"}),
+    "rows": ((), {"reduction": "none"}),
+    "weighted": (("weight", "sample_weight"), {}),
+    "smoothed": ((), {"label_smoothing": 0.1}),
+    "weighted and smoothed": (("weight",), {"label_smoothing": 0.1, "reduction": "none"}),
+    "normalized": (("normalizer",), {"z_loss": 0.1, "logit_scale": 0.7}),
+    "everything": (("weight", "sample_weight"), EVERYTHING),
+    "probabilities": (("probabilities",), {}),
+    "everything of probabilities": (("probabilities", "weight", "sample_weight"), EVERYTHING),
+}
+# Registers of a thread, so that two programs of 8 warps share a multiprocessor's 65536; and all
+# that there are, for float64 and for a softcap with all stats: 255, on AMD's GPUs 512.
+FEW, MANY = 128, {"gfx942": 512}
+HEAVY = ("everything", "everything of probabilities")
+
+
+def cases() -> list[Any]:
+    """Give each dtype on each layout and each set of flags on a dtype or two; or all of them."""
+    if FULL:
+        chosen = list(itertools.product(LAYOUTS, DTYPES, FLAGS))
+    else:
+        chosen = [(layout, dtype, "plain") for layout in LAYOUTS for dtype in DTYPES[1:3]]
+        chosen += [("odd", dtype, "plain") for dtype in (DTYPES[0], DTYPES[3])]
+        chosen += [("odd", "bfloat16", flags) for flags in FLAGS if flags != "plain"]
+        chosen += [("neighbours", "float32", flags) for flags in HEAVY]
+        chosen += [("short", "float64", "everything"), ("split", "float32", "probabilities")]
+    return [pytest.param(*case, id="-".join(case)) for case in chosen]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "flags"), cases())
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled(
+    torch: Any, tmp_path: Path, target: str, layout: str, dtype: str, flags: str
+) -> None:
+    from polyce.implementations import triton_kernels
+    from recorder import binaries, call, record, registers, widths
+
+    recorder = record(target)
+    shape, strides, wide = LAYOUTS[layout]
+    given, options = FLAGS[flags]
+    x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
+    rows = (shape[0], *shape[2:])
+    labels = torch.zeros(rows, dtype=torch.int64)
+    call(
+        x,
+        torch.empty_like(x) if "probabilities" in given else labels,
+        torch.ones(shape[1]) if "weight" in given else None,
+        sample_weight=torch.ones(rows) if "sample_weight" in given else None,
+        normalizer=torch.ones(()) if "normalizer" in given else None,
+        **options,
+    )
+    for launch in recorder.launched:
+        binary = binaries(getattr(triton_kernels, launch.name), recorder.device)[-1]
+        count, spilled = registers(binary, tmp_path)
+        assert spilled == 0, launch.name
+        heavy = flags in HEAVY or dtype == "float64"
+        assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
+        loads, stores = widths(binary)
+        if wide and launch.name in ("forward", "backward"):
+            assert 16 in loads, launch.name
+        if wide and launch.name == "backward":
+            assert 16 in stores

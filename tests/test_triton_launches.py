@@ -1,0 +1,243 @@
+"""The Python code of the triton path as it runs on a GPU, on a driver that records launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.only("triton-compile")
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Any:
+    from recorder import record
+
+    return record("sm_90")
+
+
+@pytest.fixture
+def launched(recorder: Any) -> list[Any]:
+    recorder.launched.clear()
+    return recorder.launched
+
+
+def arguments(launch: Any) -> dict[str, Any]:
+    """Give what a kernel was called with, by name."""
+    from polyce.implementations import triton_kernels
+
+    kernel = getattr(triton_kernels, launch.name)
+    return dict(zip(kernel.arg_names, launch.arguments, strict=True))
+
+
+def names(launched: list[Any]) -> list[str]:
+    return [launch.name for launch in launched]
+
+
+def labels(torch: Any, *shape: int) -> Any:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000, 32000, 50257, 65536])
+def test_one_launch_each(torch: Any, launched: list[Any], classes: int) -> None:
+    from recorder import call
+
+    x = torch.zeros(3, classes)
+    call(x, labels(torch, 3), reduction="none")
+    assert names(launched) == ["forward", "backward"]
+    launched.clear()
+    call(x, labels(torch, 3), reduction="mean", return_stats=True)
+    # One program adds up what the others have summed.
+    assert names(launched) == ["forward", "reduce", "backward"]
+    assert launched[1].grid == (1, 1, 1)
+
+
+def test_few_long_rows_are_split_and_joined(torch: Any, launched: list[Any]) -> None:
+    from recorder import call
+
+    call(torch.zeros(2, 200_000), labels(torch, 2), backward=False)
+    assert names(launched) == ["forward", "join", "reduce"]
+    forward, join, _ = launched
+    assert forward.grid == (2, 10, 1)
+    assert join.grid == (2, 1, 1)
+    found = arguments(forward)
+    assert found["chunk"] * 10 >= 200_000 > found["chunk"] * 9
+    assert found["chunk"] % found["TILE"] == 0
+
+
+def test_no_launch_for_nothing(torch: Any, launched: list[Any]) -> None:
+    from recorder import call
+
+    call(torch.zeros(0, 5), labels(torch, 0))
+    call(torch.zeros(2, 5, 0), labels(torch, 2, 0))
+    call(torch.zeros(2, 0), torch.zeros(2, 0))
+    assert launched == []
+
+
+GRIDS = [
+    # shape, strides, (programs, parts), classes and lanes of a tile, warps
+    ((4096, 32000), (32000, 1), (4096, 1), (4096, 1), 8),
+    ((4096, 1000), (1000, 1), (4096, 1), (1024, 1), 2),
+    ((100_000, 10), (10, 1), (1563, 1), (16, 64), 8),
+    ((100_000, 2), (2, 1), (196, 1), (2, 512), 8),
+    ((4096, 1000), (1, 4096), (32, 1), (16, 128), 8),
+    ((8, 19, 1024), (19456, 1024, 1), (64, 1), (16, 128), 8),
+    ((8, 19, 49), (931, 49, 1), (8, 1), (32, 64), 8),
+    ((8, 19, 1024), (19456, 1, 19), (256, 1), (32, 32), 8),
+    ((7,), (1,), (1, 1), (8, 1), 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "strides", "grid", "tile", "warps"), GRIDS)
+def test_grids(
+    torch: Any,
+    launched: list[Any],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    grid: tuple[int, int],
+    tile: tuple[int, int],
+    warps: int,
+) -> None:
+    from recorder import call
+
+    x = torch.empty(1, dtype=torch.float16).as_strided((1,) * len(shape), strides)
+    x = torch.empty_strided(shape, strides, dtype=torch.float16)
+    rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    call(x, labels(torch, *rows), reduction="none", backward=False)
+    (launch,) = launched
+    found = arguments(launch)
+    assert launch.grid == (*grid, 1)
+    assert (found["TILE"], found["LANES"]) == tile
+    assert launch.warps == warps
+    programs = found["blocks"] * (grid[0] // found["blocks"])
+    assert programs * tile[1] >= x.numel() // shape[min(1, len(shape) - 1)]
+
+
+def test_few_rows_share_the_writing(torch: Any, launched: list[Any]) -> None:
+    from recorder import call
+
+    call(torch.zeros(4, 50257), labels(torch, 4))
+    assert launched[-1].grid == (4, 13, 1)
+    launched.clear()
+    call(torch.zeros(4096, 2000), labels(torch, 4096))
+    assert launched[-1].grid == (4096, 1, 1)
+
+
+PEELED = [
+    # offset of the first logit, row stride, classes, item size -> peeled, elements in one load
+    (0, 1000, 1000, 4, False, 4),
+    (0, 1000, 1000, 2, False, 8),
+    (0, 1001, 1001, 4, True, 1),
+    (1, 1000, 1000, 4, True, 1),
+    (4, 1000, 1000, 4, False, 4),
+    (4, 1000, 1000, 2, True, 1),
+    (0, 1002, 1000, 4, True, 1),
+    (0, 1004, 1000, 4, False, 4),
+    (0, 1008, 999, 4, True, 1),
+    (0, 64, 64, 4, False, 4),
+    (0, 63, 63, 4, False, 1),
+    (1, 64, 64, 4, False, 1),
+]
+
+
+@pytest.mark.parametrize(("offset", "stride", "classes", "size", "peeled", "unit"), PEELED)
+def test_what_is_promised_of_alignment_is_so(
+    torch: Any,
+    launched: list[Any],
+    offset: int,
+    stride: int,
+    classes: int,
+    size: int,
+    peeled: bool,
+    unit: int,
+) -> None:
+    from recorder import call
+
+    dtype = {2: torch.float16, 4: torch.float32}[size]
+    memory = torch.zeros(4 * stride + 16, dtype=dtype)
+    assert memory.data_ptr() % 16 == 0
+    x = memory.as_strided((3, classes), (stride, 1), offset)
+    vector = 16 // size
+    for shift in range(vector):
+        p = torch.zeros(4 * stride + 16, dtype=dtype).as_strided((3, classes), (stride, 1), shift)
+        launched.clear()
+        grad = call(x, p)
+        for launch in (launched[0], launched[-1]):
+            found = arguments(launch)
+            assert (found["PEEL"], found["UNIT"]) == (peeled, unit)
+            assert found["units"] * unit == classes
+            assert found["IN_STEP"] == ((peeled or unit > 1) and shift == offset % vector)
+            # The same arithmetic as the kernel's: where its promises are, addresses are multiples.
+            for row in range(3):
+                at = row * stride + found["lead"]
+                start = min((vector - at % vector) % vector, classes) if peeled else 0
+                if peeled or unit > 1:
+                    assert (at + start) % vector == 0
+                    assert (x.data_ptr() + size * (row * stride + start)) % 16 == 0
+                if found["IN_STEP"]:
+                    assert (p.data_ptr() + size * (row * stride + start)) % 16 == 0
+                if found.get("GRAD_IN_STEP"):
+                    step = grad.stride(0)
+                    assert (grad.data_ptr() + size * (row * step + start)) % 16 == 0
+
+
+@pytest.fixture
+def watched(torch: Any) -> Iterator[dict[str, Any]]:
+    """Note what torch does meanwhile: how large its results are, and whether it waits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: dict[str, Any] = {"sizes": [], "waits": []}
+    waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy", "unique")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            name = function.overloadpacket.__name__
+            if name in waiting:
+                seen["waits"].append(name)
+            if isinstance(result, torch.Tensor) and not function.is_view:
+                seen["sizes"].append((name, result.numel() * result.element_size()))
+            return result
+
+    with Watch():
+        yield seen
+
+
+@pytest.mark.parametrize("shape", [(64, 4096), (64, 4097), (16, 16, 32, 32)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_waits_and_nothing_large_is_made(
+    torch: Any,
+    launched: list[Any],
+    watched: dict[str, Any],
+    shape: tuple[int, ...],
+    reduction: str,
+) -> None:
+    from recorder import call
+
+    x = torch.zeros(shape)
+    t, weight = labels(torch, shape[0], *shape[2:]), torch.ones(shape[1])
+    watched["sizes"].clear()
+    call(x, t, weight, return_stats=True, reduction=reduction)
+    rows = t.numel()
+    assert watched["waits"] == []
+    large = [name for name, size in watched["sizes"] if size > 40 * rows]
+    # The gradient itself.
+    assert large == ["empty_like"]
+
+
+def test_pointers_are_followed_with_64_bits(torch: Any, launched: list[Any]) -> None:
+    from polyce.implementations import triton_kernels
+    from recorder import binaries, call, record
+
+    call(torch.zeros(3, 5, 4), labels(torch, 3, 4))
+    device = record("sm_90").device
+    for kernel in (triton_kernels.forward, triton_kernels.backward):
+        lines = binaries(kernel, device)[-1].asm["ttir"].splitlines()
+        products = [line.strip() for line in lines if "arith.muli" in line]
+        narrow = [line for line in products if "i64" not in line]
+        assert len(products) > len(narrow)
+        # Where a part of a row begins is a number of classes, which fits.
+        assert all(line.startswith("%begin = ") for line in narrow), narrow

@@ -1,0 +1,63 @@
+"""Each wrong kernel is caught, and by its answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.only("triton"), pytest.mark.tests_of_tests]
+
+
+def names(crashes: bool) -> list[str]:
+    # Without an import of Triton, which other runs may lack.
+    from triton_mutants import MUTANTS
+
+    return [name for name, mutant in MUTANTS.items() if mutant.crashes == crashes]
+
+
+@pytest.fixture
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyce.implementations import triton_launch
+
+    monkeypatch.setattr(triton_launch, "triton_kernels", triton_launch.triton_kernels)
+
+
+@pytest.mark.parametrize("name", names(False))
+@pytest.mark.usefixtures("put_back")
+def test_a_wrong_kernel_is_caught(name: str) -> None:
+    from triton_mutants import MUTANTS
+
+    mutant = MUTANTS[name]
+    mutant.install()
+    with pytest.raises(AssertionError) as caught:
+        mutant.check()
+    # For a wrong answer, not because the kernel itself broke down.
+    assert "InterpreterError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", names(True))
+def test_a_wrong_address_is_caught(name: str) -> None:
+    program = Path(__file__).with_name("triton_mutants.py")
+    done = subprocess.run(
+        [sys.executable, str(program), name],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    # A wrong answer; or a signal: SIGSEGV, SIGBUS, SIGABRT.
+    assert done.returncode in (1, -11, -7, -6), done.stderr
+    assert done.returncode < 0 or not done.stderr
+
+
+@pytest.mark.usefixtures("put_back")
+def test_nothing_is_wrong_with_copies() -> None:
+    from polyce.implementations import triton_launch
+    from triton_mutants import MUTANTS, kernels
+
+    triton_launch.triton_kernels = kernels()
+    for check in {id(m.check): m.check for m in MUTANTS.values()}.values():
+        check()
