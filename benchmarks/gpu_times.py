@@ -1,0 +1,270 @@
+"""Times of the GPU script: kernels against the bandwidth of a copy and against peers, and the host.
+
+No time decides anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gpu_contenders
+import gpu_values
+import torch
+from gpu_contenders import PASSES, Contender
+from gpu_machine import (
+    NOT_HERE,
+    RIGHT,
+    WRONG,
+    Machine,
+    NotHereError,
+    Timed,
+    attempt,
+    interleave,
+    require,
+    summary,
+)
+from measure import Row
+
+# What a kernel that waits for nothing but memory should reach, where rows are long enough.
+TARGET, TARGET_CLASSES = 0.85, 4096
+
+
+class Case(NamedTuple):
+    """Logits to time."""
+
+    dims: tuple[int, ...]
+    dtype: str
+    layout: str = "plain"
+
+
+class Size(NamedTuple):
+    """How much is timed."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    rounds: int
+    seconds: float
+    copies: int
+    """How often the copy is timed that all else is compared with."""
+    calls: int
+    """Calls in a row for the host's share."""
+    sweep_classes: tuple[int, ...]
+    sweep_tiles: tuple[int, ...]
+    sweep_warps: tuple[int, ...]
+
+
+FULL = Size(
+    shapes=(
+        (1_048_576, 2),
+        (65536, 10),
+        (4096, 1000),
+        (8192, 4096),
+        (4096, 32000),
+        (4096, 50257),
+        (4096, 128256),
+        (2048, 262144),
+        (8, 128256),
+        (16, 21, 512, 512),
+        (8, 19, 1024, 2048),
+    ),
+    dtypes=("bfloat16", "float32"),
+    rounds=20,
+    seconds=0.3,
+    copies=50,
+    calls=100,
+    sweep_classes=(1000, 4096, 32000, 50257, 128256, 262144),
+    sweep_tiles=(1024, 2048, 4096, 8192, 16384, 32768),
+    sweep_warps=(4, 8, 16, 32),
+)
+QUICK = FULL._replace(shapes=((4096, 1000), (4096, 32000)), rounds=10, seconds=0.0)
+REHEARSAL = Size(
+    shapes=((4, 100), (1, 3, 2, 5)),
+    dtypes=("bfloat16",),
+    rounds=2,
+    seconds=0.0,
+    copies=5,
+    calls=2,
+    sweep_classes=(100,),
+    sweep_tiles=(64, 128),
+    sweep_warps=(4, 8),
+)
+
+
+def copy_bandwidth(machine: Machine, size: Size) -> Row:
+    """Time a copy within the device's memory, of 1 to 4 GB, or a quarter of what is free."""
+    count = min(4 * 10**9, machine.free_bytes() // 4)
+    source = torch.ones(count, dtype=torch.int8, device=machine.device)
+    target = torch.empty_like(source)
+    timed = Timed(lambda: None, lambda _: target.copy_(source))
+    machine.seconds(timed)
+    times = summary([machine.seconds(timed) for _ in range(size.copies)])
+    return times | {"bytes": 2 * count, "gb_per_s": 2 * count / times["median_s"] / 1e9}
+
+
+def check(machine: Machine, size: Size, copy: float | None) -> list[Row]:
+    """Time all cases."""
+    rows = []
+    for dims in size.shapes:
+        for dtype in size.dtypes:
+            for layout in ("plain", "channels last") if len(dims) > 2 else ("plain",):
+                rows += time_case(machine, size, Case(dims, dtype, layout), copy)
+    return rows + host(machine, size)
+
+
+def time_case(machine: Machine, size: Size, case: Case, copy: float | None) -> list[Row]:
+    """Time the contenders of one case in turn, once their losses have been compared."""
+    facts = case._asdict()
+    try:
+        logits, labels = problem(machine, case)
+    except NotHereError as reason:
+        return [{"check": "times", "status": NOT_HERE, "reason": str(reason)} | facts]
+    facts["dims"] = tuple(logits.shape)
+    want = exact_mean(logits, labels)
+    rows: list[Row] = []
+    losses: dict[str, Any] = {}
+    taking_part: dict[str, Contender] = gpu_contenders.for_torch(machine)
+    for name, contender in taking_part.items():
+
+        def first(name: str = name, contender: Contender = contender) -> Row:
+            if logits.dim() > 2 and not contender.images:
+                raise NotHereError("takes two dimensions only")
+            losses[name] = contender.make()
+            return gpu_contenders.agrees(machine, name, losses[name], logits, labels, want)
+
+        row = at_most_a_note(name, attempt("agrees with float64", first)) | facts
+        rows.append(row | {"contender": name})
+        if row["status"] != RIGHT:
+            losses.pop(name, None)
+    rows.append(attempt("gradient agrees with float64", lambda: gradient(logits, labels)) | facts)
+    for what in PASSES:
+        calls = {
+            name: gpu_contenders.timed(taking_part[name], loss, what, logits, labels)
+            for name, loss in losses.items()
+            if what in taking_part[name].whats
+        }
+        rows += [row | facts for row in time_what(machine, size, what, calls, logits.nbytes, copy)]
+    return rows
+
+
+def at_most_a_note(name: str, row: Row) -> Row:
+    """Keep a peer's failure from being ours."""
+    if row["status"] == WRONG and not name.startswith("polyce"):
+        return row | {"status": NOT_HERE, "reason": f"it failed: {row.pop('wrong')}"}
+    return row
+
+
+def time_what(
+    machine: Machine,
+    size: Size,
+    what: str,
+    calls: Mapping[str, Timed],
+    nbytes: int,
+    copy: float | None,
+) -> list[Row]:
+    """Time one thing of all contenders in turn, after what takes no clock."""
+    rows: dict[str, Row] = {}
+    for name, timed in calls.items():
+
+        def once(timed: Timed = timed) -> Row:
+            machine.seconds(timed)
+            kernels = machine.launches(timed)
+            found: Row = {"extra_bytes": machine.extra_bytes(timed), "logits_bytes": nbytes}
+            return found | {
+                "launches": None if kernels is None else len(kernels),
+                "kernels": kernels,
+            }
+
+        rows[name] = at_most_a_note(name, attempt("times", once))
+        rows[name] |= {"what": what, "contender": name}
+    alive = {name: timed for name, timed in calls.items() if rows[name]["status"] == RIGHT}
+    moved = nbytes * PASSES[what]
+    for name, times in interleave(machine, alive, size.rounds, size.seconds).items():
+        speed = moved / times["median_s"] / 1e9
+        rows[name] |= times | {"moved_bytes": moved, "gb_per_s": speed}
+        if copy:
+            rows[name]["of_copy"] = speed / copy
+    return list(rows.values())
+
+
+def problem(machine: Machine, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw logits and labels, fewer rows where there is no memory for as many."""
+    item = getattr(torch, case.dtype).itemsize
+    # As many as torch's own loss makes of them, beside what the contenders keep.
+    one = 10 * item * math.prod(case.dims[1:])
+    room = int(0.8 * machine.free_bytes())
+    rows = min(case.dims[0], room // one)
+    if rows == 0:
+        raise NotHereError(f"a row needs {one / 1e9:.1f} GB, there are {room / 1e9:.1f}")
+    dims = (rows, *case.dims[1:])
+    drawn = gpu_values.Case(dims, case.dtype, layout=case.layout)
+    generator = torch.Generator(machine.device).manual_seed(0)
+    logits = gpu_values.arranged(machine, dims, drawn).normal_(generator=generator)
+    kept = (rows, *dims[2:])
+    return logits, torch.randint(dims[1], kept, device=machine.device, generator=generator)
+
+
+def exact_mean(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Give the mean loss in float64, by torch, a few rows at a time."""
+    step = max(1, 2**24 // math.prod(logits.shape[1:]))
+    total = 0.0
+    for start in range(0, len(logits), step):
+        part = slice(start, start + step)
+        total += float(
+            torch.nn.functional.cross_entropy(logits[part].double(), labels[part], reduction="sum")
+        )
+    return total / labels.numel()
+
+
+def gradient(logits: torch.Tensor, labels: torch.Tensor) -> Row:
+    """Compare the first and the last rows of our gradient with float64's, by torch."""
+    leaf = logits.detach().requires_grad_()
+    loss = gpu_contenders.ours(leaf, labels)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    rows = max(1, 2**22 // math.prod(logits.shape[1:]))
+    worst = 0.0
+    for part in (slice(0, rows), slice(-rows, None)):
+        wide = logits[part].double().requires_grad_()
+        total = torch.nn.functional.cross_entropy(wide, labels[part], reduction="sum")
+        (want,) = torch.autograd.grad(total / labels.numel(), wide)
+        error = (grad[part].double() - want).abs() / want.abs().clamp_min(1e-4 / labels.numel())
+        worst = max(worst, float(error.max()))
+    leaf.requires_grad_(False)
+    allowed = 1.01 * 2.0**-8 if logits.dtype == torch.bfloat16 else 2e-5
+    require(worst <= allowed, f"the gradient is off by {worst:.3g}, {allowed:.3g} is allowed")
+    return {"relative_error": worst}
+
+
+def host(machine: Machine, size: Size) -> list[Row]:
+    """Time what the host does for a call: one row of ten classes, and nobody waits."""
+    rows = []
+    logits, labels = problem(machine, Case((1, 10), "float32"))
+    for name, contender in gpu_contenders.for_torch(machine).items():
+        if contender.spoils:
+            continue
+        for what in ("forward", "forward and backward"):
+            call = functools.partial(_host, machine, contender, what, (logits, labels), size.calls)
+            row = at_most_a_note(name, attempt("host", call))
+            rows.append(row | {"what": what, "contender": name})
+    return rows
+
+
+def _host(
+    machine: Machine, contender: Contender, what: str, problem: tuple[Any, Any], calls: int
+) -> Row:
+    timed = gpu_contenders.timed(contender, contender.make(), what, *problem)
+    state = timed.prepare()
+    taken = []
+    for _ in range(7):
+        machine.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            timed.call(state)
+        taken.append((time.perf_counter() - start) / calls)
+    machine.synchronize()
+    # The first ones compile.
+    return {"median_s": statistics.median(taken[2:])}
