@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.only("numpy")
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = [
-    pytest.param(block, id=f"{path.name}-{number}")
+    pytest.param(
+        block,
+        id=f"{path.name}-{number}",
+        marks=pytest.mark.only("torch" if "import torch" in block else "numpy"),
+    )
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
 ]
@@ -28,5 +30,6 @@ def test_block_prints_what_it_says(block: str) -> None:
     assert printed.getvalue().splitlines() == promised
 
 
+@pytest.mark.only("numpy")
 def test_the_readme_has_an_example() -> None:
     assert any("README" in str(block.id) for block in BLOCKS)

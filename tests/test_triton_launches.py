@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import polyce
+
 pytestmark = pytest.mark.only("triton-compile")
 
 
@@ -33,6 +35,17 @@ def arguments(launch: Any) -> dict[str, Any]:
 
 def names(launched: list[Any]) -> list[str]:
     return [launch.name for launch in launched]
+
+
+def test_the_interpreter_must_be_asked_for_first(
+    torch: Any, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, t = torch.zeros(2, 3), labels(torch, 2)
+    (reason,) = polyce.explain(x, t).reasons["triton"]
+    assert reason.startswith("tensors on a CPU are taken under TRITON_INTERPRET=1 only")
+    assert reason.endswith("torch finds no CUDA or ROCm device") or torch.cuda.is_available()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "after Triton was imported" in polyce.explain(x, t).reasons["triton"][0]
 
 
 def labels(torch: Any, *shape: int) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from typing import Any
 
 from polyce.problem import Operands, Problem
@@ -31,6 +32,12 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _was_imported_to_compile() -> bool:
+    """Tell whether Triton was imported without TRITON_INTERPRET=1, which it reads then."""
+    standard = sys.modules.get("triton.language.standard")
+    return standard is not None and type(standard.sum).__name__ == "JITFunction"
+
+
 def unavailable() -> str | None:
     """Say what Triton lacks here."""
     if not _IS_INSTALLED:
@@ -45,7 +52,12 @@ def unavailable() -> str | None:
 def refuses(problem: Problem) -> str | None:
     """Say what the kernels cannot read."""
     if problem.device == "cpu" and not interprets():
-        return "tensors on a CPU are taken under TRITON_INTERPRET=1 only"
+        torch = sys.modules["torch"]
+        missing = problem.is_concrete and not torch.cuda.is_available()
+        device = ", and torch finds no CUDA or ROCm device" if missing else ""
+        return f"tensors on a CPU are taken under TRITON_INTERPRET=1 only{device}"
+    if problem.device == "cpu" and _was_imported_to_compile():
+        return "TRITON_INTERPRET=1 came after Triton was imported (set it before)"
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
     if problem.classes > _MOST_CLASSES:
