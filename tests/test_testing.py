@@ -179,6 +179,12 @@ def test_groups_and_dtypes_choose_among_the_cases() -> None:
         cases(dtypes=["float8"])
 
 
+@pytest.mark.parametrize("name", [None, "native", "reference"])
+def test_numpy_is_the_library_by_default(name: str | None) -> None:
+    report = check_implementation(name, groups=["cotangent"], dtypes=["float32"])
+    assert report.backend == "numpy"
+
+
 def test_few_shapes_are_few_and_hold_every_group_and_option() -> None:
     few = cases(few_shapes=True)
     assert len({case.shape_key for case in few}) <= 36

@@ -55,6 +55,11 @@ def test_grid_in_tiles_and_parts(
     print(report)
 
 
+def test_the_grid_takes_torch_for_it() -> None:
+    report = check_implementation("triton", groups=["cotangent"], dtypes=["float32"])
+    assert report.backend == "torch"
+
+
 def around(torch: Any, values: Any, filler: float, before: int = 5) -> tuple[Any, Any]:
     """Put a tensor's values in the middle of memory that holds something else."""
     memory = torch.full((before + values.numel() + 7,), filler, dtype=values.dtype)

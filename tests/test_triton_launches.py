@@ -88,6 +88,19 @@ def test_no_launch_for_nothing(torch: Any, launched: list[Any]) -> None:
     assert launched == []
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 70), (5, 1), (1, 1, 1), (1, 2, 1), (1, 5, 3)])
+def test_sizes_of_one(torch: Any, launched: list[Any], shape: tuple[int, ...]) -> None:
+    # Triton makes constants of arguments that are 1.
+    from recorder import call
+
+    x, w = torch.ones(shape), torch.ones(shape[-1] if len(shape) == 1 else shape[1])
+    rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    options = {"label_smoothing": 0.1, "return_stats": True, "sample_weight": torch.ones(rows)}
+    call(x, labels(torch, *rows), w, **options)
+    call(x, torch.ones(shape), w, logit_softcap=3.0, **options)
+    assert names(launched) == ["forward", "reduce", "backward"] * 2
+
+
 GRIDS = [
     # shape, strides, (programs, parts), classes and lanes of a tile, warps
     ((4096, 32000), (32000, 1), (4096, 1), (4096, 1), 8),

@@ -129,11 +129,11 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
         laid = lay_out()
     rows: Any = laid[0]
     if weight is not None:
-        weight = weight.detach().to(problem.arithmetic_dtype).contiguous()
+        weight = _plain(weight).to(problem.arithmetic_dtype).contiguous()
     if sample_weight is not None:
         if not sample_weight.is_floating_point():
             sample_weight = sample_weight.to(problem.row_dtype)
-        sample_weight = sample_weight.detach().contiguous()
+        sample_weight = _plain(sample_weight).contiguous()
     return Call(
         problem=problem,
         logits=arrays[0],
@@ -314,7 +314,7 @@ def backward(
     call: Call, saved: torch.Tensor, denominator: torch.Tensor, cotangent: Any, grad: torch.Tensor
 ) -> list[Launch]:
     """Plan the launch that reads the logits once more and writes the gradient once."""
-    problem = call.problem
+    problem, cotangent = call.problem, _plain(cotangent)
     wanted = cdiv(triton_layout.WRITERS, call.programs)
     parts, chunk = triton_layout.parts(problem.classes, call.tile.classes, wanted)
     by_row = any(

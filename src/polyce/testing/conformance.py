@@ -71,7 +71,7 @@ class Functions:
 
 def check_implementation(
     name: str | None,
-    backend: str | Backend = "numpy",
+    backend: str | Backend | None = None,
     *,
     groups: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
@@ -91,8 +91,9 @@ def check_implementation(
     ----------
     name : str or None
         Passed as ``implementation=``; None leaves the choice to polyce.
-    backend : str or Backend
-        The array library: a name from `BACKENDS`, or one's own converters.
+    backend : str or Backend, optional
+        The array library: a name from `BACKENDS`, or one's own converters. By default NumPy, or
+        what the implementation takes where it does not take that, as torch for 'triton'.
     groups, dtypes, few_shapes
         Which part of the grid to run, see `cases`.
     wrap : callable, optional
@@ -116,6 +117,8 @@ def check_implementation(
     ValueError
         For an unknown backend, group or dtype, or if nothing at all ran.
     """
+    if backend is None:
+        backend = "numpy" if name is None or functions else _default_backend(name)
     library = get_backend(backend) if isinstance(backend, str) else backend
     called = functions or _polyce_functions()
     ran: Counter[str] = Counter()
@@ -145,6 +148,12 @@ def check_implementation(
     if not ran:
         raise ValueError(f"no case of the grid ran: {report}")
     return report
+
+
+def _default_backend(name: str) -> str:
+    """Return NumPy, or the first library of an implementation that does not take it."""
+    taken = importlib.import_module("polyce.registry").find(name).backends
+    return "numpy" if taken is None or "numpy" in taken else str(min(taken))
 
 
 def _polyce_functions() -> Functions:
