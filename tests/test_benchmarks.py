@@ -39,3 +39,10 @@ def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
     results = str(tmp_path / "results.json")
     run("cpu.py", "run", "--quick", "--shapes", "8x10", "--out", results)
     assert "polyce NumPy" in run("cpu.py", "table", results)
+
+
+@pytest.mark.only("torch")
+def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
+    results = str(tmp_path / "results.json")
+    run("torch_modules.py", "run", "--quick", "--shapes", "8x10", "--out", results)
+    assert "polyce in place" in run("torch_modules.py", "table", results)

@@ -281,8 +281,8 @@ MUTANTS = {
     # offsets of 32 bits
     "narrow-program": Mutant(
         TILE,
-        "tl.program_id(0).to(tl.int64)\n    outer",
-        "tl.program_id(0)\n    outer",
+        "(program % blocks).to(tl.int64) * LANES",
+        "program % blocks * LANES",
         far((3, 70), (STEP, 1)),
         True,
     ),

@@ -12,9 +12,9 @@ from polyce.implementations.triton_row import finish, merge, narrow, slope, tile
 @triton.jit
 def lanes(inner, blocks, LANES: tl.constexpr):
     """Give this program's outer index, its first row within that, its rows, and which exist."""
-    program = tl.program_id(0).to(tl.int64)
-    outer = program // blocks
-    first = (program - outer * blocks) * LANES
+    program = tl.program_id(0)
+    outer = (program // blocks).to(tl.int64)
+    first = (program % blocks).to(tl.int64) * LANES
     lane = first + tl.arange(0, LANES)
     return outer, first, lane, lane < inner
 
