@@ -57,16 +57,12 @@ def time_case(
     }
     if not calls:  # torch is not installed
         return {}
-    losses = {name: _loss(call()) for name, call in calls.items()}
+    losses = {name: measure.loss_of(call()) for name, call in calls.items()}
     expected = losses["polyce torch" if huge_pages else "polyce NumPy"]
     for name, loss in losses.items():
         if not math.isclose(loss, expected, rel_tol=TOLERANCE[dtype]):
             raise RuntimeError(f"{shape} {dtype} {what}: the losses differ ({name}): {losses}")
     return measure.interleave(calls | cpu_peers.roofs(what, problem, threads), **timing)
-
-
-def _loss(answer: Any) -> float:
-    return float(answer[0] if isinstance(answer, tuple) else answer)
 
 
 def errors(shape: str, dtype: str) -> list[Row]:

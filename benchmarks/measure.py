@@ -88,7 +88,7 @@ def against(
 ) -> list[Row]:
     """Time polyce against its peers, each given with the target for the ratio or None."""
     calls = {"polyce": polyce} | {name: call for name, (call, _) in peers.items()}
-    losses = {name: _loss(call()) for name, call in calls.items()}
+    losses = {name: loss_of(call()) for name, call in calls.items()}
     for name, loss in losses.items():
         if not math.isclose(loss, losses["polyce"], rel_tol=1e-4):
             raise RuntimeError(f"{case}: the losses differ ({name}): {losses}")
@@ -103,7 +103,8 @@ def against(
     return rows
 
 
-def _loss(answer: Any) -> float:
+def loss_of(answer: Any) -> float:
+    """Give the loss of an answer that may have a gradient beside it."""
     return float(answer[0] if isinstance(answer, tuple) else answer)
 
 

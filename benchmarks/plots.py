@@ -1,9 +1,9 @@
-"""Draw a run of the CPU benchmark: time, bandwidth, memory and error, as SVG and PNG."""
+"""Draw a run of a CPU benchmark: time, bandwidth, memory and error, as SVG and PNG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cpu_peers import ROOFS
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from measure import Row
 
+Styles = Mapping[str, tuple[str, str]]
 # The colours of Okabe and Ito, which the colour-blind tell apart; the markers differ too.
 STYLES = {
     "polyce NumPy": ("#0072B2", "o"),
@@ -25,7 +26,14 @@ STYLES = {
     "jax jit": ("#CC79A7", "X"),
     "scipy": ("#000000", "*"),
 }
-HUGE_PAGES = "torch eager, THP_MEM_ALLOC_ENABLE=1"
+MODULES = {
+    "torch": STYLES["torch eager"],
+    "polyce": STYLES["polyce torch"],
+    "polyce in place": ("#56B4E9", "D"),
+    "torch compiled": STYLES["torch compiled"],
+    "polyce compiled": ("#CC79A7", "X"),
+}
+UNIT = "torch eager"
 ROOF = "roof: one read of the logits, or one copy"
 TITLES = {"forward": "loss", "gradient": "loss and gradient"}
 # Fewer logits stay in a core's own cache, so they say nothing about memory.
@@ -34,6 +42,32 @@ FEWEST = 2**19
 
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Draw all figures into a folder."""
+    begin(folder)
+    times = tables.by_case(found)
+    for dtype, threads in tables.settings(found):
+        name = f"{dtype}-{threads}"
+        save(time(times, found["shapes"], dtype, threads), folder / f"cpu-time-{name}")
+        figure = bandwidth(found, dtype, threads)
+        if figure is not None:
+            save(figure, folder / f"cpu-bandwidth-{name}")
+    if found["memory"]:
+        save(memory(found["memory"]), folder / "cpu-memory")
+    save(error(found), folder / "cpu-error")
+
+
+def draw_modules(found: dict[str, Any], folder: Path) -> None:
+    """Draw the figures of the benchmark of torch's and polyce's modules."""
+    begin(folder)
+    times = tables.by_case(found)
+    for dtype, threads in tables.settings(found):
+        figure = time(times, found["shapes"], dtype, threads, MODULES, "torch")
+        save(figure, folder / f"torch-modules-time-{dtype}-{threads}")
+    if found["memory"]:
+        save(memory(found["memory"], MODULES), folder / "torch-modules-memory")
+
+
+def begin(folder: Path) -> None:
+    """Set the style, and make the folder."""
     matplotlib.use("Agg")
     plt.rcParams |= {
         "axes.spines.top": False,
@@ -47,16 +81,6 @@ def draw(found: dict[str, Any], folder: Path) -> None:
         "svg.fonttype": "none",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    times = tables.by_case(found)
-    for dtype, threads in tables.settings(found):
-        name = f"{dtype}-{threads}"
-        save(time(times, found["shapes"], dtype, threads), folder / f"cpu-time-{name}")
-        figure = bandwidth(found, dtype, threads)
-        if figure is not None:
-            save(figure, folder / f"cpu-bandwidth-{name}")
-    if found["memory"]:
-        save(memory(found["memory"]), folder / "cpu-memory")
-    save(error(found), folder / "cpu-error")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -80,13 +104,13 @@ def name_shapes(axis: Any, shapes: Iterable[str]) -> None:
     axis.set_ylim(len(names) - 0.5, -0.5)
 
 
-def legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any, styles: Styles = STYLES) -> None:
     """Put one legend for all panels below them, in the same order in all figures."""
     found: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         found |= {label: handle for handle, label in zip(handles, labels, strict=True)}
-    labels = [*(name for name in STYLES if name in found), *(found.keys() - STYLES)]
+    labels = [*(name for name in styles if name in found), *(found.keys() - styles)]
     figure.legend(
         [found[label] for label in labels],
         labels,
@@ -97,38 +121,47 @@ def legend(figure: Any, axes: Any) -> None:
     )
 
 
-def time(times: tables.Times, shapes: dict[str, Any], dtype: str, threads: int) -> Any:
-    """Draw the time of each contender on each shape, relative to torch eager."""
+def time(
+    times: tables.Times,
+    shapes: dict[str, Any],
+    dtype: str,
+    threads: int,
+    styles: Styles = STYLES,
+    unit: str = UNIT,
+) -> Any:
+    """Draw the time of each contender on each shape, relative to one of them."""
+    with_huge_pages = f"{unit}, THP_MEM_ALLOC_ENABLE=1"
+    colour_of_unit = styles[unit][0]
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 1.2 + 0.5 * len(shapes)), sharey=True, layout="constrained"
     )
     for axis, (what, title) in zip(axes, TITLES.items(), strict=True):
-        for name, (colour, marker) in (*STYLES.items(), (HUGE_PAGES, ("#D55E00", "^"))):
-            huge_pages = name == HUGE_PAGES
-            contender = "torch eager" if huge_pages else name
+        for name, (colour, marker) in (*styles.items(), (with_huge_pages, styles[unit])):
+            huge_pages = name == with_huge_pages
+            contender = unit if huge_pages else name
             places, values = [], []
             for place, shape in enumerate(shapes):
                 row = times.get((shape, dtype, threads, huge_pages, what, contender))
-                unit = times.get((shape, dtype, threads, False, what, "torch eager"))
-                if row and unit:
+                one = times.get((shape, dtype, threads, False, what, unit))
+                if row and one:
                     places.append(place)
-                    values.append(row["median_s"] / unit["median_s"])
+                    values.append(row["median_s"] / one["median_s"])
             if values:
                 face = "none" if huge_pages else colour
                 axis.scatter(
                     values, places, s=60, c=face, edgecolors=colour, marker=marker, label=name,
                     zorder=3, alpha=0.9,
                 )  # fmt: skip
-        axis.axvline(1.0, color="#D55E00", linewidth=1)
+        axis.axvline(1.0, color=colour_of_unit, linewidth=1)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axis.xaxis.set_major_formatter(FuncFormatter(plain))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="x", rotation=45)
         axis.set_title(f"{title}, {dtype}, {tables.count(threads)}")
-        axis.set_xlabel("time / time of torch eager (left is faster)")
+        axis.set_xlabel(f"time / time of {unit} (left is faster)")
     name_shapes(axes[0], shapes)
-    legend(figure, axes)
+    legend(figure, axes, styles)
     return figure
 
 
@@ -185,17 +218,23 @@ def highest(lines: list[list[tuple[int, float, str]]]) -> list[tuple[int, float,
     return [max(points, key=lambda point: point[1]) for points in zip(*lines, strict=True)]
 
 
-def memory(rows: list[Row]) -> Any:
-    """Draw the growth of the process by contender."""
-    names = [name for name in STYLES if any(row["contender"] == name for row in rows)]
+def memory(rows: list[Row], styles: Styles = STYLES) -> Any:
+    """Draw the growth of the process by contender, each case in a panel of its own."""
+    names = [name for name in styles if any(row["contender"] == name for row in rows)]
+    cases = list(dict.fromkeys((row["what"], row["shape"]) for row in rows))
     figure, axes = plt.subplots(
-        1, 2, figsize=(10, 1.2 + 0.33 * len(names)), sharex=True, sharey=True, layout="constrained"
+        1,
+        len(cases),
+        figsize=(10, 1.2 + 0.33 * len(names)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
-    for axis, (what, title) in zip(axes, TITLES.items(), strict=True):
+    for axis, (what, shape) in zip(axes, cases, strict=True):
         for row in rows:
-            if row["what"] == what:
+            if (row["what"], row["shape"]) == (what, shape):
                 place, length = names.index(row["contender"]), row["bytes"] / row["logits"]
-                axis.barh(place, length, color=STYLES[row["contender"]][0], height=0.7)
+                axis.barh(place, length, color=styles[row["contender"]][0], height=0.7)
                 axis.annotate(
                     f"{length:.2f}",
                     (length, place),
@@ -203,7 +242,7 @@ def memory(rows: list[Row]) -> Any:
                     textcoords="offset points",
                     va="center",
                 )
-        axis.set_title(f"{title}, {rows[0]['shape']} float32")
+        axis.set_title(f"{TITLES[what]}, {shape} float32")
         axis.set_xlabel("growth of the process at its peak / size of the logits")
         axis.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(names)), names)
