@@ -282,6 +282,10 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/cpu.py", "run", "--out", results, *arguments)
     session.run("python", "benchmarks/cpu.py", "table", results)
     session.run("python", "benchmarks/cpu.py", "plot", results, "--out", "docs/_static")
+    modules = str(Path(session.create_tmp()) / "modules.json")
+    session.run("python", "benchmarks/torch_modules.py", "run", "--out", modules, *arguments)
+    session.run("python", "benchmarks/torch_modules.py", "table", modules)
+    session.run("python", "benchmarks/torch_modules.py", "plot", modules, "--out", "docs/_static")
     session.run("python", "benchmarks/accuracy.py")
 
 

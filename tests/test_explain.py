@@ -213,8 +213,8 @@ def test_show_versions_prints_versions_and_implementations(
     assert polyce.show_versions() is None
     versions, _, implementations = capsys.readouterr().out.partition("\n\n")
     found = dict(line.split(maxsplit=1) for line in versions.splitlines())
-    libraries = ["numpy", "array_api_compat", "torch", "jax", "dask", "cupy", "array_api_strict"]
-    more = ["ndonnx", "cubed", "mlx", "mparray", "marray", "ml_dtypes"]
+    libraries = ["numpy", "array_api_compat", "torch", "triton", "jax", "dask", "cupy"]
+    more = ["array_api_strict", "ndonnx", "cubed", "mlx", "mparray", "marray", "ml_dtypes"]
     assert list(found) == ["polyce", "python", *libraries, *more]
     assert found["polyce"] == polyce.__version__
     assert found["python"] == platform.python_version()

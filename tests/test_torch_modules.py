@@ -318,3 +318,11 @@ def test_a_weight_kept_as_a_buffer_moves_with_a_model(torch: Any) -> None:
         model = Model(kind(weight.clone())).double()
         losses.append(model(features.double(), target))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-13, atol=0.0)
+
+
+def test_explain_takes_the_function_for_torch(torch: Any) -> None:
+    import polyce.torch
+
+    x, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    told = polyce.explain(x, target, function=polyce.torch.cross_entropy)
+    assert told == polyce.explain(x, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ _LIBRARIES = {
     "numpy": ("numpy",),
     "array_api_compat": ("array-api-compat",),
     "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton-rocm", "pytorch-triton"),
     "jax": ("jax",),
     "dask": ("dask",),
     "cupy": ("cupy", "cupy-cuda12x", "cupy-cuda13x"),
@@ -93,8 +95,8 @@ def explain(
     validate, implementation, grad_output, out
         As for `cross_entropy_with_grad`.
     function : callable, optional
-        The function that the call is of: `cross_entropy`, the default, or
-        `cross_entropy_with_grad`.
+        The function that the call is of: `cross_entropy`, the default, which stands for that of
+        `polyce.torch` too, or `cross_entropy_with_grad`.
 
     Returns
     -------
@@ -116,6 +118,10 @@ def explain(
       native     yes  <- runs
       reference  yes
     """
+    # Which has been imported, if it is what was passed.
+    for_torch = sys.modules.get("polyce.torch")
+    if for_torch is not None and function is for_torch.cross_entropy:
+        function = cross_entropy
     if function not in (None, cross_entropy, cross_entropy_with_grad):
         raise ValueError(
             "function must be polyce.cross_entropy or polyce.cross_entropy_with_grad, "

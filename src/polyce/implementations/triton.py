@@ -42,20 +42,20 @@ def unavailable() -> str | None:
     """Say what Triton lacks here."""
     if not _IS_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if not _HAS_COMPILER and not interprets():
-        return (
-            "there is no C compiler, which Triton builds its launcher with (gcc or clang on PATH)"
-        )
+    if interprets():
+        return None
+    if not _HAS_COMPILER:
+        return "Triton needs a C compiler to launch kernels, and none is on PATH (gcc, clang or CC)"
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on a CPU)"
     return None
 
 
 def refuses(problem: Problem) -> str | None:
     """Say what the kernels cannot read."""
     if problem.device == "cpu" and not interprets():
-        torch = sys.modules["torch"]
-        missing = problem.is_concrete and not torch.cuda.is_available()
-        device = ", and torch finds no CUDA or ROCm device" if missing else ""
-        return f"tensors on a CPU are taken under TRITON_INTERPRET=1 only{device}"
+        return "tensors on a CPU are taken under TRITON_INTERPRET=1 only"
     if problem.device == "cpu" and _was_imported_to_compile():
         return "TRITON_INTERPRET=1 came after Triton was imported (set it before)"
     if not (problem.is_concrete or problem.is_compiling):
