@@ -105,8 +105,9 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
                 "sum up the losses"
             )
         if value.layout is not loaded["torch"].strided or value.is_nested:
+            layout = "a nested one" if value.is_nested else f"layout {value.layout}"
             raise TypeError(
-                f"{name} must be a dense tensor, got layout {value.layout}; "
+                f"{name} must be a dense tensor, got {layout}; "
                 "call to_dense() or to_padded_tensor() first"
             )
         import array_api_compat.torch
