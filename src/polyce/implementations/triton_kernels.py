@@ -17,6 +17,7 @@ from polyce.implementations.triton_tiles import (
     conclude,
     edge,
     lanes,
+    nothing_read,
     read,
     target,
 )
@@ -64,17 +65,10 @@ def forward(
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
 
-    top = tl.full((LANES,), float("-inf"), DTYPE)
-    total = tl.zeros((LANES,), tl.float64)
-    rest = tl.zeros((LANES,), tl.float64)
-    excess = tl.zeros((LANES,), tl.float64)
-    entropy = tl.zeros((LANES,), tl.float64)
-    first = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
-    pivot = tl.full((LANES,), float("-inf"), DTYPE)
-    pivot_r = tl.zeros((LANES,), DTYPE)
-    pivot_class = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
-    likeliest = tl.full((LANES,), float("-inf"), DTYPE)
-    likeliest_class = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+    (
+        top, total, rest, excess, entropy, first,
+        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+    ) = nothing_read(LANES, DTYPE)  # fmt: skip
 
     part = tl.program_id(1)
     start = 0
@@ -186,17 +180,10 @@ def join(
     z_loss = tl.full((1,), z_loss, tl.float64)
     scale = tl.full((1,), scale, tl.float64)
     cap = tl.full((1,), cap, tl.float64)
-    top = tl.full((LANES,), float("-inf"), DTYPE)
-    total = tl.zeros((LANES,), tl.float64)
-    rest = tl.zeros((LANES,), tl.float64)
-    excess = tl.zeros((LANES,), tl.float64)
-    entropy = tl.zeros((LANES,), tl.float64)
-    first = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
-    pivot = tl.full((LANES,), float("-inf"), DTYPE)
-    pivot_r = tl.zeros((LANES,), DTYPE)
-    pivot_class = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
-    likeliest = tl.full((LANES,), float("-inf"), DTYPE)
-    likeliest_class = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+    (
+        top, total, rest, excess, entropy, first,
+        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+    ) = nothing_read(LANES, DTYPE)  # fmt: skip
     plane = tl.full((1,), rows, tl.int64)
     step = plane * parts
     for part in range(parts):

@@ -133,6 +133,18 @@ def choose_pivot(
 
 
 @triton.jit
+def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
+    """Give the state of rows of which no class has been read; 0x7FFFFFFF stands for no class."""
+    lowest = tl.full((LANES,), float("-inf"), DTYPE)
+    none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
+    zero = tl.zeros((LANES,), tl.float64)
+    return (
+        lowest, zero, zero, zero, zero, none,
+        lowest, tl.zeros((LANES,), DTYPE), none, lowest, none,
+    )  # fmt: skip
+
+
+@triton.jit
 def read(
     x_ptr, target_ptr, weight_ptr, c, inside, label, classes, kept, share, scale, cap,
     top, total, rest, excess, entropy, first,
