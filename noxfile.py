@@ -252,7 +252,7 @@ def minimums(session: nox.Session, backend: str) -> None:
 def doctest(session: nox.Session) -> None:
     """Run the examples in docstrings."""
     # Every module is imported, so the libraries that some modules are written for must be there.
-    install(session, "torch", "jax")
+    install(session, "triton", "jax")
     session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs)
 
 

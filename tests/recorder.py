@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from polyce.implementations import triton_torch
+from polyce.implementations import triton_kernels, triton_torch
 from polyce.problem import describe
 
 TARGETS = {
@@ -35,6 +35,8 @@ class Launched:
     grid: tuple[int, int, int]
     warps: int
     arguments: tuple[Any, ...]
+    hash: str
+    """What its binary is known by."""
 
 
 @dataclass
@@ -54,7 +56,9 @@ class Recorder:
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             # The kernel's own arguments stand last.
             values = tuple(rest[-len(source.fn.arg_names) :])
-            self.launched.append(Launched(metadata.name, (x, y, z), metadata.num_warps, values))
+            self.launched.append(
+                Launched(metadata.name, (x, y, z), metadata.num_warps, values, metadata.hash)
+            )
 
         return launch
 
@@ -110,9 +114,11 @@ def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any)
     return triton_torch.backward(problem, operands, saved, None)
 
 
-def binaries(kernel: Any, device: int) -> list[Any]:
-    """Give what was compiled of a kernel for a device, newest last."""
-    return list(kernel.device_caches[device][0].values())
+def binary(launched: Launched, device: int) -> Any:
+    """Give what was compiled for a launch."""
+    kernel = getattr(triton_kernels, launched.name)
+    compiled = kernel.device_caches[device][0].values()
+    return next(one for one in compiled if one.metadata.hash == launched.hash)
 
 
 def registers(binary: Any, folder: Path) -> tuple[int, int]:
@@ -131,6 +137,25 @@ def registers(binary: Any, folder: Path) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     assert found, told
     return int(found[1]), int(found[2])
+
+
+def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
+    """Give the instructions for NVIDIA's GPUs that reach for a spilled register in a loop."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    command = [str(tool), "-c", str(path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    lines = told.splitlines()
+    labels = {line.rstrip(":"): number for number, line in enumerate(lines) if line[:2] == ".L"}
+    found = []
+    for number, line in enumerate(lines):
+        branch = re.search(r"\bBRA(?:\.\w+)* .*`\((\.L\w+)\)", line)
+        first = labels.get(branch[1], number) if branch else number
+        # A jump to itself stands behind the end.
+        if first < number - 1:
+            found += [one for one in lines[first:number] if re.search(r"\b(LDL|STL)\b", one)]
+    return found
 
 
 def widths(binary: Any) -> tuple[set[int], set[int]]:

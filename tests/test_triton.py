@@ -50,7 +50,7 @@ def test_grid_in_tiles_and_parts(
         "triton",
         backend,
         groups=GROUPS if FULL else groups,
-        leave_out=None if FULL else chosen(groups, ("float32", "float64"), 12),
+        leave_out=None if FULL else chosen(groups, ("float32", "float64"), 8),
     )
     print(report)
 

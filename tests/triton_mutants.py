@@ -24,7 +24,7 @@ from polyce.testing.selection import representative
 FILES = ("triton_row", "triton_tiles", "triton_kernels")
 # Launch tables with everything of a large problem in a small one.
 TILES = {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 8}
-PARTS = {"_TILE": 2, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2}
+PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2}
 
 
 # Names of the cases of a group that stand for it, short ones; chosen once.
@@ -196,6 +196,8 @@ IN_TILES = grid("options", "combined", table=TILES)
 IN_PARTS = grid("options", "combined", table=PARTS)
 STATS = grid("stats", table=TILES)
 COMBINED = grid("combined", "transform")
+# What other tests hold the kernels to as well.
+SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, many_rows}
 
 
 @dataclass(frozen=True)

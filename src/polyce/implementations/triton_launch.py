@@ -90,8 +90,9 @@ class Call(NamedTuple):
     @property
     def tile(self) -> Tile:
         """What a program reads at once."""
-        capped = self.problem.logit_softcap != math.inf
-        return triton_layout.tile(self.rows, self.problem.classes, capped=capped)
+        shares = triton_layout.SHARES[self.logits.element_size()]
+        share = shares[self.problem.logit_softcap != math.inf]
+        return triton_layout.tile(self.rows, self.problem.classes, share)
 
     @property
     def blocks(self) -> int:

@@ -21,12 +21,15 @@ _TILE_BY_THREAD = 16
 SHORT = 64
 _SHORT_TILE = 1024
 _SHORT_BY_THREAD = 4
-# Where not the classes but neighbouring rows are contiguous: 128 of them, whole lines of memory in
-# 16 bits too, and 16 classes at once.
-_NEIGHBOURS = 128
-_NEIGHBOURS_TILE = 2048
+# Where not the classes but neighbouring rows are contiguous: 64 of them, a whole line of memory in
+# 16 bits, and 16 classes at once.
+_NEIGHBOURS = 64
+_NEIGHBOURS_TILE = 1024
 _NEIGHBOURS_BY_THREAD = 8
 _MOST_WARPS = 8
+# What is read at once of the above, by the size of a logit: one part in so many, without a softcap
+# and with one, which takes registers. Still 16 bytes or more for each thread.
+SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 # Rows of more classes are split over programs where there are fewer rows than would fill a large
 # device twice over; a part is long enough to be worth a second launch that joins them.
 LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
@@ -89,19 +92,20 @@ def _stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return step
 
 
-def tile(rows: Rows, classes: int, *, capped: bool = False) -> Tile:
-    """Choose what a program reads at once; less for a softcap, which takes registers."""
-    power, lanes, share = _power(classes), 1, 2 if capped else 1
+def tile(rows: Rows, classes: int, share: int = 1) -> Tile:
+    """Choose what a program reads at once: of its usual tile, one in `share`."""
+    power, lanes = _power(classes), 1
     if rows.strides[2] != 1 and classes > 1:
-        by_thread = _NEIGHBOURS_BY_THREAD
+        share = min(share, 2)
+        by_thread = _NEIGHBOURS_BY_THREAD // share
         lanes = min(_power(rows.inner), _NEIGHBOURS)
         by_class = min(power, _NEIGHBOURS_TILE // (share * lanes))
     elif classes <= SHORT:
         by_thread, by_class = _SHORT_BY_THREAD, power
         lanes = min(_power(rows.inner), _SHORT_TILE // power)
     else:
-        by_thread, by_class = _TILE_BY_THREAD, min(power, _TILE // share)
-    warps = share * by_class * lanes // (32 * by_thread)
+        by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)
+    warps = by_class * lanes // (32 * by_thread)
     return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS))
 
 
