@@ -96,7 +96,7 @@ def explain(
         As for `cross_entropy_with_grad`.
     function : callable, optional
         The function that the call is of: `cross_entropy`, the default, which stands for that of
-        `polyce.torch` too, or `cross_entropy_with_grad`.
+        ``polyce.torch`` too, or `cross_entropy_with_grad`.
 
     Returns
     -------
