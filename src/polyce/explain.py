@@ -116,6 +116,7 @@ def explain(
     cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
       dask       no   ...arrays numpy is not served (dask)
       native     yes  <- runs
+      triton     no   ...arrays numpy is not served (torch)
       reference  yes
     """
     # Which has been imported, if it is what was passed.
