@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -326,3 +328,14 @@ def test_explain_takes_the_function_for_torch(torch: Any) -> None:
     x, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     told = polyce.explain(x, target, function=polyce.torch.cross_entropy)
     assert told == polyce.explain(x, target)
+
+
+def test_the_module_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, polyce; assert 'torch' not in sys.modules; "
+        "print(polyce.torch.CrossEntropyLoss(), hasattr(polyce, 'tensorflow'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["CrossEntropyLoss()", "False"]

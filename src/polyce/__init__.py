@@ -1,5 +1,7 @@
 """polyce: softmax cross-entropy with one meaning on every array library."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from polyce.explain import explain, show_versions
 from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softmax, nll_loss
 from polyce.loss import CrossEntropyLoss, NLLLoss
@@ -24,3 +26,13 @@ __all__ = [
     "show_versions",
     "use",
 ]
+
+if not _TYPE_CHECKING:  # to a checker every name would exist
+
+    def __getattr__(name: str) -> object:
+        """Import `polyce.torch`, which imports torch, when it is first asked for."""
+        if name == "torch":
+            from importlib import import_module
+
+            return import_module("polyce.torch")
+        raise AttributeError(f"module 'polyce' has no attribute {name!r}")
