@@ -94,3 +94,18 @@ def test_compiled(
             assert 16 in loads, launch.name
         if wide and launch.name == "backward":
             assert 16 in stores
+
+
+def test_a_spill_in_a_loop_is_seen(
+    torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyce.implementations import triton_layout
+    from recorder import binary, call, record, registers, spills_in_loops
+
+    monkeypatch.setattr(triton_layout, "_TILE", 32768)
+    recorder = record("sm_90")
+    x, target = torch.empty(2, 65536, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    call(x, target, logit_softcap=3.0, backward=False)
+    compiled = binary(recorder.launched[0], recorder.device)
+    assert registers(compiled, tmp_path)[1] > 16
+    assert spills_in_loops(compiled, tmp_path)

@@ -130,7 +130,6 @@ def test_grids(
 ) -> None:
     from recorder import call
 
-    x = torch.empty(1, dtype=torch.float16).as_strided((1,) * len(shape), strides)
     x = torch.empty_strided(shape, strides, dtype=torch.float16)
     rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
     call(x, labels(torch, *rows), reduction="none", backward=False)
@@ -255,6 +254,15 @@ def test_nothing_waits_and_nothing_large_is_made(
     large = [name for name, size in watched["sizes"] if size > 40 * rows]
     # The gradient itself.
     assert large == ["empty_like"]
+
+
+def test_a_look_at_the_labels_would_be_noticed(torch: Any, watched: dict[str, Any]) -> None:
+    from polyce.implementations import triton_launch
+    from polyce.problem import describe
+
+    problem, operands = describe(torch.zeros(3, 5), labels(torch, 3), validate=True)
+    triton_launch.call(problem, operands)
+    assert watched["waits"]
 
 
 def test_pointers_are_followed_with_64_bits(torch: Any, recorder: Any, launched: list[Any]) -> None:

@@ -182,9 +182,9 @@ def many_rows() -> None:
     import torch
 
     torch.manual_seed(0)
-    x, t = torch.randn(3000, 2), torch.randint(2, (3000,))
+    x, t = torch.randn(64, 2), torch.randint(2, (64,))
     want = polyce.cross_entropy(x, t, implementation="reference")
-    with changed({"_SHORT_TILE": 4}):
+    with changed({"_SHORT_TILE": 4, "SUMS": 8}):
         torch.testing.assert_close(polyce.cross_entropy(x, t, implementation="triton"), want)
 
 
@@ -197,7 +197,7 @@ IN_PARTS = grid("options", "combined", table=PARTS)
 STATS = grid("stats", table=TILES)
 COMBINED = grid("combined", "transform")
 # What other tests hold the kernels to as well.
-SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, many_rows}
+SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED}
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ TABLE: tuple[Implementation, ...] = (
     ),
     Implementation(
         name="triton",
-        # Its kernels take whole calls; who wants rows alone, of no torch tensors, asks another.
+        # Its kernels take whole calls. Rows alone are wanted of dask's chunks, no torch tensors.
         forward=reference.forward,
         backward=reference.backward,
         forward_backward=reference.forward_backward,

@@ -39,7 +39,7 @@ def cross_entropy(
     implementation: str | None = None,
     inplace_backward: bool = False,
 ) -> Any:
-    """Compute the softmax cross-entropy of torch tensors; its backward pass may work in place.
+    """Compute the softmax cross-entropy of torch tensors, in nats, with a backward pass in place.
 
     Without `inplace_backward` this is `polyce.cross_entropy`.
 
@@ -58,7 +58,8 @@ def cross_entropy(
     Returns
     -------
     torch.Tensor
-        The loss; with `return_stats`, the pair of it and a `polyce.Stats`.
+        The loss, of the shape and dtype that `polyce.cross_entropy` gives; with `return_stats`, the
+        pair of it and a `polyce.Stats`.
 
     Raises
     ------

@@ -162,6 +162,11 @@ def _write(ctx: Any, kernels: Kernels, problem: Problem, operands: Operands, sav
 
 def whole_call(implementation: Implementation) -> Callable[..., tuple[Any, Stats | None]]:
     """Give the whole calls of a path that has a plan made for it and its rows reduced."""
+    return functools.partial(cross_entropy, planned(implementation))
+
+
+def planned(implementation: Implementation) -> Kernels:
+    """Give such a path as if its kernels planned and reduced themselves."""
 
     def forward(
         problem: Problem, operands: Operands, keep: bool
@@ -177,8 +182,7 @@ def whole_call(implementation: Implementation) -> Callable[..., tuple[Any, Stats
         grad = implementation.backward(problem, plan, cotangent, operands.logits, None)
         return grad if out is None else out.copy_(grad)
 
-    kernels = Kernels(implementation.name, forward, backward, lambda problem: Saved(False, False))
-    return functools.partial(cross_entropy, kernels)
+    return Kernels(implementation.name, forward, backward, lambda problem: Saved(False, False))
 
 
 def _plan(problem: Problem, operands: Operands) -> Plan:

@@ -313,5 +313,5 @@ def _rows(
     def expand(array: Any) -> Any:
         return None if array is None else arrays.expand(array, problem.axis)
 
-    stats = found and RowStats(*map(expand, (found.lse, found.entropy, found.prediction)))
-    return expand(rows), grad, stats
+    of_rows = found and RowStats(*map(expand, (found.lse, found.entropy, found.prediction)))
+    return expand(rows), grad, of_rows

@@ -23,8 +23,6 @@ from polyce.implementations.triton_layout import Rows, Tile, cdiv
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 
-# Numbers of the sums that `reduce` adds at once.
-_SUMS = 1024
 _FIELDS_OF_A_PART = 11
 
 # Whether Triton was imported under TRITON_INTERPRET=1, and runs kernels in NumPy.
@@ -298,7 +296,7 @@ def forward(call: Call, results: Results) -> list[Launch]:
                     "normalizer": normalizer if is_number else 1.0,
                     "MEAN": problem.reduction == "mean",
                     "NORMALIZER": given,
-                    "TILE": _SUMS,
+                    "TILE": triton_layout.SUMS,
                     "EMULATED": EMULATED,
                 },
                 4,

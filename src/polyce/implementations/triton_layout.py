@@ -35,6 +35,8 @@ SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
 # Programs to write a gradient with, where there are fewer rows.
 WRITERS = 512
+# The programs' sums that the one program of a reduction adds at once, eight to a thread.
+SUMS = 1024
 
 
 class Rows(NamedTuple):

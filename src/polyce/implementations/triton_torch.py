@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from polyce import reference, stats, targets
+from polyce import registry, stats, torch_calls
 from polyce.implementations import triton_launch
 from polyce.implementations.triton_launch import Results
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
+
+# What serves calls without logits, for which nothing is launched.
+_OF_NOTHING = torch_calls.planned(registry.find("reference"))
 
 
 def forward(
@@ -17,7 +20,7 @@ def forward(
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
     """Give the loss, the stats, and what a backward pass wants where there will be one."""
     if problem.is_empty:
-        return *_of_nothing(problem, operands), Saved(None, None)
+        return _OF_NOTHING.forward(problem, operands, keep)
     device = operands.logits.device
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -35,7 +38,7 @@ def forward(
         normalizer=operands.normalizer,
     )
     triton_launch.run(triton_launch.forward(call, results), operands.logits)
-    saved = Saved(results.rows, results.denominator) if keep else Saved(None, None)
+    saved = Saved(results.rows, results.denominator) if keep else Saved()
     return results.loss, results.stats, saved
 
 
@@ -45,7 +48,7 @@ def backward(
     """Give the gradient, in `out` where that is given, which may be the logits."""
     logits = operands.logits.detach()
     if problem.is_empty:
-        return torch.zeros_like(logits) if out is None else out.zero_()
+        return _OF_NOTHING.backward(problem, operands, saved, out)
     if saved.rows is None:
         _, _, saved = forward(problem, operands, keep=True)
     grad = torch.empty_like(logits) if out is None else out
@@ -68,13 +71,6 @@ def cross_entropy_with_grad(
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
     loss, found, saved = forward(problem, operands, keep=True)
     return loss, backward(problem, operands, saved, out), found
-
-
-def _of_nothing(problem: Problem, operands: Operands) -> tuple[torch.Tensor, Stats | None]:
-    plan = targets.plan(problem, operands)
-    rows, _, found = reference.forward(problem, plan, operands.logits.detach())
-    loss = targets.reduce(problem, plan, rows)
-    return loss, None if found is None else stats.finish(problem, plan, found)
 
 
 def keeps(problem: Problem) -> Saved:
