@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ import polyce
 from conftest import FULL
 from polyce import registry
 from polyce.implementations import native
-from polyce.problem import describe
+from torch_graphs import BACKWARD, FORWARD, Graphs, answers, arguments, by_name, compiled
 
 pytestmark = [
     pytest.mark.only("torch"),
@@ -23,71 +21,11 @@ pytestmark = [
 
 # aot_eager traces all that the others do; inductor writes and builds code for each graph.
 COMPILERS = ["eager", "aot_eager", "inductor"] if FULL else ["aot_eager"]
-FORWARD, BACKWARD = "polyce.cross_entropy.default", "polyce.cross_entropy_backward.default"
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(torch: Any) -> None:
     torch._dynamo.reset()
-
-
-class Graphs:
-    """A compiler that notes which operators of polyce the graphs call, and with what."""
-
-    def __init__(self, torch: Any, compiler: str = "aot_eager") -> None:
-        self.torch, self.compiler = torch, compiler
-        self.calls: list[list[tuple[str, tuple[Any, ...]]]] = []
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        nodes = [node for node in graph.graph.nodes if str(node.target).startswith("polyce.")]
-        self.calls.append([(str(node.target), node.args) for node in nodes])
-        return self.torch._dynamo.lookup_backend(self.compiler)(graph, inputs)
-
-    @property
-    def names(self) -> list[list[str]]:
-        return [[name for name, _ in calls] for calls in self.calls]
-
-
-def compiled(torch: Any, function: Callable[..., Any], graphs: Graphs, **options: Any) -> Any:
-    return torch.compile(function, fullgraph=True, backend=graphs, **options)
-
-
-def by_name(*arrays: Any, **options: Any) -> Any:
-    return polyce.cross_entropy(*arrays, **options, implementation="native")
-
-
-def arguments(torch: Any, kind: str, classes: int = 70, dtype: str = "float64") -> dict[str, Any]:
-    wide = getattr(torch, dtype)
-    target = torch.tensor([0, -100, 4, 2])
-    if kind == "probability":
-        target = torch.softmax(torch.randn(4, classes), 1).to(wide)
-    return {
-        "input": (2 * torch.randn(4, classes)).to(wide),
-        "target": target,
-        "weight": torch.rand(classes).to(wide),
-        "sample_weight": torch.rand(4),
-    }
-
-
-def answers(torch: Any, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
-    """Give loss, stats and gradients of all that has one."""
-    names = ["input"]
-    if arrays["target"].is_floating_point():
-        names += [name for name in ("target", "weight") if name in arrays]
-    if isinstance(arrays.get("normalizer"), torch.Tensor):
-        names.append("normalizer")
-    given = {
-        key: value.clone().requires_grad_(key in names)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in arrays.items()
-    }
-    found = function(**given)
-    loss, facts = found if isinstance(found, tuple) else (found, None)
-    assert facts is None or not any(a is not None and a.requires_grad for a in facts)
-    cotangent = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
-    grads = torch.autograd.grad(loss, [given[name] for name in names], cotangent)
-    return loss.detach(), grads, [a for a in facts or () if a is not None]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -440,78 +378,3 @@ def test_exports_and_traces_hold_operations_of_torch_alone(torch: Any) -> None:
     for module in modules:
         assert not any(str(node.target).startswith("polyce.") for node in module.graph.nodes)
         torch.testing.assert_close(module(x, target), polyce.cross_entropy(x, target))
-
-
-# The operators themselves
-
-
-def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
-    """Give arguments of the first operator, and whether their digits are few."""
-    from polyce.torch_ops import _Options
-
-    cases = []
-    for kind in ("index", "probability"):
-        for classes, dtype in ((10, torch.float32), (70, torch.float64), (70, torch.bfloat16)):
-            for number, grad in enumerate((True, False, True, True)):
-                if not FULL and dtype == torch.float32 and kind == "probability":
-                    continue
-                x = torch.randn(5, classes).to(dtype).requires_grad_(grad)
-                target, weight = torch.randint(classes, (5,)), None
-                if kind == "probability":
-                    target = torch.softmax(torch.randn(5, classes), 1).to(dtype)
-                    target.requires_grad_(grad and number > 1)
-                if number > 1:
-                    weight = torch.rand(classes).to(dtype)
-                    weight.requires_grad_(grad and kind == "probability")
-                options = _Options(
-                    axis=1,
-                    ignore_index=-100,
-                    reduction=("mean", "none", "mean", "sum")[number],
-                    label_smoothing=(0.0, 0.1)[number // 2],
-                    z_loss=(0.0, 0.1)[number // 2],
-                    logit_scale=(1.0, 0.5)[number % 2],
-                    logit_softcap=(None, 4.0)[number % 2],
-                    stats=(None, "lse,entropy,prediction,correct", "", "correct")[number],
-                    result_dtype=dtype,
-                    implementation="native",
-                )
-                sample_weight = torch.rand(5) if number % 2 else None
-                normalizer = torch.tensor(3.0) if number == 2 else None
-                tensors = (x, target, weight, sample_weight, normalizer)
-                cases.append(((*tensors, grad, *options), dtype == torch.bfloat16))
-    return cases
-
-
-def test_torchs_own_checks_of_operators(torch: Any) -> None:
-    from polyce import torch_ops
-
-    for arguments_, few_digits in operator_cases(torch):
-        close = {"rtol": 2e-2, "atol": 2e-2} if few_digits else {}
-        torch.library.opcheck(torch_ops._operator, arguments_, **close)
-        found = torch_ops._operator(*arguments_)
-        kept = tuple(tensor.detach() for tensor in found[6:])
-        cotangent = torch.rand_like(found[0]).requires_grad_(arguments_[0].requires_grad)
-        more = (cotangent, *arguments_[:5], *kept, *arguments_[6:])
-        torch.library.opcheck(torch_ops._backward_operator, more, **close)
-
-
-def test_operators_run_what_has_kernels(torch: Any) -> None:
-    from polyce import torch_ops
-
-    (arguments_, _), *_ = operator_cases(torch)
-    with pytest.raises(ValueError, match=r"^the operators .* got 'reference'; call"):
-        torch_ops._operator(*arguments_[:-1], "reference")
-
-
-@pytest.mark.parametrize("classes", [1, 64, 65, 1000])
-def test_what_is_kept_is_what_the_core_keeps(torch: Any, classes: int) -> None:
-    x, target = torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64)
-    problem, operands = describe(x, target)
-    kernels = native.torch_kernels()
-    keeps = native.kernel(problem).saves_rows
-    assert kernels.keeps(problem) == (keeps, False)
-    _, _, kept = kernels.forward(problem, operands, True)
-    assert (kept.rows is not None, kept.denominator) == (keeps, None)
-    if keeps:
-        assert kept.rows.shape == (math.prod(problem.row_shape), 4)
-    assert kernels.forward(problem, operands, False)[2] == (None, None)

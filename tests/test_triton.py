@@ -356,7 +356,7 @@ def test_the_gradient_lies_as_the_logits_do(torch: Any, memory_format: str) -> N
 
 def test_operators(torch: Any) -> None:
     from polyce import torch_ops
-    from test_torch_compiled import operator_cases
+    from test_torch_operators import operator_cases
 
     for arguments, is_narrow in operator_cases(torch)[:: 1 if FULL else 3]:
         close = {"rtol": 1e-2, "atol": 1e-3} if is_narrow else {"rtol": 1e-5, "atol": 1e-7}

@@ -1,0 +1,103 @@
+"""Tensors that are refused, those that go on though odd, and labels that cannot be looked at."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import polyce
+
+pytestmark = pytest.mark.only("torch")
+
+
+@pytest.mark.parametrize("name", ["input", "target", "weight", "sample_weight", "normalizer"])
+@pytest.mark.parametrize("odd", ["sparse", "nested", "quantised"])
+def test_tensors_that_are_not_dense_are_refused_wherever_they_are(
+    torch: Any, odd: str, name: str
+) -> None:
+    given = {
+        "input": torch.zeros(2, 3),
+        "target": torch.full((2, 3), 1 / 3),
+        "weight": torch.ones(3),
+        "sample_weight": torch.ones(2),
+        "normalizer": torch.tensor(2.0),
+    }
+    dense = given[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls two of these prototypes
+        given[name] = {
+            "sparse": dense.to_sparse,
+            "nested": lambda: torch.nested.nested_tensor([dense, dense]),
+            "quantised": lambda: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
+        }[odd]()
+        for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.explain):
+            with pytest.raises(TypeError, match=f"^({name}|a target of input's shape)"):
+                function(**given)
+
+
+@pytest.mark.parametrize("name", ["target", "weight", "sample_weight", "normalizer"])
+def test_devices_do_not_mix(torch: Any, name: str) -> None:
+    given = {
+        "input": torch.zeros(2, 3),
+        "target": torch.tensor([0, 1]),
+        "weight": torch.ones(3),
+        "sample_weight": torch.ones(2),
+        "normalizer": torch.tensor(2.0),
+    }
+    match = f"^all arrays must lie on one device.* and {name} on meta; move {name}"
+    with pytest.raises(TypeError, match=match):
+        polyce.cross_entropy(**(given | {name: given[name].to("meta")}))
+    meta = {key: tensor.to("meta") for key, tensor in given.items()}
+    with pytest.raises(TypeError, match=r"^all arrays must lie on one device"):
+        polyce.cross_entropy(**(meta | {name: given[name]}))
+
+
+@pytest.fixture
+def one_process(torch: Any, tmp_path: Path) -> Any:
+    """A group of this process alone."""
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield distributed
+    distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_refused(torch: Any, one_process: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = one_process.init_device_mesh("cpu", (1,))
+    given = {"input": torch.zeros(2, 3), "target": torch.tensor([0, 1]), "weight": torch.ones(3)}
+    for name, tensor in given.items():
+        sharded = distribute_tensor(tensor, mesh, [Shard(0)])
+        for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.nll_loss):
+            with pytest.raises(TypeError, match=rf"^{name} must .* DTensor.*{name}\.full_tensor"):
+                function(**(given | {name: sharded}))
+        whole = polyce.cross_entropy(**(given | {name: sharded.full_tensor()}))
+        assert whole == polyce.cross_entropy(**given)
+
+
+def test_other_subclasses_go_on(torch: Any) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.randn(6, 70, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(70, (6,))
+    want = polyce.cross_entropy(x, target)
+    got = polyce.cross_entropy(x.detach().as_subclass(Own), target)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), want.detach())
+    parameter = torch.nn.Parameter(x.detach())
+    assert polyce.cross_entropy(parameter, target) == want
+
+
+def test_bad_labels_under_vmap_give_nan(torch: Any) -> None:
+    x, target = torch.zeros(2, 3, 4), torch.tensor([[0, 4, -1], [-100, 3, 9]])
+    rows = torch.func.vmap(lambda x, t: polyce.cross_entropy(x, t, reduction="none"))(x, target)
+    assert rows.isnan().tolist() == [[False, True, True], [False, False, True]]
+    grads = torch.func.vmap(torch.func.grad(polyce.cross_entropy))(x, target)
+    assert grads.isnan().any(2).tolist() == [[False, True, True], [False, False, True]]
