@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, outputs, reference, stats, targets
+from polyce import arrays, by_rows, outputs, reference, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction
 from polyce.problem import describe, describe_logits
@@ -157,13 +157,9 @@ def cross_entropy(
     if whole is not None:
         loss, facts = whole(problem, operands)
         return loss if facts is None else (loss, facts)
-    autograd = rules(problem.backend)
-    autograd.check(operands)
-    with arrays.quiet(problem.backend):
-        plan = chosen.plan(problem, operands)
-        rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
-        loss = targets.reduce(problem, plan, rows)
-        return loss if found is None else (loss, stats.finish(problem, plan, found))
+    rules(problem.backend).check(operands)
+    loss, facts = by_rows.cross_entropy(chosen, problem, operands)
+    return loss if facts is None else (loss, facts)
 
 
 def cross_entropy_with_grad(
@@ -271,16 +267,9 @@ def cross_entropy_with_grad(
         return (loss, grad) if facts is None else (loss, grad, facts)
     if chosen.cross_entropy_with_grad is not None:
         loss, grad, facts = chosen.cross_entropy_with_grad(problem, operands, out)
-        return (loss, grad) if facts is None else (loss, grad, facts)
-    with arrays.quiet(problem.backend):
-        plan = chosen.plan(problem, operands)
-        cotangent = targets.cotangent(problem, plan, operands.grad_output)
-        rows, grad, found = chosen.forward_backward(problem, plan, cotangent, operands.logits)
-        loss = targets.reduce(problem, plan, rows)
-        facts = None if found is None else stats.finish(problem, plan, found)
-        if out is not None:
-            grad = outputs.write(problem, grad, out)
-        return (loss, grad) if facts is None else (loss, grad, facts)
+    else:
+        loss, grad, facts = by_rows.cross_entropy_with_grad(chosen, problem, operands, out)
+    return (loss, grad) if facts is None else (loss, grad, facts)
 
 
 def nll_loss(
