@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 
 from polyce import labels
 from polyce.implementations import triton_kernels, triton_layout
-from polyce.implementations.triton_layout import Rows, Tile, cdiv
+from polyce.implementations.rows import Rows, cdiv, cut, rows_of
+from polyce.implementations.triton_layout import Tile
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 
@@ -120,7 +121,7 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
 
     def lay_out() -> tuple[Rows | None, ...]:
         strides = (array.stride() for array in arrays)
-        return triton_layout.rows_of(problem.shape, problem.axis, *strides, *given)
+        return rows_of(problem.shape, problem.axis, *strides, *given)
 
     laid = lay_out()
     if None in laid[: len(arrays)]:
@@ -236,7 +237,7 @@ def forward(call: Call, results: Results) -> list[Launch]:
     parts, chunk = 1, classes
     if classes > triton_layout.LONG and programs < triton_layout.FEW_PROGRAMS:
         wanted = min(classes // triton_layout.PART, cdiv(2 * triton_layout.FEW_PROGRAMS, programs))
-        parts, chunk = triton_layout.parts(classes, call.tile.classes, wanted)
+        parts, chunk = cut(classes, call.tile.classes, wanted)
     dummy = call.logits
     found = results.stats
 
@@ -315,7 +316,7 @@ def backward(
     """Plan the launch that reads the logits once more and writes the gradient once."""
     problem, cotangent = call.problem, _plain(cotangent)
     wanted = cdiv(triton_layout.WRITERS, call.programs)
-    parts, chunk = triton_layout.parts(problem.classes, call.tile.classes, wanted)
+    parts, chunk = cut(problem.classes, call.tile.classes, wanted)
     by_row = any(
         step for step, size in zip(cotangent.stride(), cotangent.shape, strict=True) if size > 1
     )
