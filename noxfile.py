@@ -31,6 +31,8 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "jax-x32": ("jax", {"JAX_ENABLE_X64": "0", "POLYCE_FEW": "1"}),
     "jax-x64": ("jax", {"JAX_ENABLE_X64": "1", "POLYCE_FEW": "1"}),
     "dask": ("dask", {}),
+    "cupy-emulated": ("numpy", {}),
+    "cupy-compile": ("cupy-compile", {}),
     "cupy-dispatch": ("cupy-dispatch", {}),
     "ndonnx": ("ndonnx", {}),
     "cubed": ("cubed", {}),
@@ -130,7 +132,9 @@ def run_tests(session: nox.Session, backend: str, **env: str) -> None:
     """Run the tests of one backend; what follows `--` on nox's command line goes to pytest."""
     env |= BACKENDS[backend][1] if backend in BACKENDS else {}
     # So that nothing is left in the home folder.
-    env["TRITON_CACHE_DIR"] = str(Path(session.create_tmp()).resolve() / "triton")
+    folder = Path(session.create_tmp()).resolve()
+    env["TRITON_CACHE_DIR"] = str(folder / "triton")
+    env["POLYCE_EMULATION_CACHE"] = str(folder / "emulation")
     session.run("pytest", f"--backend={backend}", *session.posargs, env=env)
 
 

@@ -6,21 +6,24 @@ Most checks compare bits with a plain call's, whose values `gpu_values` compares
 from __future__ import annotations
 
 import functools
+import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import gpu_values
 import torch
+from gpu_cases import DTYPES, Case, Size
+from gpu_checks import NotHereError, attempt, require
 from gpu_contenders import ours
-from gpu_machine import Machine, NotHereError, attempt, require
-from gpu_values import Case
+from gpu_machine import Machine
 from measure import Row
 
 import polyce
 import polyce.torch
 
 
-def check(machine: Machine, size: gpu_values.Size) -> list[Row]:
+def check(machine: Machine, size: Size) -> list[Row]:
     """Run all checks; each says what is to hold."""
     classes = size.few_classes[-1]
     dims = (64, classes) if not machine.rehearses else (4, classes)
@@ -93,7 +96,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def chooses_triton(machine: Machine) -> Row:
     """Ask what runs where nothing is asked for by name."""
     machine.needs_device("path of its own: the emulated kernels run when asked for by name")
-    for dtype in gpu_values.DTYPES:
+    for dtype in DTYPES:
         chosen = polyce.explain(*problem(machine, (4, 10), dtype)).chosen
         require(chosen == "triton", f"{chosen} is chosen for {dtype}")
     return {}
@@ -137,7 +140,7 @@ def nothing(machine: Machine) -> Row:
 
 def in_place(machine: Machine, dims: tuple[int, ...]) -> Row:
     """Let the gradient take the logits' place, on the graph and off it."""
-    for dtype in gpu_values.DTYPES:
+    for dtype in DTYPES:
         logits, labels = problem(machine, dims, dtype)
         want = loss_and_grad(logits, labels)
         leaf = logits.detach().clone().requires_grad_()
@@ -157,7 +160,7 @@ def in_place(machine: Machine, dims: tuple[int, ...]) -> Row:
 
 def bad_labels(machine: Machine, dims: tuple[int, ...]) -> Row:
     """Pass labels that are out of range, then a plain call, which shows that the device lives."""
-    for dtype in gpu_values.DTYPES:
+    for dtype in DTYPES:
         logits, labels = problem(machine, dims, dtype)
         loss, grad = loss_and_grad(logits, labels, reduction="none")
         bad = labels.clone()
@@ -310,7 +313,7 @@ def deterministic(machine: Machine, dims: tuple[int, ...]) -> Row:
     return {}
 
 
-def repeated(machine: Machine, dims: tuple[int, ...], size: gpu_values.Size) -> Row:
+def repeated(machine: Machine, dims: tuple[int, ...], size: Size) -> Row:
     """Run the same call again and again, between other calls."""
     for dtype in size.few_dtypes:
         dims = gpu_values.fitting(machine, Case(dims, dtype, scales=True))
@@ -321,3 +324,20 @@ def repeated(machine: Machine, dims: tuple[int, ...], size: gpu_values.Size) -> 
             torch.full_like(logits, float(turn)).add_(1.0)
             same(loss_and_grad(logits, labels), want, f"{dtype}, run {turn + 2}")
     return {"dims": list(dims)}
+
+
+def first_call(machine: Machine) -> None:
+    """Time the first two calls of this process, and print it."""
+    # What torch and the device take to start is not meant.
+    logits, labels = problem(machine, (8, 1000))
+    (logits.detach() * 2).sum().item()
+    machine.synchronize()
+    found = {}
+    for name in ("first", "second"):
+        for what, function in (("forward", ours), ("with gradient", loss_and_grad)):
+            with torch.set_grad_enabled(what != "forward"):
+                start = time.perf_counter()
+                function(logits, labels)
+                machine.synchronize()
+                found[f"{name} {what}_s"] = time.perf_counter() - start
+    print(json.dumps(found))

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 
 import measure
 import torch
-from gpu_machine import Machine, NotHereError, Timed
+from gpu_checks import NotHereError
+from gpu_device import Timed
+from gpu_machine import Machine
 from measure import Row
 
 import polyce
 import polyce.torch
 
 Loss = Callable[[Any, Any], Any]
-# What is timed: how often it reads and writes the logits' size at least.
-PASSES = {"forward": 1, "backward": 2, "forward and backward": 3, "in-place backward": 2}
-
 ours: Loss = functools.partial(polyce.cross_entropy, implementation="triton")
 
 

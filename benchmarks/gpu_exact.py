@@ -8,6 +8,7 @@ conformance grid allows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,9 +120,11 @@ def _answer(
     )
 
 
-def judged(answer: Answer, losses: np.ndarray, grad: np.ndarray, name: str) -> Row:
+def judged(
+    answer: Answer, losses: np.ndarray, grad: np.ndarray, name: str, library: str = "torch"
+) -> Row:
     """Measure errors in units in the last place, and say what is beyond what is allowed."""
-    rule = accuracy(name, "torch")
+    rule = accuracy(name, library)
     allowed = {
         "loss": loss_tolerance(answer, name, rule),
         "grad": grad_tolerance(answer, name, rule),
@@ -171,3 +174,36 @@ def by_gap(answer: Answer, grad: np.ndarray, name: str) -> Row:
         if inside.any():
             found[f"{low:g} to {high:g}"] = float(errors[inside].max())
     return found
+
+
+# Of logits and labels on the host: the logits as the call gets them, its losses, its gradient.
+Run = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def exponentials(run: Run, name: str, few: bool, library: str = "torch") -> Row:
+    """Measure exp from 0 down to where results are no longer normal, through gradients."""
+    reach = 85.0 if name == "float32" else 700.0
+    steps = np.linspace(0.0, reach, 64 if few else 16384)
+    logits = np.stack([np.r_[0.0, 0.0, -steps * scale] for scale in (1.0, 0.99, 0.5, 0.07)])
+    answer, grad, found = _of_rows(run, logits, name, library)
+    return found | {"ulp_by_gap": by_gap(answer, grad, name)}
+
+
+def logarithms(run: Run, name: str, few: bool, library: str = "torch") -> Row:
+    """Measure log(1 + exp(x)) through the losses of rows of two classes."""
+    reach = 85.0 if name == "float32" else 700.0
+    steps = np.linspace(-reach, reach, 101 if few else 16385)
+    logits = np.stack([np.zeros_like(steps), steps], axis=1)
+    return _of_rows(run, logits, name, library)[-1]
+
+
+FUNCTIONS = {"exp": exponentials, "log": logarithms}
+
+
+def _of_rows(
+    run: Run, logits: np.ndarray, name: str, library: str
+) -> tuple[Answer, np.ndarray, Row]:
+    labels = np.zeros(len(logits), np.int64)
+    seen, losses, grad = run(logits, labels)
+    answer = exact(seen.astype(np.longdouble), labels, np.ones(len(logits)), Options())
+    return answer, grad, judged(answer, losses, grad, name, library)

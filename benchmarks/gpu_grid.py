@@ -1,26 +1,23 @@
-"""The conformance grid of `polyce.testing`, on the device, for each path that torch has there."""
+"""The conformance grid of `polyce.testing`, on the device, for each path of a library there."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from gpu_machine import Machine, attempt
+from gpu_checks import attempt
+from gpu_device import Device
 from measure import Row
 
-from polyce.testing import GROUPS, Backend, Case, cases, check_implementation, get_backend
+from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.selection import representative
 
-PATHS = ("triton", "reference")
 
-
-def check(machine: Machine) -> list[Row]:
+def check(machine: Device) -> list[Row]:
     """Run each group of the grid through each path; a rehearsal takes a few cases of it."""
-    library = on(machine)
+    library = machine.backend()
     rows = []
-    for path in PATHS:
+    for path in machine.paths:
         for group in GROUPS:
 
             def run(path: str = path, group: str = group) -> Row:
@@ -33,22 +30,6 @@ def check(machine: Machine) -> list[Row]:
 
             rows.append(attempt(f"{path}, {group}", run, path=path, group=group))
     return rows
-
-
-def on(machine: Machine) -> Backend:
-    """Give the torch backend with its arrays on the device, strides as they were."""
-    backend = get_backend("torch")
-
-    def asarray(array: Any) -> Any:
-        tensor = backend.asarray(array)
-        if tensor.numel() == 0:
-            return tensor.to(machine.device)
-        # `to` alone would close the gaps between strided elements.
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        memory = torch.as_strided(tensor, (extent,), (1,)).to(machine.device)
-        return torch.as_strided(memory, tensor.shape, tensor.stride())
-
-    return dataclasses.replace(backend, asarray=asarray)
 
 
 def few(group: str) -> Callable[[Case], str]:

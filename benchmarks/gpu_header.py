@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_machine import Machine, NotHereError
+from gpu_checks import NotHereError
+from gpu_device import Device
 
 import polyce
 
@@ -23,14 +23,15 @@ NVIDIA = (
 )
 
 
-def header(machine: Machine) -> dict[str, Any]:
+def header(machine: Device) -> dict[str, Any]:
     """Give all of it; what cannot be told here says why."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rehearsal": machine.rehearses,
         "device": told(lambda: device(machine)),
         "clocks and power": told(lambda: power(machine)),
-        "versions": versions(),
+        "library": machine.library,
+        "versions": versions() | machine.versions(),
         "commit": told(commit),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -44,27 +45,22 @@ def told(tell: Callable[[], Any]) -> Any:
         return {"not here": str(reason)}
 
 
-def device(machine: Machine) -> dict[str, Any]:
+def device(machine: Device) -> dict[str, Any]:
     """Describe the device."""
     machine.needs_device("device to describe")
-    facts = torch.cuda.get_device_properties(machine.device)
-    names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
-    found = {name: getattr(facts, name, None) for name in (*names, "gcnArchName")}
-    return found | {"devices": torch.cuda.device_count()}
+    return machine.describe()
 
 
-def power(machine: Machine) -> dict[str, Any]:
+def power(machine: Device) -> dict[str, Any]:
     """Ask the driver's own tool; again after the run, where a busy device is slower."""
     machine.needs_device("clocks")
-    if torch.version.hip:
+    if machine.is_rocm:
         text = run(
             "rocm-smi", "--showclocks", "--showpower", "--showmaxpower", "--showdriverversion"
         )
         return {"rocm-smi": text}
-    uuid = getattr(torch.cuda.get_device_properties(machine.device), "uuid", None)
-    which = [] if uuid is None else ["-i", f"GPU-{uuid}"]
     query = f"--query-gpu={','.join(NVIDIA)}"
-    line = run("nvidia-smi", query, "--format=csv,noheader", *which).splitlines()[0]
+    line = run("nvidia-smi", query, "--format=csv,noheader", *machine.selector()).splitlines()[0]
     return dict(zip(NVIDIA, map(str.strip, line.split(",")), strict=True))
 
 
@@ -76,7 +72,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found | {"CUDA": str(torch.version.cuda), "ROCm": str(torch.version.hip)}
+    return found
 
 
 def commit() -> str:

@@ -1,4 +1,4 @@
-"""Where the GPU script runs: a CUDA or ROCm device, or a CPU that rehearses it.
+"""Where the GPU script runs with torch: a CUDA or ROCm device, or a CPU that rehearses it.
 
 The rehearsal goes the same way with tiny arrays: kernels in Triton's interpreter, the host's clock
 in place of device events. What needs a device raises `NotHereError`, with the reason.
@@ -6,36 +6,25 @@ in place of device events. What needs a device raises `NotHereError`, with the r
 
 from __future__ import annotations
 
-import itertools
-import statistics
+import dataclasses
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from measure import Row
+from gpu_checks import NotHereError
+from gpu_device import Timed
 from torch.autograd import DeviceType
 
-RIGHT, WRONG, NOT_HERE = "right", "wrong", "not here"
-
-
-class NotHereError(Exception):
-    """What was to be checked or measured cannot be, for the reason that is the message."""
-
-
-class Timed(NamedTuple):
-    """Something to time."""
-
-    prepare: Callable[[], Any]
-    """What goes before, untimed; it returns what the call takes."""
-    call: Callable[[Any], Any]
+from polyce.testing import Backend, get_backend
 
 
 class Machine:
     """A device, with its clock, its memory and what it launches."""
 
+    library = "torch"
+    paths = ("triton", "reference")
     rehearses = False
+    is_rocm = torch.version.hip is not None
     # A kernel that writes this much runs for a while, in which the host gets ahead of the device;
     # it is more than any device's cache holds.
     flushed_bytes = 2**29
@@ -100,6 +89,38 @@ class Machine:
             self.synchronize()
         return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
 
+    def describe(self) -> dict[str, Any]:
+        """Give the facts of the device."""
+        facts = torch.cuda.get_device_properties(self.device)
+        names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
+        found = {name: getattr(facts, name, None) for name in (*names, "gcnArchName")}
+        return found | {"devices": torch.cuda.device_count()}
+
+    def selector(self) -> list[str]:
+        """Give the arguments that make nvidia-smi tell of this device alone."""
+        uuid = getattr(torch.cuda.get_device_properties(self.device), "uuid", None)
+        return [] if uuid is None else ["-i", f"GPU-{uuid}"]
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of CUDA and ROCm that torch was made for."""
+        return {"CUDA": str(torch.version.cuda), "ROCm": str(torch.version.hip)}
+
+    def backend(self) -> Backend:
+        """Give the torch backend with its arrays on the device, strides as they were."""
+        backend = get_backend("torch")
+
+        def asarray(array: Any) -> Any:
+            tensor = backend.asarray(array)
+            if tensor.numel() == 0:
+                return tensor.to(self.device)
+            # `to` alone would close the gaps between strided elements.
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = 1 + sum((n - 1) * step for n, step in steps)
+            memory = torch.as_strided(tensor, (extent,), (1,)).to(self.device)
+            return torch.as_strided(memory, tensor.shape, tensor.stride())
+
+        return dataclasses.replace(backend, asarray=asarray)
+
 
 class Rehearsal(Machine):
     """A CPU in a device's place."""
@@ -139,59 +160,3 @@ class Rehearsal(Machine):
         """Run the profiler all the same, which sees no kernels that are interpreted."""
         self._profiled(timed, [torch.profiler.ProfilerActivity.CPU])
         return None
-
-
-def attempt(name: str, check: Callable[[], Row | None], **facts: Any) -> Row:
-    """Run a check, and say how it went: what it returns or raises, and how long it took.
-
-    A check that finds something wrong returns it as "wrong" beside its facts, or raises.
-    """
-    row: Row = {"check": name, "status": RIGHT} | facts
-    start = time.perf_counter()
-    try:
-        found = check() or {}
-        row |= found | ({"status": WRONG} if found.get("wrong") else {})
-    except NotHereError as reason:
-        row |= {"status": NOT_HERE, "reason": str(reason)}
-    except torch.OutOfMemoryError as error:
-        row |= {"status": NOT_HERE, "reason": f"out of memory: {str(error).splitlines()[0]}"}
-    except Exception as error:  # noqa: BLE001  (the check's failure, not the run's)
-        row |= {"status": WRONG, "wrong": f"{type(error).__name__}: {error}"}
-        if not isinstance(error, AssertionError):
-            row["traceback"] = traceback.format_exc()
-    return row | {"took_s": time.perf_counter() - start}
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise what a check has found to be wrong."""
-    if not holds:
-        raise AssertionError(message)
-
-
-def interleave(
-    machine: Machine, calls: Mapping[str, Timed], rounds: int, budget: float
-) -> dict[str, dict[str, float]]:
-    """Time calls in turn, so that a clock that changes does so for all of them alike.
-
-    There are `rounds`, or as many more as take `budget` seconds; each begins with another call.
-    """
-    for timed in calls.values():
-        machine.seconds(timed)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    if not order:
-        return {}
-    end = time.perf_counter() + budget
-    for done in itertools.count():
-        if done >= rounds and time.perf_counter() >= end:
-            break
-        for name in order:
-            samples[name].append(machine.seconds(calls[name]))
-        order.append(order.pop(0))
-    return {name: summary(taken) for name, taken in samples.items()}
-
-
-def summary(samples: list[float]) -> dict[str, float]:
-    """Give the median, and where the middle four fifths of the samples end."""
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return {"median_s": statistics.median(samples), "p10_s": tenths[0], "p90_s": tenths[-1]}

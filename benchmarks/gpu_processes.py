@@ -9,22 +9,24 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_machine import Machine, NotHereError, attempt, require
-from gpu_values import Case, Size, compared
+from gpu_cases import Case, Size
+from gpu_checks import NotHereError, attempt, require
+from gpu_device import Device
 from measure import Row
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 DONE = "all right"
 SCRIPT = Path(__file__).with_name("gpu.py")
+# Makes CuPy's machine ask the driver for each array's memory.
+UNPOOLED = "POLYCE_GPU_UNPOOLED"
 _MINUTES = 30
 
 
-def small_set(machine: Machine, size: Size) -> None:
+def small_set(machine: Device, size: Size, compared: Callable[[Device, Case, Size], Row]) -> None:
     """Go through every kernel and every way to lay a program out, for the sanitizer to watch."""
     many = size._replace(checked=2**16)
     for dtype in ("bfloat16", "float32"):
@@ -41,7 +43,7 @@ def small_set(machine: Machine, size: Size) -> None:
     print(DONE)
 
 
-def check(machine: Machine) -> list[Row]:
+def check(machine: Device) -> list[Row]:
     """Run the small set in a process of its own, as it is and under each of the tools."""
     rows = [attempt("the small set, alone", lambda: _alone(machine))]
     rows += [
@@ -51,19 +53,17 @@ def check(machine: Machine) -> list[Row]:
     return rows
 
 
-def _alone(machine: Machine) -> Row:
+def _alone(machine: Device) -> Row:
     done = _run(machine, "--small-set")
     require(done.returncode == 0 and DONE in done.stdout, _tail(done))
     return {}
 
 
-def _sanitized(machine: Machine, tool: str) -> Row:
-    command = shutil.which("compute-sanitizer")
-    if command is None:
-        raise NotHereError("compute-sanitizer is not on PATH")
+def _sanitized(machine: Device, tool: str) -> Row:
+    command = _sanitizer()
     machine.needs_device("memory for compute-sanitizer to watch")
-    # Else torch hands out pieces of large blocks, which the tool takes for one.
-    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # Else pieces of large blocks are handed out, which the tool takes for one.
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", UNPOOLED: "1"}
     before = [command, "--tool", tool, "--error-exitcode", "86"]
     done = _run(machine, "--small-set", before=before, variables=variables)
     if "SUMMARY" not in done.stdout + done.stderr:
@@ -72,7 +72,17 @@ def _sanitized(machine: Machine, tool: str) -> Row:
     return {"summary": [line for line in done.stdout.splitlines() if "SUMMARY" in line]}
 
 
-def first_calls(machine: Machine) -> list[Row]:
+def _sanitizer() -> str:
+    roots = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    folders = [str(Path(root) / "bin") for root in roots if root]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
+    command = shutil.which("compute-sanitizer", path=path)
+    if command is None:
+        raise NotHereError("compute-sanitizer is neither on PATH nor in CUDA_HOME")
+    return command
+
+
+def first_calls(machine: Device) -> list[Row]:
     """Time the first calls of a process, with kernels to compile and without."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
@@ -82,37 +92,18 @@ def first_calls(machine: Machine) -> list[Row]:
     return rows
 
 
-def _first_call(machine: Machine, cache: str) -> Row:
-    done = _run(machine, "--first-call", variables={"TRITON_CACHE_DIR": cache})
+def _first_call(machine: Device, cache: str) -> Row:
+    variables = {"TRITON_CACHE_DIR": cache, "CUPY_CACHE_DIR": cache}
+    done = _run(machine, "--first-call", variables=variables)
     require(done.returncode == 0, _tail(done))
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def first_call(machine: Machine) -> None:
-    """Time the first two calls of this process, and print it."""
-    from gpu_behaviour import loss_and_grad, problem
-    from gpu_contenders import ours
-
-    # What torch and the device take to start is not meant.
-    logits, labels = problem(machine, (8, 1000))
-    (logits.detach() * 2).sum().item()
-    machine.synchronize()
-    found = {}
-    for name in ("first", "second"):
-        for what, function in (("forward", ours), ("with gradient", loss_and_grad)):
-            with torch.set_grad_enabled(what != "forward"):
-                start = time.perf_counter()
-                function(logits, labels)
-                machine.synchronize()
-                found[f"{name} {what}_s"] = time.perf_counter() - start
-    print(json.dumps(found))
-
-
 def _run(
-    machine: Machine, what: str, before: Any = (), variables: dict[str, str] | None = None
+    machine: Device, what: str, before: Any = (), variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    command = [*before, sys.executable, str(SCRIPT), what]
+    command = [*before, sys.executable, str(SCRIPT), what, "--library", machine.library]
     if machine.rehearses:
         command.append("--rehearse")
     try:

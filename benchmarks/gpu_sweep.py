@@ -11,7 +11,10 @@ from typing import Any
 
 import gpu_contenders
 import gpu_times
-from gpu_machine import NOT_HERE, RIGHT, Machine, Timed, attempt, interleave, require
+from gpu_checks import NOT_HERE, RIGHT, attempt, require
+from gpu_device import Timed, interleave
+from gpu_machine import Machine
+from gpu_timing import Case, Size
 from measure import Row
 
 from polyce.implementations import triton_layout
@@ -35,20 +38,20 @@ def launched_with(tile: Tile) -> Iterator[None]:
         triton_layout.tile = before
 
 
-def check(machine: Machine, size: gpu_times.Size) -> list[Row]:
+def check(machine: Machine, size: Size) -> list[Row]:
     """Time every tile with every number of warps, for each dtype and number of classes."""
     rows = []
     for dtype in size.dtypes:
         for classes in size.sweep_classes:
             dims = (4 if machine.rehearses else min(8192, LOGITS // classes), classes)
-            logits, labels = gpu_times.problem(machine, gpu_times.Case(dims, dtype))
+            logits, labels = gpu_times.problem(machine, Case(dims, dtype))
             want = gpu_times.exact_mean(logits, labels)
             for what in WHATS:
                 rows += one(machine, size, what, (logits, labels, want), dtype)
     return rows
 
 
-def one(machine: Machine, size: gpu_times.Size, what: str, problem: Any, dtype: str) -> list[Row]:
+def one(machine: Machine, size: Size, what: str, problem: Any, dtype: str) -> list[Row]:
     """Time all tiles for one case, in turn."""
     logits, labels, want = problem
     classes = logits.shape[1]

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import gpu_times
 import measure
-from gpu_contenders import PASSES
-from gpu_machine import NOT_HERE, RIGHT, WRONG
+from gpu_checks import NOT_HERE, RIGHT, WRONG
+from gpu_timing import PASSES, TARGET, TARGET_CLASSES
 from measure import Row
 from tables import print_table
 
-PEERS = ("torch eager", "torch compiled", "liger", "quack")
+PEERS = (
+    *("torch eager", "torch compiled", "liger", "quack"),
+    *("reference", "cupyx log_softmax"),
+)
 _SHOWN = 300
 
 
@@ -93,7 +95,7 @@ def errors(rows: list[Row]) -> None:
 def times(rows: list[Row]) -> None:
     """Print polyce's times beside the copy, and how many times as long its peers take."""
     timed = {key(row): row for row in rows if row["check"] == "times" and "median_s" in row}
-    target = f"of copy (>= {gpu_times.TARGET} from {gpu_times.TARGET_CLASSES} classes)"
+    target = f"of copy (>= {TARGET} from {TARGET_CLASSES} classes)"
     header = ["logits", "what", "median", "p10 to p90", "GB/s", target, "launches", "extra memory"]
     table = []
     for (case, what, contender), row in timed.items():

@@ -9,90 +9,18 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import gpu_cases
 import gpu_contenders
 import gpu_values
 import torch
-from gpu_contenders import PASSES, Contender
-from gpu_machine import (
-    NOT_HERE,
-    RIGHT,
-    WRONG,
-    Machine,
-    NotHereError,
-    Timed,
-    attempt,
-    interleave,
-    require,
-    summary,
-)
+from gpu_checks import NOT_HERE, RIGHT, NotHereError, attempt, require
+from gpu_contenders import Contender
+from gpu_device import Timed, summary
+from gpu_machine import Machine
+from gpu_timing import PASSES, Case, Size, at_most_a_note, time_what
 from measure import Row
-
-# What a kernel that waits for nothing but memory should reach, where rows are long enough.
-TARGET, TARGET_CLASSES = 0.85, 4096
-
-
-class Case(NamedTuple):
-    """Logits to time."""
-
-    dims: tuple[int, ...]
-    dtype: str
-    layout: str = "plain"
-
-
-class Size(NamedTuple):
-    """How much is timed."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    rounds: int
-    seconds: float
-    copies: int
-    """How often the copy is timed that all else is compared with."""
-    calls: int
-    """Calls in a row for the host's share."""
-    sweep_classes: tuple[int, ...]
-    sweep_tiles: tuple[int, ...]
-    sweep_warps: tuple[int, ...]
-
-
-FULL = Size(
-    shapes=(
-        (1_048_576, 2),
-        (65536, 10),
-        (4096, 1000),
-        (8192, 4096),
-        (4096, 32000),
-        (4096, 50257),
-        (4096, 128256),
-        (2048, 262144),
-        (8, 128256),
-        (16, 21, 512, 512),
-        (8, 19, 1024, 2048),
-    ),
-    dtypes=("bfloat16", "float32"),
-    rounds=20,
-    seconds=0.3,
-    copies=50,
-    calls=100,
-    sweep_classes=(1000, 4096, 32000, 50257, 128256, 262144),
-    sweep_tiles=(1024, 2048, 4096, 8192, 16384, 32768),
-    sweep_warps=(4, 8, 16, 32),
-)
-QUICK = FULL._replace(shapes=((4096, 1000), (4096, 32000)), rounds=10, seconds=0.0)
-REHEARSAL = Size(
-    shapes=((4, 100), (1, 3, 2, 5)),
-    dtypes=("bfloat16",),
-    rounds=2,
-    seconds=0.0,
-    copies=5,
-    calls=2,
-    sweep_classes=(100,),
-    sweep_tiles=(64, 128),
-    sweep_warps=(4, 8),
-)
 
 
 def copy_bandwidth(machine: Machine, size: Size) -> Row:
@@ -151,46 +79,6 @@ def time_case(machine: Machine, size: Size, case: Case, copy: float | None) -> l
     return rows
 
 
-def at_most_a_note(name: str, row: Row) -> Row:
-    """Keep a peer's failure from being ours."""
-    if row["status"] == WRONG and not name.startswith("polyce"):
-        return row | {"status": NOT_HERE, "reason": f"it failed: {row.pop('wrong')}"}
-    return row
-
-
-def time_what(
-    machine: Machine,
-    size: Size,
-    what: str,
-    calls: Mapping[str, Timed],
-    nbytes: int,
-    copy: float | None,
-) -> list[Row]:
-    """Time one thing of all contenders in turn, after what takes no clock."""
-    rows: dict[str, Row] = {}
-    for name, timed in calls.items():
-
-        def once(timed: Timed = timed) -> Row:
-            machine.seconds(timed)
-            kernels = machine.launches(timed)
-            found: Row = {"extra_bytes": machine.extra_bytes(timed), "logits_bytes": nbytes}
-            return found | {
-                "launches": None if kernels is None else len(kernels),
-                "kernels": kernels,
-            }
-
-        rows[name] = at_most_a_note(name, attempt("times", once))
-        rows[name] |= {"what": what, "contender": name}
-    alive = {name: timed for name, timed in calls.items() if rows[name]["status"] == RIGHT}
-    moved = nbytes * PASSES[what]
-    for name, times in interleave(machine, alive, size.rounds, size.seconds).items():
-        speed = moved / times["median_s"] / 1e9
-        rows[name] |= times | {"moved_bytes": moved, "gb_per_s": speed}
-        if copy:
-            rows[name]["of_copy"] = speed / copy
-    return list(rows.values())
-
-
 def problem(machine: Machine, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw logits and labels, fewer rows where there is no memory for as many."""
     item = getattr(torch, case.dtype).itemsize
@@ -201,7 +89,7 @@ def problem(machine: Machine, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     if rows == 0:
         raise NotHereError(f"a row needs {one / 1e9:.1f} GB, there are {room / 1e9:.1f}")
     dims = (rows, *case.dims[1:])
-    drawn = gpu_values.Case(dims, case.dtype, layout=case.layout)
+    drawn = gpu_cases.Case(dims, case.dtype, layout=case.layout)
     generator = torch.Generator(machine.device).manual_seed(0)
     logits = gpu_values.arranged(machine, dims, drawn).normal_(generator=generator)
     kept = (rows, *dims[2:])

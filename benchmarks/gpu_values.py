@@ -1,139 +1,23 @@
-"""What the GPU script compares with float64 on a CPU: dtypes, classes, layouts, options.
-
-Losses are not reduced and each row has a cotangent of its own, so that any row can be checked
-alone: of large arrays a few, the first and the last ones among them.
-"""
+"""The cases of `gpu_cases` on torch tensors, compared with float64 on a CPU."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import gpu_exact
 import numpy as np
 import torch
-from gpu_machine import Machine, NotHereError, attempt, require
+from gpu_cases import IGNORED, REACH, Case, Size, beyond_32_bits, cases
+from gpu_checks import NotHereError, attempt, require
+from gpu_machine import Machine
 from measure import Row
 
 import polyce
 import polyce.torch
 from polyce.testing import get_backend
-
-IGNORED = -100
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Words that `Case.options` may hold, and how they go together.
-OPTIONS = (
-    ("ignore",),
-    ("weight",),
-    ("smoothing",),
-    ("ignore", "weight", "smoothing"),
-    ("probabilities",),
-    ("probabilities", "weight", "smoothing"),
-)
-LAYOUTS = ("misaligned", "row-strided", "column-major", "every second")
-
-
-class Case(NamedTuple):
-    """One call."""
-
-    dims: tuple[int, ...]
-    dtype: str
-    target: str = "int64"
-    layout: str = "plain"
-    options: tuple[str, ...] = ()
-    scales: bool = False
-    """Whether there may be fewer rows where memory is short."""
-
-    @property
-    def name(self) -> str:
-        """What it goes by."""
-        dims = "x".join(map(str, self.dims))
-        return ", ".join((dims, self.dtype, self.target, self.layout, *self.options))
-
-
-class Size(NamedTuple):
-    """How large the cases are."""
-
-    classes: tuple[int, ...]
-    few_classes: tuple[int, ...]
-    """For the layouts and the options."""
-    few_dtypes: tuple[str, ...]
-    """The same."""
-    elements: int
-    """Logits of a case, of those that are not meant to be large."""
-    checked: int
-    """Logits that are compared."""
-    images: tuple[tuple[int, ...], ...]
-    long_rows: tuple[tuple[int, int], ...]
-    many_rows: tuple[tuple[int, int], ...]
-    repeats: int
-    """How often a result has to come out the same."""
-
-
-FULL = Size(
-    classes=(1, 2, 10, 1000, 4096, 32000, 32001, 50257, 128256, 262144),
-    few_classes=(10, 1000, 50257, 128256),
-    few_dtypes=DTYPES,
-    elements=2**21,
-    checked=2**21,
-    images=((8, 19, 1024, 2048), (16, 21, 512, 512)),
-    long_rows=((1, 262144), (1, 1_000_003), (3, 2**22)),
-    many_rows=((2**22, 2), (2**20, 10), (2**17, 1000)),
-    repeats=20,
-)
-REHEARSAL = Size(
-    classes=(1, 10, 65),
-    few_classes=(10, 65),
-    few_dtypes=("bfloat16", "float32"),
-    elements=200,
-    checked=2**18,
-    images=((2, 3, 2, 5),),
-    long_rows=((1, 70001),),
-    many_rows=((150, 2),),
-    repeats=2,
-)
-REACH = 2**31
-"""Offsets beyond this do not fit into 32 bits."""
-
-
-def cases(size: Size) -> Iterator[Case]:
-    """Give all that is compared."""
-
-    def rows(classes: int) -> tuple[int, int]:
-        return max(3, min(4096, size.elements // classes)), classes
-
-    for dtype in DTYPES:
-        for classes, target in itertools.product(size.classes, ("int32", "int64")):
-            yield Case(rows(classes), dtype, target)
-    for dtype in size.few_dtypes:
-        for classes in size.few_classes:
-            for options in OPTIONS:
-                yield Case(rows(classes), dtype, options=options)
-            for layout in LAYOUTS:
-                yield Case(rows(classes), dtype, layout=layout)
-                yield Case(rows(classes), dtype, layout=layout, options=("in place",))
-            yield Case(rows(classes), dtype, options=("in place",))
-            both = ("probabilities", "weight", "smoothing", "in place")
-            yield Case(rows(classes), dtype, options=both)
-        for dims, layout in itertools.product(size.images, ("plain", "channels last")):
-            yield Case(dims, dtype, layout=layout, scales=True)
-            yield Case(dims, dtype, layout=layout, options=("ignore", "weight"), scales=True)
-        for dims in size.long_rows:
-            yield Case(dims, dtype)
-            yield Case(dims, dtype, options=("probabilities", "smoothing"))
-        for dims in size.many_rows:
-            yield Case(dims, dtype, scales=True)
-
-
-def beyond_32_bits() -> Iterator[Case]:
-    """Give cases that 32-bit offsets do not reach the end of."""
-    for classes in (50257, 65536):
-        yield Case((REACH // classes + 5, classes), "bfloat16")
-    yield Case((REACH // (19 * 2**21) + 1, 19, 1024, 2048), "bfloat16")
-    yield Case((2, 5001), "bfloat16", layout="rows far apart")
 
 
 def check(machine: Machine, size: Size) -> list[Row]:
@@ -143,9 +27,11 @@ def check(machine: Machine, size: Size) -> list[Row]:
         attempt(case.name, functools.partial(compared, machine, case, size), dtype=case.dtype)
         for case in every
     ]
-    for dtype in ("float32", "float64"):
-        for name, what in (("exp", exponentials), ("log", logarithms)):
-            rows.append(attempt(name, functools.partial(what, machine, dtype), dtype=dtype))
+    for name in ("float32", "float64"):
+        for what, measured in gpu_exact.FUNCTIONS.items():
+            run = functools.partial(of_rows, machine, name)
+            few = machine.rehearses
+            rows.append(attempt(what, functools.partial(measured, run, name, few), dtype=name))
     return rows
 
 
@@ -302,33 +188,13 @@ def make_confident(
     rows[(*(index[::4] for index in places), for_label)] = ahead
 
 
-def exponentials(machine: Machine, dtype: str) -> Row:
-    """Measure exp from 0 down to where results are no longer normal, through gradients."""
-    reach = 85.0 if dtype == "float32" else 700.0
-    count = 64 if machine.rehearses else 16384
-    steps = np.linspace(0.0, reach, count)
-    logits = np.stack([np.r_[0.0, 0.0, -steps * scale] for scale in (1.0, 0.99, 0.5, 0.07)])
-    labels = np.zeros(len(logits), np.int64)
-    answer, _, grad, found = _of_rows(machine, logits, labels, dtype)
-    return found | {"ulp_by_gap": gpu_exact.by_gap(answer, grad, dtype)}
-
-
-def logarithms(machine: Machine, dtype: str) -> Row:
-    """Measure log(1 + exp(x)) through the losses of rows of two classes."""
-    reach = 85.0 if dtype == "float32" else 700.0
-    steps = np.linspace(-reach, reach, 101 if machine.rehearses else 16385)
-    logits = np.stack([np.zeros_like(steps), steps], axis=1)
-    return _of_rows(machine, logits, np.zeros(len(logits), np.int64), dtype)[-1]
-
-
-def _of_rows(
-    machine: Machine, logits: np.ndarray, labels: np.ndarray, dtype: str
-) -> tuple[Any, np.ndarray, np.ndarray, Row]:
-    x = torch.tensor(logits, dtype=getattr(torch, dtype), device=machine.device)
+def of_rows(
+    machine: Machine, name: str, logits: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give what a call gets of logits, the losses, and the gradient for cotangents of 1."""
+    x = torch.tensor(logits, dtype=getattr(torch, name), device=machine.device)
     t = torch.tensor(labels, device=machine.device)
     g = torch.ones(len(logits), dtype=x.dtype, device=machine.device)
-    seen = x.cpu().numpy().astype(np.longdouble)
-    answer = gpu_exact.exact(seen, labels, np.ones(len(logits)), gpu_exact.Options())
-    results = call(Case(logits.shape, dtype), x, t, g, {})
-    losses, grad = (result.cpu().numpy() for result in results)
-    return answer, losses, grad, gpu_exact.judged(answer, losses, grad, dtype)
+    seen = x.cpu().numpy()
+    losses, grad = call(Case(logits.shape, name), x, t, g, {})
+    return seen, losses.cpu().numpy(), grad.cpu().numpy()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,9 @@ BACKENDS = {
     "jax-x64": "jax",
     "dask": "dask-rows",
     "cupy": "cupy",
+    # CuPy's kernels on an emulated CuPy, on a CPU; and compiled for GPUs.
+    "cupy-emulated": "cupy",
+    "cupy-compile": None,
     # CuPy without a device can make no array but an empty shell.
     "cupy-dispatch": None,
     "ndonnx": "ndonnx",
@@ -42,7 +47,15 @@ BACKENDS = {
 # grid and their own tests run there.
 TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
 # Runs of nothing but the tests that name them.
-MARKED_ONLY = ("cupy-dispatch", "refused", "triton", "triton-compile", *TIER_2)
+MARKED_ONLY = (
+    "cupy-emulated",
+    "cupy-compile",
+    "cupy-dispatch",
+    "refused",
+    "triton",
+    "triton-compile",
+    *TIER_2,
+)
 FULL = os.environ.get("POLYCE_FULL") == "1"
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
@@ -59,6 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--backend") == "triton":
         # Read when Triton is first imported; so interpreter and compiler need a process each.
         os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("--backend") == "cupy-emulated":
+        sys.path.insert(0, str(Path(__file__).with_name("emulation")))
     if config.getoption("--backend").startswith("jax"):
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")

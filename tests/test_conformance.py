@@ -14,7 +14,7 @@ from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
 # The backends with an implementation of their own.
-OWN = {"dask-rows": "dask", "numpy": "native", "torch": "native"}
+OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
 
 def few(group: str, floats: Sequence[str]) -> Callable[[Case], str]:
@@ -23,7 +23,7 @@ def few(group: str, floats: Sequence[str]) -> Callable[[Case], str]:
     return lambda case: "" if case.name in chosen else "not among the few that stand for its group"
 
 
-@pytest.mark.only("numpy", "strict", "torch", "torch-cuda", "jax-x32", "jax-x64", "cupy")
+@pytest.mark.only("numpy", "strict", "torch", "torch-cuda", "jax-x32", "jax-x64")
 @pytest.mark.parametrize("group", GROUPS)
 def test_grid(backend: Backend, group: str) -> None:
     leave_out = few(group, backend.floats) if FEW else None
@@ -47,6 +47,16 @@ def test_grid_on_triton(backend: Backend, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case.
     leave_out = None if FULL else few(group, backend.floats)
     print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
+
+
+@pytest.mark.only("cupy", "cupy-emulated")
+@pytest.mark.parametrize("name", ["cupy", "reference"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_grid_on_cupy(backend: Backend, backend_name: str, group: str, name: str) -> None:
+    # The emulator compiles each combination of macros.
+    everything = FULL or backend_name == "cupy"
+    leave_out = None if everything else few(group, backend.floats)
+    print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")

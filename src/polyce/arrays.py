@@ -324,6 +324,11 @@ def fuses(backend: str, array: Any) -> bool:
     return backend == "jax" and not has_values(array, backend)
 
 
+def computing(backend: str, logits: Any) -> contextlib.AbstractContextManager[Any]:
+    """Prepare for computing beside the logits: NumPy quiet, the device of CuPy's arrays current."""
+    return logits.device if backend == "cupy" else quiet(backend)
+
+
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:
     """Keep NumPy's warnings away: an infinity or nan here is selected away or is the answer."""
     if backend in ON_NUMPY:

@@ -15,7 +15,7 @@ def cross_entropy(
     implementation: Implementation, problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
     """Give the loss, on the library's graph where it has one, and the stats."""
-    with arrays.quiet(problem.backend):
+    with arrays.computing(problem.backend, operands.logits):
         plan = implementation.plan(problem, operands)
         differentiated = rules(problem.backend)
         rows, found = differentiated.row_losses(implementation, problem, plan, operands.logits)
@@ -27,7 +27,7 @@ def cross_entropy_with_grad(
     implementation: Implementation, problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
-    with arrays.quiet(problem.backend):
+    with arrays.computing(problem.backend, operands.logits):
         plan = implementation.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         rows, grad, found = implementation.forward_backward(

@@ -54,6 +54,16 @@ def devices(backend: str, operands: Mapping[str, Any]) -> None:
             )
 
 
+def byte_order(operands: Mapping[str, Any]) -> None:
+    """Refuse arrays with their bytes turned round, of a library that does not know of such."""
+    for name, array in operands.items():
+        if array is not None and not array.dtype.isnative:
+            raise TypeError(
+                f"{name} must have its bytes in this processor's order, got dtype "
+                f"{array.dtype.str}; convert it in NumPy, before it goes to the device"
+            )
+
+
 def target_kind(
     shape: tuple[int, ...],
     row_shape: tuple[int, ...],

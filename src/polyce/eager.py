@@ -117,11 +117,14 @@ def _probes_of(torch: Any) -> _Probes:
 def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
     """Give shape and dtype of each array where that is all that a description depends on.
 
-    So it is for NumPy's own arrays, and for torch's own on a CPU while nothing but its autograd
-    watches. None stands for an array that is not there.
+    So it is for NumPy's own arrays, for CuPy's with their devices, and for torch's own on a CPU
+    while nothing but its autograd watches. None stands for an array that is not there.
     """
     kind = type(arrays[0])
     if kind is not np.ndarray:
+        cupy = sys.modules.get("cupy")
+        if cupy is not None and kind is cupy.ndarray:
+            return _plain_cupy_facts(kind, arrays)
         return _plain_torch_facts(arrays)
     facts: list[Any] = []
     for array in arrays:
@@ -129,6 +132,18 @@ def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
             facts.append(None)
         elif type(array) is kind:
             facts.append((array.shape, array.dtype))
+        else:
+            return None
+    return tuple(facts)
+
+
+def _plain_cupy_facts(kind: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    facts: list[Any] = []
+    for array in arrays:
+        if array is None:
+            facts.append(None)
+        elif type(array) is kind:
+            facts.append((array.shape, array.dtype, array.data.device_id))
         else:
             return None
     return tuple(facts)

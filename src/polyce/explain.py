@@ -117,6 +117,7 @@ def explain(
       dask       no   ...arrays numpy is not served (dask)
       native     yes  <- runs
       triton     no   ...arrays numpy is not served (torch)
+      cupy       no   ...arrays numpy is not served (cupy); device cpu is not served (cuda)
       reference  yes
     """
     # Which has been imported, if it is what was passed.

@@ -337,7 +337,7 @@ def nll_loss(
         probabilities=False,
     )
     rules(problem.backend).check(operands)
-    with arrays.quiet(problem.backend):
+    with arrays.computing(problem.backend, operands.logits):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
 
@@ -382,5 +382,5 @@ def log_softmax(
     """
     problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
     compute = select_log_softmax(problem)
-    with arrays.quiet(problem.backend):
+    with arrays.computing(problem.backend, logits):
         return rules(problem.backend).log_softmax(problem, logits, compute)

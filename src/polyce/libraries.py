@@ -119,6 +119,10 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
         import array_api_compat.dask.array
 
         return array_api_compat.dask.array, "dask"
+    if "cupy" in loaded and isinstance(value, loaded["cupy"].ndarray):
+        import array_api_compat.cupy
+
+        return array_api_compat.cupy, "cupy"
     _check_taken(name, value)
     import array_api_compat
 

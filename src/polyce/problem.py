@@ -223,6 +223,8 @@ def _describe(
     logits, target, weight, sample_weight, normalizer, cotangent = values
     if arrays.device(logits, backend) is not None:
         checks.devices(backend, dict(zip(given, values, strict=True)))
+    if backend == "cupy":
+        checks.byte_order(dict(zip(given, values, strict=True)))
     shape, axis = checks.logits_shape(logits, axis)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyce import reference, targets
-from polyce.implementations import dask, native, triton
+from polyce.implementations import cupy, dask, native, triton
 from polyce.problem import Problem
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
@@ -132,6 +132,20 @@ TABLE: tuple[Implementation, ...] = (
         cross_entropy=triton.cross_entropy,
         cross_entropy_with_grad=triton.cross_entropy_with_grad,
         torch_kernels=triton.torch_kernels,
+    ),
+    Implementation(
+        name="cupy",
+        # Its kernels take whole calls too.
+        forward=reference.forward,
+        backward=reference.backward,
+        forward_backward=reference.forward_backward,
+        backends=cupy.BACKENDS,
+        devices=cupy.DEVICES,
+        dtypes=cupy.DTYPES,
+        unavailable=cupy.unavailable,
+        refuses=cupy.refuses,
+        cross_entropy=cupy.cross_entropy,
+        cross_entropy_with_grad=cupy.cross_entropy_with_grad,
     ),
     Implementation(
         name="reference",

@@ -192,7 +192,8 @@ def _cupy() -> Backend:
         cupy.asarray,
         cupy.asnumpy,
         lambda result: isinstance(result, cupy.ndarray),
-        floats=WITHOUT_BFLOAT16,
+        floats=tuple(name for name in FLOAT_NAMES if name not in missing()),
+        notes=missing(),
     )
 
 

@@ -112,6 +112,9 @@ _DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal, capped=_CA
 _SINGLE_XLA = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny, capped=_CAPPED_XLA)
 _DOUBLE_XLA = replace(_DOUBLE, flush=8 * FORMATS["float64"].tiny, capped=_CAPPED_XLA)
 
+# CuPy compiles all kernels so that in float32 subnormal numbers are taken for 0.
+_SINGLE_CUPY = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny)
+
 # mlx's exp loses 0.75 unit roundoffs of float32 for each unit of its argument, and what is below
 # the smallest normal number; that of float64 loses twice as much, and a sum over a thousand
 # classes what a thousand of them have lost.
@@ -134,6 +137,9 @@ ACCURACY: dict[tuple[str | None, str], Accuracy] = {
     ("jax", "bfloat16"): _SINGLE_XLA,
     ("jax", "float32"): _SINGLE_XLA,
     ("jax", "float64"): _DOUBLE_XLA,
+    ("cupy", "float16"): _SINGLE_CUPY,
+    ("cupy", "bfloat16"): _SINGLE_CUPY,
+    ("cupy", "float32"): _SINGLE_CUPY,
     ("mlx", "float16"): _MLX,
     ("mlx", "bfloat16"): _MLX,
     ("mlx", "float32"): _MLX,

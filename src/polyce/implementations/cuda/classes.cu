@@ -1,0 +1,354 @@
+// A thread's way over the classes of a row: reading them into a state, writing their gradient.
+
+// How many numbers are loaded at once: 16 bytes, but for kernels that need the registers.
+#if !VECTOR
+enum { WIDTH = 1 };
+#elif PROBABILITY && (SOFTCAP || STATS)
+enum { WIDTH = 2 };
+#elif SOFTCAP || PROBABILITY
+enum { WIDTH = sizeof(logit) == 8 ? 2 : 4 };
+#else
+enum { WIDTH = 16 / sizeof(logit) };
+#endif
+// How many loads a thread has under way: enough to wait for memory together.
+#if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (VECTOR && LOGITS < FLOAT32)
+enum { LOADS = 1 };
+#else
+enum { LOADS = 2 };
+#endif
+
+// What is loaded and stored at once. In 32 bits each: of a structure of 16 bits each some
+// compilers load 8 bytes twice.
+template <int N> struct alignas(4 * N) Words { unsigned each[N]; };
+
+// Load W numbers that lie together, on a boundary of as many bytes as they take.
+template <int KIND, int W>
+DEVICE void load(const typename Stored<KIND>::type* place, real (&numbers)[W]) {
+  if constexpr (W == 1) {
+    numbers[0] = (real)Stored<KIND>::widen(*place);
+  } else {
+    enum { SIZE = sizeof(*place), N = W * SIZE / 4 };
+    const Words<N> words = *(const Words<N>*)place;
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      u64 bits;
+      if constexpr (SIZE == 2) bits = words.each[w / 2] >> 16 * (w % 2) & 0xffff;
+      if constexpr (SIZE == 4) bits = words.each[w];
+      if constexpr (SIZE == 8) bits = (u64)words.each[2 * w + 1] << 32 | words.each[2 * w];
+      numbers[w] = (real)Stored<KIND>::from_bits(bits);
+    }
+  }
+}
+
+template <int W> DEVICE void store(logit* place, const logit (&numbers)[W]) {
+  if constexpr (W == 1) {
+    *place = numbers[0];
+  } else {
+    enum { SIZE = sizeof(*place), N = W * SIZE / 4 };
+    Words<N> words;
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      const u64 bits = Stored<LOGITS>::to_bits(numbers[w]);
+      if constexpr (SIZE == 2) {
+        if (w % 2) words.each[w / 2] |= (unsigned)bits << 16;
+        if (w % 2 == 0) words.each[w / 2] = (unsigned)bits;
+      } else {
+        words.each[SIZE / 4 * w] = (unsigned)bits;
+        if constexpr (SIZE == 8) words.each[2 * w + 1] = (unsigned)(bits >> 32);
+      }
+    }
+    *(Words<N>*)place = words;
+  }
+}
+
+// Where a thread sits in its block: which of the block's rows, and which of that row's threads.
+struct Seat { int lane, member; };
+
+DEVICE Seat seat(const Call& call) {
+  const int lanes = (int)call.lanes, team = (int)call.team, thread = (int)threadIdx.x;
+  Seat own;
+  own.lane = call.across ? thread % lanes : thread / team;
+  own.member = call.across ? thread / lanes : thread % team;
+  return own;
+}
+
+// Where a row lies.
+struct Row {
+  i64 number;            // in C order; -1 where there is none
+  i64 x_at, t_at, g_at;  // where its logits, its probabilities and its gradient begin
+};
+
+DEVICE Row row_of(const Call& call, i64 outer, i64 lane) {
+  Row row;
+  row.number = lane < call.inner ? outer * call.inner + lane : -1;
+  row.x_at = outer * call.x_outer + lane * call.x_lane;
+  row.t_at = outer * call.t_outer + lane * call.t_lane;
+  row.g_at = outer * call.g_outer + lane * call.g_lane;
+  return row;
+}
+
+// The arrays that tell what rows are about; null for what is not there.
+struct Targets {
+  const target* given;
+  const real* weight;
+  const void* sample;
+};
+
+// What they say of a row.
+struct Meaning {
+  int label;     // always in range
+  real weight;   // of the label's class
+  double sample;
+  bool counted;
+  bool invalid;  // whether the label is out of range
+};
+
+DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row) {
+  Meaning found = {0, 1, 1, true, false};
+  if (targets.sample) {
+    found.sample = load_number(targets.sample, row, call.sample_kind);
+    found.counted = found.sample != 0;
+  }
+#if !PROBABILITY
+  const i64 label = (i64)targets.given[row];
+  if (call.ignores && label == call.ignore_index) found.counted = false;
+  found.invalid = found.counted && (label < 0 || label >= call.classes);
+  if (found.counted && !found.invalid) found.label = (int)label;
+  if (targets.weight && !found.invalid) found.weight = targets.weight[found.label];
+#endif
+  return found;
+}
+
+DEVICE double weight_of(const Meaning& row) { return row.counted ? row.sample * row.weight : 0; }
+
+// The coefficient of a class as if it were not the label; probability is what the target says.
+DEVICE real coefficient(const Call& call, const real* weight, real probability, int c) {
+#if PROBABILITY
+  const real r = probability * call.kept + call.share;
+#else
+  const real r = call.share;
+#endif
+  return weight ? r * weight[c] : r;
+}
+
+// Some classes of a row: W of them from `first` on, again W from `first + step` on, and so on, as
+// far as they come before `limit`.
+template <int U, int W> struct Taken {
+  int first, step, limit;
+  real x[U][W];
+  real p[PROBABILITY ? U : 1][W];
+
+  DEVICE int number(int u, int w) const { return first + u * step + w; }
+  DEVICE bool has(int u) const { return number(u, 0) < limit; }
+  DEVICE real probability(int u, int w) const { return PROBABILITY ? p[u][w] : (real)0; }
+};
+
+template <int U, int W>
+DEVICE void take(const Call& call, const logit* x, const target* p, Taken<U, W>& taken) {
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    if (!taken.has(u)) continue;
+    const i64 c = taken.number(u, 0);
+    load<LOGITS>(x + c * (VECTOR ? 1 : call.x_class), taken.x[u]);
+#if PROBABILITY
+    if constexpr (W > 1 && W * sizeof(target) <= 16) {
+      if (call.t_in_step) {
+        load<TARGET>(p + c, taken.p[u]);
+        continue;
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < W; w++)
+      taken.p[u][w] = (real)Stored<TARGET>::widen(p[(c + w) * (VECTOR ? 1 : call.t_class)]);
+#endif
+  }
+}
+
+// Count classes into a state, all but the pivot.
+template <int U, int W>
+DEVICE void absorb(const Call& call, int pivot, const real* weight, const Taken<U, W>& taken,
+                   State& state) {
+#if PROBABILITY
+  real pivot_logit = -infinity(), pivot_r = 0;
+  pivot = NONE;
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      if (!taken.has(u)) continue;
+      const int c = taken.number(u, w);
+#if STATS
+      choose_likeliest(state, taken.p[u][w], c);
+#endif
+      const real x = taken.x[u][w];
+      if (x > pivot_logit || (pivot == NONE && x == pivot_logit)) {
+        pivot_logit = x;
+        pivot_r = coefficient(call, weight, taken.p[u][w], c);
+        pivot = c;
+      }
+    }
+#endif
+  real top = -infinity();
+#if STATS
+  int first = NONE;
+#endif
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      if (!taken.has(u) || taken.number(u, w) == pivot) continue;
+      const real x = taken.x[u][w];
+#if STATS
+      if (x > top || (first == NONE && x == top)) first = taken.number(u, w);
+#endif
+      if (x > top) top = x;
+    }
+#if STATS
+  find_first(state, top, first);
+#endif
+  if (top > state.top) carry(call, state, top);
+  const real reference = reference_of(state.top);
+  // Four at a time, in pairs, so that equal terms add up exactly.
+  enum { FEW = W < 4 ? W : 4 };
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int from = 0; from < W; from += FEW) {
+      real total[FEW];
+#if SPREAD
+      real rest[FEW], excess[FEW];
+#endif
+#if STATS
+      real entropy[FEW];
+#endif
+#pragma unroll
+      for (int i = 0; i < FEW; i++) {
+        const int w = from + i, c = taken.number(u, w);
+        const bool out = !taken.has(u) || c == pivot;
+        const real gap = difference(call, out ? -infinity() : taken.x[u][w], reference);
+        total[i] = exp_of(gap);
+#if SPREAD
+        // A class of coefficient 0 takes no part, not even as 0 times infinity.
+        rest[i] = out ? (real)0 : coefficient(call, weight, taken.probability(u, w), c);
+        excess[i] = rest[i] == 0 ? (real)0 : rest[i] * -gap;
+#endif
+#if STATS
+        entropy[i] = total[i] == 0 ? (real)0 : total[i] * -gap;
+#endif
+      }
+#pragma unroll
+      for (int half = FEW / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+          total[i] += total[i + half];
+#if SPREAD
+          rest[i] += rest[i + half];
+          excess[i] += excess[i + half];
+#endif
+#if STATS
+          entropy[i] += entropy[i + half];
+#endif
+        }
+      state.total += total[0];
+#if SPREAD
+      state.rest += rest[0];
+      state.excess += excess[0];
+#endif
+#if STATS
+      state.entropy += entropy[0];
+#endif
+    }
+#if PROBABILITY
+  choose_pivot(call, state, pivot_logit, pivot_r, pivot);
+#endif
+}
+
+// What a row's gradient is made of.
+struct Gradient {
+  real reference;  // m', or 0 for -inf
+  real factor;     // of exp(x - m')
+  real at_pivot;
+  real scale;      // what all but `at_pivot` is multiplied by
+  int pivot;       // its class
+  int rule;        // 0: as these say; 1: zeros; 2: nans
+};
+
+DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& row, real x,
+                        real probability, int c) {
+  const real p = exp_of(difference(call, x, row.reference));
+#if SPREAD
+  // Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+  real grad = (row.factor * p - coefficient(call, weight, probability, c)) * row.scale;
+#else
+  real grad = p * (row.factor * row.scale);
+#endif
+#if SOFTCAP
+  grad *= slope(call, x);
+#endif
+  if (c == row.pivot) grad = row.at_pivot;
+  if (row.rule) grad = row.rule == 1 ? (real)0 : not_a_number();
+  return grad;
+}
+
+// Write the gradient of classes, where their logits may lie: they were read before.
+template <int U, int W>
+DEVICE void write_gradient(const Call& call, const Gradient& row, const real* weight,
+                           const Taken<U, W>& taken, logit* grad) {
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    if (!taken.has(u)) continue;
+    const i64 c = taken.number(u, 0);
+    logit result[W];
+#pragma unroll
+    for (int w = 0; w < W; w++)
+      result[w] = Stored<LOGITS>::narrow(gradient_of(
+          call, weight, row, taken.x[u][w], taken.probability(u, w), taken.number(u, w)));
+    if (W == 1 || call.g_in_step) {
+      store(grad + c * (VECTOR ? 1 : call.g_class), result);
+    } else {
+#pragma unroll
+      for (int w = 0; w < W; w++) grad[c + w] = result[w];
+    }
+  }
+}
+
+// Take the classes of a row, or of a part of it, that fall to this thread, for `use` of them.
+template <class Use>
+DEVICE void each_class(const Call& call, int member, const logit* x, const target* p, int part,
+                       Use use) {
+  const int classes = (int)call.classes, team = (int)call.team;
+  int start = 0, length = classes;
+#if VECTOR
+  // Up to where a boundary of loads begins, and behind the last one, classes come one by one.
+  enum { BYTES = WIDTH * sizeof(logit) };
+  start = (int)((BYTES - (u64)x % BYTES) % BYTES / sizeof(logit));
+  if (start > classes) start = classes;
+  length = (classes - start) / WIDTH;
+  if (part == 0) {
+    const int body = length * WIDTH;
+    for (int j = member; j < classes - body; j += team) {
+      Taken<1, 1> single;
+      single.first = j < start ? j : j + body;
+      single.step = 1;
+      single.limit = classes;
+      take(call, x, p, single);
+      use(single);
+    }
+  }
+#endif
+  int begin = 0, end = length;
+  if (call.parts > 1) {
+    begin = part * (int)call.chunk;
+    if (end - begin > (int)call.chunk) end = begin + (int)call.chunk;
+  }
+  Taken<LOADS, WIDTH> taken;
+  taken.step = team * WIDTH;
+  taken.limit = start + end * WIDTH;
+  for (int i = begin + member; i < end; i += team * LOADS) {
+    taken.first = start + i * WIDTH;
+    take(call, x, p, taken);
+    use(taken);
+    // What is kept in shared memory stays there: the registers are for the classes.
+    asm volatile("" ::: "memory");
+  }
+}

@@ -1,0 +1,386 @@
+// The kernels. A block takes groups of rows, one after another; the threads of a row share its
+// classes and join what they have read. Sums are added in an order that depends on nothing but the
+// sizes of grid and block, so that they are the same bits again.
+
+// So many threads or more are to share a multiprocessor, which leaves each 64 registers, or 128.
+#define THREADS (REAL == FLOAT64 ? 512 : 1024)
+#define KERNEL_OF_BLOCKS \
+  extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < THREADS ? THREADS / BLOCK : 1)
+
+// What a thread keeps of its row while it goes over the classes, which need the registers.
+struct Place {
+  i64 group;
+  Seat seat;
+  Row row;
+  union {
+    State state;
+    Gradient gradient;  // in the place of the row's first thread
+  };
+};
+
+DEVICE i64 groups_of(const Call& call) { return call.outer * call.blocks; }
+
+DEVICE void find_row(const Call& call, Place& place) {
+  const i64 outer = place.group / call.blocks, block = place.group % call.blocks;
+  place.row = row_of(call, outer, block * call.lanes + place.seat.lane);
+}
+
+// Join what the threads of each row have read, into the state of its first thread.
+template <class Places>
+DEVICE void join_team(const Call& call, Places& places) {
+  const int team = (int)call.team, thread = (int)threadIdx.x;
+  // From a thread to the next one of its row.
+  const int step = call.across ? (int)call.lanes : 1;
+  if (team > 1) __syncthreads();
+  for (int reach = team / 2; reach > 0; reach /= 2) {
+    if (places[thread].seat.member < reach)
+      merge(call, places[thread].state, places[thread + reach * step].state);
+    __syncthreads();
+  }
+}
+
+// Losses and weights of rows, added up.
+struct Sums { double loss, weight; };
+
+// Add up what the threads of a block have, into what its first thread has.
+template <class Each>
+DEVICE void add_up(Each& each) {
+  const int thread = (int)threadIdx.x;
+  __syncthreads();
+  for (int reach = BLOCK / 2; reach > 0; reach /= 2) {
+    if (thread < reach) {
+      each[thread].loss += each[thread + reach].loss;
+      each[thread].weight += each[thread + reach].weight;
+    }
+    __syncthreads();
+  }
+}
+
+// Add up sums in memory, which other blocks may just have written.
+template <class Each>
+DEVICE void add_up(Each& each, const volatile Sums* sums, i64 count) {
+  double loss = 0, weight = 0;
+#pragma unroll 1
+  for (i64 i = threadIdx.x; i < count; i += BLOCK) {
+    loss += sums[i].loss;
+    weight += sums[i].weight;
+  }
+  each[threadIdx.x] = Sums{loss, weight};
+  add_up(each);
+}
+
+// What a mean divides by: `array` or `number` where the call brings it.
+struct Divisor { const void* array; double number; };
+
+enum { BY_WEIGHTS = 1, BY_NUMBER = 2, BY_ARRAY = 3 };
+
+DEVICE double denominator(const Call& call, const Divisor& divisor, double weights) {
+  if (call.mean == BY_WEIGHTS) return weights;
+  if (call.mean == BY_ARRAY) return load_number(divisor.array, 0, call.normalizer_kind);
+  return call.mean ? divisor.number : 1;
+}
+
+// Write the loss of all rows, by one thread.
+DEVICE void store_loss(const Call& call, const Divisor& divisor, const Sums& total, void* result) {
+  if (threadIdx.x) return;
+  double loss = total.loss;
+  if (call.mean) loss /= denominator(call, divisor, total.weight);
+  store_number(result, 0, call.loss_kind, loss);
+}
+
+// Where the rows' losses and stats go; null for what nobody wants.
+struct Results {
+  void* loss;
+  real* lse;
+  real* entropy;
+  i64* prediction;
+  unsigned char* correct;
+  unsigned char* valid;
+};
+
+// Write what a whole row's state says, and add its loss and weight to the sums.
+DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const State& state,
+                        const Results& results, Sums& sums) {
+#if PROBABILITY
+  const real at_pivot = state.pivot_r;
+#else
+  const real at_pivot = row.weight * (call.kept + call.share);
+#endif
+  const Outcome found = finish(call, state, at_pivot, row.weight * call.z_loss);
+  double loss = row.counted ? found.loss * row.sample : 0;
+  if (row.invalid) loss = not_a_number();
+  sums.loss += loss;
+  sums.weight += weight_of(row);
+  if (results.loss) store_number(results.loss, number, call.loss_kind, loss);
+#if STATS
+#if PROBABILITY
+  const int pivot = state.pivot_class, wanted = state.likeliest_class;
+#else
+  const int pivot = row.label, wanted = row.label;
+#endif
+  const bool defined = row.counted && found.lse == found.lse;
+  const bool leads =
+      state.pivot > state.top || (state.pivot == state.top && pivot < state.first);
+  const int predicted = leads ? pivot : state.first;
+  if (results.lse) results.lse[number] = row.counted ? found.lse : not_a_number();
+  if (results.entropy) results.entropy[number] = row.counted ? found.entropy : not_a_number();
+  if (results.prediction) results.prediction[number] = defined ? predicted : -1;
+  if (results.correct) results.correct[number] = defined && !row.invalid && predicted == wanted;
+  if (results.valid) results.valid[number] = row.counted;
+#endif
+  return found;
+}
+
+// The gradient of all with respect to the loss, or to a row's.
+DEVICE double cotangent_of(const Call& call, const void* array, double number, i64 row) {
+  if (!array) return number;
+  return load_number(array, call.cotangent_by_row ? row : 0, call.cotangent_kind);
+}
+
+// What a row's gradient is made of, where that of all with respect to its loss is g.
+DEVICE Gradient gradient_facts(const Call& call, const Meaning& row, const State& state,
+                               const Outcome& found, double g) {
+  Gradient facts;
+  facts.reference = reference_of(state.top);
+  facts.factor = found.factor;
+  facts.at_pivot = found.pivot_gradient;
+#if SOFTCAP
+  facts.at_pivot *= slope(call, state.pivot);
+#else
+  g *= call.exact_scale;
+#endif
+  facts.scale = (real)g;
+  facts.at_pivot *= facts.scale;
+#if PROBABILITY
+  facts.pivot = state.pivot_class;
+#else
+  facts.pivot = row.label;
+#endif
+  facts.rule = row.invalid ? 2 : row.counted ? 0 : 1;
+  return facts;
+}
+
+// Read a row, or a part of it, into the state that is kept of it.
+DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, int part,
+                      Place& place) {
+  place.state = nothing_read();
+  if (place.row.number < 0) return;
+  const Meaning meaning = meaning_of(call, targets, place.row.number);
+  if (!meaning.counted) return;
+  x += place.row.x_at;
+#if !PROBABILITY
+  // Before anything may write over it.
+  if (place.seat.member == 0 && part == 0)
+    place.state.pivot = Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
+#endif
+  const target* p = targets.given + place.row.t_at;
+  each_class(call, place.seat.member, x, p, part, [&](const auto& taken) {
+    absorb(call, meaning.label, targets.weight, taken, place.state);
+  });
+}
+
+DEVICE void write_part(const Call& call, int member, const Row& row, const logit* x,
+                       const Targets& targets, int part, const Gradient& facts, logit* grad) {
+  const target* p = targets.given + row.t_at;
+  each_class(call, member, x + row.x_at, p, part, [&](const auto& taken) {
+    write_gradient(call, facts, targets.weight, taken, grad + row.g_at);
+  });
+}
+
+// Join the parts of a row that several blocks have read.
+DEVICE State join_parts(const Call& call, const State* states, i64 row) {
+  State state = states[row * call.parts];
+  for (i64 part = 1; part < call.parts; part++)
+    merge(call, state, states[row * call.parts + part]);
+  return state;
+}
+
+// Conclude all rows, of which there are few, by one block.
+template <class Each>
+DEVICE void conclude_all(const Call& call, const Targets& targets, const State* states,
+                         const Results& results, Each& each) {
+  Sums& mine = each[threadIdx.x];
+  mine = Sums{0, 0};
+  for (i64 i = threadIdx.x; i < call.outer * call.inner; i += BLOCK)
+    conclude(call, meaning_of(call, targets, i), i, join_parts(call, states, i), results, mine);
+  add_up(each);
+}
+
+#if KERNEL == FORWARD
+// Read rows once. A grid with a second dimension splits them, and leaves states to be joined.
+KERNEL_OF_BLOCKS
+forward(const Call call, const logit* x, const target* given, const real* weight,
+        const void* sample, State* states, Sums* sums, void* loss, real* lse, real* entropy,
+        i64* prediction, unsigned char* correct, unsigned char* valid) {
+  SHARED(Place, places, BLOCK);
+  SHARED(Sums, each, BLOCK);
+  const Targets targets = {given, weight, sample};
+  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  Place& place = places[threadIdx.x];
+  place.seat = seat(call);
+  const int part = (int)blockIdx.y;
+  Sums& mine = each[threadIdx.x];
+  mine = Sums{0, 0};
+  for (place.group = blockIdx.x; place.group < groups_of(call); place.group += gridDim.x) {
+    find_row(call, place);
+    read_part(call, x, targets, part, place);
+    join_team(call, places);
+    if (place.seat.member || place.row.number < 0) continue;
+    const i64 number = place.row.number;
+    if (call.parts > 1) {
+      states[number * call.parts + part] = place.state;
+    } else {
+      conclude(call, meaning_of(call, targets, number), number, place.state, results, mine);
+    }
+  }
+  if (!sums) return;
+  add_up(each);
+  if (threadIdx.x == 0) sums[blockIdx.x] = mine;
+}
+#endif
+
+#if KERNEL == JOIN
+// Join the parts of rows that `forward` has split, and reduce their losses; one block.
+KERNEL_OF_BLOCKS
+join(const Call call, const target* given, const real* weight, const void* sample,
+     const State* states, const void* normalizer, double number, void* result, void* loss,
+     real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid) {
+  SHARED(Sums, each, BLOCK);
+  const Targets targets = {given, weight, sample};
+  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  conclude_all(call, targets, states, results, each);
+  if (result) store_loss(call, Divisor{normalizer, number}, each[0], result);
+}
+#endif
+
+#if KERNEL == REDUCE
+// Reduce the losses that the blocks of `forward` have added up; one block.
+KERNEL_OF_BLOCKS
+reduce(const Call call, const Sums* sums, i64 count, const void* normalizer, double number,
+       void* result) {
+  SHARED(Sums, each, BLOCK);
+  add_up(each, sums, count);
+  store_loss(call, Divisor{normalizer, number}, each[0], result);
+}
+#endif
+
+#if KERNEL == WEIGH
+// Add up the rows' weights, which a gradient of the mean is divided by, and start a count.
+KERNEL_OF_BLOCKS
+weigh(const Call call, const target* given, const real* weight, const void* sample, Sums* sums,
+      unsigned* finished) {
+  SHARED(Sums, each, BLOCK);
+  const Targets targets = {given, weight, sample};
+  const i64 step = (i64)gridDim.x * BLOCK;
+  double mine = 0;
+  for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < call.outer * call.inner; i += step)
+    mine += weight_of(meaning_of(call, targets, i));
+  each[threadIdx.x] = Sums{0, mine};
+  add_up(each);
+  if (threadIdx.x) return;
+  sums[blockIdx.x] = each[0];
+  if (blockIdx.x == 0) *finished = 0;
+}
+#endif
+
+#if KERNEL == FORWARD_BACKWARD
+// Read rows once from memory, once more from a cache, and write their gradient. The block that
+// finishes last reduces the losses.
+KERNEL_OF_BLOCKS
+forward_backward(const Call call, const logit* x, const target* given, const real* weight,
+                 const void* sample, const void* cotangent, double cotangent_number,
+                 const void* normalizer, double number, const Sums* weights, unsigned* finished,
+                 Sums* sums, void* result, logit* grad, void* loss, real* lse, real* entropy,
+                 i64* prediction, unsigned char* correct, unsigned char* valid) {
+  SHARED(Place, places, BLOCK);
+  SHARED(Sums, each, BLOCK);
+  SHARED(double, divides, 1);
+  SHARED(unsigned, finished_before, 1);
+  const Targets targets = {given, weight, sample};
+  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Divisor divisor = {normalizer, number};
+  Place& place = places[threadIdx.x];
+  place.seat = seat(call);
+  if (call.mean == BY_WEIGHTS) add_up(each, weights, call.weighed);
+  if (threadIdx.x == 0) divides[0] = denominator(call, divisor, each[0].weight);
+  __syncthreads();
+  Sums& mine = each[threadIdx.x];
+  mine = Sums{0, 0};
+  for (place.group = blockIdx.x; place.group < groups_of(call); place.group += gridDim.x) {
+    find_row(call, place);
+    read_part(call, x, targets, 0, place);
+    join_team(call, places);
+    if (place.seat.member == 0 && place.row.number >= 0) {
+      const i64 row = place.row.number;
+      const Meaning meaning = meaning_of(call, targets, row);
+      const Outcome found = conclude(call, meaning, row, place.state, results, mine);
+      const double g = cotangent_of(call, cotangent, cotangent_number, row) * meaning.sample;
+      place.gradient =
+          gradient_facts(call, meaning, place.state, found, call.mean ? g / divides[0] : g);
+    }
+    // What it keeps apart as well: all of a row is read before any of it is written.
+    __syncthreads();
+    if (place.row.number >= 0) {
+      const int first = call.across ? place.seat.lane : place.seat.lane * (int)call.team;
+      const Gradient& facts = places[first].gradient;
+      write_part(call, place.seat.member, place.row, x, targets, 0, facts, grad);
+    }
+    // The next row's state takes the place of what others may still read.
+    __syncthreads();
+  }
+  if (!sums) return;
+  add_up(each);
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = mine;
+    __threadfence();
+    finished_before[0] = atomicAdd(finished, 1u);
+    __threadfence();
+  }
+  __syncthreads();
+  if (finished_before[0] != gridDim.x - 1) return;
+  add_up(each, sums, gridDim.x);
+  store_loss(call, divisor, each[0], result);
+}
+#endif
+
+#if KERNEL == BACKWARD
+// Write the gradient of rows that `forward` has split, a part by each block; no block reads a logit
+// that another may have written over. Behind the last row stands the block that writes the loss.
+KERNEL_OF_BLOCKS
+backward(const Call call, const logit* x, const target* given, const real* weight,
+         const void* sample, const void* cotangent, double cotangent_number,
+         const void* normalizer, double number, const State* states, void* result, logit* grad,
+         void* loss, real* lse, real* entropy, i64* prediction, unsigned char* correct,
+         unsigned char* valid) {
+  SHARED(Sums, each, BLOCK);
+  SHARED(Gradient, facts, 1);
+  const Targets targets = {given, weight, sample};
+  const Divisor divisor = {normalizer, number};
+  const i64 rows = call.outer * call.inner;
+  if (blockIdx.x == rows) {
+    if (blockIdx.y) return;
+    const Results results = {loss, lse, entropy, prediction, correct, valid};
+    conclude_all(call, targets, states, results, each);
+    if (result) store_loss(call, divisor, each[0], result);
+    return;
+  }
+  Sums& mine = each[threadIdx.x];
+  mine = Sums{0, 0};
+  if (call.mean == BY_WEIGHTS)
+    for (i64 i = threadIdx.x; i < rows; i += BLOCK)
+      mine.weight += weight_of(meaning_of(call, targets, i));
+  add_up(each);
+  const Row row = row_of(call, blockIdx.x / call.inner, blockIdx.x % call.inner);
+  if (threadIdx.x == 0) {
+    const double divides = denominator(call, divisor, mine.weight);
+    const Meaning meaning = meaning_of(call, targets, row.number);
+    const State state = join_parts(call, states, row.number);
+    const Results nowhere = {0, 0, 0, 0, 0, 0};
+    const Outcome found = conclude(call, meaning, row.number, state, nowhere, mine);
+    const double g = cotangent_of(call, cotangent, cotangent_number, row.number) * meaning.sample;
+    facts[0] = gradient_facts(call, meaning, state, found, call.mean ? g / divides : g);
+  }
+  __syncthreads();
+  write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, facts[0], grad);
+}
+#endif

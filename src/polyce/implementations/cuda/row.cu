@@ -1,0 +1,298 @@
+// The row formula of `polyce.rowstate`: the state of a part of a row, and what whole rows give.
+//
+// Sums run in float64, one addition for several classes. What follows from them is float32 for
+// float32, with the gap of the pivot as two numbers: GPUs with little float64 would take longer
+// for a short row's few steps than for reading it.
+
+#define NONE 0x7fffffff  // stands for no class, behind all classes
+
+// What a call is about. Whole numbers take eight bytes; of an option in both forms, the one is for
+// what is computed of every logit.
+struct Call {
+  i64 outer, inner, classes;     // rows by two indices, the inner one the lane
+  i64 x_outer, x_lane, x_class;  // strides of the logits, in elements
+  i64 t_outer, t_lane, t_class;  // of probabilities
+  i64 g_outer, g_lane, g_class;  // of the gradient
+  i64 blocks;                    // groups of lanes for each outer index
+  i64 lanes, team;               // rows of a block, and threads of a row
+  i64 across;                    // whether neighbouring threads have rows of their own
+  i64 parts, chunk;              // of a long row: how many, and how many loads long
+  i64 weighed;                   // how many sums of row weights there are
+  i64 t_in_step, g_in_step;      // whether they lie to 16-byte boundaries as the logits do
+  i64 ignores, ignore_index;
+  i64 mean;
+  i64 loss_kind, sample_kind, normalizer_kind, cotangent_kind;
+  i64 cotangent_by_row;
+  double exact_scale, exact_cap;
+  real scale, cap;               // with a softcap, the scale is divided by it
+  real kept, share;              // 1 - smoothing, and smoothing / classes
+  real z_loss, padding;
+};
+
+// The scale and the cap as what is computed with them.
+template <class T> DEVICE T scale_of(const Call& call);
+template <> DEVICE float scale_of<float>(const Call& call) { return (float)call.scale; }
+template <> DEVICE double scale_of<double>(const Call& call) { return call.exact_scale; }
+template <class T> DEVICE T cap_of(const Call& call);
+template <> DEVICE float cap_of<float>(const Call& call) { return (float)call.cap; }
+template <> DEVICE double cap_of<double>(const Call& call) { return call.exact_cap; }
+
+// exp(-2 |u|), where u = scale x.
+template <class T> DEVICE T capped_decay(const Call& call, T x) {
+  return exp_of((T)-2 * size_of(x * scale_of<T>(call)));
+}
+
+// What two logits differ by after the transform, by the form of `polyce.transform`.
+template <class T> DEVICE T difference(const Call& call, T x, T reference) {
+  const T gap = x - reference;
+#if SOFTCAP
+  const T p = capped_decay(call, x), q = capped_decay(call, reference);
+  const T nearby = (x < 0) == (reference < 0) ? p + q : 1 + p * q;
+  const T share = nearby * 2 * cap_of<T>(call) / ((1 + p) * (1 + q));
+  const T masked = -(T)infinity();
+  return x == masked || reference == masked ? gap : share * tanh_of(gap * scale_of<T>(call));
+#else
+  return gap * scale_of<T>(call);
+#endif
+}
+
+// The derivative of a transformed logit by the logit.
+DEVICE real slope(const Call& call, real x) {
+#if SOFTCAP
+  const real e = capped_decay(call, x);
+  return 4 * call.scale * call.cap * e / ((1 + e) * (1 + e));
+#else
+  return call.scale;
+#endif
+}
+
+DEVICE real transformed(const Call& call, real x) {
+#if SOFTCAP
+  return x == -infinity() ? x : call.cap * tanh_of(x * call.scale);
+#else
+  return x * call.scale;
+#endif
+}
+
+// exp(gap) for a gap from one maximum to a larger one: a row that rises all along meets many.
+DEVICE double decay(real gap) {
+  return gap > (real)-0.5 ? 1 + (double)expm1_of(gap) : (double)exp_of(gap);
+}
+
+// The state of some of a row's classes, less the pivot.
+struct State {
+  real top;      // m', the largest logit
+  double total;  // d', the sum of exp(x - m')
+#if SPREAD
+  double rest;    // R', the sum of the coefficients
+  double excess;  // q', the sum of r (m' - x)
+#endif
+#if STATS
+  double entropy;  // the sum of exp(x - m') (m' - x)
+  int first;       // the first class with the largest logit
+#endif
+  real pivot;  // its logit: of a label if it lies in the part, else the largest logit read so far
+#if PROBABILITY
+  real pivot_r;
+  int pivot_class;
+#if STATS
+  real likeliest;
+  int likeliest_class;
+#endif
+#endif
+};
+
+DEVICE State nothing_read() {
+  State state;
+  state.top = -infinity();
+  state.total = 0;
+#if SPREAD
+  state.rest = state.excess = 0;
+#endif
+#if STATS
+  state.entropy = 0;
+  state.first = NONE;
+#endif
+  state.pivot = -infinity();
+#if PROBABILITY
+  state.pivot_r = 0;
+  state.pivot_class = NONE;
+#if STATS
+  state.likeliest = -infinity();
+  state.likeliest_class = NONE;
+#endif
+#endif
+  return state;
+}
+
+// Exponents are taken from 0 while nothing but masked classes was read.
+DEVICE real reference_of(real top) { return top == -infinity() ? (real)0 : top; }
+
+// Move a state's sums to a larger maximum.
+DEVICE void carry(const Call& call, State& state, real top) {
+  const double lower = decay(difference(call, state.top, top));
+#if SPREAD || STATS
+  // Infinite from masked classes alone, whose excess is 0 or infinite already.
+  const double risen = difference(call, top, state.top);
+#endif
+#if SPREAD
+  if (state.rest != 0) state.excess += state.rest * risen;
+#endif
+#if STATS
+  const double moved = (state.entropy + state.total * risen) * lower;
+  state.entropy = state.total * lower == 0 ? 0 : moved;
+#endif
+  state.total = state.total == 0 ? 0 : state.total * lower;
+  state.top = top;
+}
+
+#if STATS
+DEVICE void find_first(State& state, real top, int first) {
+  if (top > state.top || (top == state.top && first < state.first)) state.first = first;
+}
+#endif
+
+#if PROBABILITY
+// Count a class in that is not the pivot after all.
+DEVICE void include(const Call& call, State& state, real x, real r, int c) {
+  if (c == NONE) return;
+#if STATS
+  find_first(state, x, c);
+#endif
+  if (x > state.top) carry(call, state, x);
+  const real gap = difference(call, x, reference_of(state.top));
+  const real p = exp_of(gap);
+  state.total += p;
+  state.rest += r;
+  if (r != 0) state.excess += r * -gap;
+#if STATS
+  if (p != 0) state.entropy += p * -gap;
+#endif
+}
+
+// Of two pivots the first with the larger logit is the pivot; the other is counted in.
+DEVICE void choose_pivot(const Call& call, State& state, real x, real r, int c) {
+  if (x > state.pivot || (x == state.pivot && c < state.pivot_class)) {
+    const real loser = state.pivot, loser_r = state.pivot_r;
+    const int loser_class = state.pivot_class;
+    state.pivot = x;
+    state.pivot_r = r;
+    state.pivot_class = c;
+    include(call, state, loser, loser_r, loser_class);
+  } else {
+    include(call, state, x, r, c);
+  }
+}
+
+#if STATS
+DEVICE void choose_likeliest(State& state, real p, int c) {
+  if (p > state.likeliest || (p == state.likeliest && c < state.likeliest_class)) {
+    state.likeliest = p;
+    state.likeliest_class = c;
+  }
+}
+#endif
+#endif
+
+// Join the state of other classes to one. A label's logit is in the state of the first part.
+DEVICE void merge(const Call& call, State& state, State other) {
+#if STATS
+  find_first(state, other.top, other.first);
+#endif
+  if (other.top > state.top) carry(call, state, other.top);
+  if (state.top > other.top) carry(call, other, state.top);
+  state.total += other.total;
+#if SPREAD
+  state.rest += other.rest;
+  state.excess += other.excess;
+#endif
+#if STATS
+  state.entropy += other.entropy;
+#endif
+#if PROBABILITY
+  choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);
+#if STATS
+  choose_likeliest(state, other.likeliest, other.likeliest_class);
+#endif
+#endif
+}
+
+// How far the pivot is below the largest other logit, and what rounding took from that.
+struct Gap { real delta, error; };
+
+DEVICE Gap pivot_gap(const Call& call, const State& state) {
+  Gap gap;
+#if REAL == FLOAT32
+  const double exact = difference(call, (double)state.top, (double)state.pivot);
+  gap.delta = (real)exact;
+  gap.error = (real)(exact - gap.delta);
+#elif SOFTCAP
+  gap.delta = difference(call, state.top, state.pivot);
+  gap.error = 0;
+#else
+  // The exact rounding errors of a difference and of a product.
+  const real plain = state.top - state.pivot;
+  const real pivot_part = state.top - plain;
+  const real top_part = plain + pivot_part;
+  const real lost = (state.top - top_part) + (pivot_part - state.pivot);
+  gap.delta = plain * call.exact_scale;
+  gap.error = fma(plain, call.exact_scale, -gap.delta) + lost * call.exact_scale;
+#endif
+  // Where something is infinite or nan there is nothing to be made good.
+  if (!(gap.error == gap.error && size_of(gap.delta) < (real)1e30)) gap.error = 0;
+  return gap;
+}
+
+// What a whole row gives.
+struct Outcome {
+  real loss;
+  real lse;
+  real entropy;
+  real factor;          // of exp(x - m') in the gradient
+  real pivot_gradient;
+};
+
+// `at_pivot` is the pivot's coefficient, `penalty` that of the squared lse.
+DEVICE Outcome finish(const Call& call, const State& state, real at_pivot, real penalty) {
+  const Gap gap = pivot_gap(call, state);
+  const bool below = gap.delta <= 0;
+  const real opposite = -gap.delta;
+  real low = exp_of(below ? gap.delta : opposite);
+  low += low * (below ? gap.error : -gap.error);
+  // nan for a pivot at +inf: such a row has no softmax.
+  const real nothing = state.pivot - state.pivot;
+  const real e = (real)(below ? state.total * low + nothing : (state.total - 1) + low);
+  const real h = log1p_of(e);
+  const real behind = below ? (real)0 : gap.delta;
+  Outcome found;
+  found.loss = (at_pivot == 0 ? (real)0 : at_pivot * behind) + at_pivot * h;
+  found.factor = (below ? low : (real)1) / (1 + e);
+  const real probability = (below ? (real)1 : low) / (1 + e);
+  const real others = (real)(state.total * found.factor);
+  real sum_of_r = at_pivot;
+#if SPREAD
+  const real rest = (real)state.rest;
+  const real ahead = below && rest != 0 ? opposite : (real)0;
+  found.loss += (real)state.excess + rest * ahead + rest * h;
+  sum_of_r += rest;
+  found.pivot_gradient = rest - sum_of_r * others;
+#else
+  found.pivot_gradient = -at_pivot * others;
+#endif
+  found.lse = transformed(call, below ? state.pivot : state.top) + h;
+  if (penalty != 0) {
+    found.loss += penalty * found.lse * found.lse;
+    const real pull = 2 * penalty * found.lse;
+    sum_of_r += pull;
+    found.pivot_gradient += pull * probability;
+  }
+  found.entropy = 0;
+#if STATS
+  const real gap_ahead = below && state.total != 0 ? opposite : (real)0;
+  const real gap_behind = probability == 0 ? (real)0 : behind;
+  found.entropy = (real)(found.factor * state.entropy) + others * (gap_ahead + h) +
+                  probability * (gap_behind + h);
+#endif
+  found.factor *= sum_of_r;
+  return found;
+}

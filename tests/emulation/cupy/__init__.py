@@ -1,0 +1,95 @@
+"""A stand-in for CuPy without a GPU: arrays in ordinary memory, kernels run by their own text.
+
+To be found on `sys.path` before CuPy is. What polyce asks of CuPy is here, as CuPy 14.2 does it;
+what CuPy takes in silence and a GPU would punish is an `emulation.EmulationError`. `emulation`
+holds what was done, and how kernels are to be run.
+
+What this stands on, as read in CuPy's source, 14.2.0 where no other version is named; how kernels'
+arguments go is told in `_arguments`:
+
+- `RawModule` compiles when a function is first asked for (`_core/raw.pyx`). A name that the text
+  lacks is a CUDADriverError: CUDA_ERROR_NOT_FOUND.
+- An extent of 0 in a grid or block becomes 1 (`cuda/function.pyx`); an error here.
+- `-ftz=true` is added to all options (`cuda/compiler.py`): see `emulation.flushes`.
+- Arrays start at multiples of 512 in CuPy's pool, at multiples of 256 here. An array of no bytes
+  has address 0 (`cuda/memory.pyx`).
+- Host arrays arrive in C order, in Fortran order if they are in that alone, whatever their strides
+  (`_core/core.pyx` `_array_default`), and in the machine's byte order. `empty` and `astype` raise
+  ValueError for the other byte order (`_core/_dtype.pyx`), while `view` takes it; 13.2 takes it
+  everywhere.
+- Results of elementwise functions are in C order; `astype` and `empty_like` keep the order of the
+  strides (`_core/internal.pyx` `_get_strides_for_order_K`).
+- Reductions give arrays without axes. There is no `__index__`.
+- NumPy arrays are no operands: TypeError, "Unsupported type" (`_core/_scalar.pyx`).
+- Operands of a kernel of CuPy's own that lie on another device are a ValueError where the devices
+  cannot reach each other (`_core/_kernel.pyx` `_check_peer_access`), as those here cannot.
+- `get`, and all that tells Python a value, waits for the device.
+"""
+
+from . import _functions, cuda, emulation, fft, linalg
+from ._functions import (
+    arange,
+    array,
+    asarray,
+    ascontiguousarray,
+    asnumpy,
+    broadcast_to,
+    clip,
+    copy,
+    copyto,
+    empty,
+    empty_like,
+    eye,
+    full,
+    full_like,
+    get_array_module,
+    linspace,
+    may_share_memory,
+    ones,
+    ones_like,
+    result_type,
+    where,
+    zeros,
+    zeros_like,
+)
+from ._ndarray import ndarray
+from ._raw import RawKernel, RawModule
+
+__version__ = "14.2.0+emulated"
+
+_functions.add_methods()
+globals().update(_functions.names())
+
+__all__ = [  # noqa: PLE0604
+    "RawKernel",
+    "RawModule",
+    "arange",
+    "array",
+    "asarray",
+    "ascontiguousarray",
+    "asnumpy",
+    "broadcast_to",
+    "clip",
+    "copy",
+    "copyto",
+    "cuda",
+    "empty",
+    "empty_like",
+    "emulation",
+    "eye",
+    "fft",
+    "full",
+    "full_like",
+    "get_array_module",
+    "linalg",
+    "linspace",
+    "may_share_memory",
+    "ndarray",
+    "ones",
+    "ones_like",
+    "result_type",
+    "where",
+    "zeros",
+    "zeros_like",
+    *_functions.names(),
+]

@@ -1,0 +1,34 @@
+"""The few names of CUDA's runtime that are asked for."""
+
+from .device import COUNT, get_device_id, set_device
+
+is_hip = False
+
+
+class CUDARuntimeError(RuntimeError):
+    """What CUDA's runtime found wrong; here it finds nothing."""
+
+
+def getDevice() -> int:
+    """Give the number of the current device."""
+    return get_device_id()
+
+
+def setDevice(device: int) -> None:
+    """Make a device current."""
+    set_device(device)
+
+
+def getDeviceCount() -> int:
+    """Give how many devices there are."""
+    return COUNT
+
+
+def driverGetVersion() -> int:
+    """Give the version that CUDA 12.9 has."""
+    return 12090
+
+
+def runtimeGetVersion() -> int:
+    """Give the version that CUDA 12.9 has."""
+    return 12090

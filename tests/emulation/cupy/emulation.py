@@ -1,0 +1,88 @@
+"""What the emulated CuPy has done, and how it is to run kernels.
+
+A test sets and reads the names of this module through the module: `emulation.order = "reverse"`,
+`emulation.launches`. `reset` brings all of them back to what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ORDERS = ("forward", "reverse", "shuffled")
+
+
+class EmulationError(RuntimeError):
+    """What a GPU would take for undefined behaviour, or CuPy pass on to it unseen."""
+
+
+class Launch(NamedTuple):
+    """A kernel that was started."""
+
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    options: tuple[str, ...]
+
+
+launches: list[Launch] = []
+allocations: list[int] = []
+"""The bytes of every array that was made, whatever made it."""
+synchronizations = 0
+"""How often the host waited for the device, or would have."""
+other_kernels = 0
+"""How many of CuPy's own kernels would have been started."""
+order = ""
+"""One of ORDERS for the threads and blocks of all launches; "cycle" takes them in turns."""
+seed = 0
+"""Chooses among the shuffled orders."""
+IN_FLOAT32 = "-DREAL=FLOAT32"
+flushes: bool | str = IN_FLOAT32
+"""Whether kernels take subnormal numbers for 0, as CuPy has them compiled; or those compiled with
+this option alone: no GPU does so in float64, but on a CPU there is no telling the two apart."""
+defines: tuple[str, ...] = ()
+"""Options that every kernel is compiled with beside its own, as ("-DSHIM_EXP_ERROR=2",)."""
+record_folder: Path | None = None
+
+
+_here = sys.modules[__name__]
+
+
+def reset() -> None:
+    """Forget what was done, and run kernels as if nothing had been set."""
+    launches.clear()
+    allocations.clear()
+    _here.synchronizations = _here.other_kernels = _here.seed = 0
+    _here.flushes = IN_FLOAT32
+    _here.defines = ()
+    wanted = os.environ.get("POLYCE_EMULATION_ORDER", "cycle")
+    if wanted not in (*ORDERS, "cycle"):
+        raise ValueError(
+            f"POLYCE_EMULATION_ORDER must be one of {(*ORDERS, 'cycle')}, got {wanted}"
+        )
+    _here.order = wanted
+    folder = os.environ.get("POLYCE_EMULATION_RECORD")
+    _here.record_folder = Path(folder) if folder else None
+
+
+def this_order() -> int:
+    """Give the number of the order that the next launch is run in."""
+    return ORDERS.index(order) if order in ORDERS else len(launches) % len(ORDERS)
+
+
+@contextlib.contextmanager
+def record(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write all that is launched within to a folder, from which `replay.py` can run it."""
+    before, path = record_folder, Path(folder)
+    _here.record_folder = path
+    try:
+        yield path
+    finally:
+        _here.record_folder = before
+
+
+reset()

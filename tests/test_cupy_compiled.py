@@ -1,0 +1,173 @@
+"""The cupy kernels compiled for NVIDIA's GPUs: few registers, none spilled, 16-byte loads.
+
+No GPU is needed, and no CuPy: its compiler is called as CuPy would call it, with what the path
+plans for calls of many kinds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nvrtc
+from conftest import FULL
+from polyce.implementations import cupy_plan
+from polyce.implementations.cupy_plan import Facts, Layout
+from polyce.problem import describe
+from polyce.testing.dtypes import dtype
+
+pytestmark = pytest.mark.only("cupy-compile")
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Long rows of an odd length, and rows with less than 16 bytes for each thread.
+SHAPES = ((4, 50257), (300, 10))
+# What else is passed, and options.
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
+CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("int64", {}),
+    ("uint8", {"label_smoothing": 0.1}),
+    ("int32", {"logit_softcap": 30.0}),
+    ("int64", {"return_stats": True}),
+    ("int64", EVERYTHING),
+    ("same", {}),
+    ("same", {"logit_softcap": 30.0}),
+    ("same", {"return_stats": True}),
+    ("same", EVERYTHING),
+    ("float32", {}),
+)
+# Registers of a thread, so that four blocks of 256 share a multiprocessor's 65536; two in float64.
+FEW, MANY = 64, 128
+READING, WRITING = {"forward", "forward_backward"}, {"forward_backward", "backward"}
+
+
+def planned(
+    shape: tuple[int, int], name: str, target: str, options: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Give what each kernel of a call is compiled with."""
+    logits = np.empty(shape, dtype(name))
+    given = np.zeros(shape[:1], target if target != "same" else np.int64)
+    if target == "same" or target.startswith("float"):
+        given = np.empty(shape, dtype(name if target == "same" else target))
+    problem, _ = describe(logits, given, validate=False, **options)
+    layout = Layout(logits.strides, 0, logits.itemsize)
+    probabilities = Layout(given.strides, 0, given.itemsize) if given.ndim > 1 else None
+    facts = Facts(layout, probabilities, layout, None, None, None, False)
+    return cupy_plan.plan(problem, facts).options
+
+
+def texts() -> list[tuple[str, tuple[str, ...], int]]:
+    """Give each kernel, with every set of options, for every architecture."""
+    found = {}
+    for shape, name, (target, options) in itertools.product(SHAPES, DTYPES, CALLS):
+        for kernel, macros in planned(shape, name, target, options).items():
+            found[macros] = kernel
+    return [
+        (kernel, macros, architecture)
+        for macros, kernel in found.items()
+        for architecture in nvrtc.ARCHITECTURES
+    ]
+
+
+def covering(every: list[tuple[str, tuple[str, ...], int]]) -> list[Any]:
+    """Choose few in which each two facts that occur together in a kernel still do."""
+    pairs = [
+        {(kernel, *two) for two in itertools.combinations((*macros, architecture), 2)}
+        for kernel, macros, architecture in every
+    ]
+    chosen, wanted = [], set().union(*pairs)
+    while wanted:
+        best = max(range(len(every)), key=lambda i: len(pairs[i] & wanted))
+        wanted -= pairs[best]
+        chosen.append(every[best])
+    return chosen
+
+
+def cases() -> list[Any]:
+    every = texts()
+    chosen = every if FULL else covering(every)
+    return [pytest.param(*case, id=told(*case)) for case in chosen]
+
+
+def told(kernel: str, macros: tuple[str, ...], architecture: int) -> str:
+    values = dict(macro[2:].split("=") for macro in macros if macro.startswith("-D"))
+    left_out = {"KERNEL", "BLOCK", "REAL"}
+    words = (
+        name.lower() if value == "1" else value.lower()
+        for name, value in values.items()
+        if name not in left_out and value != "0"
+    )
+    return "-".join((kernel, *words, f"sm_{architecture}"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "macros" in metafunc.fixturenames:
+        # Only where they run: every run collects this file.
+        wanted = metafunc.config.getoption("--backend") == "cupy-compile"
+        metafunc.parametrize(("kernel", "macros", "architecture"), cases() if wanted else [])
+
+
+def test_compiled(kernel: str, macros: tuple[str, ...], architecture: int) -> None:
+    found = nvrtc.compiled(cupy_plan.source(), architecture, (*macros, "--fmad=false"))
+    assert found.warnings == ()
+    assert found.kernels.keys() == {kernel}
+    used = found.kernels[kernel]
+    probabilities = any(macro.startswith("-DTARGET=") and "FLOAT" in macro for macro in macros)
+    assert used.registers <= (MANY if "-DREAL=FLOAT64" in macros else FEW)
+    assert (used.spilled, used.stack) == (0, 0)
+    loads, stores = nvrtc.widths(found.ptx)
+    # Probabilities, or a softcap, leave registers for fewer at once.
+    if "-DVECTOR=1" in macros and "-DSOFTCAP=1" not in macros and not probabilities:
+        assert kernel not in READING or 16 in loads
+        assert kernel not in WRITING or 16 in stores
+    assert nvrtc.generic(found.ptx) == []
+    assert nvrtc.narrow_products(found.ptx) == []
+
+
+SPILLING = """
+__device__ INLINED void spill(double* x) {
+  double kept[40];
+  for (int i = 0; i < 40; i++) kept[i] = x[i];
+  __syncthreads();
+  for (int i = 0; i < 40; i++) x[i + threadIdx.x] = exp(kept[39 - i]) * kept[i];
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spilling(double* x) { spill(x); }
+"""
+ONE_BY_ONE = """
+extern "C" __global__ void one_by_one(const float* x, float* y, int columns) {
+  __shared__ float shared[32];
+  float sum = 0;
+  int begin = blockIdx.x * columns;
+  for (int i = 0; i < columns; i++) sum += x[begin + i];
+  *(columns > 9 ? shared : y) = sum;
+  __syncthreads();
+  y[1] = shared[threadIdx.x];
+}
+"""
+
+
+@pytest.mark.parametrize("inlined", ["__forceinline__", "__noinline__"])
+def test_spilled_registers_are_seen(inlined: str) -> None:
+    used = nvrtc.compiled(SPILLING, 90, (f"-DINLINED={inlined}",)).kernels["spilling"]
+    assert used.registers <= 32
+    assert used.spilled > 0
+    assert used.stack > 0
+
+
+def test_narrow_accesses_and_addresses_are_seen() -> None:
+    found = nvrtc.compiled(ONE_BY_ONE, 90)
+    assert nvrtc.widths(found.ptx) == ({4}, {4})
+    assert len(nvrtc.generic(found.ptx)) == 1
+    assert len(nvrtc.narrow_products(found.ptx)) == 1
+
+
+def test_a_warning_is_seen() -> None:
+    found = nvrtc.compiled("static __device__ int unused() { return 1; }", 90)
+    assert "unused" in found.warnings[0]
+
+
+def test_a_text_that_does_not_compile_says_why() -> None:
+    with pytest.raises(nvrtc.CompileError, match=r"polyce\.cu\(1\): error: .*nothing"):
+        nvrtc.compiled("__global__ void k() { nothing(); }", 90)
