@@ -135,7 +135,8 @@ def run_tests(session: nox.Session, backend: str, **env: str) -> None:
     folder = Path(session.create_tmp()).resolve()
     env["TRITON_CACHE_DIR"] = str(folder / "triton")
     env["POLYCE_EMULATION_CACHE"] = str(folder / "emulation")
-    session.run("pytest", f"--backend={backend}", *session.posargs, env=env)
+    # Two at once: the least that a machine has today. Another `-n` after `--` goes before this one.
+    session.run("pytest", f"--backend={backend}", "-n", "2", *session.posargs, env=env)
 
 
 @nox.session
@@ -299,7 +300,7 @@ def gpu(session: nox.Session) -> None:
 
     Arguments go to benchmarks/gpu.py, whose results lie in benchmarks/results afterwards.
     """
-    install(session, "cupy-dispatch", "triton")
+    install(session, "cupy", "triton")
     code = "import torch; print(torch.cuda.is_available(), torch.version.hip is not None)"
     found = str(session.run("python", "-c", code, silent=True)).split()
     if found[:1] != ["True"]:
@@ -314,6 +315,7 @@ def gpu(session: nox.Session) -> None:
         if session.run("python", "-c", code, silent=True) != "True\n":
             session.error("cupy finds no CUDA device")
         commands.insert(0, ("pytest", "--backend=cupy"))
+        commands.append(("python", "benchmarks/gpu.py", "--library", "cupy", *session.posargs))
     # A device is not at hand every day: what one of them finds does not keep the others from it.
     failed = []
     for command in commands:

@@ -1,11 +1,10 @@
-"""Whole calls by an implementation that knows rows: plan, rows, reduction and stats."""
+"""Whole calls by an implementation that knows rows: plan, rows, reduction and stats; no graph."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from polyce import arrays, outputs, stats, targets
-from polyce.autograd import rules
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import Stats
@@ -14,11 +13,10 @@ from polyce.stats import Stats
 def cross_entropy(
     implementation: Implementation, problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
-    """Give the loss, on the library's graph where it has one, and the stats."""
+    """Give the loss and the stats."""
     with arrays.computing(problem.backend, operands.logits):
         plan = implementation.plan(problem, operands)
-        differentiated = rules(problem.backend)
-        rows, found = differentiated.row_losses(implementation, problem, plan, operands.logits)
+        rows, _, found = implementation.forward(problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, rows)
         return loss, None if found is None else stats.finish(problem, plan, found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, by_rows, outputs, reference, targets
+from polyce import arrays, by_rows, outputs, reference, stats, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction
 from polyce.problem import describe, describe_logits
@@ -157,9 +157,14 @@ def cross_entropy(
     if whole is not None:
         loss, facts = whole(problem, operands)
         return loss if facts is None else (loss, facts)
-    rules(problem.backend).check(operands)
-    loss, facts = by_rows.cross_entropy(chosen, problem, operands)
-    return loss if facts is None else (loss, facts)
+    # As `by_rows` does, but on the library's graph.
+    autograd = rules(problem.backend)
+    autograd.check(operands)
+    with arrays.computing(problem.backend, operands.logits):
+        plan = chosen.plan(problem, operands)
+        rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
+        loss = targets.reduce(problem, plan, rows)
+        return loss if found is None else (loss, stats.finish(problem, plan, found))
 
 
 def cross_entropy_with_grad(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import autograd_torch, reference, stats, targets
+from polyce import autograd_torch, by_rows, reference, targets
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import Stats
@@ -171,10 +171,8 @@ def planned(implementation: Implementation) -> Kernels:
     def forward(
         problem: Problem, operands: Operands, keep: bool
     ) -> tuple[Any, Stats | None, Saved]:
-        plan = implementation.plan(problem, operands)
-        rows, _, found = implementation.forward(problem, plan, operands.logits)
-        facts = None if found is None else stats.finish(problem, plan, found)
-        return targets.reduce(problem, plan, rows), facts, Saved()
+        loss, facts = by_rows.cross_entropy(implementation, problem, operands)
+        return loss, facts, Saved()
 
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
         plan = implementation.plan(problem, operands)

@@ -81,7 +81,8 @@ DEVICE double decay(real gap) {
 
 // The state of some of a row's classes, less the pivot.
 struct State {
-  real top;      // m', the largest logit
+  real top;    // m', the largest logit
+  real pivot;  // its logit: of a label if it lies in the part, else the largest logit read so far
   double total;  // d', the sum of exp(x - m')
 #if SPREAD
   double rest;    // R', the sum of the coefficients
@@ -89,16 +90,17 @@ struct State {
 #endif
 #if STATS
   double entropy;  // the sum of exp(x - m') (m' - x)
-  int first;       // the first class with the largest logit
 #endif
-  real pivot;  // its logit: of a label if it lies in the part, else the largest logit read so far
 #if PROBABILITY
   real pivot_r;
   int pivot_class;
-#if STATS
-  real likeliest;
-  int likeliest_class;
 #endif
+#if STATS
+  int first;  // the first class with the largest logit
+#endif
+#if PROBABILITY && STATS
+  int likeliest_class;
+  real likeliest;
 #endif
 };
 
@@ -117,10 +119,10 @@ DEVICE State nothing_read() {
 #if PROBABILITY
   state.pivot_r = 0;
   state.pivot_class = NONE;
-#if STATS
+#endif
+#if PROBABILITY && STATS
   state.likeliest = -infinity();
   state.likeliest_class = NONE;
-#endif
 #endif
   return state;
 }
@@ -178,10 +180,11 @@ DEVICE void choose_pivot(const Call& call, State& state, real x, real r, int c) 
     state.pivot = x;
     state.pivot_r = r;
     state.pivot_class = c;
-    include(call, state, loser, loser_r, loser_class);
-  } else {
-    include(call, state, x, r, c);
+    x = loser;
+    r = loser_r;
+    c = loser_class;
   }
+  include(call, state, x, r, c);
 }
 
 #if STATS
