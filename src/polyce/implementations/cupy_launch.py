@@ -20,7 +20,7 @@ from polyce.stats import Stats
 # What goes for a null pointer: the one form that CuPy 13 takes as well.
 _NULL = 0
 # Bytes of two sums, and what the state of a part of a row takes at the most.
-_SUMS, _STATE = 16, 96
+_SUMS, _STATE = 16, 112
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _MOST_KNOWN = 1024
 

@@ -79,17 +79,44 @@ DEVICE double decay(real gap) {
   return gap > (real)-0.5 ? 1 + (double)expm1_of(gap) : (double)exp_of(gap);
 }
 
+// A sum over classes. Float64 terms may be too many to be added to one another without a care:
+// there it keeps what each addition loses.
+#if REAL == FLOAT64
+struct Sum {
+  double rounded, lost;
+
+  DEVICE operator double() const { return rounded + lost; }
+  DEVICE void operator=(double value) {
+    rounded = value;
+    lost = 0;
+  }
+  DEVICE void operator+=(double term) {
+    const double next = rounded + term, part = next - rounded;
+    const double error = (rounded - (next - part)) + (term - part);
+    // Infinity minus itself is nothing lost.
+    if (error == error) lost += error;
+    rounded = next;
+  }
+  DEVICE void operator*=(double factor) {
+    rounded *= factor;
+    lost *= factor;
+  }
+};
+#else
+typedef double Sum;
+#endif
+
 // The state of some of a row's classes, less the pivot.
 struct State {
   real top;    // m', the largest logit
   real pivot;  // its logit: of a label if it lies in the part, else the largest logit read so far
-  double total;  // d', the sum of exp(x - m')
+  Sum total;   // d', the sum of exp(x - m')
 #if SPREAD
-  double rest;    // R', the sum of the coefficients
-  double excess;  // q', the sum of r (m' - x)
+  Sum rest;    // R', the sum of the coefficients
+  Sum excess;  // q', the sum of r (m' - x)
 #endif
 #if STATS
-  double entropy;  // the sum of exp(x - m') (m' - x)
+  Sum entropy;  // the sum of exp(x - m') (m' - x)
 #endif
 #if PROBABILITY
   real pivot_r;
@@ -109,7 +136,8 @@ DEVICE State nothing_read() {
   state.top = -infinity();
   state.total = 0;
 #if SPREAD
-  state.rest = state.excess = 0;
+  state.rest = 0;
+  state.excess = 0;
 #endif
 #if STATS
   state.entropy = 0;
@@ -141,10 +169,11 @@ DEVICE void carry(const Call& call, State& state, real top) {
   if (state.rest != 0) state.excess += state.rest * risen;
 #endif
 #if STATS
-  const double moved = (state.entropy + state.total * risen) * lower;
-  state.entropy = state.total * lower == 0 ? 0 : moved;
+  state.entropy += state.total * risen;
+  state.entropy *= lower;
+  if (state.total * lower == 0) state.entropy = 0;
 #endif
-  state.total = state.total == 0 ? 0 : state.total * lower;
+  if (state.total != 0) state.total *= lower;
   state.top = top;
 }
 
