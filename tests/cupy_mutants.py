@@ -1,0 +1,103 @@
+"""The cupy path with something wrong, one thing each, and the check that has to notice.
+
+Run as a program, with a mutant's name, it exits with 1 if its check notices and with 0 if not: for
+those that may write where no memory of theirs is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cupy_checks import Check
+
+NUMBERS, ROW, CLASSES, KERNELS = "numbers.cu", "row.cu", "classes.cu", "kernels.cu"
+PLAN, LAUNCH = "cupy_plan.py", "cupy_launch.py"
+Edit = tuple[str, str, str]
+"""A file, what it says, and what it is to say in its place, wherever it says so."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """What is changed, and the check that has to notice."""
+
+    check: Check
+    edits: tuple[Edit, ...]
+    crashes: bool = False
+    """Whether it may write where no memory of its own is."""
+
+
+def wrong(check: Check, *edits: str, crashes: bool = False) -> Mutant:
+    """Give a mutant of a file, of what it says and what it is to say; or of several such."""
+    return Mutant(check, tuple(zip(edits[::3], edits[1::3], edits[2::3], strict=True)), crashes)
+
+
+@contextlib.contextmanager
+def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
+    """Let calls go through a copy of plan, launcher and kernels with these changes."""
+    from polyce import implementations
+    from polyce.implementations import cupy_launch as before
+
+    plan, launch = _module(PLAN, edits), _module(LAUNCH, edits)
+    text = plan.source()
+    for file, old, new in edits:
+        if file.endswith(".cu"):
+            begin = text.index(f'"{file}"')
+            behind = text.find("#line", begin)
+            end = behind if behind > 0 else len(text)
+            text = text[:begin] + _changed(text[begin:end], file, old, new) + text[end:]
+    plan._text[:] = [text]
+    launch.cupy_plan = plan
+    implementations.cupy_launch = launch
+    try:
+        yield
+    finally:
+        implementations.cupy_launch = before
+
+
+def _module(file: str, edits: tuple[Edit, ...]) -> Any:
+    """Load a copy of a file, with those of the changes that are to it."""
+    from polyce import implementations
+
+    path = Path(implementations.__file__).with_name(file)
+    text = path.read_text(encoding="utf-8")
+    for name, old, new in edits:
+        text = _changed(text, file, old, new) if name == file else text
+    module = ModuleType(f"polyce.implementations.{path.stem}")
+    exec(compile(text, f"a copy of {file}", "exec"), module.__dict__)
+    return module
+
+
+def _changed(text: str, file: str, old: str, new: str) -> str:
+    if old not in text:
+        raise ValueError(f"{file} does not say {old!r} any more")
+    return text.replace(old, new)
+
+
+def mutants() -> dict[str, Mutant]:
+    """Give all of them, by name."""
+    from cupy_mutants_memory import MUTANTS as OF_MEMORY
+    from cupy_mutants_values import MUTANTS as OF_VALUES
+
+    return OF_MEMORY | OF_VALUES
+
+
+def main(name: str) -> int:
+    from cupy import emulation
+
+    mutant = mutants()[name]
+    try:
+        with installed(mutant.edits):
+            mutant.check()
+    except (AssertionError, emulation.EmulationError):
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

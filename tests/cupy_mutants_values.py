@@ -1,0 +1,242 @@
+"""The cupy path with a fault in what it computes or how it is called, one each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cupy_checks
+from cupy_calls import SHARED, SPLIT
+from cupy_checks import labels, of_rows, right, two_calls
+from cupy_mutants import CLASSES, KERNELS, LAUNCH, NUMBERS, PLAN, ROW, wrong
+
+INF, NAN = math.inf, math.nan
+LOSS: dict[str, Any] = {"grad": False}
+MEAN: dict[str, Any] = {"reduction": "mean"}
+LONG = (3, 70)
+SMOOTH = right(LONG, label_smoothing=0.1, **LOSS)
+LIKELY = right(LONG, kind="probability", **LOSS)
+PARTS_LIKELY = right(LONG, kind="probability", table=SPLIT, **LOSS)
+MEANS = right((300, 2), **LOSS, **MEAN)
+STATS = right(LONG, return_stats=True)
+GRADIENTS = right(LONG)
+CAPPED = right(LONG, logit_softcap=5.0, z_loss=0.1)
+MASKED = of_rows([[0.0, -INF, -INF, -INF, -INF, -INF, 1.0, -INF]], [0], table=SHARED, **LOSS)
+TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="prediction")
+BY_ROW = right((3, 10), grad_output=cupy_checks.thirds(3))
+OLD_KEY = "plan = _plans.get((problem, facts))"
+UINT64 = [2**64 - 100, 3, 2**63]
+
+MUTANTS = {
+    # the state of a row
+    "no-guard-of-the-reference": wrong(
+        MASKED, ROW, "top == -infinity() ? (real)0 : top; }", "top; }"
+    ),
+    "merge-without-rest": wrong(
+        SMOOTH, ROW, "if (state.rest != 0) state.excess += state.rest * risen;", ""
+    ),
+    "merge-without-decay": wrong(
+        right(LONG, **LOSS), ROW, "if (state.total != 0) state.total *= lower;", ""
+    ),
+    "merge-without-the-other-top": wrong(
+        right(LONG, **LOSS), ROW, "if (state.top > other.top) carry(call, other, state.top);", ""
+    ),
+    "merge-without-the-pivot": wrong(
+        LIKELY, ROW, "choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);", ""
+    ),
+    "loser-forgotten": wrong(LIKELY, ROW, "include(call, state, x, r, c);", ""),
+    "loser-without-its-coefficient": wrong(
+        LIKELY,
+        ROW,
+        "loser = state.pivot, loser_r = state.pivot_r",
+        "loser = state.pivot, loser_r = 0",
+    ),
+    "pivot-of-parts-forgotten": wrong(
+        PARTS_LIKELY, ROW, "state.pivot_class = c;", "state.pivot_class = NONE;"
+    ),
+    "masked-excess": wrong(
+        of_rows([[0.0, -INF, 1.0]], [[0.5, 0.0, 0.5]], **LOSS),
+        CLASSES,
+        "rest[i] == 0 ? (real)0 : rest[i] * -gap",
+        "rest[i] * -gap",
+    ),
+    "pivot-counted-twice": wrong(
+        GRADIENTS, CLASSES, "!taken.has(u) || c == pivot;", "!taken.has(u);"
+    ),
+    "nan-dropped": wrong(
+        of_rows([[0.0, NAN, 1.0, 2.0]], [0], **LOSS),
+        CLASSES,
+        "total[i] = exp_of(gap);",
+        "total[i] = gap == gap ? exp_of(gap) : (real)0;",
+    ),
+    "infinite-label-is-sure": wrong(
+        of_rows([[0.0, INF, 1.0]], [1], **LOSS),
+        ROW,
+        "nothing = state.pivot - state.pivot",
+        "nothing = 0",
+    ),
+    "narrow-sums": wrong(cupy_checks.equal_terms, ROW, "typedef double Sum;", "typedef float Sum;"),
+    "float64-sums-forget": wrong(
+        cupy_checks.many_equal_terms, ROW, "if (error == error) lost += error;", ""
+    ),
+    "narrow-sums-of-rows": wrong(
+        cupy_checks.equal_rows,
+        KERNELS,
+        "struct Sums { double loss, weight; }",
+        "struct Sums { float loss, weight; double no; }",
+    ),
+    "last-of-the-largest": wrong(
+        TIES, ROW, "(top == state.top && first < state.first)", "top == state.top"
+    ),
+    "entropy-stays-behind": wrong(STATS, ROW, "state.entropy += state.total * risen;", ""),
+    # whole rows
+    "rounded-gap": wrong(
+        cupy_checks.confident, ROW, "gap.error = (real)(exact - gap.delta);", "gap.error = 0;"
+    ),
+    "plain-logarithm": wrong(cupy_checks.confident, ROW, "h = log1p_of(e)", "h = logf(1 + e)"),
+    "one-too-many": wrong(GRADIENTS, ROW, "(state.total - 1) + low", "state.total + low"),
+    "penalty-without-gradient": wrong(CAPPED, ROW, "sum_of_r += pull;", ""),
+    "slope-dropped": wrong(CAPPED, CLASSES, "grad *= slope(call, x);", ""),
+    "slope-dropped-at-the-pivot": wrong(
+        CAPPED, KERNELS, "facts.at_pivot *= slope(call, state.pivot);", ""
+    ),
+    "scale-not-in-the-gradient": wrong(
+        right(LONG, logit_scale=2.0), KERNELS, "g *= call.exact_scale;", ""
+    ),
+    "pivot-next-door": wrong(GRADIENTS, CLASSES, "if (c == row.pivot)", "if (c == row.pivot + 1)"),
+    # which rows count, and for how much
+    "ignored-rows-in-the-mean": wrong(
+        MEANS,
+        CLASSES,
+        "return row.counted ? row.sample * row.weight : 0;",
+        "return row.sample * row.weight;",
+    ),
+    "sample-weights-not-in-the-mean": wrong(
+        MEANS, CLASSES, "row.counted ? row.sample * row.weight : 0", "row.counted ? row.weight : 0"
+    ),
+    "class-weights-not-in-the-mean": wrong(
+        MEANS, CLASSES, "row.counted ? row.sample * row.weight : 0", "row.counted ? row.sample : 0"
+    ),
+    "every-sample-the-first": wrong(
+        right(LONG, **LOSS), CLASSES, "targets.sample, row, call", "targets.sample, 0, call"
+    ),
+    "ignored-rows-have-losses": wrong(
+        right(LONG, **LOSS),
+        KERNELS,
+        "row.counted ? found.loss * row.sample : 0",
+        "found.loss * row.sample",
+    ),
+    "ignored-rows-have-gradients": wrong(
+        cupy_checks.ignored, KERNELS, "row.invalid ? 2 : row.counted ? 0 : 1", "row.invalid ? 2 : 0"
+    ),
+    "ignored-rows-are-valid": wrong(
+        STATS, KERNELS, "results.valid[number] = row.counted;", "results.valid[number] = 1;"
+    ),
+    "ignored-rows-have-predictions": wrong(
+        of_rows([[0.0, 1.0]] * 2, [-100, 1], return_stats=True),
+        KERNELS,
+        "if (results.prediction) results.prediction[number] = defined ? predicted : -1;",
+        "if (results.prediction) results.prediction[number] = predicted;",
+    ),
+    "denominator-forgotten": wrong(
+        right(LONG, **MEAN), KERNELS, "call.mean ? g / divides[0] : g", "g"
+    ),
+    "every-cotangent-the-first": wrong(BY_ROW, KERNELS, "call.cotangent_by_row ? row : 0", "0"),
+    "cotangent-forgotten": wrong(
+        BY_ROW, LAUNCH, "cotangent=_array_and_number(cotangent)", "cotangent=(_NULL, 1.0)"
+    ),
+    # labels
+    "bad-labels-are-read": wrong(
+        labels([3, 2**30], "int64", [1]),
+        CLASSES,
+        "if (found.counted && !found.invalid) found.label",
+        "if (found.counted) found.label",
+    ),
+    "bad-labels-are-answered": wrong(
+        labels([3, 70], "int64", [1]), KERNELS, "if (row.invalid) loss = not_a_number();", ""
+    ),
+    "bad-labels-have-gradients": wrong(
+        labels([3, -1], "int64", [1]), KERNELS, "row.invalid ? 2 : row.counted", "row.counted"
+    ),
+    "labels-in-32-bits": wrong(
+        labels([3, 2**32 + 3], "int64", [1]),
+        CLASSES,
+        "const i64 label = (i64)targets.given[row];",
+        "const i64 label = (int)targets.given[row];",
+    ),
+    "ignore-index-cut-off": wrong(
+        labels([1, 156], "uint8", [1]),
+        PLAN,
+        "labels.ignored_as_signed(problem)",
+        "problem.ignore_index",
+        CLASSES,
+        "label == call.ignore_index",
+        "(target)label == (target)call.ignore_index",
+    ),
+    "large-labels-taken-for-negative": wrong(
+        labels(UINT64, "uint64", [0, 2]),
+        PLAN,
+        "labels.ignored_as_signed(problem)",
+        "problem.ignore_index",
+    ),
+    "large-labels-in-32-bits": wrong(
+        labels(UINT64, "uint64", [0, 2]),
+        NUMBERS,
+        "template <> struct Stored<UINT64> { typedef long long type; }",
+        "struct Low { unsigned low, high; operator i64() const { return low; } };\n"
+        "template <> struct Stored<UINT64> { typedef Low type; }",
+    ),
+    "bad-labels-not-refused": wrong(
+        cupy_checks.refused_labels, LAUNCH, "if problem.check_labels:", "if False:"
+    ),
+    # rounding
+    "bfloat16-cut-off": wrong(
+        cupy_checks.nearest, NUMBERS, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"
+    ),
+    "rounded-twice": wrong(
+        cupy_checks.rounded_once, NUMBERS, "narrow(rounded_to_odd(value))", "narrow((float)value)"
+    ),
+    # the launch
+    "number-in-32-bits": wrong(
+        right(LONG),
+        LAUNCH,
+        "_NULL, 1.0 if value is None else value",
+        "_NULL, np.float32(1.0 if value is None else value)",
+    ),
+    "argument-missing": wrong(
+        right(LONG), LAUNCH, "(plan.blocks,), *arguments)", "(plan.blocks,), *arguments[:-1])"
+    ),
+    "fields-swapped": wrong(right(LONG), PLAN, "outer inner classes", "inner outer classes"),
+    "field-missing": wrong(right(LONG), PLAN, '"z_loss", "padding")', '"z_loss")'),
+    "alignment-not-in-the-key": wrong(
+        two_calls({"shape": (2, 72)}, {"shape": (2, 72), "out_at": 1}),
+        LAUNCH,
+        OLD_KEY,
+        "real, facts = facts, facts._replace(grad=facts.grad._replace(address=0))\n    " + OLD_KEY,
+        LAUNCH,
+        "cupy_plan.plan(problem, facts)",
+        "cupy_plan.plan(problem, real)",
+    ),
+    "strides-not-in-the-key": wrong(
+        two_calls({"shape": (2, 10)}, {"shape": (2, 10), "apart": 2}),
+        LAUNCH,
+        OLD_KEY,
+        "real, facts = facts, facts._replace(logits=facts.logits._replace(strides=()))\n    "
+        + OLD_KEY,
+        LAUNCH,
+        "cupy_plan.plan(problem, facts)",
+        "cupy_plan.plan(problem, real)",
+    ),
+    "device-not-entered": wrong(
+        cupy_checks.elsewhere,
+        LAUNCH,
+        "cupy.cuda.Device(operands.logits.data.device_id)",
+        "cupy.cuda.Device()",
+    ),
+    "unknown-order-not-copied": wrong(
+        cupy_checks.odd_layout, PLAN, "a is not None and b is None", "False"
+    ),
+    "copy-not-given-back": wrong(
+        cupy_checks.odd_layout, LAUNCH, "if call.grad is not grad:", "if False:"
+    ),
+}
