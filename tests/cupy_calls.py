@@ -71,13 +71,13 @@ class Given(NamedTuple):
 
 
 def draw(shape: tuple[int, ...], name: str, kind: str, ignored: bool = True) -> Given:
-    """Give arrays of a call; the first label is ignored."""
+    """Give arrays of a call; of three labels or more the first is ignored."""
     rng = np.random.default_rng(math.prod(shape))
     axis = min(1, len(shape) - 1)
     rows = shape[:axis] + shape[axis + 1 :]
     logits = rng.normal(0.0, 2.0, shape).astype(dtype(name))
     target = np.asarray(rng.integers(0, shape[axis], rows))
-    if ignored and target.size > 1:
+    if ignored and target.size > 2:
         target.flat[0] = -100
     if kind == "probability":
         target = rng.random(shape).astype(dtype(name))

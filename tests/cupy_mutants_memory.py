@@ -90,13 +90,16 @@ MUTANTS = {
     ),
     "ends-read-by-every-part": wrong(PARTS, CLASSES, "if (part == 0) {", "if (part >= 0) {"),
     "narrow-vectors-planned": wrong(
-        zones((2, 72), out_at=4, name="float16"), PLAN, "most = 8 if", "most = 4 if"
+        zones((2, 72), out_at=4, name="float16"),
+        PLAN,
+        "min(16 // itemsize, most)",
+        "min(16 // itemsize, 4)",
     ),
     "wide-vectors-planned": wrong(
         right((3, 40), kind="probability", table=SPLIT, return_stats=True, grad=False),
         PLAN,
-        "most = 2",
-        "most = 4",
+        "min(16 // itemsize, most)",
+        "min(16 // itemsize, 4)",
     ),
     "gradient-taken-for-aligned": wrong(
         zones((2, 72), out_at=1), CLASSES, "W == 1 || call.g_in_step", "true"

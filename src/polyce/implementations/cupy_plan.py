@@ -31,7 +31,7 @@ BLOCK = 256
 # Blocks of a grid: a large device twice over. It does not depend on the device, and so neither do
 # the bits of a sum.
 MOST_BLOCKS = 2048
-# Rows of so many contiguous classes, or more, are read in 16 bytes at once.
+# Rows of so many contiguous classes, or more, are read in up to 16 bytes at once.
 VECTORS = 64
 # The classes that a thread should have of its row before another thread shares the row with it.
 PER_THREAD = 4
@@ -216,9 +216,9 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
         # As `cuda/classes.cu` has it.
-        traits = (problem.kind == "probability", problem.logit_softcap != math.inf)
-        most = 8 if not any(traits) else 4
-        if traits[0] and (traits[1] or problem.stats is not None):
+        probability, capped = problem.kind == "probability", problem.logit_softcap != math.inf
+        most = 4 if probability or capped else 8
+        if probability and (capped or problem.stats is not None):
             most = 2
         width = min(16 // itemsize, most)
     team = min(BLOCK, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
@@ -250,9 +250,7 @@ def _options(problem: Problem, real: str, capped: bool, vector: bool) -> dict[st
         "join": {**of_rows, "LOGITS": real.upper(), "VECTOR": 0},
     }
     reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "VECTOR": int(vector)}
-    macros |= dict.fromkeys(("forward", "forward_backward"), reading)
-    # Stats and coefficients of other classes are of the reading; what is written needs them too.
-    macros["backward"] = reading
+    macros |= dict.fromkeys(("forward", "forward_backward", "backward"), reading)
     return {
         name: (
             "--std=c++17",
