@@ -127,7 +127,7 @@ def on_worker(path: str, cut: str, shape: tuple[int, int], chunk: int) -> Row:
     from distributed import Client, LocalCluster
 
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as local,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as local,
         Client(local) as client,
     ):
         chunks = cuts(tuple(shape), chunk)[cut]

@@ -374,7 +374,7 @@ def test_a_cluster_gives_the_same_bits(da: Any) -> None:
         lazy += polyce.cross_entropy_with_grad(logits, target, label_smoothing=0.1)
     expected = da.compute(*lazy, scheduler="synchronous")
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         found = client.gather(client.compute(lazy))
