@@ -79,9 +79,9 @@ DEVICE unsigned short float_to_half(float value) {
 
 DEVICE unsigned short float_to_bfloat16(float value) {
   const unsigned bits = __float_as_uint(value);
-  if (value != value) return 0x7fc0;
   // To the nearest, ties to even.
-  return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const unsigned near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (unsigned short)(value != value ? 0x7fc0u : near);
 }
 
 // A float that any narrower format rounds as it would the double: not to the nearest but, where
