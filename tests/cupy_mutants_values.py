@@ -230,8 +230,8 @@ MUTANTS = {
     "device-not-entered": wrong(
         cupy_checks.elsewhere,
         LAUNCH,
-        "cupy.cuda.Device(operands.logits.data.device_id)",
-        "cupy.cuda.Device()",
+        "with arrays.computing(problem.backend, operands.logits)",
+        "with cupy.cuda.Device()",
     ),
     "unknown-order-not-copied": wrong(
         cupy_checks.odd_layout, PLAN, "a is not None and b is None", "False"

@@ -141,7 +141,6 @@ TABLE: tuple[Implementation, ...] = (
         forward_backward=reference.forward_backward,
         backends=cupy.BACKENDS,
         devices=cupy.DEVICES,
-        dtypes=cupy.DTYPES,
         unavailable=cupy.unavailable,
         refuses=cupy.refuses,
         cross_entropy=cupy.cross_entropy,

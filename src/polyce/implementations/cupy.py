@@ -15,7 +15,6 @@ from polyce.stats import Stats
 
 BACKENDS = frozenset({"cupy"})
 DEVICES = frozenset({"cuda"})
-DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 # The kernels number classes in 32 bits, and reach beyond the last one.
 _MOST_CLASSES = 2**31 - 2**16
 

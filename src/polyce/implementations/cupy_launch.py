@@ -21,7 +21,6 @@ from polyce.stats import Stats
 _NULL = 0
 # Bytes of two sums, and what the state of a part of a row takes at the most.
 _SUMS, _STATE = 16, 112
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _MOST_KNOWN = 1024
 
 _plans: dict[tuple[Problem, Facts], Plan] = {}
@@ -32,7 +31,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
     """Give the loss and the stats."""
     if problem.is_empty:
         return by_rows.cross_entropy(registry.find("reference"), problem, operands)
-    with cupy.cuda.Device(operands.logits.data.device_id):
+    with arrays.computing(problem.backend, operands.logits):
         return _forward(_call(problem, operands))
 
 
@@ -42,7 +41,7 @@ def cross_entropy_with_grad(
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
     if problem.is_empty:
         return by_rows.cross_entropy_with_grad(registry.find("reference"), problem, operands, out)
-    with cupy.cuda.Device(operands.logits.data.device_id):
+    with arrays.computing(problem.backend, operands.logits):
         grad = cupy.empty_like(operands.logits) if out is None else out
         call = _call(problem, operands, grad)
         loss, found = _forward_backward(call)
@@ -182,7 +181,7 @@ def _readable(value: Any) -> Any:
     """Give an array that kernels can read a row's number from, or what is no array."""
     if not hasattr(value, "dtype"):
         return value
-    return _in_order(value, None if arrays.dtype_name(value) in _FLOATS else np.float64)
+    return _in_order(value, None if arrays.dtype_name(value) in arrays.FLOATS else np.float64)
 
 
 def _kind(value: Any) -> str | None:

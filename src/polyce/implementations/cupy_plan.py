@@ -21,8 +21,9 @@ from polyce.problem import Problem
 FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")
 KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
 # What the text calls these dtypes, in capitals, and by what number.
-_DTYPES = "float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64"
-KINDS = {name: number for number, name in enumerate(_DTYPES.split(), start=1)}
+KINDS: dict[str | None, int] = {
+    name: number for number, name in enumerate((*arrays.FLOATS, *arrays.INTEGERS), start=1)
+}
 
 # The launch parameters; none has met a GPU yet.
 #
@@ -126,6 +127,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     weighing = min(MOST_WEIGHING, cdiv(count, WEIGHED))
     mean = 0
     if problem.reduction == "mean":
+        # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the text.
         mean = {None: 1, "number": 2}.get(facts.normalizer, 3)
     call = np.zeros(1, _CALL[real])
     for name, value in {
@@ -148,9 +150,9 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "ignore_index": ignored or 0,
         "mean": mean,
         "loss_kind": KINDS[arrays.name_of(problem.result_dtype)],
-        "sample_kind": KINDS.get(str(facts.sample), 0),
-        "normalizer_kind": KINDS.get(str(facts.normalizer), 0),
-        "cotangent_kind": KINDS.get(str(facts.cotangent), 0),
+        "sample_kind": KINDS.get(facts.sample, 0),
+        "normalizer_kind": KINDS.get(facts.normalizer, 0),
+        "cotangent_kind": KINDS.get(facts.cotangent, 0),
         "cotangent_by_row": facts.cotangent_by_row,
         "exact_scale": scale,
         "exact_cap": cap,

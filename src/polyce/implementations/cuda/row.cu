@@ -127,6 +127,11 @@ struct State {
 #endif
 #if PROBABILITY && STATS
   int likeliest_class;
+#endif
+#if STATS
+  int unused;  // so that all bytes of a state in memory are written
+#endif
+#if PROBABILITY && STATS
   real likeliest;
 #endif
 };
@@ -142,6 +147,7 @@ DEVICE State nothing_read() {
 #if STATS
   state.entropy = 0;
   state.first = NONE;
+  state.unused = 0;
 #endif
   state.pivot = -infinity();
 #if PROBABILITY
