@@ -380,3 +380,17 @@ def test_a_cluster_gives_the_same_bits(da: Any) -> None:
         found = client.gather(client.compute(lazy))
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other, strict=True)
+
+
+def test_blocks_run_what_a_call_on_one_would(da: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def spy(problem: Any) -> Implementation:
+        chosen.append(registry._unforced(problem, None).name)
+        return registry._unforced(problem, None)
+
+    monkeypatch.setattr(registry, "select_within", spy)
+    logits, target = example(da, ROWS)
+    polyce.cross_entropy(logits, target, return_stats="correct")[0].compute(scheduler="sync")
+    block = polyce.explain(np.zeros(ROWS, np.float32), np.zeros(ROWS[:1], np.int64))
+    assert set(chosen) == {block.chosen}

@@ -39,7 +39,7 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     whole = targets.plan(problem, operands._replace(target=target))
     denominator = whole.denominator
     if problem.kind == "index" and not problem.normalized and hasattr(denominator, "dask"):
-        denominator = _total_weight(problem, operands)
+        denominator = total_weight(problem, operands)
     return whole._replace(denominator=denominator, operands=operands)
 
 
@@ -94,20 +94,20 @@ def _whole_rows(
         problem,
         axes,
         *_inputs(problem, operands, logits),
-        *_scale(problem, cotangent, logits),
+        *scale(problem, cotangent, logits),
         adjust_chunks={axis: 1},
         meta=logits._meta,
     )
     # What will be added up comes as one number for each block.
     cuts = results.chunks if problem.reduction == "none" else (1,) * len(axes)
-    rows = _take(problem, results, 0, problem.row_dtype, cuts)
+    rows = take(problem, results, 0, problem.row_dtype, cuts)
     stats = _stats(problem, results, 2)
     grad = None
     if cotangent is not None:
         # A block's result stays until all is taken. Were the gradient not taken last, dask could
         # put it off in favour of the losses, block after block, until the memory is full.
         small = [array for array in (rows, *(stats or ())) if array is not None]
-        grad = _take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
+        grad = take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
     if problem.reduction != "none":
         rows = rows.rechunk(dict.fromkeys(axes, FAN_IN))
     return rows, grad, stats
@@ -133,12 +133,12 @@ def _parts(
             problem,
             axes,
             *inputs,
-            *_scale(problem, cotangent, logits),
+            *scale(problem, cotangent, logits),
             *(joined, axes),
             meta=logits._meta,
         )
     return (
-        _take(problem, joined, 0, problem.row_dtype),
+        take(problem, joined, 0, problem.row_dtype),
         grad,
         _stats(problem, joined, 1),
     )
@@ -194,7 +194,7 @@ def _blockwise(
     )
 
 
-def _take(
+def take(
     problem: Problem,
     results: Any,
     index: int,
@@ -222,22 +222,28 @@ def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
     if problem.stats is None:
         return None
 
-    def take(index: int, dtype: Any) -> Any:
-        return _take(problem, results, first + index, dtype)
+    def entry(index: int, dtype: Any) -> Any:
+        return take(problem, results, first + index, dtype)
 
     return RowStats(
-        lse=take(0, problem.row_dtype),
-        entropy=take(1, problem.row_dtype) if problem.asks("entropy") else None,
-        prediction=take(2, problem.xp.int64) if problem.asks("prediction", "correct") else None,
+        lse=entry(0, problem.row_dtype),
+        entropy=entry(1, problem.row_dtype) if problem.asks("entropy") else None,
+        prediction=entry(2, problem.xp.int64) if problem.asks("prediction", "correct") else None,
     )
 
 
 def _cut(problem: Problem, operands: Operands) -> Operands:
     """Cut what has rows as the logits are cut."""
+    chunks = _cuts(problem, operands.logits)
+    logits = _recut(operands.logits, chunks)
+    return cut_beside(problem, operands._replace(logits=logits), chunks)
+
+
+def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
+    """Cut what has rows, but for the logits, as logits of these chunks are cut."""
     import dask.array as da
 
     target, sample_weight = operands.target, operands.sample_weight
-    chunks = _cuts(problem, operands.logits)
     row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
     if problem.kind == "index":
         if tuple(target.shape) != problem.row_shape:
@@ -245,7 +251,6 @@ def _cut(problem: Problem, operands: Operands) -> Operands:
         if not isinstance(target, da.Array):
             target = da.from_array(target, chunks=row_chunks)
     return operands._replace(
-        logits=_recut(operands.logits, chunks),
         target=_recut(target, row_chunks if problem.kind == "index" else chunks),
         sample_weight=None if sample_weight is None else _recut(sample_weight, row_chunks),
     )
@@ -258,15 +263,16 @@ def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...
         *(logits, axes),
         *(operands.target, axes if problem.kind == "probability" else row_axes),
         *(operands.weight, None),
-        *_paired(operands.sample_weight, row_axes),
+        *paired(operands.sample_weight, row_axes),
     )
 
 
-def _paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+def paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Pair an array, if there is one, with its axes."""
     return (array, None if array is None else axes)
 
 
-def _scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
+def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
     """Pair the cotangent, a number, one for all rows, or one for each, with its axes."""
     if not hasattr(cotangent, "dask"):
         return cotangent, None
@@ -275,7 +281,8 @@ def _scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
     return arrays.align("dask", cotangent, logits), _axes(problem)
 
 
-def _total_weight(problem: Problem, operands: Operands) -> Any:
+def total_weight(problem: Problem, operands: Operands) -> Any:
+    """Add up what labels count in the mean's denominator, block by block."""
     row_axes = _row_axes(problem)
     totals = _blockwise(
         blocks.total_weight,
@@ -283,7 +290,7 @@ def _total_weight(problem: Problem, operands: Operands) -> Any:
         row_axes,
         *(operands.target, row_axes),
         *(operands.weight, None),
-        *_paired(operands.sample_weight, row_axes),
+        *paired(operands.sample_weight, row_axes),
         adjust_chunks=dict.fromkeys(row_axes, 1),
         meta=operands.target._meta.astype(problem.row_dtype),
     )

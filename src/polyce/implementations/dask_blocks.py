@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, libraries, reference, rowstate, targets, transform
+from polyce import arrays, eager, libraries, reference, rowstate, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -21,7 +21,7 @@ def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any)
     """Give what the rows of one block add to the mean's denominator, from their labels alone."""
     shape = list(target.shape)
     shape.insert(problem.axis, problem.classes)
-    problem = _of_chunk(problem, target, shape)._replace(reduction="mean")
+    problem = of_chunk(problem, target, shape)._replace(reduction="mean")
     operands = Operands(None, target, weight, sample_weight, None, None)
     with arrays.quiet(problem.backend):
         total = targets.plan(problem, operands).denominator
@@ -40,7 +40,7 @@ def whole_rows(
     from polyce import registry  # its table lists the caller of this
 
     summed = problem.reduction != "none"
-    problem = _of_chunk(problem, logits, logits.shape)
+    problem = of_chunk(problem, logits, logits.shape)
     chosen = registry.select_within(problem)
     with arrays.quiet(problem.backend):
         plan = chosen.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
@@ -116,7 +116,7 @@ def part(
 def join(problem: Problem, parts: list[Part]) -> Whole:
     """Merge the parts of rows, in the order of the classes, and give what the rows lose."""
     state, pivot, plan = parts[0]
-    problem = _of_chunk(problem, state.rest_max, state.rest_max.shape)
+    problem = of_chunk(problem, state.rest_max, state.rest_max.shape)
     xp = problem.xp
     with arrays.quiet(problem.backend):
         for other in parts[1:]:
@@ -177,7 +177,7 @@ def _open(
     axis = problem.axis
     shape = list(logits.shape)
     shape[axis] = problem.classes
-    problem = _of_chunk(problem, logits, shape)
+    problem = of_chunk(problem, logits, shape)
     xp = problem.xp
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
@@ -198,7 +198,7 @@ def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
     return excluded if plan.counted is None else excluded | ~plan.counted
 
 
-def _of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
+def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
     """State the facts of a call on chunks like this one."""
     xp, backend, _ = libraries.of(input=chunk)
     shape = tuple(shape)
@@ -211,4 +211,5 @@ def _of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
         check_labels=False,
         reduction="none",
         normalized=False,
+        is_concrete=eager.are_concrete([chunk], backend),
     )

@@ -302,6 +302,9 @@ def _rows(
     problem = problem._replace(
         reduction="none", normalized=False, result_dtype=problem.row_dtype, check_labels=False
     )
+    if problem.asks("correct"):
+        # Whether it is will be told from the prediction.
+        problem = problem._replace(stats=(*(problem.stats or ()), "prediction"))
     grad = None
     if cotangent is not None:
         grad = memory(problem.backend).empty_like(logits)
