@@ -293,6 +293,12 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/torch_modules.py", "run", "--out", modules, *arguments)
     session.run("python", "benchmarks/torch_modules.py", "table", modules)
     session.run("python", "benchmarks/torch_modules.py", "plot", modules, "--out", "docs/_static")
+    linear = str(Path(session.create_tmp()) / "linear.json")
+    # Other arguments name shapes of logits.
+    quick = [argument for argument in arguments if argument == "--quick"]
+    session.run("python", "benchmarks/linear.py", "run", "--out", linear, *quick)
+    session.run("python", "benchmarks/linear.py", "table", linear)
+    session.run("python", "benchmarks/linear.py", "plot", linear, "--out", "docs/_static")
     session.run("python", "benchmarks/accuracy.py")
 
 

@@ -46,3 +46,10 @@ def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
     results = str(tmp_path / "results.json")
     run("torch_modules.py", "run", "--quick", "--shapes", "8x10", "--out", results)
     assert "polyce in place" in run("torch_modules.py", "table", results)
+
+
+@pytest.mark.only("torch")
+def test_benchmark_of_linear_cross_entropy_runs(tmp_path: Path) -> None:
+    results = str(tmp_path / "results.json")
+    run("linear.py", "run", "--quick", "--whats", "gradient", "--out", results)
+    assert "polyce numpy" in run("linear.py", "table", results)

@@ -34,7 +34,7 @@ def test_tensors_that_are_not_dense_are_refused_wherever_they_are(
             "quantised": lambda: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
         }[odd]()
         for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.explain):
-            with pytest.raises(TypeError, match=f"^({name}|a target of input's shape)"):
+            with pytest.raises(TypeError, match=f"^({name}|a target of the logits' shape)"):
                 function(**given)
 
 

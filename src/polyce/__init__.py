@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from polyce.explain import explain, show_versions
 from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softmax, nll_loss
+from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
 from polyce.loss import CrossEntropyLoss, NLLLoss
 from polyce.registry import use
 from polyce.stats import Stats
@@ -20,6 +21,8 @@ __all__ = [
     "cross_entropy_with_grad",
     "explain",
     "get_num_threads",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
     "log_softmax",
     "nll_loss",
     "set_num_threads",

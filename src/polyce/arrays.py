@@ -115,6 +115,28 @@ def autocast(backend: str, dtype: Any, where: Any) -> Any:
     return dtype
 
 
+def autocast_product(backend: str, dtype: Any, where: Any) -> Any:
+    """Give the dtype that torch's autocast has a matrix product take an operand of `dtype` in."""
+    if backend == "torch" and name_of(dtype) != "float64":
+        import torch
+
+        kind = where.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def product_dtype(xp: Any, backend: str, dtype: Any, where: Any) -> Any:
+    """Give the dtype in which logits are best made as a product of two arrays of `dtype`.
+
+    Only torch keeps 16 bits, for which its libraries have units of their own; but on a CPU its
+    float16 takes a hundred times as long as float32.
+    """
+    name = name_of(dtype)
+    keeps = backend == "torch" and (name == "bfloat16" or where.device.type != "cpu")
+    return dtype if name in ("float32", "float64") or keeps else float_dtype(xp, backend, "float32")
+
+
 def cast(xp: Any, array: Any, dtype: Any) -> Any:
     """Convert an array, or the scalar a NumPy reduction returns, to a dtype of the library."""
     if array.dtype is dtype or array.dtype == dtype:

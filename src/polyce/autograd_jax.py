@@ -78,13 +78,13 @@ def _row_losses_jvp(
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:
     """Refuse derivatives with respect to what has none."""
-    if not _is_constant(plan_tangent.sample_weight):
+    if not is_constant(plan_tangent.sample_weight):
         raise TypeError(
             "polyce gives no derivative with respect to sample_weight, which is being "
             "differentiated; multiply the losses of reduction 'none' by it instead"
         )
     if problem.kind == "index" and not (
-        _is_constant(plan_tangent.class_weight) and _is_constant(plan_tangent.label_weight)
+        is_constant(plan_tangent.class_weight) and is_constant(plan_tangent.label_weight)
     ):
         raise TypeError(
             "polyce differentiates with respect to weight for probability targets only, but the "
@@ -101,7 +101,7 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
     """
     names = ("probabilities", "class_weight")
     tangents = {name: getattr(plan_tangent, name) for name in names}
-    tangents = {name: tangent for name, tangent in tangents.items() if not _is_constant(tangent)}
+    tangents = {name: tangent for name, tangent in tangents.items() if not is_constant(tangent)}
     if not tangents:
         return None
     if plan.counted is not None:
@@ -165,5 +165,6 @@ def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
-def _is_constant(tangent: Any) -> bool:
+def is_constant(tangent: Any) -> bool:
+    """Tell whether a tangent is not there, or is known to be 0."""
     return tangent is None or _is_zero(tangent)

@@ -31,8 +31,8 @@ def detach(operands: Operands) -> Operands:
 def check(operands: Operands) -> None:
     """Refuse tensors that wait for a gradient which polyce does not give."""
     # Under transforms this attribute does not tell all, so the rules below refuse them again.
-    weight = _waits(operands.weight) and not operands.target.is_floating_point()
-    _refuse(weight, _waits(operands.sample_weight))
+    weight = waits(operands.weight) and not operands.target.is_floating_point()
+    _refuse(weight, waits(operands.sample_weight))
 
 
 def _refuse(weight: bool, sample_weight: bool) -> None:
@@ -48,7 +48,8 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
         )
 
 
-def _waits(tensor: Any) -> bool:
+def waits(tensor: Any) -> bool:
+    """Tell whether a tensor, if there is one, waits for a gradient."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
@@ -62,7 +63,7 @@ def row_losses(
     if _is_transformed():
         return _transformed_row_losses(problem, plan, logits)
     probabilities, class_weight = plan.probabilities, plan.class_weight
-    if not (_waits(logits) or _waits(probabilities) or _waits(class_weight)):
+    if not (waits(logits) or waits(probabilities) or waits(class_weight)):
         rows, _, stats = implementation.forward(problem, plan, logits)
         return rows, stats
     rows, *found = _RowLosses.apply(
@@ -79,7 +80,7 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
         return arrays.cast(problem.xp, result, problem.logits_dtype)
-    if not _waits(logits):
+    if not waits(logits):
         return compute(problem, logits)
     return _LogSoftmax.apply(logits, problem, compute)
 

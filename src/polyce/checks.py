@@ -27,6 +27,64 @@ def logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
     return shape, axis
 
 
+def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any) -> Any:
+    """Give the one dtype of hidden states and head, that of torch's autocast where it is on.
+
+    As torch's own product, none of them is promoted.
+    """
+    given = {"input": hidden, "linear_weight": weight, "linear_bias": bias}
+    first = None
+    for name, array in given.items():
+        if array is None:
+            continue
+        if arrays.dtype_name(array) not in arrays.FLOATS:
+            raise TypeError(
+                f"{name} must be real floating point ({', '.join(arrays.FLOATS)}), "
+                f"got {_show(array)}; convert it to one of these first"
+            )
+        dtype = arrays.autocast_product(backend, array.dtype, hidden)
+        if first is None:
+            first = dtype
+        elif dtype != first:
+            raise TypeError(
+                f"input, linear_weight and linear_bias must have one dtype, but input is "
+                f"{arrays.dtype_name(hidden)} and {name} is {arrays.dtype_name(array)}; convert "
+                "one of them"
+            )
+    return first
+
+
+def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
+    """Give the shape of the logits that a head makes of hidden states."""
+    shape, head = _known_shape("input", hidden), _known_shape("linear_weight", weight)
+    if not shape:
+        raise ValueError(
+            "input must have a feature axis, its last, got a 0-d array; pass hidden states of "
+            "shape (N, F) or (F,)"
+        )
+    if len(head) != 2:
+        raise ValueError(
+            f"linear_weight must be 2-D, classes by features, got shape {head}; pass the weight "
+            "of a linear layer"
+        )
+    if head[1] != shape[-1]:
+        raise ValueError(
+            f"input and linear_weight must have as many features, their last axis, got shapes "
+            f"{shape} and {head}; transpose linear_weight if its classes come last"
+        )
+    if bias is not None and tuple(bias.shape) != head[:1]:
+        raise ValueError(
+            f"linear_bias must be 1-D with one entry for each of the {head[0]} classes, got shape "
+            f"{tuple(bias.shape)}; pass shape ({head[0]},)"
+        )
+    if head[0] is None:
+        raise ValueError(
+            f"the class axis of linear_weight must have a known length, got shape {head}; only "
+            "the number of rows may be left open"
+        )
+    return (*shape[:-1], head[0])
+
+
 def _show(array: Any) -> str:
     return f"{arrays.dtype_name(array)} {tuple(array.shape)}"
 
@@ -78,13 +136,13 @@ def target_kind(
     if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
         if name not in arrays.FLOATS:
             raise TypeError(
-                f"a target of input's shape {shape} holds class probabilities and must be real "
+                f"a target of the logits' shape {shape} holds class probabilities and must be real "
                 f"floating point, got {_show(target)}; for class indices drop the class axis"
             )
         return "probability"
     # torch takes a target of shape (1,) for logits of shape (C,).
     if target_shape != row_shape and not (len(shape) == 1 and target_shape == (1,)):
-        either = ", or probabilities of input's shape" if probabilities else ""
+        either = f", or probabilities of shape {shape}" if probabilities else ""
         raise ValueError(
             f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
             f"for input {_show(logits)}; remove or add axes so that one of them fits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,14 @@ from polyce import arrays, outputs, registry
 from polyce.autograd import rules
 from polyce.functional import cross_entropy, cross_entropy_with_grad
 from polyce.implementations import native
+from polyce.linear import call as linear_call
+from polyce.linear import chunks, unfused
+from polyce.linear.call import check_wrt
+from polyce.linear.functional import (
+    check,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grad,
+)
 from polyce.options import current_reduction
 from polyce.problem import Operands, Problem, describe
 
@@ -47,61 +56,43 @@ class Explanation:
     """Name of the implementation that would run."""
     reasons: dict[str, tuple[str, ...]]
     """For each implementation, by preference, the reasons against it; none means that it can."""
+    chunks: str | None = None
+    """How the rows of a linear head are cut, and what speaks for all at once; else None."""
 
     def __str__(self) -> str:
-        """Give a line for the call and one for each implementation."""
+        """Give a line for the call, one for each implementation and one for the chunks."""
         width = max(len(name) for name in self.reasons)
         lines = [self.call]
         for name, reasons in self.reasons.items():
             verdict = "no   " + "; ".join(reasons) if reasons else "yes"
             runs = "  <- runs" if name == self.chosen else ""
             lines.append(f"  {name:<{width}}  {verdict}{runs}")
+        if self.chunks is not None:
+            lines.append(f"  {self.chunks}")
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
 def explain(
-    input: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    axis: int | None = None,
-    sample_weight: Any = None,
-    normalizer: Any = None,
-    z_loss: float = 0.0,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
-    return_stats: bool | str | Sequence[str] = False,
-    validate: bool | None = None,
-    implementation: str | None = None,
-    grad_output: Any = None,
-    out: Any = None,
-    function: Callable[..., Any] | None = None,
+    *arguments: Any, function: Callable[..., Any] | None = None, **options: Any
 ) -> Explanation:
     """Tell which implementation a call would run, and why not the others; computes nothing.
 
     Parameters
     ----------
-    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        As for `cross_entropy`.
-    axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
-        As for `cross_entropy_with_grad`.
-    validate, implementation, grad_output, out
-        As for `cross_entropy_with_grad`.
+    *arguments, **options
+        What the function would be called with, by position and by name.
     function : callable, optional
         The function that the call is of: `cross_entropy`, the default, which stands for that of
-        ``polyce.torch`` too, or `cross_entropy_with_grad`.
+        ``polyce.torch`` too, `cross_entropy_with_grad`, `linear_cross_entropy` or
+        `linear_cross_entropy_with_grad`.
 
     Returns
     -------
     Explanation
-        Prints a line for each implementation.
+        Prints a line for each implementation; for a linear head also how its rows are cut, how
+        much of the logits there is at a time, and when all logits at once would be faster.
 
     Raises
     ------
@@ -119,50 +110,91 @@ def explain(
       triton     no   ...arrays numpy is not served (torch)
       cupy       no   ...arrays numpy is not served (cupy); device cpu is not served (cuda)
       reference  yes
+    >>> hidden, head = np.zeros((4096, 64)), np.zeros((50_000, 64))
+    >>> labels = np.zeros(4096, np.int64)
+    >>> print(polyce.explain(hidden, head, labels, function=polyce.linear_cross_entropy).chunks)
+    37 chunks of 112 rows: 45 MB of logits at a time, not 1638; products this large are about as \
+fast as with all logits at once
     """
     # Which has been imported, if it is what was passed.
     for_torch = sys.modules.get("polyce.torch")
+    inner: Callable[..., Any] = cross_entropy if function is None else function
     if for_torch is not None and function is for_torch.cross_entropy:
-        function = cross_entropy
-    if function not in (None, cross_entropy, cross_entropy_with_grad):
+        inner = cross_entropy
+    explained = {
+        cross_entropy: _of_logits,
+        cross_entropy_with_grad: _of_logits,
+        linear_cross_entropy: _of_head,
+        linear_cross_entropy_with_grad: _of_head,
+    }
+    if inner not in explained:
         raise ValueError(
-            "function must be polyce.cross_entropy or polyce.cross_entropy_with_grad, "
-            f"got {function!r}; the other functions have one implementation"
+            f"function must be {', '.join(f'polyce.{one.__name__}' for one in explained)} or left "
+            f"out, got {function!r}; the other functions have one implementation"
         )
-    name = cross_entropy.__name__ if function is None else function.__name__
-    problem, operands = describe(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=current_reduction(size_average, reduce, reduction),
-        label_smoothing=label_smoothing,
-        axis=axis,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        return_stats=return_stats,
-        validate=validate,
-        grad_output=grad_output,
-    )
-    if function is not cross_entropy_with_grad:
+    call = function or cross_entropy
+    bound = inspect.signature(call).bind(*arguments, **options)
+    bound.apply_defaults()
+    given = bound.arguments
+    if "reduce" in given:
+        deprecated = given.pop("size_average"), given.pop("reduce")
+        given["reduction"] = current_reduction(*deprecated, given["reduction"])
+    return explained[inner](inner, **given)
+
+
+def _of_logits(
+    function: Callable[..., Any],
+    *,
+    implementation: str | None,
+    reduction: str,
+    out: Any = None,
+    inplace_backward: bool = False,
+    **given: Any,
+) -> Explanation:
+    problem, operands = describe(reduction=reduction, **given)
+    if function is cross_entropy:
         rules(problem.backend).check(operands)
+    if inplace_backward:
+        outputs.check_inplace(problem, operands)
     if out is not None:
         outputs.check(problem, operands, out)
+    logits = f"logits {problem.logits_dtype_name} {problem.shape}"
     return Explanation(
-        call=_call(name, problem, operands),
+        call=_call(function, problem, operands, [logits]),
         chosen=registry.select(problem, implementation).name,
         reasons={row.name: row.reasons(problem) for row in registry.TABLE},
     )
 
 
-def _call(name: str, problem: Problem, operands: Operands) -> str:
+def _of_head(
+    function: Callable[..., Any], *, wrt: str | Sequence[str] = (), **given: Any
+) -> Explanation:
+    check_wrt(wrt)
+    call = linear_call.describe(**given)
+    check(call, on_graph=function is linear_cross_entropy)
+    whole, head, hidden = call.whole, call.head, call.operands.logits
     parts = [
-        f"logits {problem.logits_dtype_name} {problem.shape}",
-        f"target {problem.target_dtype} {tuple(operands.target.shape)}",
+        f"input {arrays.dtype_name(hidden)} {tuple(hidden.shape)}",
+        f"linear_weight {tuple(head.weight.shape)}",
+        *(["linear_bias"] * (head.bias is not None)),
     ]
+    if unfused.is_wanted(whole):
+        chosen, of_chunks, problem = registry.select(whole, call.name), unfused.WHY, whole
+    else:
+        cut, problem = call.chunks, call.part(call.chunks.rows)
+        chosen, of_chunks = call.implementation, chunks.told(whole, cut)
+    return Explanation(
+        call=_call(function, whole, call.operands, parts),
+        chosen=chosen.name,
+        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+        chunks=of_chunks,
+    )
+
+
+def _call(
+    function: Callable[..., Any], problem: Problem, operands: Operands, given: list[str]
+) -> str:
+    parts = [*given, f"target {problem.target_dtype} {tuple(operands.target.shape)}"]
     if operands.weight is not None:
         parts.append(f"weight {arrays.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:
@@ -172,7 +204,7 @@ def _call(name: str, problem: Problem, operands: Operands) -> str:
             parts.append(f"{option} {getattr(problem, option):g}")
     if problem.stats is not None:
         parts.append(f"stats {', '.join(problem.stats)}")
-    return f"{name} on {problem.backend} / {problem.device}: {', '.join(parts)}"
+    return f"{function.__name__} on {problem.backend} / {problem.device}: {', '.join(parts)}"
 
 
 def show_versions() -> None:

@@ -90,6 +90,15 @@ class Problem(NamedTuple):
         return tuple(name for name, is_on in on.items() if is_on)
 
 
+class Head(NamedTuple):
+    """A linear head: the logits are the product of the hidden states with its weight, plus bias."""
+
+    weight: Any
+    """(classes, features)"""
+    bias: Any = None
+    """(classes,)"""
+
+
 class Operands(NamedTuple):
     """The arrays of one call, all of one library."""
 
@@ -156,7 +165,8 @@ def describe(
         else:
             if problem is not None:
                 return problem, Operands(input, target, weight, sample_weight, None, grad_output)
-    problem, operands = _describe(
+    problem, operands, _ = describe_anew(
+        None,
         input,
         target,
         weight,
@@ -181,7 +191,8 @@ def describe(
     return problem, operands
 
 
-def _describe(
+def describe_anew(
+    head: Head | None,
     input: Any,
     target: Any,
     weight: Any,
@@ -199,11 +210,14 @@ def _describe(
     validate: bool | None,
     grad_output: Any,
     probabilities: bool,
-) -> tuple[Problem, Operands]:
+) -> tuple[Problem, Operands, Head]:
+    """Describe a call whatever has been described before.
+
+    With a head, the problem is that of the logits that it makes of `input`, in the dtype that
+    products are computed in; in the operands `input` stands in their place.
+    """
     options.check_reduction(reduction)
-    if input is None or target is None:
-        missing = "input" if input is None else "target"
-        raise TypeError(f"{missing} must be an array, got None; pass the logits and their target")
+    _check_given(head, input, target)
     if normalizer is not None and reduction != "mean":
         raise ValueError(
             f"normalizer is what reduction 'mean' divides by, got reduction {reduction!r}; "
@@ -219,13 +233,23 @@ def _describe(
         "normalizer": normalizer,
         "grad_output": cotangent,
     }
+    if head is not None:
+        given |= {"linear_weight": head.weight, "linear_bias": head.bias}
     xp, backend, values = libraries.of(**given)
-    logits, target, weight, sample_weight, normalizer, cotangent = values
+    logits, target, weight, sample_weight, normalizer, cotangent, *parameters = values
     if arrays.device(logits, backend) is not None:
         checks.devices(backend, dict(zip(given, values, strict=True)))
     if backend == "cupy":
         checks.byte_order(dict(zip(given, values, strict=True)))
-    shape, axis = checks.logits_shape(logits, axis)
+    if head is None:
+        shape, axis = checks.logits_shape(logits, axis)
+        logits_dtype = given_dtype = logits.dtype
+    else:
+        head = Head(*parameters)
+        given_dtype = checks.product_dtype(backend, logits, *head)
+        shape = checks.product_shape(logits, *head)
+        axis = len(shape) - 1
+        logits_dtype = arrays.product_dtype(xp, backend, given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities)
     ignore_index = options.check_ignore_index(ignore_index, kind)
@@ -236,9 +260,9 @@ def _describe(
         checks.sample_weight(sample_weight, row_shape)
     if normalizer is not None:
         checks.normalizer(normalizer)
-    result_dtype = logits.dtype
+    result_dtype = given_dtype
     if kind == "probability":
-        result_dtype = _promote(xp, backend, logits, target, weight)
+        result_dtype = _promote(xp, backend, given_dtype, target, weight)
     result_dtype = arrays.autocast(backend, result_dtype, logits)
 
     problem = Problem(
@@ -249,7 +273,7 @@ def _describe(
         shape=shape,
         axis=axis,
         row_shape=row_shape,
-        logits_dtype=logits.dtype,
+        logits_dtype=logits_dtype,
         target_dtype=arrays.dtype_name(target),
         **_dtypes(xp, backend, logits, result_dtype),
         weighted=weight is not None,
@@ -281,7 +305,17 @@ def _describe(
         problem = _with_exact_options(problem)
         if reduction == "mean" and not hasattr(cotangent, "dtype"):
             cotangent = xp.asarray(1.0 if cotangent is None else cotangent)
-    return problem, Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    return problem, operands, head or Head(None)
+
+
+def _check_given(head: Head | None, input: Any, target: Any) -> None:
+    if head is not None and head.weight is None:
+        raise TypeError("linear_weight must be an array, got None; pass the weight of the head")
+    if input is None or target is None:
+        missing = "input" if input is None else "target"
+        what = "the logits" if head is None else "the hidden states"
+        raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
 
 
 def describe_logits(
@@ -349,9 +383,10 @@ def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) 
     return bool(validate) or arrays.are_at_hand(target, backend)
 
 
-def _promote(xp: Any, backend: str, *operands: Any) -> Any:
-    """Promote the floating dtypes among the operands; float16 with bfloat16 gives float32."""
-    found = {arrays.dtype_name(array): array.dtype for array in operands if array is not None}
+def _promote(xp: Any, backend: str, dtype: Any, *operands: Any) -> Any:
+    """Promote a floating dtype with those of operands; float16 with bfloat16 gives float32."""
+    dtypes = (dtype, *(array.dtype for array in operands if array is not None))
+    found = {arrays.name_of(each): each for each in dtypes}
     for name in ("float64", "float32"):
         if name in found:
             return found[name]

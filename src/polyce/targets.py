@@ -53,6 +53,19 @@ class Plan(NamedTuple):
 
 def plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target of a call; raises IndexError for a bad label where labels are checked."""
+    found = plan_rows(problem, operands)
+    if problem.kind != "probability":
+        return found
+    probabilities = arrays.cast(problem.xp, operands.target, problem.arithmetic_dtype)
+    probabilities = arrays.align(problem.backend, probabilities, operands.logits)
+    return found._replace(probabilities=probabilities)
+
+
+def plan_rows(problem: Problem, operands: Operands) -> Plan:
+    """Read what a target means for whole rows: all of `plan` but the probabilities themselves.
+
+    Of the logits no more is asked than where they lie.
+    """
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     logits = operands.logits
     sample_weight = counted = class_weight = None
@@ -65,7 +78,6 @@ def plan(problem: Problem, operands: Operands) -> Plan:
         class_weight = arrays.along_axis(weight, axis, len(problem.shape))
         class_weight = arrays.align(backend, class_weight, logits)
     if problem.kind == "probability":
-        probabilities = arrays.cast(xp, operands.target, problem.arithmetic_dtype)
         return Plan(
             label=None,
             counted=counted,
@@ -73,7 +85,7 @@ def plan(problem: Problem, operands: Operands) -> Plan:
             label_weight=None,
             class_weight=class_weight,
             sample_weight=sample_weight,
-            probabilities=arrays.align(backend, probabilities, logits),
+            probabilities=None,
             denominator=_denominator(problem, operands, counted, sample_weight),
         )
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from polyce import functional, outputs, torch_calls
+from polyce.linear.torch_module import LinearCrossEntropyLoss
 from polyce.options import current_reduction
 from polyce.problem import describe
 from polyce.registry import select
 
-__all__ = ["CrossEntropyLoss", "NLLLoss", "cross_entropy"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entropy"]
 
 
 def cross_entropy(

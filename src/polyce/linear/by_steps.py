@@ -1,0 +1,82 @@
+"""One chunk as a step from arrays to arrays, for libraries whose arrays are not written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from polyce import arrays
+from polyce.linear import call as calls
+from polyce.linear.call import Call, Gradients
+from polyce.problem import Operands
+
+
+def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Give what `in_place.run` gives."""
+    if call.whole.backend == "jax":
+        from polyce.linear import jax_rule
+
+        return jax_rule.run(call, wanted, cotangent)
+    xp = call.whole.xp
+    spans = call.chunks.spans() or [slice(0, 0)]
+    steps = [step(call, wanted, *inputs(call, cotangent, span)) for span in spans]
+    parts = Gradients(*zip(*(found for _, found in steps), strict=True))
+    found = Gradients(
+        _joined(xp, parts.input), _added(parts.linear_weight), _added(parts.linear_bias)
+    )
+    return _joined(xp, [rows for rows, _ in steps]), found
+
+
+def _joined(xp: Any, parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 or parts[0] is None else xp.concat(list(parts), axis=0)
+
+
+def _added(parts: Sequence[Any]) -> Any:
+    return parts[0] if parts[0] is None else sum(parts[1:], start=parts[0])
+
+
+def inputs(call: Call, cotangent: Any, span: slice) -> tuple[Any, ...]:
+    """Give what a step takes of a chunk's rows."""
+    target, sample_weight, counted = call.target, call.sample_weight, call.counted
+    of_rows = (call.hidden, target, sample_weight, counted, cotangent)
+    return tuple(None if array is None else array[span, ...] for array in of_rows)
+
+
+def step(
+    call: Call,
+    wanted: Gradients,
+    hidden: Any,
+    target: Any,
+    sample_weight: Any,
+    counted: Any,
+    cotangent: Any,
+) -> tuple[Any, Gradients]:
+    """Give the losses of a chunk's rows, and its parts of the gradients wanted."""
+    xp, (weight, bias) = call.whole.xp, call.head
+    if counted is not None:
+        # What a row holds that does not count may be infinite, and 0 times that is nan.
+        hidden = xp.where(counted[:, None], hidden, xp.zeros_like(hidden))
+    part = call.part(hidden.shape[0])
+    logits = product(call, hidden, weight.T)
+    if bias is not None:
+        logits = logits + arrays.cast(xp, bias, logits.dtype)
+    operands = Operands(logits, target, call.operands.weight, sample_weight, None, cotangent)
+    if not any(wanted):
+        return calls.losses(call.implementation, part, operands), Gradients(None, None, None)
+    rows, grad = calls.losses_and_gradient(call.implementation, part, operands)
+    of_bias = xp.sum(grad, axis=0) if wanted.linear_bias else None
+    if call.rounds_gradient:
+        grad = arrays.cast(xp, grad, hidden.dtype)
+    return rows, Gradients(
+        product(call, grad, weight) if wanted.input else None,
+        product(call, grad.T, hidden) if wanted.linear_weight else None,
+        of_bias,
+    )
+
+
+def product(call: Call, a: Any, b: Any) -> Any:
+    """Multiply two matrices into the dtype that the gradients add up in."""
+    xp, dtype = call.whole.xp, call.sum_dtype
+    if call.whole.backend == "jax":
+        return xp.matmul(a, b, preferred_element_type=dtype)
+    return xp.matmul(arrays.cast(xp, a, dtype), arrays.cast(xp, b, dtype))

@@ -1,0 +1,216 @@
+"""One call on a linear head: its facts, how it is cut, and what computes a chunk's losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from polyce import arrays, by_rows, registry, targets
+from polyce.linear import chunks
+from polyce.linear.chunks import Chunks
+from polyce.problem import Head, Operands, Problem, describe_anew
+from polyce.registry import Implementation
+
+
+class Gradients(NamedTuple):
+    """What belongs to the hidden states, to the head's weight and to its bias."""
+
+    input: Any
+    linear_weight: Any
+    linear_bias: Any
+
+
+NONE = Gradients(False, False, False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, its rows in one axis."""
+
+    whole: Problem
+    """The facts of all logits, in the shape of the call."""
+    operands: Operands
+    """As given, `input` in the place of the logits."""
+    head: Head
+    chunk_size: int | None
+    """Rows of a chunk, if the caller says so."""
+    name: str | None
+    """Of the implementation, if the caller says so."""
+    plan: Any = None
+    """What the target means, a `targets.Plan`, once `planned` has read it."""
+
+    @property
+    def chunks(self) -> Chunks:
+        """How the rows are cut."""
+        return chunks.choose(self.whole, self.features, self.chunk_size)
+
+    @property
+    def implementation(self) -> Implementation:
+        """What computes the losses of a chunk's logits, and their gradient."""
+        return registry.select(self.part(self.chunks.rows), self.name)
+
+    def planned(self) -> Call:
+        """Read the target; raises IndexError for a bad label where labels are checked."""
+        return replace(self, plan=targets.plan_rows(self.whole, self.operands))
+
+    def detached(self, detach: Callable[[Operands], Operands]) -> Call:
+        """Give the call with its arrays cut from any graph."""
+        head = detach(Operands(*self.head, *(None,) * 4))
+        return replace(self, operands=detach(self.operands), head=Head(*head[:2]))
+
+    def without_arrays(self) -> Call:
+        """Give the facts of the call alone."""
+        name = self.implementation.name
+        nothing = Operands(*(None,) * 6)
+        return replace(self, operands=nothing, head=Head(None), name=name, plan=None)
+
+    @property
+    def hidden(self) -> Any:
+        """The hidden states, (rows, features)."""
+        return self._flat(self.operands.logits, self.features)
+
+    @property
+    def target(self) -> Any:
+        """Labels, (rows,), or probabilities, (rows, classes)."""
+        target = self.operands.target
+        return self._flat(target, *([self.whole.classes] * (self.whole.kind == "probability")))
+
+    @property
+    def sample_weight(self) -> Any:
+        """The rows' weights, (rows,), or None."""
+        weight = self.operands.sample_weight
+        return weight if weight is None else self._flat(weight)
+
+    @property
+    def features(self) -> int:
+        """F, the length of a hidden state."""
+        return int(self.operands.logits.shape[-1])
+
+    @property
+    def sum_dtype(self) -> Any:
+        """What gradients add up in: float64 for float64, else float32."""
+        name = "float64" if arrays.name_of(self.whole.logits_dtype) == "float64" else "float32"
+        return arrays.float_dtype(self.whole.xp, self.whole.backend, name)
+
+    @property
+    def rounds_gradient(self) -> bool:
+        """Whether the gradient of the logits is held in 16 bits, for products of such."""
+        dtype = self.whole.logits_dtype
+        if self.whole.backend == "jax":
+            dtype = self.operands.logits.dtype
+        return arrays.name_of(dtype) in ("float16", "bfloat16")
+
+    def _flat(self, array: Any, *rest: int) -> Any:
+        shape = (math.prod(self.whole.row_shape), *rest)
+        return array if array.ndim == len(shape) else self.whole.xp.reshape(array, shape)
+
+    @property
+    def counted(self) -> Any:
+        """Which rows count, (rows,), or None where all do."""
+        counted = self.plan.counted
+        return counted if counted is None else self._flat(counted[..., 0])
+
+    def cotangent(self) -> Any:
+        """Give the gradient of the call's result by each row's loss, (rows,), in the row dtype."""
+        scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
+        if not isinstance(scale, float) and scale.ndim:
+            return self._flat(scale[..., 0])
+        return scale + self._zeros()
+
+    def scale_of_sums(self) -> Any:
+        """Give the gradient of the call's result by each row's loss, one number for all rows.
+
+        It is 0 where no row counts, although the mean over nothing divides by 0.
+        """
+        xp, counted = self.whole.xp, self.plan.counted
+        scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
+        if counted is None:
+            return scale if self.chunks.total else 0.0
+        nothing = xp.sum(self._zeros())
+        return xp.where(xp.any(counted), nothing + scale, nothing)
+
+    def _zeros(self) -> Any:
+        """Give a 0 for each row, (rows,), beside the arrays of the call."""
+        xp = self.whole.xp
+        zeros = xp.sum(xp.zeros_like(self.hidden[:, :1]), axis=1)
+        return arrays.cast(xp, zeros, self.whole.row_dtype)
+
+    def part(self, rows: int) -> Problem:
+        """Give the facts of a chunk's logits, whose rows are neither checked again nor reduced."""
+        return self.whole._replace(
+            shape=(rows, self.whole.classes),
+            axis=1,
+            row_shape=(rows,),
+            reduction="none",
+            check_labels=False,
+            normalized=False,
+            result_dtype=self.whole.row_dtype,
+            is_compiling=False,
+        )
+
+    def reduce(self, rows: Any) -> Any:
+        """Reduce the losses of all rows, (rows,), to the call's result."""
+        rows = self.whole.xp.reshape(rows, (*self.whole.row_shape, 1))
+        return targets.reduce(self.whole, self.plan, rows)
+
+
+def describe(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    linear_bias: Any,
+    weight: Any,
+    chunk_size: int | None,
+    implementation: str | None,
+    grad_output: Any = None,
+    **options: Any,
+) -> Call:
+    """Check the arguments of a call."""
+    size = chunks.check_chunk_size(chunk_size)
+    whole, operands, head = describe_anew(
+        Head(linear_weight, linear_bias),
+        input,
+        target,
+        weight,
+        axis=None,
+        return_stats=False,
+        grad_output=grad_output,
+        probabilities=True,
+        **options,
+    )
+    return Call(whole, operands, head, size, implementation)
+
+
+def check_wrt(wrt: Any) -> Gradients:
+    """Tell which gradients are wanted, by their names."""
+    names = (wrt,) if isinstance(wrt, str) else wrt
+    if not isinstance(names, Sequence):
+        raise TypeError(
+            f"wrt must be a tuple of names, got {wrt!r}; there are {', '.join(Gradients._fields)}"
+        )
+    for name in names:
+        if name not in Gradients._fields:
+            raise ValueError(
+                f"wrt takes the names {', '.join(Gradients._fields)}, got {name!r}; leave it out "
+                "or correct it"
+            )
+    return Gradients(*(name in names for name in Gradients._fields))
+
+
+def losses(implementation: Implementation, problem: Problem, operands: Operands) -> Any:
+    """Give the losses of a chunk's rows."""
+    if implementation.cross_entropy is not None:
+        return implementation.cross_entropy(problem, operands)[0]
+    return by_rows.cross_entropy(implementation, problem, operands)[0]
+
+
+def losses_and_gradient(
+    implementation: Implementation, problem: Problem, operands: Operands, out: Any = None
+) -> tuple[Any, Any]:
+    """Give the losses of a chunk's rows and the gradient of its logits."""
+    if implementation.cross_entropy_with_grad is not None:
+        return implementation.cross_entropy_with_grad(problem, operands, out)[:2]
+    return by_rows.cross_entropy_with_grad(implementation, problem, operands, out)[:2]

@@ -1,0 +1,158 @@
+"""How many rows of logits exist at a time, and how many classes are multiplied at once.
+
+The model. A chunk of n rows costs three products of n by F by C; each of them goes over the whole
+weight, of C by F, or over its gradient. Few rows leave a processor waiting for the weight; many
+take memory. So n is what a budget of bytes allows, which is measured for CPUs and set by what keeps
+a GPU's products efficient there; chunks of one call are then as equal as may be.
+
+Within a chunk the classes are taken in blocks, so small that a block of the weight is still in a
+cache when it is used again: for the product with the gradient, then for the next chunk's logits.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+from polyce import arrays
+from polyce.eager import LAZY
+from polyce.problem import Problem
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kind of device is best given."""
+
+    bytes: int
+    """Of a chunk's logits."""
+    fewest: int
+    """Rows of a chunk, whatever they take."""
+    most: int
+    multiple: int
+    """Of which a product takes rows, so that none of its tiles are left half empty."""
+    block_bytes: int
+    """Of a block's weight, and of what it makes of a chunk."""
+
+
+CPU = Limits(bytes=48 << 20, fewest=16, most=4096, multiple=16, block_bytes=4 << 20)
+ACCELERATOR = Limits(bytes=512 << 20, fewest=2048, most=8192, multiple=128, block_bytes=64 << 20)
+
+# Below so many rows of a chunk on a CPU, the weight is read for longer than it is computed with.
+FEW_ROWS = 128
+_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a call is cut."""
+
+    total: int
+    """Rows of the call."""
+    rows: int
+    """Rows of a chunk; the last one may have fewer."""
+    classes: int
+    """Classes of a block."""
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are."""
+        return -(-self.total // self.rows) if self.total else 0
+
+    def spans(self, total: int | None = None) -> list[slice]:
+        """Give the rows of each chunk, of fewer rows than planned if it is so told."""
+        total = self.total if total is None else total
+        return [slice(i, min(i + self.rows, total)) for i in range(0, total, self.rows)]
+
+    def blocks(self, classes: int) -> list[slice]:
+        """Give the classes of each block."""
+        return [slice(i, min(i + self.classes, classes)) for i in range(0, classes, self.classes)]
+
+
+def check_chunk_size(chunk_size: Any) -> int | None:
+    """Refuse a chunk_size that is no number of rows."""
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
+        raise TypeError(
+            f"chunk_size must be an integer, got {chunk_size!r}; pass a number of rows, or None "
+            "for polyce to choose"
+        )
+    if chunk_size < 1:
+        raise ValueError(
+            f"chunk_size must be at least 1, got {chunk_size}; pass a number of rows, or None for "
+            "polyce to choose"
+        )
+    return int(chunk_size)
+
+
+def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
+    """Cut a call, into the rows that the caller wants or that the model gives."""
+    if problem.backend in LAZY:
+        # They cut for themselves, and may not know yet how many rows there are.
+        total = 0 if None in problem.row_shape else math.prod(problem.row_shape)
+        return Chunks(total, max(total, 1), max(problem.classes, 1))
+    total = math.prod(problem.row_shape)
+    limits = limits_of(problem)
+    itemsize = _itemsize(problem)
+    rows = chunk_size
+    if rows is None:
+        fits = limits.bytes // max(problem.classes * itemsize, 1)
+        rows = min(max(_down(fits, limits.multiple), limits.fewest), limits.most)
+        count = max(-(-total // rows), 1)
+        rows = min(_up(-(-total // count), limits.multiple), rows)
+    rows = max(min(rows, total), 1)
+    classes = max(limits.block_bytes // ((features + rows) * itemsize), 1)
+    return Chunks(total, rows, max(min(_up(classes, _CLASSES), problem.classes), 1))
+
+
+def _itemsize(problem: Problem) -> int:
+    return {"float64": 8, "float32": 4}.get(arrays.name_of(problem.logits_dtype), 2)
+
+
+def limits_of(problem: Problem) -> Limits:
+    """Give the limits of the device that a call will run on."""
+    device = problem.device
+    if device == "unknown" and problem.backend == "jax":
+        import jax
+
+        device = jax.default_backend()
+    return CPU if device in ("cpu", "unknown") else ACCELERATOR
+
+
+def told(problem: Problem, cut: Chunks) -> str:
+    """Say how a call is cut, what that takes, and what speaks for all logits at once."""
+    row = problem.classes * _itemsize(problem) / 1e6
+    return (
+        f"{cut.count} chunks of {cut.rows} rows: {cut.rows * row:.0f} MB of logits at a time, not "
+        f"{cut.total * row:.0f}; {advice(problem, cut)}"
+    )
+
+
+def advice(problem: Problem, cut: Chunks) -> str:
+    """Say when the loss of all logits at once would be the better choice."""
+    if problem.backend == "dask":
+        return "cut again within each of dask's blocks of rows"
+    if cut.count <= 1:
+        return "no more than the loss of all logits at once, which is as fast"
+    if problem.reduction == "none":
+        return (
+            "a gradient of reduction 'none' makes them a second time: with memory for all logits, "
+            "cross_entropy is faster"
+        )
+    fewest = FEW_ROWS if limits_of(problem) is CPU else ACCELERATOR.fewest
+    if cut.rows < fewest:
+        return (
+            f"with fewer than {fewest} rows a weight is read for longer than it is computed with: "
+            "with memory for all logits, cross_entropy is faster"
+        )
+    return "products this large are about as fast as with all logits at once"
+
+
+def _down(count: int, multiple: int) -> int:
+    return count // multiple * multiple
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,163 @@
+"""dask: a task for each block of rows, which does what a call on the block would do.
+
+The head is the same for all of them and goes to each of them whole. Their parts of its gradient are
+added up two by two, for each is as large as the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from polyce import registry, targets
+from polyce.implementations import dask
+from polyce.implementations.dask_blocks import of_chunk
+from polyce.linear import compute
+from polyce.linear.call import NONE, Call, Gradients
+from polyce.problem import Head, Operands
+from polyce.targets import Plan
+
+
+def loss(call: Call) -> Any:
+    """Give the loss."""
+    return loss_and_gradients(call, NONE)[0]
+
+
+def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Give the loss and the gradients wanted, all of them lazy."""
+    import dask.array as da
+
+    whole, hidden = call.whole, call.operands.logits
+    # Blocks of whole hidden states.
+    hidden = hidden.rechunk({hidden.ndim - 1: -1})
+    chunks = (*hidden.chunks[:-1], (whole.classes,))
+    operands = dask.cut_beside(whole, call.operands, chunks)
+    plan = _plan(call, operands)
+    cotangent = targets.cotangent(whole, plan, operands.grad_output)
+    axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
+    # Modules cannot be sent to another process by all picklers.
+    facts = replace(
+        call,
+        whole=whole._replace(xp=None),
+        operands=Operands(*(None,) * 6),
+        head=Head(None),
+        name="reference" if call.implementation.name == "reference" else None,
+    )
+    results = da.blockwise(
+        partial(_block, facts, wanted),
+        axes,
+        *(hidden, axes),
+        *(operands.target, axes if whole.kind == "probability" else lead),
+        *dask.paired(operands.sample_weight, lead),
+        *dask.scale(whole, cotangent, hidden),
+        *(operands.weight, None),
+        *(call.head.weight, None),
+        *(call.head.bias, None),
+        adjust_chunks={axes[-1]: 1},
+        align_arrays=False,
+        token="polyce-linear",
+        meta=hidden._meta,
+    )
+    summed = whole.reduction != "none"
+    cuts = (1,) * len(axes) if summed else results.chunks
+    rows = dask.take(whole, results, 0, whole.row_dtype, cuts)
+    if summed:
+        rows = rows.rechunk(dict.fromkeys(axes, dask.FAN_IN))
+    found = Gradients(
+        _of_hidden(call, results, hidden) if wanted.input else None,
+        _of_head(call, results, 2, call.head.weight) if wanted.linear_weight else None,
+        _of_head(call, results, 3, call.head.bias) if wanted.linear_bias else None,
+    )
+    return targets.reduce(whole, plan, rows), found
+
+
+def _plan(call: Call, operands: Operands) -> Plan:
+    """Read what the mean divides by, block by block; NumPy's labels are looked at now."""
+    whole, given = call.whole, call.operands
+    # Of the class weights the blocks take those of their labels.
+    found = targets.plan_rows(whole, given._replace(weight=None))
+    denominator = found.denominator
+    if whole.kind == "index" and whole.reduction == "mean" and not whole.normalized:
+        denominator = dask.total_weight(whole, operands)
+    return found._replace(denominator=denominator)
+
+
+def _of_hidden(call: Call, results: Any, hidden: Any) -> Any:
+    found = dask.take(call.whole, results, 1, hidden.dtype, hidden.chunks)
+    return found.rechunk(call.operands.logits.chunks)
+
+
+def _of_head(call: Call, results: Any, index: int, like: Any) -> Any:
+    """Add up what the blocks give, each in an array of its own along the last axis."""
+    import dask.array as da
+
+    lead = tuple(range(results.ndim - 1))
+    cuts = (*(1,) * len(lead), (like.size,))
+    parts = dask.take(call.whole, results, index, call.sum_dtype, cuts)
+    if not parts.size:
+        return da.zeros_like(like)
+    total = da.reduction(
+        parts,
+        chunk=_itself,
+        combine=_added,
+        aggregate=_added,
+        axis=lead,
+        keepdims=True,
+        concatenate=False,
+        split_every=dict.fromkeys(lead, 2),
+        dtype=call.sum_dtype,
+        meta=parts._meta,
+    )
+    return total.reshape(like.shape).astype(like.dtype)
+
+
+# What dask's tasks run, on blocks of the chunk's own library.
+
+
+def _block(
+    facts: Call,
+    wanted: Gradients,
+    hidden: Any,
+    target: Any,
+    sample_weight: Any,
+    cotangent: Any,
+    class_weight: Any,
+    weight: Any,
+    bias: Any,
+) -> tuple[Any, ...]:
+    """Give a block's losses, or their sum, and its parts of the gradients wanted."""
+    summed = facts.whole.reduction != "none"
+    whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
+    xp = whole.xp
+    if cotangent is not None:
+        ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
+        cotangent = ones * (cotangent[..., 0] if getattr(cotangent, "ndim", 0) else cotangent)
+    call = replace(
+        facts,
+        whole=whole._replace(result_dtype=whole.row_dtype),
+        operands=Operands(hidden, target, class_weight, sample_weight, None, cotangent),
+        head=Head(weight, bias),
+    )
+    # What `use` names is meant for dask's arrays.
+    name = facts.name or registry.select_within(call.part(call.chunks.rows)).name
+    call = replace(call, name=name)
+    rows, sums, _ = compute.loss_and_sums(call, wanted)
+    lead = (1,) * (hidden.ndim - 1)
+    rows = xp.reshape(xp.sum(rows), (*lead, 1)) if summed else rows[..., None]
+    of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
+    of_head = (None if a is None else xp.reshape(a, (*lead, -1)) for a in sums[1:])
+    return rows, of_hidden, *of_head
+
+
+def _itself(part: Any, axis: Any, keepdims: Any) -> Any:
+    return part
+
+
+def _added(parts: Any, axis: Any, keepdims: Any) -> Any:
+    while isinstance(parts, list) and len(parts) == 1:
+        parts = parts[0]
+    if not isinstance(parts, list):
+        return parts
+    first, *rest = (_added(part, axis, keepdims) for part in parts)
+    return sum(rest, start=first)

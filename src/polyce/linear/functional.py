@@ -1,0 +1,247 @@
+"""The functions: the loss of a linear head, and its gradients, for the arrays of any library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from polyce.linear import compute, unfused
+from polyce.linear.call import Call, check_wrt, describe
+
+
+def linear_cross_entropy(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    linear_bias: Any = None,
+    weight: Any = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+    validate: bool | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Compute the softmax cross-entropy of a linear head, in nats, without holding its logits.
+
+    It is `cross_entropy` of ``input @ linear_weight.T + linear_bias`` with the classes on the last
+    axis. The logits are made for some rows at a time, so that of the whole array, in a language
+    model the largest of a training step, there is only ever a part. `explain` says how large a one.
+
+    Parameters
+    ----------
+    input : array, shape (F,) or (..., F)
+        Hidden states, in float16, bfloat16, float32 or float64.
+    linear_weight : array, shape (C, F)
+        Weight of the head, of input's dtype, as a linear layer of torch holds it.
+    target : array
+        Class indices in 0 to C - 1, of any integer dtype and of input's shape without the last
+        axis, or class probabilities, of any floating dtype and with the classes last.
+    linear_bias : array, shape (C,), optional
+        Bias of the head, of input's dtype.
+    weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
+        As for `cross_entropy`. Rows that are ignored have no effect, whatever `input` holds there.
+    logit_scale, logit_softcap, validate
+        As for `cross_entropy`.
+    chunk_size : int, optional
+        How many rows of logits to make at a time; by default what keeps the products fast within
+        48 MiB of logits on a CPU, and at least 2048 on an accelerator.
+    implementation : str, optional
+        Name of the implementation that computes the loss of each chunk's logits; see `explain`.
+
+    Returns
+    -------
+    array
+        As `cross_entropy` gives it: without reduction the losses, of input's shape without the last
+        axis; else a scalar. The dtype is input's; for probabilities the floating dtypes of `input`,
+        `target` and `weight` promote.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of a wrong kind or dtype, if hidden states and head are of several dtypes,
+        or if the arrays are of several libraries or lie on several devices.
+    ValueError
+        If a shape or an option does not fit.
+    IndexError
+        If a class index is out of range.
+
+    See Also
+    --------
+    linear_cross_entropy_with_grad : The gradients too, without automatic differentiation.
+    cross_entropy : The loss of logits that are there.
+
+    Notes
+    -----
+    On torch's graph, and under jax's transformations, the loss has gradients with respect to
+    `input`, `linear_weight` and `linear_bias`. They are made together with the loss, while a
+    chunk's logits are there; for reduction 'none' the logits are made a second time.
+
+    Products are computed in input's dtype; those of 16 bits in float32, but for torch's on an
+    accelerator and its bfloat16 on a CPU, and those of torch's autocast in its dtype. What is added
+    up over chunks is float32 at least.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> hidden = np.array([[1.0, 2.0], [0.5, -1.0]])
+    >>> head = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> labels = np.array([2, 0])
+    >>> print(round(polyce.linear_cross_entropy(hidden, head, labels), 6))
+    0.424029
+    >>> print(round(polyce.cross_entropy(hidden @ head.T, labels), 6))
+    0.424029
+    """
+    call = describe(
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        chunk_size=chunk_size,
+        validate=validate,
+        implementation=implementation,
+    )
+    check(call)
+    return rules(call).loss(call)
+
+
+def linear_cross_entropy_with_grad(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    linear_bias: Any = None,
+    weight: Any = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float | None = None,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+    validate: bool | None = None,
+    implementation: str | None = None,
+    wrt: str | Sequence[str] = ("input", "linear_weight", "linear_bias"),
+    grad_output: Any = None,
+) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Compute the softmax cross-entropy of a linear head and its gradients, without its logits.
+
+    The gradients need no automatic differentiation, so every library has them. With G the gradient
+    with respect to the logits, as `cross_entropy_with_grad` gives it, they are ``G @
+    linear_weight``, ``G.T @ input`` and the sum of G over the rows.
+
+    Parameters
+    ----------
+    input, linear_weight, target, linear_bias
+        As for `linear_cross_entropy`.
+    weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
+        As for `cross_entropy`.
+    logit_scale, logit_softcap, validate
+        As for `cross_entropy`.
+    chunk_size, implementation
+        As for `linear_cross_entropy`.
+    wrt : str or tuple of str
+        With respect to what: the names of some among 'input', 'linear_weight' and 'linear_bias'.
+        The others are not computed.
+    grad_output : array or float, optional
+        The gradient with respect to the loss, as for `cross_entropy_with_grad`; 1 by default.
+
+    Returns
+    -------
+    loss : array
+        As `linear_cross_entropy` gives it.
+    gradients : tuple of three arrays or None
+        Of `input`, `linear_weight` and `linear_bias`, each of its shape and dtype; None for what is
+        not in `wrt`, and for a bias that is not there. None of the results is part of a torch or
+        jax graph.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `linear_cross_entropy` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> hidden, head = np.array([[1.0, 2.0]]), np.zeros((2, 2))
+    >>> loss, (d_hidden, d_head, d_bias) = polyce.linear_cross_entropy_with_grad(
+    ...     hidden, head, np.array([0]), wrt="linear_weight"
+    ... )
+    >>> print(round(loss, 6), d_hidden, d_bias)
+    0.693147 None None
+    >>> print(d_head)
+    [[-0.5 -1. ]
+     [ 0.5  1. ]]
+    """
+    wanted = check_wrt(wrt)
+    call = describe(
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        chunk_size=chunk_size,
+        validate=validate,
+        implementation=implementation,
+        grad_output=grad_output,
+    )
+    if call.head.bias is None:
+        wanted = wanted._replace(linear_bias=False)
+    result, gradients = rules(call).loss_and_gradients(call, wanted)
+    return result, tuple(gradients)
+
+
+def check(call: Call, *, on_graph: bool = True) -> None:
+    """Refuse torch tensors that wait for a gradient which there is none of here."""
+    if on_graph and call.whole.backend == "torch":
+        from polyce.linear import torch_rule
+
+        torch_rule.check(call)
+
+
+def rules(call: Call) -> ModuleType:
+    """Give the module that computes a call: each has the same two functions."""
+    if unfused.is_wanted(call.whole):
+        return unfused
+    backend = call.whole.backend
+    if backend == "torch":
+        from polyce.linear import torch_rule
+
+        return torch_rule
+    if backend == "jax":
+        from polyce.linear import jax_rule
+
+        return jax_rule
+    if backend == "dask":
+        from polyce.linear import dask_rule
+
+        return dask_rule
+    return compute

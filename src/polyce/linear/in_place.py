@@ -1,0 +1,229 @@
+"""Chunk after chunk in one buffer, for libraries whose arrays can be written.
+
+A chunk's logits become their gradient where they lie. Then, block by block of classes, the gradient
+is multiplied back, and what has been used makes room for the next chunk's logits: so a block of the
+weight comes from memory once for a chunk, not twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyce import arrays
+from polyce.linear import call as calls
+from polyce.linear.call import Call, Gradients
+from polyce.problem import Operands
+
+BACKENDS = ("numpy", "torch", "cupy")
+
+
+class Memory(NamedTuple):
+    """How a library's arrays are made, and multiplied into memory that is there."""
+
+    empty: Callable[..., Any]
+    """(shape, dtype, like) -> array on the device of `like`"""
+    multiply: Callable[..., Any]
+    """(a, b, bias, out): out = a @ b, plus bias along the last axis if there is one"""
+    add_product: Callable[..., Any]
+    """(a, b, total, first, scratch): total = a @ b the first time, then total += a @ b"""
+    packed: Callable[[Any], Any]
+    """A matrix as products take it without a copy of their own."""
+    nonzero: Callable[[Any], Any]
+    """Numbers of the entries of a mask that are True."""
+    has_scratch: bool
+    """Whether `add_product` wants memory for a product of its own."""
+
+
+def _of_arrays(xp: Any) -> Memory:
+    def multiply(a: Any, b: Any, bias: Any, out: Any) -> None:
+        xp.matmul(a, b, out=out)
+        if bias is not None:
+            xp.add(out, bias, out=out)
+
+    def add_product(a: Any, b: Any, total: Any, first: bool, scratch: Any) -> None:
+        if first:
+            xp.matmul(a, b, out=total)
+            return
+        product = scratch[: total.size].reshape(total.shape)
+        xp.matmul(a, b, out=product)
+        xp.add(total, product, out=total)
+
+    def packed(array: Any) -> Any:
+        # BLAS takes any distance between rows, CuPy none.
+        is_packed = xp is np and array.strides[-1] == array.itemsize
+        return array if is_packed else xp.ascontiguousarray(array)
+
+    return Memory(
+        empty=lambda shape, dtype, like: xp.empty(shape, dtype),
+        multiply=multiply,
+        add_product=add_product,
+        packed=packed,
+        nonzero=lambda mask: xp.nonzero(mask)[0],
+        has_scratch=True,
+    )
+
+
+def memory(backend: str) -> Memory:
+    """Give what is known of a library's arrays."""
+    if backend == "torch":
+        from polyce.linear import torch_memory
+
+        return torch_memory.MEMORY
+    if backend == "cupy":
+        import cupy
+
+        return _of_arrays(cupy)
+    return _of_arrays(np)
+
+
+class _Chunk(NamedTuple):
+    """The rows of one chunk."""
+
+    places: Any
+    """Where they are among all rows: a slice, or numbers."""
+    hidden: Any
+    operands: Operands
+    """What their losses depend on beside the logits."""
+
+
+def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Give the losses of all rows, and the gradients wanted, in the dtype that they add up in.
+
+    `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
+    """
+    own = memory(call.whole.backend)
+    whole, cut, classes = call.whole, call.chunks, call.whole.classes
+    implementation = call.implementation
+    hidden, features = call.hidden, call.features
+
+    def empty(shape: tuple[int, ...], dtype: Any = call.sum_dtype) -> Any:
+        return own.empty(shape, dtype, hidden)
+
+    kept = _kept(call, own)
+    total = cut.total if kept is None else int(kept.shape[0])
+    rows = empty((cut.total,), whole.row_dtype)
+    shapes = Gradients((cut.total, features), (classes, features), (classes,))
+    found = Gradients(
+        *(empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+    )
+    if kept is not None or not total or not classes:
+        for array in (rows, *found):
+            if array is not None:
+                array[...] = 0.0
+    back = _Back(
+        own,
+        wanted,
+        found,
+        of_input=empty((cut.rows, features)) if wanted.input and kept is not None else None,
+        ones=empty((1, cut.rows), whole.logits_dtype) if wanted.linear_bias else None,
+        scratch=(
+            empty((max(cut.rows, cut.classes) * max(features, 1),)) if own.has_scratch else None
+        ),
+    )
+    if back.ones is not None:
+        back.ones[...] = 1.0
+    buffer = empty((cut.rows * classes,), whole.logits_dtype)
+    bias = call.head.bias
+    bias = bias if bias is None else arrays.cast(whole.xp, bias, whole.logits_dtype)
+
+    def logits(chunk: _Chunk) -> Any:
+        count = chunk.hidden.shape[0]
+        return buffer[: count * classes].reshape((count, classes))
+
+    chunks = _chunks(call, own, kept, cut.spans(total), cotangent)
+    for number, (chunk, ahead) in enumerate(pairwise(chain((None,), chunks, (None,)))):
+        grad = None
+        if chunk is not None:
+            part = call.part(chunk.hidden.shape[0])
+            operands = chunk.operands._replace(logits=logits(chunk))
+            if any(wanted):
+                rows[chunk.places], grad = calls.losses_and_gradient(
+                    implementation, part, operands, operands.logits
+                )
+            else:
+                rows[chunk.places] = calls.losses(implementation, part, operands)
+        if grad is None and ahead is None:
+            continue
+        for block in cut.blocks(classes):
+            weight = arrays.cast(whole.xp, call.head.weight[block], whole.logits_dtype)
+            if grad is not None and chunk is not None:
+                back.add(chunk, grad[:, block], weight, block, first=number == 1)
+            if ahead is not None:
+                part_bias = None if bias is None else bias[block]
+                own.multiply(ahead.hidden, weight.T, part_bias, logits(ahead)[:, block])
+        if chunk is not None and grad is not None:
+            back.place(chunk)
+    return rows, found
+
+
+class _Back(NamedTuple):
+    """The products that lead back from a chunk's gradient, and where they go."""
+
+    own: Memory
+    wanted: Gradients
+    found: Gradients
+    of_input: Any
+    """Memory for one chunk, whose rows do not lie beside one another."""
+    ones: Any
+    scratch: Any
+
+    def add(self, chunk: _Chunk, grad: Any, weight: Any, block: slice, *, first: bool) -> None:
+        """Multiply the gradient of a block of classes."""
+        add, count, grad = self.own.add_product, chunk.hidden.shape[0], self.own.packed(grad)
+        if self.wanted.input:
+            add(grad, weight, self._input(chunk), block.start == 0, self.scratch)
+        if self.wanted.linear_weight:
+            add(grad.T, chunk.hidden, self.found.linear_weight[block], first, self.scratch)
+        if self.wanted.linear_bias:
+            ones = self.ones[:, :count]
+            add(ones, grad, self.found.linear_bias[None, block], first, self.scratch)
+
+    def place(self, chunk: _Chunk) -> None:
+        """Put the gradient of a chunk's hidden states where it belongs."""
+        if self.of_input is not None:
+            self.found.input[chunk.places] = self._input(chunk)
+
+    def _input(self, chunk: _Chunk) -> Any:
+        if self.of_input is None:
+            return self.found.input[chunk.places]
+        return self.of_input[: chunk.hidden.shape[0]]
+
+
+def _kept(call: Call, own: Memory) -> Any:
+    """Give the numbers of the rows that count, where some do not and a look tells which."""
+    counted = call.counted
+    if counted is None or not arrays.are_at_hand(counted, call.whole.backend):
+        return None
+    kept = own.nonzero(counted)
+    return None if kept.shape[0] == counted.shape[0] else kept
+
+
+def _chunks(
+    call: Call, own: Memory, kept: Any, spans: list[slice], cotangent: Any
+) -> Iterator[_Chunk]:
+    whole, hidden, target = call.whole, call.hidden, call.target
+    sample_weight = call.sample_weight
+    # Nobody looks at a mask on an accelerator, but 0 times an infinity would be nan there.
+    counted = None if kept is not None else call.counted
+    for span in spans:
+        places = span if kept is None else kept[span]
+        states = arrays.cast(whole.xp, hidden[places], whole.logits_dtype)
+        if counted is not None:
+            states = whole.xp.where(counted[places][:, None], states, 0.0)
+        states = own.packed(states)
+        yield _Chunk(
+            places,
+            states,
+            Operands(
+                logits=None,
+                target=target[places],
+                weight=call.operands.weight,
+                sample_weight=None if sample_weight is None else sample_weight[places],
+                normalizer=None,
+                grad_output=None if cotangent is None else cotangent[places],
+            ),
+        )

@@ -1,0 +1,205 @@
+"""jax's transformations: chunks as the steps of a scan, and derivatives that are made beside them.
+
+The rule is one of tangents, so that every transformation goes through it; in reverse mode the
+gradients are made with the loss and only multiplied later. Of the losses of rows, reduction 'none',
+the steps are computed a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polyce import arrays, autograd_jax
+from polyce.linear import by_steps, compute, unfused
+from polyce.linear.call import NONE, Call, Gradients
+from polyce.problem import Head, Operands
+
+
+def loss(call: Call) -> Any:
+    """Give the loss, with its derivative rule."""
+    whole = call.whole
+    call = call.planned()
+    plan = call.plan
+    call = _with_plain_labels(call)
+    if whole.reduction == "none":
+        rows = _rows(call)
+        return arrays.cast(jnp, jnp.reshape(rows, whole.row_shape), whole.result_dtype)
+    total = _total(call.without_arrays(), *_inputs(call), _rest(call))
+    if whole.reduction == "mean":
+        total = total / plan.denominator
+    return arrays.cast(jnp, total, whole.result_dtype)
+
+
+def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Give the loss and the gradients wanted, cut from any derivative."""
+    return compute.loss_and_gradients(call.detached(autograd_jax.detach), wanted)
+
+
+def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Give what `in_place.run` gives."""
+    call = _with_plain_labels(call)
+    return _run(call.without_arrays(), wanted, call.operands, call.head, cotangent)
+
+
+def _with_plain_labels(call: Call) -> Call:
+    """Give the call with labels of jax's own: -1 where a row does not count, C where one is bad.
+
+    Those of a caller may be NumPy's, of values that jax without 64-bit types does not have.
+    """
+    plan, whole = call.plan, call.whole
+    if whole.kind != "index":
+        return call
+    label = plan.label
+    if plan.invalid is not None:
+        label = jnp.where(plan.invalid, whole.classes, label)
+    if plan.counted is not None:
+        label = jnp.where(plan.counted, label, -1)
+    whole = whole._replace(
+        ignore_index=-1, target_dtype=arrays.dtype_name(label), check_labels=False
+    )
+    label = jnp.reshape(label, whole.row_shape)
+    return replace(call, whole=whole, operands=call.operands._replace(target=label))
+
+
+def _spans(call: Call) -> tuple[int, int]:
+    """Give how many chunks are full, and the rows of the last one that is not."""
+    return divmod(call.chunks.total, call.chunks.rows)
+
+
+def _slice(array: Any, start: Any, rows: int) -> Any:
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
+
+
+# What is traced depends on the facts alone, and so is traced once for each.
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    facts: Call, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
+) -> tuple[Any, Gradients]:
+    call = replace(facts, operands=operands, head=head).planned()
+    of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
+
+    def step(start: Any, rows: int) -> tuple[Any, Gradients]:
+        return by_steps.step(call, wanted, *(_slice(array, start, rows) for array in of_rows))
+
+    full, tail = _spans(call)
+    size = call.chunks.rows
+
+    def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
+        rows, found = step(number * size, size)
+        sums = jax.tree.map(jnp.add, sums, found._replace(input=None))
+        return sums, (rows, found.input)
+
+    sums = Gradients(None, *_zeros(call, wanted))
+    sums, parts = jax.lax.scan(add, sums, jnp.arange(full))
+    rows, of_input = (_flat(array) for array in parts)
+    if tail:
+        last, found = step(full * size, tail)
+        sums = jax.tree.map(jnp.add, sums, found._replace(input=None))
+        rows = jnp.concatenate([rows, last])
+        of_input = None if of_input is None else jnp.concatenate([of_input, found.input])
+    return rows, sums._replace(input=of_input)
+
+
+def _flat(chunks: Any) -> Any:
+    """Put the rows of chunks, (chunks, rows, ...), into one axis."""
+    if chunks is None:
+        return None
+    return jnp.reshape(chunks, (chunks.shape[0] * chunks.shape[1], *chunks.shape[2:]))
+
+
+def _zeros(call: Call, wanted: Gradients) -> tuple[Any, Any]:
+    shapes = ((call.whole.classes, call.features), (call.whole.classes,))
+    of_weight, of_bias = (jnp.zeros(shape, call.sum_dtype) for shape in shapes)
+    return of_weight if wanted.linear_weight else None, of_bias if wanted.linear_bias else None
+
+
+def _inputs(call: Call) -> tuple[Any, ...]:
+    return call.operands.logits, *call.head
+
+
+def _rest(call: Call) -> Operands:
+    return call.operands._replace(logits=None, normalizer=None, grad_output=None)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _total(facts: Call, hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
+    """Give the sum of the rows' losses."""
+    rows, _ = _run(facts, NONE, rest._replace(logits=hidden), Head(weight, bias), None)
+    return jnp.sum(rows)
+
+
+@partial(_total.defjvp, symbolic_zeros=True)
+def _total_jvp(facts: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    hidden, weight, bias, rest = primals
+    *inputs, of_rest = tangents
+    _refuse(of_rest)
+    wanted = Gradients(*(not _is_constant(tangent) for tangent in inputs))
+    operands, head = rest._replace(logits=hidden), Head(weight, bias)
+    rows, found = _run(facts, wanted, operands, head, None)
+    counted = replace(facts, operands=operands, head=head).planned().counted
+    parts = []
+    for grad, given in zip(found, inputs, strict=True):
+        if grad is None:
+            continue
+        tangent = jnp.reshape(given, grad.shape).astype(grad.dtype)
+        if counted is not None and grad is found.input:
+            tangent = jnp.where(counted[:, None], tangent, 0.0)
+        parts.append(jnp.sum(grad * tangent))
+    total = jnp.sum(rows)
+    tangent = sum(parts, start=jnp.zeros_like(total))
+    if counted is not None:
+        # Selected, for the cotangent is infinite where no row counts.
+        tangent = jnp.where(jnp.any(counted), tangent, 0.0)
+    return total, tangent
+
+
+def _refuse(tangents: Operands) -> None:
+    for name, tangent in zip(tangents._fields, tangents, strict=True):
+        if tangent is not None and not _is_constant(tangent):
+            raise TypeError(
+                "linear_cross_entropy has derivatives with respect to input, linear_weight and "
+                f"linear_bias, but {name} is being differentiated; pass {name} through "
+                "jax.lax.stop_gradient, or give the logits to cross_entropy"
+            )
+
+
+def _is_constant(tangent: Any) -> bool:
+    is_float0 = getattr(tangent, "dtype", None) == jax.dtypes.float0
+    return autograd_jax.is_constant(tangent) or is_float0
+
+
+def _rows(call: Call) -> Any:
+    """Give the rows' losses, whose derivatives compute each chunk's logits again."""
+    weight = call.head.weight
+    # The gradient adds up in what goes into the scan.
+    weight = arrays.cast(jnp, weight, call.sum_dtype)
+    of_rows = (call.hidden, call.target, call.sample_weight)
+    of_all = (call.operands.weight, weight, call.head.bias)
+    full, tail = _spans(call)
+    size = call.chunks.rows
+
+    @partial(jax.checkpoint, static_argnums=(1,))
+    def step(start: Any, rows: int, *given: Any) -> Any:
+        hidden, target, sample_weight, class_weight, weight, bias = given
+        hidden, target, sample_weight = (
+            _slice(array, start, rows) for array in (hidden, target, sample_weight)
+        )
+        part = replace(
+            call,
+            whole=call.part(rows),
+            operands=Operands(hidden, target, class_weight, sample_weight, None, None),
+            head=Head(weight, bias),
+        )
+        return unfused.loss(part)
+
+    def one(_: None, number: Any) -> tuple[None, Any]:
+        return None, step(number * size, size, *of_rows, *of_all)
+
+    _, rows = jax.lax.scan(one, None, jnp.arange(full))
+    rows = _flat(rows)
+    return jnp.concatenate([rows, step(full * size, tail, *of_rows, *of_all)]) if tail else rows

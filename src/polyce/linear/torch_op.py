@@ -1,0 +1,212 @@
+"""A call as an operator of torch, for torch.compile to put into its graph.
+
+torch calls an operator with its arguments alone, so that a call is described in them again. It
+gives the loss, and of what is wanted the gradients as they were added up, with the factor that they
+lack; what is not there is an empty tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from polyce import arrays, autograd_torch
+from polyce.linear import compute
+from polyce.linear.call import NONE, Call, Gradients, describe
+
+
+class _Options(NamedTuple):
+    """What the operator takes beside tensors, in the order of its schema."""
+
+    wants_input: bool
+    wants_weight: bool
+    wants_bias: bool
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    logit_softcap: float | None
+    result_dtype: Any
+    chunk_size: int | None
+    implementation: str | None
+
+
+_SCHEMA = (
+    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+    "Tensor? weight, Tensor? sample_weight, Tensor? normalizer, Tensor? grad_output, "
+    "bool wants_input, bool wants_weight, bool wants_bias, str reduction, int ignore_index, "
+    "float label_smoothing, float z_loss, float logit_scale, float? logit_softcap, "
+    "ScalarType result_dtype, int? chunk_size, str? implementation) "
+    "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor)"
+)
+_COUNT = 8
+_PARAMETERS = 3
+
+
+def loss(call: Call) -> Any:
+    """Give the loss of a call as part of a graph."""
+    given = (call.operands.logits, *call.head)
+    wanted = NONE
+    if call.whole.reduction != "none":
+        wanted = Gradients(*map(autograd_torch.waits, given))
+    return _operator(*_arguments(call, wanted))[0]
+
+
+def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Give the loss and the gradients wanted as parts of a graph, without their own."""
+    result, *sums, factor = _operator(*_arguments(call.detached(autograd_torch.detach), wanted))
+    return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
+
+
+def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
+    whole, operands = call.whole, call.operands
+    parameters = []
+    for tensor in (operands.logits, *call.head):
+        # The autocast that is on now need not be on when the operator runs.
+        cast = tensor is not None and arrays.autocast_product("torch", tensor.dtype, tensor)
+        parameters.append(tensor.to(cast) if cast else tensor)
+    normalizer, cotangent = (
+        _tensor(number, operands.logits) for number in (operands.normalizer, operands.grad_output)
+    )
+    options = _Options(
+        *wanted,
+        reduction=whole.reduction,
+        ignore_index=whole.ignore_index,
+        label_smoothing=whole.label_smoothing,
+        z_loss=whole.z_loss,
+        logit_scale=whole.logit_scale,
+        logit_softcap=None if whole.logit_softcap == math.inf else whole.logit_softcap,
+        result_dtype=whole.result_dtype,
+        chunk_size=call.chunk_size,
+        implementation=call.name,
+    )
+    rest = (operands.target, operands.weight, operands.sample_weight, normalizer, cotangent)
+    return *parameters, *rest, *options
+
+
+def _tensor(number: Any, like: Any) -> Any:
+    """Give a number as a tensor, which does not become a constant of the graph."""
+    if not isinstance(number, float):
+        return number
+    return torch.ones((), dtype=torch.float64, device=like.device) * number
+
+
+def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
+    """Describe the call that the arguments of the operator are of."""
+    hidden, linear_weight, linear_bias, target, *rest = arguments[:_COUNT]
+    weight, sample_weight, normalizer, cotangent = rest
+    options = _Options(*arguments[_COUNT:])
+    call = describe(
+        hidden,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=options.reduction,
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        z_loss=options.z_loss,
+        logit_scale=options.logit_scale,
+        logit_softcap=options.logit_softcap,
+        chunk_size=options.chunk_size,
+        validate=False,
+        implementation=options.implementation,
+        grad_output=cotangent,
+    )
+    call = replace(call, whole=call.whole._replace(result_dtype=options.result_dtype))
+    return call, Gradients(*options[:_PARAMETERS])
+
+
+def _compute(*arguments: Any) -> tuple[Any, ...]:
+    call, wanted = _described(arguments)
+    if not any(wanted):
+        return compute.loss(call), *_filled(arguments[0], NONE, None)
+    result, sums, factor = compute.loss_and_sums(call, wanted)
+    return result, *_filled(arguments[0], sums, factor)
+
+
+def _filled(like: Any, sums: Gradients, factor: Any) -> list[Any]:
+    """Give results as an operator does, an empty tensor for what is not there."""
+    if isinstance(factor, float):
+        factor = like.new_full((), factor, dtype=torch.float64)
+    given = (*(array if isinstance(array, torch.Tensor) else None for array in sums), factor)
+    return [like.new_empty(0) if array is None else array for array in given]
+
+
+def _imagine(*arguments: Any) -> tuple[Any, ...]:
+    """Give results without values, as `_compute` gives them."""
+    call, wanted = _described(arguments)
+    like, whole = call.operands.logits, call.whole
+    rows = math.prod(whole.row_shape)
+    shapes = ((rows, call.features), (whole.classes, call.features), (whole.classes,))
+    sums = Gradients(
+        *(
+            like.new_empty(shape, dtype=call.sum_dtype) if is_wanted else None
+            for shape, is_wanted in zip(shapes, wanted, strict=True)
+        )
+    )
+    late = any(wanted) and call.rounds_gradient and whole.reduction != "none"
+    factor = like.new_empty((), dtype=torch.float64) if late else None
+    shape = whole.row_shape if whole.reduction == "none" else ()
+    return like.new_empty(shape, dtype=whole.result_dtype), *_filled(like, sums, factor)
+
+
+def _finished(
+    wanted: Gradients, given: tuple[Any, ...], sums: Any, factor: Any, cotangent: Any
+) -> Gradients:
+    """Give the gradients wanted, in operations of torch, where the sums may not be written."""
+    scales = [scale for scale in (factor, cotangent) if scale is not None and scale.numel()]
+
+    def finished(array: Any, like: Any) -> Any:
+        for scale in scales:
+            array = array * scale.to(array.dtype)
+        return array.reshape(like.shape).to(like.dtype)
+
+    return Gradients(
+        *(
+            finished(array, like) if is_wanted else None
+            for is_wanted, like, array in zip(wanted, given, sums, strict=True)
+        )
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, *sums = output
+    ctx.mark_non_differentiable(*sums)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_COUNT], *sums)
+    ctx.options = _Options(*inputs[_COUNT:])
+
+
+def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
+    arguments, (*sums, factor) = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
+    options, given = ctx.options, arguments[:_PARAMETERS]
+    wanted = Gradients(*ctx.needs_input_grad[:_PARAMETERS])
+    if options.reduction == "none":
+        # Made anew, each row's with its own gradient.
+        arguments = (*arguments[: _COUNT - 1], cotangent)
+        _, *sums, factor = _operator(*arguments, *wanted, *options[_PARAMETERS:])
+        cotangent = None
+    found = _finished(wanted, given, sums, factor, cotangent)
+    if found.input is not None:
+        found = found._replace(
+            input=compute.select_counted(_described((*arguments, *options))[0], found.input)
+        )
+    return *found, *(None,) * (_COUNT - _PARAMETERS + len(options))
+
+
+_LIBRARY = torch.library.Library("polyce", "FRAGMENT")
+_LIBRARY.define(_SCHEMA)
+_LIBRARY.impl("linear_cross_entropy", _compute, "CompositeExplicitAutograd")
+torch.library.register_fake("polyce::linear_cross_entropy", _imagine, lib=_LIBRARY)
+torch.library.register_autograd(
+    "polyce::linear_cross_entropy", _differentiate, setup_context=_keep, lib=_LIBRARY
+)
+
+_operator = torch.ops.polyce.linear_cross_entropy.default

@@ -1,0 +1,117 @@
+"""torch's autograd: gradients are made with the loss, chunk by chunk, and wait for its own.
+
+A mean or a sum has one gradient, by which those that wait are multiplied. The losses of rows have
+one each: of reduction 'none' the chunks are computed again, and so they are for a second backward
+pass. A gradient that will be differentiated is made of operations of torch, on all logits at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyce import autograd_torch, torch_calls
+from polyce.linear import compute, unfused
+from polyce.linear.call import Call, Gradients
+from polyce.problem import Head, Operands
+
+
+def loss(call: Call) -> Any:
+    """Give the loss, on torch's graph if something waits for a gradient."""
+    normalizer = call.operands.normalizer
+    if isinstance(normalizer, torch.Tensor) and autograd_torch.waits(normalizer):
+        # torch divides, and so differentiates by the normalizer.
+        whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
+        total = loss(replace(call, whole=whole, operands=operands))
+        return (total / normalizer).to(call.whole.result_dtype)
+    if call.whole.is_compiling:
+        from polyce.linear import torch_op
+
+        return torch_op.loss(call)
+    arrays = (call.operands.logits, *call.head)
+    if not any(map(autograd_torch.waits, arrays)):
+        with _own_dtypes(call):
+            return compute.loss(_detached(call))
+    return _Loss.apply(*arrays, call)
+
+
+def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Give the loss and the gradients wanted, none of them on a graph."""
+    if call.whole.is_compiling:
+        from polyce.linear import torch_op
+
+        return torch_op.loss_and_gradients(call, wanted)
+    with torch.no_grad(), _own_dtypes(call):
+        return compute.loss_and_gradients(_detached(call), wanted)
+
+
+def check(call: Call) -> None:
+    """Refuse tensors that wait for a gradient which there is none of here."""
+    operands = call.operands
+    for name in ("target", "weight", "sample_weight"):
+        tensor = getattr(operands, name)
+        if autograd_torch.waits(tensor):
+            raise TypeError(
+                "linear_cross_entropy has gradients of input, linear_weight and linear_bias, but "
+                f"{name} requires grad; pass {name}.detach(), or give the logits to cross_entropy"
+            )
+
+
+def _detached(call: Call) -> Call:
+    return call.detached(autograd_torch.detach)
+
+
+def _own_dtypes(call: Call) -> Any:
+    """Keep autocast, which has been heeded, from the products."""
+    return torch.autocast(call.operands.logits.device.type, enabled=False)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: Call) -> Any:
+        call = _detached(call)
+        operands = call.operands
+        number = operands.normalizer
+        divisor = number if isinstance(number, torch.Tensor) else None
+        ctx.save_for_backward(
+            input, weight, bias, operands.target, operands.weight, operands.sample_weight, divisor
+        )
+        ctx.number = number if divisor is None else None
+        ctx.call = call.without_arrays()
+        wanted = Gradients(*ctx.needs_input_grad[:3])
+        ctx.waiting = None
+        with _own_dtypes(call):
+            if call.whole.reduction == "none":
+                return compute.loss(call)
+            result, sums, factor = compute.loss_and_sums(call, wanted)
+        ctx.waiting = sums, factor
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+        hidden, weight, bias, target, class_weight, sample_weight, divisor = ctx.saved_tensors
+        normalizer = ctx.number if divisor is None else divisor
+        call = replace(
+            ctx.call,
+            operands=Operands(hidden, target, class_weight, sample_weight, normalizer, cotangent),
+            head=Head(weight, bias),
+        )
+        wanted = Gradients(*ctx.needs_input_grad[:3])
+        if torch.compiler.is_compiling() or autograd_torch.wants_operations(cotangent):
+            return *_differentiable(call, wanted), None
+        # It is handed on, for nobody else to hold: a second pass makes its own.
+        waiting, ctx.waiting = ctx.waiting, None
+        with _own_dtypes(call):
+            call = _detached(call)
+            if waiting is None:
+                return *compute.loss_and_gradients(call, wanted)[1], None
+            # On an accelerator nobody looks whether it is 1.
+            is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
+            return *compute.finish(call, *waiting, None if is_one else cotangent), None
+
+
+def _differentiable(call: Call, wanted: Gradients) -> Gradients:
+    operands = call.operands._replace(logits=unfused.logits(call))
+    return unfused.gradients(call, wanted, torch_calls.gradient(call.whole, operands))

@@ -1,0 +1,97 @@
+"""The loss of all logits at once, where chunks would not do.
+
+So it is for libraries that cut and fuse for themselves, and where torch wants to see operations:
+under its transforms, in forward mode, for export, and to differentiate a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from polyce import arrays, functional, targets
+from polyce.autograd import rules
+from polyce.linear.call import Call, Gradients
+from polyce.problem import Problem
+
+_BACKENDS = ("cubed", "ndonnx")
+WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
+"""What `explain` says of it."""
+
+
+def is_wanted(problem: Problem) -> bool:
+    """Tell whether a call is computed so."""
+    if problem.backend in _BACKENDS:
+        return True
+    return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
+
+
+def loss(call: Call) -> Any:
+    """Give the loss, on the library's graph where it has one."""
+    result = functional.cross_entropy(logits(call), *_arguments(call), **_options(call))
+    return arrays.cast(call.whole.xp, result, call.whole.result_dtype)
+
+
+def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Give the loss and the gradients wanted."""
+    call = call.detached(rules(call.whole.backend).detach)
+    result, grad = functional.cross_entropy_with_grad(
+        logits(call), *_arguments(call), **_options(call), grad_output=call.operands.grad_output
+    )
+    result = arrays.cast(call.whole.xp, result, call.whole.result_dtype)
+    return result, gradients(call, wanted, grad)
+
+
+def logits(call: Call) -> Any:
+    """Give the logits, in the dtype that products are computed in."""
+    xp, dtype = call.whole.xp, call.whole.logits_dtype
+    product = xp.matmul(_states(call), arrays.cast(xp, call.head.weight, dtype).T)
+    bias = call.head.bias
+    return product if bias is None else product + arrays.cast(xp, bias, dtype)
+
+
+def _states(call: Call) -> Any:
+    """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
+    whole = call.whole._replace(check_labels=False, reduction="none")
+    states = arrays.cast(whole.xp, call.operands.logits, whole.logits_dtype)
+    counted = targets.plan_rows(whole, call.operands._replace(weight=None)).counted
+    return states if counted is None else whole.xp.where(counted, states, 0.0)
+
+
+def gradients(call: Call, wanted: Gradients, grad: Any) -> Gradients:
+    """Give the gradients wanted, from that of the logits, in operations that have derivatives."""
+    xp, dtype, head = call.whole.xp, call.whole.logits_dtype, call.head
+    hidden = call.operands.logits
+    of_input = of_weight = of_bias = None
+    if wanted.input:
+        of_input = xp.matmul(grad, arrays.cast(xp, head.weight, dtype))
+        of_input = arrays.cast(xp, of_input, hidden.dtype)
+    axes = tuple(range(hidden.ndim - 1))
+    if wanted.linear_weight:
+        of_weight = xp.tensordot(grad, _states(call), axes=(axes, axes))
+        of_weight = arrays.cast(xp, of_weight, head.weight.dtype)
+    if wanted.linear_bias:
+        of_bias = arrays.cast(xp, xp.sum(grad, axis=axes) if axes else grad, head.bias.dtype)
+    return Gradients(of_input, of_weight, of_bias)
+
+
+def _arguments(call: Call) -> tuple[Any, ...]:
+    return call.operands.target, call.operands.weight
+
+
+def _options(call: Call) -> dict[str, Any]:
+    whole, operands = call.whole, call.operands
+    return {
+        "axis": -1,
+        "ignore_index": whole.ignore_index,
+        "reduction": whole.reduction,
+        "label_smoothing": whole.label_smoothing,
+        "sample_weight": operands.sample_weight,
+        "normalizer": operands.normalizer,
+        "z_loss": whole.z_loss,
+        "logit_scale": whole.logit_scale,
+        "logit_softcap": None if whole.logit_softcap == math.inf else whole.logit_softcap,
+        # Whether there is something to look at has been decided.
+        "validate": whole.check_labels or None,
+        "implementation": call.name,
+    }

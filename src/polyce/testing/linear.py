@@ -1,0 +1,295 @@
+"""The loss of a linear head on the conformance grid, and on cases with exact answers of their own.
+
+`grid_functions` sends the grid through a head whose weight is the identity. `check_linear` runs
+`linear_cases`, whose inputs are small integers times powers of two: their logits are exact in every
+dtype, and so what `exact_answer` says of them holds for the head as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from .backends import Backend, get_backend
+from .case import Case, arrange
+from .conformance import SHOWN, Functions, Report
+from .dtypes import FORMATS, Array, Floats
+from .linear_cases import LinearCase, linear_cases
+from .tolerances import accuracy, compare, loss_tolerance
+
+GRADIENTS = ("input", "linear_weight", "linear_bias")
+"""What `wrt` may name."""
+PARTED = ("sizes/5x6x7/chunk-4/", "options/everything/mean/index/float32")
+"""Beginnings of the names of cases that are called for every part of the gradients."""
+MOST_CLASSES = 1200
+"""The grid's rows of more classes would need an identity of hundreds of megabytes."""
+
+
+def grid_functions(chunks: int | None = None) -> Functions:
+    """Return the functions of a linear head in the place of those that the grid is about.
+
+    A case's logits are the hidden states and the weight is the identity, so that the products are
+    exact. `leave_out` names the cases for which they are not. The head returns no stats: those
+    that a case asks for are `polyce.cross_entropy`'s.
+
+    Parameters
+    ----------
+    chunks : int, optional
+        How many chunks to cut the rows into; by default polyce chooses.
+    """
+    polyce = importlib.import_module("polyce")
+
+    def size(hidden: Any) -> int | None:
+        rows = math.prod(hidden.shape[:-1])
+        return chunks and max(1, -(-rows // chunks))
+
+    def with_stats(results: Any, asked: Any, *arrays: Any, **options: Any) -> Any:
+        if asked is False:
+            return results if len(results) > 1 else results[0]
+        return (*results, polyce.cross_entropy(*arrays, return_stats=asked, **options)[-1])
+
+    def cross_entropy(
+        input: Any, target: Any, weight: Any = None, *,
+        axis: int | None = None, return_stats: Any = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        hidden, head, moved, _ = _as_head(input, target, axis)
+        loss = polyce.linear_cross_entropy(
+            hidden, head, moved, weight=weight, chunk_size=size(hidden), **options
+        )
+        return with_stats((loss,), return_stats, input, target, weight, axis=axis, **options)
+
+    def cross_entropy_with_grad(
+        input: Any, target: Any, weight: Any = None, *, grad_output: Any = None,
+        axis: int | None = None, return_stats: Any = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        hidden, head, moved, back = _as_head(input, target, axis)
+        loss, (grad, *rest) = polyce.linear_cross_entropy_with_grad(
+            hidden, head, moved, weight=weight, chunk_size=size(hidden), wrt=GRADIENTS[:1],
+            grad_output=grad_output, **options,
+        )  # fmt: skip
+        if rest != [None, None]:
+            raise AssertionError("there are gradients that were not asked for")
+        results = (loss, back(grad))
+        return with_stats(results, return_stats, input, target, weight, axis=axis, **options)
+
+    return Functions(cross_entropy, cross_entropy_with_grad)
+
+
+def _as_head(
+    logits: Any, target: Any, axis: int | None
+) -> tuple[Any, Any, Any, Callable[[Any], Any]]:
+    """Return hidden states, weight and target of a call's logits, and the gradient's way back."""
+    arrays, libraries = (importlib.import_module(f"polyce.{m}") for m in ("arrays", "libraries"))
+    xp, name, _ = libraries.of(input=logits)
+    rank = logits.ndim
+    at = (min(1, rank - 1) if axis is None else axis) % rank
+    order = (*(i for i in range(rank) if i != at), at)
+    where = arrays.device(logits, name)
+    beside = {} if where is None else {"device": where}
+    if name == "cubed":
+        beside["spec"] = logits.spec
+    classes = xp.arange(logits.shape[at], **beside)
+    head = arrays.cast(xp, classes[:, None] == classes[None, :], logits.dtype)
+    if at == rank - 1:
+        return logits, head, target, lambda grad: grad
+    target = xp.permute_dims(target, order) if target.ndim == rank else target
+    inverse = tuple(order.index(i) for i in range(rank))
+    return (
+        xp.permute_dims(logits, order), head, target, lambda grad: xp.permute_dims(grad, inverse)
+    )  # fmt: skip
+
+
+def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
+    """Return why a case of the grid cannot be had as a head's, or an empty text.
+
+    Parameters
+    ----------
+    case : Case
+        A case of the grid.
+    narrow : sequence of str
+        Names of the dtypes in which the gradient of the logits is rounded before it is multiplied.
+        That of a mean or a sum is scaled afterwards, and so is rounded twice, which the tolerances
+        of the grid are not for; those of `check_linear` are.
+    """
+    if case.logits.dtype.name in narrow and case.options.get("reduction") != "none":
+        return "the gradient is rounded twice"
+    rank, axis = case.logits.ndim, case.options.get("axis")
+    at = (min(1, rank - 1) if axis is None else axis) % rank
+    if case.logits.shape[at] > MOST_CLASSES:
+        return f"more than {MOST_CLASSES} classes take a large identity"
+    if case.group == "stats":
+        return "the head returns no stats"
+    counted = np.expand_dims(case.answer.stats.valid, at)
+    if not np.all(np.isfinite(case.logits.astype(np.float64)) | ~counted):
+        return "an infinity times 0 is nan in the product that makes the logits"
+    grad = case.answer.grad
+    lost = np.isnan(grad).all(axis=at, keepdims=True)
+    if np.any((~np.isfinite(grad) | FORMATS[case.logits.dtype.name].overflows(abs(grad))) & ~lost):
+        return "an infinity times 0 is nan in the product with the gradient"
+    return ""
+
+
+def check_linear(
+    name: str | None,
+    backend: str | Backend | None = None,
+    *,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    chosen: Callable[[LinearCase], bool] | None = None,
+) -> Report:
+    """Check that a linear head gives the exact answers, and raise if it does not.
+
+    Every one of `linear_cases` goes through `polyce.linear_cross_entropy` and
+    `polyce.linear_cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
+    checked, and that the arrays passed in are unchanged. Some are called for every part of the
+    gradients as well.
+
+    Parameters
+    ----------
+    name : str or None
+        Passed as ``implementation=``; None leaves the choice to polyce.
+    backend : str or Backend, optional
+        The array library: a name from `BACKENDS`, or one's own converters. NumPy by default.
+    wrap : callable, optional
+        Applied to the function of the call's arrays alone before it is called, such as `jax.jit`.
+    chosen : callable, optional
+        Tells whether to run a case. All of them by default.
+
+    Returns
+    -------
+    Report
+        What ran, and what was left out and why.
+
+    Raises
+    ------
+    AssertionError
+        If any case fails; with the first failures in numbers, and how many there are.
+    ValueError
+        If nothing at all ran.
+    """
+    library = get_backend(backend or "numpy") if isinstance(backend, str | None) else backend
+    ran: Counter[str] = Counter()
+    left_out: dict[str, list[str]] = {}
+    failures: list[str] = []
+    for case in linear_cases():
+        given, reason = {}, "" if chosen is None or chosen(case) else "not chosen"
+        for key, array in case.arrays.items():
+            given[key], missing = library.expressible(array)
+            reason = reason or missing
+        if reason:
+            left_out.setdefault(reason, []).append(case.name)
+            continue
+        ran[case.of_logits.group] += 1
+        if failure := _failure(case, given, library, name, wrap):
+            failures.append(f"{case.name}: {failure}")
+    report = Report(
+        name, library.name, dict(ran), {reason: tuple(names) for reason, names in left_out.items()}
+    )
+    if failures:
+        what = f"{name or 'default'} on {library.name}"
+        lines = [f"{what}: {len(failures)} of {ran.total()} cases fail"]
+        lines += [f"  {failure}" for failure in failures[:SHOWN]]
+        raise AssertionError("\n".join(lines))
+    if not ran:
+        raise ValueError(f"no case ran: {report}")
+    return report
+
+
+def _failure(
+    case: LinearCase,
+    given: Mapping[str, Array],
+    library: Backend,
+    name: str | None,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> str:
+    """Run one case, and return the first thing that is wrong with it."""
+    polyce = importlib.import_module("polyce")
+    plain = case.of_logits
+    layouts = dict.fromkeys(("input", "linear_weight"), plain.layout)
+    layouts |= dict.fromkeys(("target", "sample_weight"), plain.target_layout)
+    arrays = {
+        key: library.asarray(arrange(array, layouts.get(key, "plain")))
+        for key, array in given.items()
+    }
+    options = {key: value for key, value in plain.options.items() if key != "axis"}
+    options |= {"chunk_size": case.chunk_size} | ({} if name is None else {"implementation": name})
+    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
+    with_grad = dict(options)
+    if "grad_output" not in arrays and plain.grad_output is not None:
+        with_grad["grad_output"] = plain.grad_output
+    product = _product_dtype(library, arrays["input"], case.input.dtype.name)
+    calls: list[tuple[Any, Mapping[str, Any], Mapping[str, Any], Sequence[str] | None]]
+    calls = [(polyce.linear_cross_entropy, forward, options, None)]
+    for size in range(4) if case.name.startswith(PARTED) else (3,):
+        for wrt in combinations(GRADIENTS, size):
+            asked = with_grad | {"wrt": wrt}
+            calls.append((polyce.linear_cross_entropy_with_grad, arrays, asked, wrt))
+    for function, taken, kept, part in calls:
+        try:
+            with warnings.catch_warnings():
+                if library.quiet:
+                    warnings.simplefilter("error", RuntimeWarning)
+                _check(case, library, product, _call(function, taken, kept, wrap), part)
+            for key, array in arrays.items():
+                if library.to_numpy(array).tobytes() != given[key].tobytes():
+                    raise AssertionError(f"{key}: the call changed its argument")
+        except Exception as error:  # noqa: BLE001  (the case's failure, not the run's)
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return f"{function.__name__}, wrt={part}: {kind}{error}"
+    return ""
+
+
+def _call(
+    function: Callable[..., Any],
+    arrays: Mapping[str, Any],
+    options: Mapping[str, Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+) -> Any:
+    names = tuple(arrays)
+
+    def of_arrays(*values: Any) -> Any:
+        return function(**dict(zip(names, values, strict=True)), **options)
+
+    return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())
+
+
+def _check(
+    case: LinearCase, library: Backend, product: str, returned: Any, part: Sequence[str] | None
+) -> None:
+    """Check a loss, and beside it the gradients by the names in `part` unless that is None."""
+    answer, dtype = case.of_logits.answer, case.of_logits.answer.loss_dtype
+    loss, gradients = (returned, ()) if part is None else returned
+    allowed = loss_tolerance(answer, dtype.name, accuracy(dtype.name, library.name))
+    _compare(library, loss, answer.loss, allowed, dtype, "loss")
+    if part is None:
+        return
+    tolerances = case.tolerances(library.name, product)
+    for what, got in zip(GRADIENTS, gradients, strict=True):
+        if what not in part or what not in tolerances:
+            if got is not None:
+                raise AssertionError(f"d_{what}: {type(got).__name__} was not asked for")
+            continue
+        want = case.gradients[what]
+        _compare(library, got, want, tolerances[what], case.input.dtype, f"d_{what}")
+
+
+def _compare(
+    library: Backend, got: Any, want: Floats, allowed: Floats, dtype: np.dtype[Any], what: str
+) -> None:
+    if not library.owns(got):
+        raise AssertionError(f"{what}: {type(got).__name__} is not an array of {library.name}")
+    compare(library.to_numpy(got), want, allowed, dtype=dtype, what=what)
+
+
+def _product_dtype(library: Backend, array: Any, name: str) -> str:
+    """Return the dtype in which the gradient of the logits is multiplied: some have 16 bits."""
+    if name in ("float32", "float64"):
+        return name
+    on_torch = library.name == "torch" and (name == "bfloat16" or array.device.type != "cpu")
+    return name if on_torch or library.name == "jax" else "float32"
