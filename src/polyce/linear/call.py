@@ -134,7 +134,7 @@ class Call:
     def _zeros(self) -> Any:
         """Give a 0 for each row, (rows,), beside the arrays of the call."""
         xp = self.whole.xp
-        zeros = xp.sum(xp.zeros_like(self.hidden[:, :1]), axis=1)
+        zeros = xp.sum(xp.zeros_like(self.hidden[:, : min(self.features, 1)]), axis=1)
         return arrays.cast(xp, zeros, self.whole.row_dtype)
 
     def part(self, rows: int) -> Problem:

@@ -6,6 +6,7 @@ added up two by two, for each is as large as the head.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -146,7 +147,7 @@ def _block(
     lead = (1,) * (hidden.ndim - 1)
     rows = xp.reshape(xp.sum(rows), (*lead, 1)) if summed else rows[..., None]
     of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
-    of_head = (None if a is None else xp.reshape(a, (*lead, -1)) for a in sums[1:])
+    of_head = (None if a is None else xp.reshape(a, (*lead, math.prod(a.shape))) for a in sums[1:])
     return rows, of_hidden, *of_head
 
 

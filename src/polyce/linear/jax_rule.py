@@ -75,19 +75,25 @@ def _slice(array: Any, start: Any, rows: int) -> Any:
     return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
 
 
+def _call(facts: Call, operands: Operands, head: Head) -> Call:
+    """Give a call whose rows are not reduced, with what its target means."""
+    whole = facts.whole._replace(reduction="none", normalized=False)
+    return replace(facts, whole=whole, operands=operands, head=head).planned()
+
+
 # What is traced depends on the facts alone, and so is traced once for each.
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(
     facts: Call, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
 ) -> tuple[Any, Gradients]:
-    call = replace(facts, operands=operands, head=head).planned()
+    call = _call(facts, operands, head)
     of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
 
     def step(start: Any, rows: int) -> tuple[Any, Gradients]:
         return by_steps.step(call, wanted, *(_slice(array, start, rows) for array in of_rows))
 
     full, tail = _spans(call)
-    size = call.chunks.rows
+    size = min(call.chunks.rows, call.chunks.total)
 
     def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
         rows, found = step(number * size, size)
@@ -141,7 +147,7 @@ def _total_jvp(facts: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     wanted = Gradients(*(not _is_constant(tangent) for tangent in inputs))
     operands, head = rest._replace(logits=hidden), Head(weight, bias)
     rows, found = _run(facts, wanted, operands, head, None)
-    counted = replace(facts, operands=operands, head=head).planned().counted
+    counted = _call(facts, operands, head).counted
     parts = []
     for grad, given in zip(found, inputs, strict=True):
         if grad is None:
@@ -181,7 +187,7 @@ def _rows(call: Call) -> Any:
     of_rows = (call.hidden, call.target, call.sample_weight)
     of_all = (call.operands.weight, weight, call.head.bias)
     full, tail = _spans(call)
-    size = call.chunks.rows
+    size = min(call.chunks.rows, call.chunks.total)
 
     @partial(jax.checkpoint, static_argnums=(1,))
     def step(start: Any, rows: int, *given: Any) -> Any:
