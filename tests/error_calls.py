@@ -68,7 +68,7 @@ RULES = {
     ),
     "probabilities": Rule(
         TypeError,
-        "a target of the logits' shape .* class probabilities and must be real .*, got {}; for class",
+        "a target of the logits' shape .* class probabilities and must be real .*, got {}; for",
         SOFT,
     ),
     "logits": Rule(TypeError, "input must be real floating point .*, got {}; convert it", ALL),
