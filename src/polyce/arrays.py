@@ -292,7 +292,9 @@ def argmax(xp: Any, backend: str, values: Any, axis: int) -> Any:
 def row_count(problem: Any, logits: Any) -> Any:
     """Count a problem's rows: a float, or a 0-d array where only a run will tell."""
     if problem.backend != "ndonnx" or None not in problem.row_shape:
-        return float(math.prod(problem.row_shape))
+        count = math.prod(problem.row_shape)
+        # torch's export knows a size by name, and would make a constant of its float.
+        return float(count) if isinstance(count, int) else sys.modules["torch"].sym_float(count)
     one_class = logits[(slice(None),) * problem.axis + (slice(0, 1),)]
     return problem.xp.sum(problem.xp.ones_like(one_class, dtype=problem.row_dtype))
 

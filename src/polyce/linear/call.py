@@ -86,7 +86,7 @@ class Call:
     @property
     def features(self) -> int:
         """F, the length of a hidden state."""
-        return int(self.operands.logits.shape[-1])
+        return self.operands.logits.shape[-1]
 
     @property
     def sum_dtype(self) -> Any:

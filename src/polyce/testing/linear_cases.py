@@ -7,6 +7,7 @@ logits holds for the head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,7 @@ class LinearCase:
         input that do not count are 0.
         """
         grad = self.of_logits.answer.grad.astype(np.longdouble)
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         valid = self.of_logits.answer.stats.valid[..., None]
         hidden = np.where(valid, self.input.astype(np.longdouble), 0)
         hidden = hidden.reshape(len(grad), self.input.shape[-1])
@@ -105,7 +106,7 @@ class LinearCase:
         result = self.input.dtype.name
         rule = accuracy(product, backend)
         allowed = grad_tolerance(self.of_logits.answer, product, rule).astype(np.longdouble)
-        allowed = allowed.reshape(-1, allowed.shape[-1])
+        allowed = allowed.reshape(math.prod(allowed.shape[:-1]), allowed.shape[-1])
         unit = FORMATS[rule.arithmetic].unit
         narrow = FORMATS[product].unit if product != rule.arithmetic else 0.0
         found = {}
@@ -136,6 +137,8 @@ SIZES: tuple[tuple[tuple[int, ...], int, int, int | None], ...] = (
     ((1,), 7, 1, None),
     ((0,), 4, 7, None),
     ((0,), 4, 7, 3),
+    ((5,), 0, 7, 2),
+    ((5,), 4, 0, 2),
     ((2, 3), 6, 7, 4),
     ((2, 3), 6, 7, None),
     ((2, 3, 2), 5, 33, 5),
