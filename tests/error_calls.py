@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "CrossEntropyLoss": lambda *arrays, **options: of_class(
         polyce.CrossEntropyLoss, *arrays, **options
     ),
-    "explain": polyce.explain,
+    # Of the function with the most arguments.
+    "explain": partial(polyce.explain, function=polyce.cross_entropy_with_grad),
     "nll_loss": polyce.nll_loss,
     "NLLLoss": lambda *arrays, **options: of_class(polyce.NLLLoss, *arrays, **options),
     "log_softmax": lambda logits, _, **options: polyce.log_softmax(logits, **options),

@@ -57,7 +57,6 @@ OPTIONS = {"sample_weight": None, "normalizer": None} | EXTRAS["CrossEntropyLoss
 FUNCTION_EXTRAS = {
     "cross_entropy": OPTIONS,
     "cross_entropy_with_grad": OPTIONS | {"grad_output": None, "out": None},
-    "explain": OPTIONS | {"grad_output": None, "out": None, "function": None},
     "nll_loss": {"axis": None, "sample_weight": None, "normalizer": None, "validate": None},
     "log_softmax": {"logit_scale": None, "logit_softcap": None},
 }

@@ -67,10 +67,11 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     parameters = []
     for tensor in (operands.logits, *call.head):
         # The autocast that is on now need not be on when the operator runs.
-        cast = tensor is not None and arrays.autocast_product("torch", tensor.dtype, tensor)
-        parameters.append(tensor.to(cast) if cast else tensor)
+        dtype = None if tensor is None else arrays.autocast_product("torch", tensor.dtype, tensor)
+        is_cast = dtype is not None and dtype != tensor.dtype
+        parameters.append(tensor.to(dtype) if is_cast else tensor)
     normalizer, cotangent = (
-        _tensor(number, operands.logits) for number in (operands.normalizer, operands.grad_output)
+        _tensor(number, call) for number in (operands.normalizer, operands.grad_output)
     )
     options = _Options(
         *wanted,
@@ -88,11 +89,12 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     return *parameters, *rest, *options
 
 
-def _tensor(number: Any, like: Any) -> Any:
+def _tensor(number: Any, call: Call) -> Any:
     """Give a number as a tensor, which does not become a constant of the graph."""
     if not isinstance(number, float):
         return number
-    return torch.ones((), dtype=torch.float64, device=like.device) * number
+    device = call.operands.logits.device
+    return torch.ones((), dtype=call.whole.row_dtype, device=device) * number
 
 
 def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
@@ -126,17 +128,17 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
 def _compute(*arguments: Any) -> tuple[Any, ...]:
     call, wanted = _described(arguments)
     if not any(wanted):
-        return compute.loss(call), *_filled(arguments[0], NONE, None)
+        return compute.loss(call), *_filled(call, Gradients(None, None, None), None)
     result, sums, factor = compute.loss_and_sums(call, wanted)
-    return result, *_filled(arguments[0], sums, factor)
+    return result, *_filled(call, sums, factor)
 
 
-def _filled(like: Any, sums: Gradients, factor: Any) -> list[Any]:
+def _filled(call: Call, sums: Gradients, factor: Any) -> list[Any]:
     """Give results as an operator does, an empty tensor for what is not there."""
+    like = call.operands.logits
     if isinstance(factor, float):
-        factor = like.new_full((), factor, dtype=torch.float64)
-    given = (*(array if isinstance(array, torch.Tensor) else None for array in sums), factor)
-    return [like.new_empty(0) if array is None else array for array in given]
+        factor = like.new_full((), factor, dtype=call.whole.row_dtype)
+    return [like.new_empty(0) if array is None else array for array in (*sums, factor)]
 
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
@@ -152,9 +154,9 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
         )
     )
     late = any(wanted) and call.rounds_gradient and whole.reduction != "none"
-    factor = like.new_empty((), dtype=torch.float64) if late else None
+    factor = like.new_empty((), dtype=whole.row_dtype) if late else None
     shape = whole.row_shape if whole.reduction == "none" else ()
-    return like.new_empty(shape, dtype=whole.result_dtype), *_filled(like, sums, factor)
+    return like.new_empty(shape, dtype=whole.result_dtype), *_filled(call, sums, factor)
 
 
 def _finished(
