@@ -39,7 +39,7 @@ MOST = {
 }  # fmt: skip
 # And how many of the cases of a head.
 MOST_LINEAR = {
-    "jax-x32": 6, "jax-x64": 6, "dask": 20, "cupy-emulated": 8, "triton": 8, "ndonnx": 4,
+    "jax-x32": 4, "jax-x64": 4, "dask": 20, "cupy-emulated": 8, "triton": 8, "ndonnx": 4,
     "cubed": 3, "mlx": 20, "mparray": 20, "marray": 20,
 }  # fmt: skip
 # Where the gradient of the logits is multiplied in 16 bits.
@@ -104,7 +104,10 @@ def test_exact_answers(backend: Backend, backend_name: str) -> None:
         among = None if most is None else few_linear(library.floats, most)
 
         def suited(case: LinearCase, library: str = library.name, among: Any = among) -> bool:
-            return not unsuited(case.of_logits, library) and (among is None or among(case))
+            # A sum over no features is one as well.
+            masked = library.startswith("marray") and case.input.size == 0
+            suits = not masked and not unsuited(case.of_logits, library)
+            return suits and (among is None or among(case))
 
         print(check_linear(name, library, chosen=suited, wrap=WRAPPERS.get(library.name)))
 
@@ -113,7 +116,7 @@ def test_exact_answers(backend: Backend, backend_name: str) -> None:
 def test_exact_answers_under_jit(backend: Backend) -> None:
     import jax
 
-    among = None if FULL else few_linear(backend.floats, 4)
+    among = None if FULL else few_linear(backend.floats, 3)
     print(check_linear(None, backend, chosen=among, wrap=jax.jit))
 
 

@@ -23,7 +23,13 @@ arguments go is told in `_arguments`:
 - NumPy arrays are no operands: TypeError, "Unsupported type" (`_core/_scalar.pyx`).
 - Operands of a kernel of CuPy's own that lie on another device are a ValueError where the devices
   cannot reach each other (`_core/_kernel.pyx` `_check_peer_access`), as those here cannot.
-- `get`, and all that tells Python a value, waits for the device.
+- An operand that shares memory with `out`, but is another object, is copied (`_core/_kernel.pyx`
+  `_copy_in_args_if_needed`).
+- `where` has no kernel for bfloat16 and gives float32 (`_sorting/search.py`).
+- `get`, and all that tells Python a value, waits for the device; so do `nonzero` and a mask as an
+  index, for their result's size (`_core/_routines_indexing.pyx`).
+
+Matrix products are told of in `_products`.
 """
 
 from . import _functions, cuda, emulation, fft, linalg
@@ -53,6 +59,7 @@ from ._functions import (
     zeros_like,
 )
 from ._ndarray import ndarray
+from ._products import matmul
 from ._raw import RawKernel, RawModule
 
 __version__ = "14.2.0+emulated"
@@ -83,6 +90,7 @@ __all__ = [  # noqa: PLE0604
     "get_array_module",
     "linalg",
     "linspace",
+    "matmul",
     "may_share_memory",
     "ndarray",
     "ones",

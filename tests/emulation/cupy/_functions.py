@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import emulation
+from . import _products, emulation
 from ._ndarray import check_device, elementwise, like, ndarray, unwrap, wrap
 from .cuda import device
 
@@ -25,11 +25,13 @@ UFUNCS = (
 FUNCTIONS = (
     "all allclose amax amin any argmax argmin argsort argwhere around array_equal atleast_1d "
     "atleast_2d average bincount broadcast_arrays concatenate count_nonzero cumprod cumsum "
-    "diag diff dot einsum expand_dims flip hstack isclose matmul max mean median meshgrid min "
-    "moveaxis nan_to_num nanmax nansum nonzero outer partition percentile prod ravel repeat "
+    "diag diff dot einsum expand_dims flip hstack isclose max mean median meshgrid min moveaxis "
+    "nan_to_num nanmax nansum nonzero outer partition percentile prod ravel repeat "
     "reshape roll rollaxis round searchsorted sort split squeeze stack std sum swapaxes take "
     "take_along_axis tensordot tile trace transpose tril triu unique var vdot vecdot vstack"
 )
+# What the result's shape depends on is read first.
+WAIT = ("argwhere", "nonzero", "unique")
 # Neither makes an array.
 PLAIN = (
     "bool_ broadcast_shapes can_cast complex128 complex64 complexfloating dtype e euler_gamma "
@@ -59,6 +61,7 @@ def _lifted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             raise TypeError(f"{name} takes arrays of cupy, got {[type(value) for value in args]}")
         with np.errstate(all="ignore"):
             result = function(*raw, **raw_options)
+        emulation.synchronizations += name in WAIT
         if out is None:
             return wrap(result, *sources)
         np.copyto(unwrap(out), result, casting="unsafe")
@@ -85,7 +88,7 @@ def add_methods() -> None:
         *("nonzero", "prod", "repeat", "round", "std", "sum", "take", "trace", "var"),
     ):
         setattr(ndarray, name, _lifted(getattr(np, name), name))
-    ndarray.__matmul__ = _lifted(np.matmul, "matmul")  # type: ignore[attr-defined]
+    ndarray.__matmul__ = _products.matmul  # type: ignore[attr-defined]
     ndarray.conj = elementwise(np.conjugate, "conjugate")  # type: ignore[attr-defined]
 
 
@@ -244,8 +247,16 @@ def where(condition: ndarray, x: Any = None, y: Any = None) -> Any:
     if not isinstance(condition, ndarray):
         raise TypeError(f"Unsupported type {type(condition)}")
     if x is None or y is None:
+        emulation.synchronizations += 1
         return wrap(unwrap(condition).nonzero())
-    return wrap(np.where(unwrap(condition), unwrap(x), unwrap(y)))
+    return wrap(np.where(unwrap(condition), _choice(x), _choice(y)))
+
+
+def _choice(value: Any) -> Any:
+    raw = unwrap(value)
+    is_array = isinstance(raw, np.ndarray | np.generic)
+    # For which CuPy has no kernel, and takes the next.
+    return raw.astype(np.float32) if is_array and raw.dtype.name == "bfloat16" else raw
 
 
 def clip(a: ndarray, a_min: Any = None, a_max: Any = None, out: Any = None) -> ndarray:

@@ -36,7 +36,12 @@ class Memory:
         self.ptr = self.address if size else 0
         self._behind = bytes(self._all[GUARD + size :])
         emulation.allocations.append(size)
+        emulation.held += size
+        emulation.most_held = max(emulation.most_held, emulation.held)
         _live.add(self)
+
+    def __del__(self) -> None:
+        emulation.held -= self.size
 
     @property
     def values(self) -> np.ndarray:

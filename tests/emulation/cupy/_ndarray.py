@@ -195,16 +195,14 @@ class ndarray:
         return (self[i] for i in range(self.shape[0]))
 
     def __getitem__(self, key: Any) -> ndarray:
-        parts = key if isinstance(key, tuple) else (key,)
-        raw = tuple(unwrap(part, "index") for part in parts)
+        raw = _index(key)
         if not any(isinstance(part, np.ndarray | list) for part in raw):
             # An array even where NumPy would give a scalar.
             raw = raw if Ellipsis in raw else (*raw, Ellipsis)
         return wrap(self._array[raw], self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        parts = key if isinstance(key, tuple) else (key,)
-        raw = tuple(unwrap(part, "index") for part in parts)
+        raw = _index(key)
         if isinstance(value, np.ndarray):
             if value.shape != ():
                 raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
@@ -285,6 +283,14 @@ class ndarray:
         return wrap(self._array.squeeze(axis), self)
 
 
+def _index(key: Any) -> tuple[Any, ...]:
+    """Give a key as NumPy takes it. How many entries a mask chooses is read first, which waits."""
+    parts = key if isinstance(key, tuple) else (key,)
+    raw = tuple(unwrap(part, "index") for part in parts)
+    emulation.synchronizations += any(getattr(part, "dtype", None) == np.bool_ for part in raw)
+    return raw
+
+
 def check_device(array: ndarray) -> None:
     """Refuse an array that a kernel on the current device could not reach."""
     here, there = device.get_device_id(), array._memory.device_id
@@ -342,8 +348,12 @@ def elementwise(ufunc: Callable[..., Any], name: str) -> Callable[..., Any]:
                 return wrap(result)
             if not isinstance(out, ndarray):
                 raise TypeError("Output arguments type must be cupy.ndarray")
-            if np.broadcast_shapes(*(np.shape(value) for value in raw)) != out.shape:
+            if np.broadcast_shapes(out.shape, *(np.shape(value) for value in raw)) != out.shape:
                 raise ValueError("Out shape is mismatched")
+            for one in inputs:
+                is_other = isinstance(one, ndarray) and one is not out
+                if is_other and np.may_share_memory(one._array, out._array):
+                    one.copy()
             ufunc(*raw, out=unwrap(out), **options)
         if out.size:
             emulation.other_kernels += 1

@@ -29,9 +29,24 @@ class Launch(NamedTuple):
     options: tuple[str, ...]
 
 
+class Product(NamedTuple):
+    """An m by k matrix multiplied by a k by n one."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+
 launches: list[Launch] = []
+products: list[Product] = []
+"""What cuBLAS would have been asked for."""
 allocations: list[int] = []
 """The bytes of every array that was made, whatever made it."""
+held = 0
+"""The bytes of all arrays that are there."""
+most_held = 0
+"""The most that they were at a time."""
 synchronizations = 0
 """How often the host waited for the device, or would have."""
 other_kernels = 0
@@ -55,8 +70,10 @@ _here = sys.modules[__name__]
 def reset() -> None:
     """Forget what was done, and run kernels as if nothing had been set."""
     launches.clear()
+    products.clear()
     allocations.clear()
     _here.synchronizations = _here.other_kernels = _here.seed = 0
+    _here.most_held = held
     _here.flushes = IN_FLOAT32
     _here.defines = ()
     wanted = os.environ.get("POLYCE_EMULATION_ORDER", "cycle")
