@@ -121,7 +121,9 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
         of_input=empty((cut.rows, features)) if wanted.input and kept is not None else None,
         ones=empty((1, cut.rows), whole.logits_dtype) if wanted.linear_bias else None,
         scratch=(
-            empty((max(cut.rows, cut.classes) * max(features, 1),)) if own.has_scratch else None
+            empty((max(cut.rows, cut.classes) * max(features, 1),))
+            if own.has_scratch and any(wanted) and (cut.count > 1 or cut.classes < classes)
+            else None
         ),
     )
     if back.ones is not None:
