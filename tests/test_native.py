@@ -238,3 +238,11 @@ def test_rows_of_many_blocks(settings: Any, options: dict[str, Any], order: str)
 def test_log_softmax_of_nothing(shape: tuple[int, ...]) -> None:
     result = polyce.log_softmax(np.zeros(shape, np.float32))
     assert (result.shape, result.dtype) == (shape, np.float32)
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_rows_without_classes_read_no_memory_of_others(name: str) -> None:
+    nothing = np.zeros((5, 0), name)
+    del [np.full(size, np.nan) for size in range(1, 4000, 7)][:]  # freed, and full of nans
+    loss = polyce.cross_entropy(nothing, nothing, reduction="none", implementation="native")
+    np.testing.assert_array_equal(loss, np.zeros(5))

@@ -248,7 +248,7 @@ struct Across : Tile<T> {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.rest_max[i] = -infinity<T>;
             lane.pivot_logit[i] = T(0);
-            lane.rest_sum[i] = lane.rest_coefficient[i] = 0.0;
+            lane.rest_sum[i] = lane.rest_coefficient[i] = lane.pivot_coefficient[i] = 0.0;
             lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
             lane.first[i] = 0;
         });

@@ -12,6 +12,8 @@ from .conformance import Functions, Report, check_implementation
 from .dtypes import missing
 from .dump import dump, read
 from .grid import GROUPS, cases
+from .linear import check_linear, grid_functions
+from .linear_cases import LinearCase, linear_cases
 from .oracle import Answer, ExactStats, exact_answer
 from .tolerances import (
     ACCURACY,
@@ -35,18 +37,22 @@ __all__ = [
     "Case",
     "ExactStats",
     "Functions",
+    "LinearCase",
     "Report",
     "Transformed",
     "accuracy",
     "arrange",
     "cases",
     "check_implementation",
+    "check_linear",
     "compare",
     "dask",
     "dump",
     "exact_answer",
     "get_backend",
     "grad_tolerance",
+    "grid_functions",
+    "linear_cases",
     "loss_tolerance",
     "missing",
     "read",
