@@ -30,6 +30,9 @@ everywhere = pytest.mark.only(
     "cupy-emulated", "triton", *TIER_2,
 )  # fmt: skip
 
+# jax compiles each call anew, and its widths differ in the exact answers alone.
+once = pytest.mark.only("numpy", "strict", "torch", "jax-x32", "dask")
+
 # How many cases of a group stand for it; no number where each takes less than a millisecond.
 MOST = {
     "numpy": 4 if FEW else None,
@@ -192,6 +195,7 @@ def equal(got: list[Any], want: list[Any]) -> None:
             np.testing.assert_array_equal(one, other)
 
 
+@once
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_it_is_the_loss_of_the_product(backend: Backend, reduction: str, kind: str) -> None:
@@ -202,6 +206,7 @@ def test_it_is_the_loss_of_the_product(backend: Backend, reduction: str, kind: s
     close(got, textbook(target=target, **options))
 
 
+@once
 def test_chunks_make_no_difference(backend: Backend) -> None:
     want = textbook(linear_bias=BIAS, z_loss=0.01)
     sizes = [4, 100] if backend.name == "jax" else [1, 2, 4, N - 1, N, N + 1, 100, np.int64(3)]
@@ -209,6 +214,7 @@ def test_chunks_make_no_difference(backend: Backend) -> None:
         close(result(backend, linear_bias=BIAS, z_loss=0.01, chunk_size=chunk_size), want)
 
 
+@once
 @pytest.mark.parametrize("shape", [(1, N), (N, 1), (N, 1, 1)])
 def test_leading_axes_are_rows(backend: Backend, shape: tuple[int, ...]) -> None:
     hidden, labels = HIDDEN.reshape(*shape, F), LABELS.reshape(shape)
@@ -219,6 +225,7 @@ def test_leading_axes_are_rows(backend: Backend, shape: tuple[int, ...]) -> None
         close(got[:3], textbook(hidden, target=target, **options)[:3])
 
 
+@once
 def test_one_row_may_have_no_axis(backend: Backend) -> None:
     want = textbook(HIDDEN[0], target=LABELS[0], linear_bias=BIAS)
     for target in (LABELS[0].reshape(()), LABELS[:1].copy()):
@@ -230,6 +237,7 @@ def test_one_row_may_have_no_axis(backend: Backend) -> None:
     close(result(backend, HIDDEN[:1].copy(), target=LABELS[:1].copy()), [*one, None])
 
 
+@once
 def test_no_rows(backend: Backend) -> None:
     for reduction, want in (("none", np.zeros(0)), ("sum", 0.0), ("mean", np.nan)):
         for target in (LABELS[:0].copy(), SOFT[:0].copy()):
@@ -238,6 +246,7 @@ def test_no_rows(backend: Backend) -> None:
             equal(got, [want, np.zeros((0, F)), np.zeros((C, F)), np.zeros(C)])
 
 
+@once
 def test_any_memory_layout(backend: Backend) -> None:
     want = textbook(linear_bias=BIAS)
     wide = np.full((N, 2 * F), np.nan, np.float32)
@@ -254,6 +263,7 @@ def test_any_memory_layout(backend: Backend) -> None:
         close(got, want)
 
 
+@once
 def test_wrt_names_what_is_computed(backend: Backend) -> None:
     for bias in (BIAS, None):
         every = result(backend, linear_bias=bias, chunk_size=4)
@@ -272,6 +282,7 @@ def test_wrt_names_what_is_computed(backend: Backend) -> None:
             equal(result(backend, linear_bias=bias, wrt=wrt, chunk_size=4), [every[0], *want])
 
 
+@once
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_does_not_count_may_hold_anything(backend: Backend, value: float) -> None:
     counts = np.ones(N, np.float32)
@@ -302,6 +313,7 @@ def test_float16_is_computed_in_float32(backend: Backend) -> None:
         equal(got, [array.astype(np.float16) for array in want])
 
 
+@once
 def test_results_have_the_dtypes_of_their_arrays(backend: Backend) -> None:
     for i, name in enumerate(backend.floats):
         *given, soft, bias = (array.astype(dtype(name)) for array in (HIDDEN, HEAD, SOFT, BIAS))
@@ -313,6 +325,7 @@ def test_results_have_the_dtypes_of_their_arrays(backend: Backend) -> None:
     assert [a.dtype.name for a in got] == [backend.floats[-1], *["float32"] * 3]
 
 
+@once
 def test_no_argument_is_changed(backend: Backend) -> None:
     arrays = {
         "hidden": HIDDEN, "head": HEAD, "target": LABELS, "linear_bias": BIAS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import polyce
+from test_dask_blocks import most_at_once, plan, tasks
 
 pytestmark = pytest.mark.only("dask")
 
@@ -72,6 +74,254 @@ def test_more_axes_probabilities_and_sample_weights(da: Any) -> None:
     np.testing.assert_allclose(loss.compute(), want, rtol=1e-12)
     for got, expected in zip(found, gradients, strict=True):
         np.testing.assert_allclose(got.compute(), expected, rtol=1e-10, atol=1e-14)
+
+
+# Against the unfused loss of NumPy's product.
+
+FACTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "weighted": {"label_smoothing": 0.1, "weight": True},
+    "sampled": {"sample_weight": True, "normalizer": 3.0, "z_loss": 0.1},
+    "capped": {"logit_softcap": 2.0, "logit_scale": 0.5, "weight": True, "sample_weight": True},
+}
+CUTS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "one": ((6,), (4,), (F,)),
+    "rows": ((1, 2, 3), (4,), (F,)),
+    "axes": ((5, 1), (1, 3), (F,)),
+    "every": ((2, 4), (2, 1, 1), (4, 2)),
+    "empty": ((2, 0, 4), (0, 4), (F,)),
+}
+
+
+def product(rng: Any, kind: str, shape: tuple[int, ...] = (6, 4)) -> tuple[Any, ...]:
+    """Give hidden states, head, bias and target, of which a few rows at one end are ignored."""
+    x, w, b = (rng.standard_normal(size) for size in ((*shape, F), (C, F), (C,)))
+    target = rng.integers(0, C, shape)
+    target[4:, 1:] = -100
+    return x, w, b, rng.dirichlet(np.ones(C), shape) if kind == "probability" else target
+
+
+def textbook(x: Any, w: Any, b: Any, target: Any, **options: Any) -> list[Any]:
+    loss, grad = polyce.cross_entropy_with_grad(x @ w.T + b, target, axis=-1, **options)
+    flat = grad.reshape(-1, C)
+    return [loss, grad @ w, flat.T @ x.reshape(-1, F), flat.sum(axis=0)]
+
+
+def close(got: Any, want: Any) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == np.shape(other)
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("name", FACTS)
+def test_any_cuts_give_the_loss_of_the_product(da: Any, name: str, kind: str, cuts: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = product(rng, kind)
+    for reduction in ("none", "mean", "sum"):
+        options = FACTS[name] | {"reduction": reduction}
+        if reduction != "mean":
+            options.pop("normalizer", None)
+        extra = {"grad_output": rng.random((6, 4) if reduction == "none" else ())}
+        extra |= {"weight": rng.random(C)} if options.pop("weight", False) else {}
+        # Some rows have a weight of 0.
+        extra |= (
+            {"sample_weight": rng.integers(0, 3, (6, 4)) / 2}
+            if options.pop("sample_weight", False)
+            else {}
+        )
+        want = textbook(*arrays, **options, **extra)
+        x, w, b, target = (
+            da.from_array(array, chunks=chunks)
+            for array, chunks in zip(arrays, (CUTS[cuts], (4, 5), 3, 3), strict=True)
+        )
+        cut = {key: da.from_array(array, chunks=2) for key, array in extra.items()}
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            x, w, target, linear_bias=b, chunk_size=2, **options, **cut
+        )
+        assert (found[0].chunks, [a.shape for a in found[1:]]) == (x.chunks, [(C, F), (C,)])
+        close(da.compute(loss, *found), want)
+        cut.pop("grad_output")
+        alone = polyce.linear_cross_entropy(x, w, target, linear_bias=b, **options, **cut)
+        close([alone.compute()], want[:1])
+
+
+@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
+def test_every_result_can_be_computed_and_used_alone(da: Any, scheduler: str) -> None:
+    arrays = product(np.random.default_rng(0), "index")
+    for reduction in ("none", "mean"):
+        want = textbook(*arrays, reduction=reduction)
+        x, w, b, target = (da.from_array(array, chunks=3) for array in arrays)
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            x, w, target, linear_bias=b, reduction=reduction
+        )
+        for one, other in zip((loss, *found), want, strict=True):
+            close([one.compute(scheduler=scheduler)], [other])
+            total = abs(one * 2.0).sum().compute(scheduler=scheduler)
+            close([total], [abs(other * 2.0).sum()])
+
+
+def test_the_denominator_is_that_of_all_blocks(da: Any) -> None:
+    """Blocks of which one has no row that counts, and the others have unlike weights."""
+    x, w, b, target = product(np.random.default_rng(0), "index", (6,))
+    target[:2] = -100
+    weight = np.arange(1.0, C + 1)
+    for options in ({}, {"weight": weight}, {"sample_weight": np.arange(6.0)}):
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            da.from_array(x, chunks=(2, F)), w, target, linear_bias=b, **options
+        )
+        close(da.compute(loss, *found), textbook(x, w, b, target, **options))
+    nothing = da.full(6, -100, chunks=2)
+    loss, found = polyce.linear_cross_entropy_with_grad(
+        da.from_array(x, chunks=(2, F)), w, nothing, linear_bias=b
+    )
+    assert np.isnan(loss.compute())
+    close(da.compute(*found), [np.zeros_like(array) for array in (x, w, b)])
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_left_out_rows_may_hold_anything(da: Any, value: float) -> None:
+    x, w, b, target = product(np.random.default_rng(0), "index")
+    clean = np.where(target[..., None] < 0, 0.0, x)
+    spoilt = np.where(target[..., None] < 0, value, x)
+    for reduction in ("none", "mean", "sum"):
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            da.from_array(spoilt, chunks=2), w, target, linear_bias=b, reduction=reduction
+        )
+        close(da.compute(loss, *found), textbook(clean, w, b, target, reduction=reduction))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_no_rows(da: Any, kind: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.random((*shape, F)), rng.random((C, F)), rng.random(C)]
+    target = rng.random((*shape, C)) if kind == "probability" else np.zeros(shape, int)
+    x, w, b, target = (da.from_array(array, chunks=2) for array in (*arrays, target))
+    zeros = [np.zeros_like(array) for array in arrays]
+    for reduction, want in (
+        ("none", np.zeros(shape)),
+        ("mean", np.float64(np.nan)),
+        ("sum", np.float64(0)),
+    ):
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            x, w, target, linear_bias=b, reduction=reduction
+        )
+        close(da.compute(loss, *found), [want, *zeros])
+
+
+# What is run, and when
+
+
+def test_nothing_is_computed_by_the_call(da: Any) -> None:
+    def fail(block: Any) -> Any:
+        raise RuntimeError("computed")
+
+    arrays = [
+        da.from_array(array, chunks=3) for array in product(np.random.default_rng(0), "index")
+    ]
+    x, w, b, target = (
+        da.map_blocks(fail, array, dtype=array.dtype, meta=array._meta) for array in arrays
+    )
+    for reduction in ("mean", "none"):
+        loss, found = polyce.linear_cross_entropy_with_grad(
+            x, w, target, linear_bias=b, reduction=reduction
+        )
+        assert [array.shape for array in found] == [x.shape, w.shape, b.shape]
+        for each in (loss, *found):
+            with pytest.raises(RuntimeError, match="computed"):
+                each.compute()
+
+
+def many(da: Any, blocks: int, **options: Any) -> Any:
+    x = da.zeros((4 * blocks, F), chunks=(4, F), dtype=np.float32)
+    target = da.zeros(4 * blocks, chunks=4, dtype=np.int64)
+    head = da.zeros((C, F), dtype=np.float32)
+    loss, found = polyce.linear_cross_entropy_with_grad(x, head, target, **options)
+    return loss, *(array for array in found if array is not None)
+
+
+def test_the_tasks_of_a_block_are_few(da: Any) -> None:
+    # Hidden states, labels, what they weigh, the block itself, and to take each of its three
+    # results; one to add up two heads, and for all blocks a few more.
+    blocks = 32
+    for reduction in ("mean", "none"):
+        assert len(tasks(many(da, blocks, reduction=reduction))) <= 8 * blocks + blocks // 2
+        assert (
+            len(tasks(many(da, blocks, reduction=reduction, wrt="input")))
+            <= 6 * blocks + blocks // 2
+        )
+    assert len(tasks(many(da, blocks, reduction="sum", wrt=()))) <= 3 * blocks + blocks // 2
+
+
+def test_few_copies_of_the_heads_gradient_are_there_at_once(da: Any) -> None:
+    loss, d_input, d_head = many(da, 64)
+    # What is used as it comes; were it kept, so would be the blocks' other results.
+    used = d_input.map_blocks(np.max, chunks=(1, 1), meta=np.empty((0, 0)))
+    graph = plan((loss, used, d_head))
+    assert most_at_once(graph, ("polyce-linear",)) <= 4
+
+
+def test_the_same_call_gives_the_same_names_and_so_runs_once(da: Any) -> None:
+    x, w, target = lazy(da)
+    calls = [polyce.linear_cross_entropy_with_grad(x, w, target) for _ in range(2)]
+    others = [
+        polyce.linear_cross_entropy_with_grad(x, w, target, **options)
+        for options in ({"label_smoothing": 0.1}, {"chunk_size": 3}, {"wrt": "input"})
+    ]
+    names = [[array.name for array in (loss, found[0])] for loss, found in (*calls, *others)]
+    assert names[0] == names[1]
+    assert not any(set(names[0]) & set(each) for each in names[2:4])
+
+
+def test_the_same_bits_for_any_number_of_threads(da: Any) -> None:
+    x, w, target = lazy(da, ((3,) * 10, (F,)))
+
+    def bits(**config: Any) -> list[bytes]:
+        loss, (d_x, d_w, _) = polyce.linear_cross_entropy_with_grad(x, w, target)
+        return [array.tobytes() for array in da.compute(loss, d_x, d_w, **config)]
+
+    first = bits(scheduler="synchronous")
+    for workers in (1, 4, 4):
+        assert bits(scheduler="threads", num_workers=workers) == first
+
+
+def test_a_graph_can_be_sent_and_run_elsewhere(da: Any) -> None:
+    import cloudpickle
+
+    arrays = product(np.random.default_rng(0), "index")
+    x, w, b, target = (da.from_array(array, chunks=3) for array in arrays)
+    loss, found = polyce.linear_cross_entropy_with_grad(x, w, target, linear_bias=b)
+    for dump in (pickle.dumps, cloudpickle.dumps):
+        sent = pickle.loads(dump((loss, *found)))
+        close(
+            da.compute(*sent, scheduler="processes", num_workers=1)
+            if dump is pickle.dumps
+            else da.compute(*sent),
+            textbook(*arrays),
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_chunk_is_made_once_for_all_results(da: Any, reduction: str) -> None:
+    made: list[tuple[int, ...]] = []
+
+    def make(block_info: Any = None) -> Any:
+        made.append(tuple(block_info[None]["chunk-location"]))
+        return np.zeros(block_info[None]["chunk-shape"], np.float32)
+
+    cuts = ((4, 4, 2), (F,))
+    x = da.map_blocks(make, chunks=cuts, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    loss, found = polyce.linear_cross_entropy_with_grad(
+        x,
+        da.zeros((C, F), dtype=np.float32),
+        da.zeros(10, chunks=4, dtype=np.int64),
+        linear_bias=da.zeros(C, dtype=np.float32),
+        reduction=reduction,
+    )
+    da.compute(loss, *found)
+    assert sorted(made) == list(itertools.product(*map(range, x.numblocks)))
 
 
 def test_each_block_is_computed_once_and_can_be_sent(

@@ -73,7 +73,7 @@ def _row_losses_jvp(
         # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
         rows_tangent = jnp.where(plan.counted, rows_tangent, 0.0)
     # The state carries no derivative: what is differentiated again starts from the logits.
-    return result, (rows_tangent, *jax.tree.map(_no_tangent, result[1:]))
+    return result, (rows_tangent, *jax.tree.map(no_tangent, result[1:]))
 
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:
@@ -155,7 +155,8 @@ def _is_float(array: Any) -> bool:
     return hasattr(array, "dtype") and bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def _no_tangent(array: Any) -> Any:
+def no_tangent(array: Any) -> Any:
+    """Give the tangent of what has none."""
     if _is_float(array):
         return jnp.zeros_like(array)
     return np.zeros(array.shape, jax.dtypes.float0)

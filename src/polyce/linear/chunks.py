@@ -102,9 +102,20 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
         rows = min(max(_down(fits, limits.multiple), limits.fewest), limits.most)
         count = max(-(-total // rows), 1)
         rows = min(_up(-(-total // count), limits.multiple), rows)
+        if problem.backend == "jax":
+            rows = _without_rest(total, count) or rows
     rows = max(min(rows, total), 1)
     classes = max(limits.block_bytes // ((features + rows) * itemsize), 1)
     return Chunks(total, rows, max(min(_up(classes, _CLASSES), problem.classes), 1))
+
+
+def _without_rest(total: int, count: int) -> int:
+    """Give the rows of equal chunks, of so many or some more; 0 where there are none.
+
+    XLA would keep memory for a last, smaller one beside that of the others.
+    """
+    equal = (total // more for more in range(count, 2 * count + 1) if total % more == 0)
+    return next(equal, 0)
 
 
 def _itemsize(problem: Problem) -> int:
@@ -124,8 +135,9 @@ def limits_of(problem: Problem) -> Limits:
 def told(problem: Problem, cut: Chunks) -> str:
     """Say how a call is cut, what that takes, and what speaks for all logits at once."""
     row = problem.classes * _itemsize(problem) / 1e6
+    many = "chunk" if cut.count == 1 else "chunks"
     return (
-        f"{cut.count} chunks of {cut.rows} rows: {cut.rows * row:.0f} MB of logits at a time, not "
+        f"{cut.count} {many} of {cut.rows} rows: {cut.rows * row:.0f} MB of logits at a time, not "
         f"{cut.total * row:.0f}; {advice(problem, cut)}"
     )
 

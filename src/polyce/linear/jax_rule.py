@@ -27,7 +27,9 @@ def loss(call: Call) -> Any:
     plan = call.plan
     call = _with_plain_labels(call)
     if whole.reduction == "none":
-        rows = _rows(call)
+        hidden, *head = _inputs(call)
+        operands = _constant(_rest(call))._replace(logits=hidden)
+        rows = _rows(call.without_arrays(), operands, Head(*head))
         return arrays.cast(jnp, jnp.reshape(rows, whole.row_shape), whole.result_dtype)
     total = _total(call.without_arrays(), *_inputs(call), _rest(call))
     if whole.reduction == "mean":
@@ -179,13 +181,27 @@ def _is_constant(tangent: Any) -> bool:
     return autograd_jax.is_constant(tangent) or is_float0
 
 
-def _rows(call: Call) -> Any:
+@jax.custom_jvp
+def _constant(rest: Operands) -> Operands:
+    """Give arrays that no derivative may come through."""
+    return rest
+
+
+@partial(_constant.defjvp, symbolic_zeros=True)
+def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (rest,), (of_rest,) = primals, tangents
+    _refuse(of_rest)
+    return rest, jax.tree.map(autograd_jax.no_tangent, rest)
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _rows(facts: Call, operands: Operands, head: Head) -> Any:
     """Give the rows' losses, whose derivatives compute each chunk's logits again."""
-    weight = call.head.weight
+    call = replace(facts, operands=operands, head=head)
     # The gradient adds up in what goes into the scan.
-    weight = arrays.cast(jnp, weight, call.sum_dtype)
+    weight = arrays.cast(jnp, head.weight, call.sum_dtype)
     of_rows = (call.hidden, call.target, call.sample_weight)
-    of_all = (call.operands.weight, weight, call.head.bias)
+    of_all = (operands.weight, weight, head.bias)
     full, tail = _spans(call)
     size = min(call.chunks.rows, call.chunks.total)
 
@@ -208,4 +224,6 @@ def _rows(call: Call) -> Any:
 
     _, rows = jax.lax.scan(one, None, jnp.arange(full))
     rows = _flat(rows)
-    return jnp.concatenate([rows, step(full * size, tail, *of_rows, *of_all)]) if tail else rows
+    if tail:
+        rows = jnp.concatenate([rows, step(full * size, tail, *of_rows, *of_all)])
+    return rows
