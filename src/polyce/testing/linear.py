@@ -36,7 +36,7 @@ def grid_functions(chunks: int | None = None) -> Functions:
     """Return the functions of a linear head in the place of those that the grid is about.
 
     A case's logits are the hidden states and the weight is the identity, so that the products are
-    exact. `polyce.testing.linear.leave_out` names the cases for which they are not. The head
+    exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. The head
     returns no stats: those that a case asks for are `polyce.cross_entropy`'s.
 
     Parameters
