@@ -93,12 +93,12 @@ CUTS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def product(rng: Any, kind: str, shape: tuple[int, ...] = (6, 4)) -> tuple[Any, ...]:
+def product(rng: Any, kind: str = "index") -> tuple[Any, ...]:
     """Give hidden states, head, bias and target, of which a few rows at one end are ignored."""
-    x, w, b = (rng.standard_normal(size) for size in ((*shape, F), (C, F), (C,)))
-    target = rng.integers(0, C, shape)
+    x, w, b = (rng.standard_normal(size) for size in ((6, 4, F), (C, F), (C,)))
+    target = rng.integers(0, C, (6, 4))
     target[4:, 1:] = -100
-    return x, w, b, rng.dirichlet(np.ones(C), shape) if kind == "probability" else target
+    return x, w, b, rng.dirichlet(np.ones(C), (6, 4)) if kind == "probability" else target
 
 
 def textbook(x: Any, w: Any, b: Any, target: Any, **options: Any) -> list[Any]:
@@ -149,7 +149,7 @@ def test_any_cuts_give_the_loss_of_the_product(da: Any, name: str, kind: str, cu
 
 @pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
 def test_every_result_can_be_computed_and_used_alone(da: Any, scheduler: str) -> None:
-    arrays = product(np.random.default_rng(0), "index")
+    arrays = product(np.random.default_rng(0))
     for reduction in ("none", "mean"):
         want = textbook(*arrays, reduction=reduction)
         x, w, b, target = (da.from_array(array, chunks=3) for array in arrays)
@@ -162,10 +162,13 @@ def test_every_result_can_be_computed_and_used_alone(da: Any, scheduler: str) ->
             close([total], [abs(other * 2.0).sum()])
 
 
+# dask itself divides, on a thread of its own, as it does for cross_entropy.
+@pytest.mark.filterwarnings("ignore:.*in scalar divide:RuntimeWarning")
 def test_the_denominator_is_that_of_all_blocks(da: Any) -> None:
     """Blocks of which one has no row that counts, and the others have unlike weights."""
-    x, w, b, target = product(np.random.default_rng(0), "index", (6,))
-    target[:2] = -100
+    x, w, b, _ = product(np.random.default_rng(0))
+    x = x[:, 0]
+    target = np.array([-100, -100, 3, 1, -100, 9])
     weight = np.arange(1.0, C + 1)
     for options in ({}, {"weight": weight}, {"sample_weight": np.arange(6.0)}):
         loss, found = polyce.linear_cross_entropy_with_grad(
@@ -182,7 +185,7 @@ def test_the_denominator_is_that_of_all_blocks(da: Any) -> None:
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_left_out_rows_may_hold_anything(da: Any, value: float) -> None:
-    x, w, b, target = product(np.random.default_rng(0), "index")
+    x, w, b, target = product(np.random.default_rng(0))
     clean = np.where(target[..., None] < 0, 0.0, x)
     spoilt = np.where(target[..., None] < 0, value, x)
     for reduction in ("none", "mean", "sum"):
@@ -192,6 +195,8 @@ def test_left_out_rows_may_hold_anything(da: Any, value: float) -> None:
         close(da.compute(loss, *found), textbook(clean, w, b, target, reduction=reduction))
 
 
+# dask itself divides, on a thread of its own, as it does for cross_entropy.
+@pytest.mark.filterwarnings("ignore:.*in scalar divide:RuntimeWarning")
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_no_rows(da: Any, kind: str, shape: tuple[int, ...]) -> None:
@@ -218,9 +223,7 @@ def test_nothing_is_computed_by_the_call(da: Any) -> None:
     def fail(block: Any) -> Any:
         raise RuntimeError("computed")
 
-    arrays = [
-        da.from_array(array, chunks=3) for array in product(np.random.default_rng(0), "index")
-    ]
+    arrays = [da.from_array(array, chunks=3) for array in product(np.random.default_rng(0))]
     x, w, b, target = (
         da.map_blocks(fail, array, dtype=array.dtype, meta=array._meta) for array in arrays
     )
@@ -263,18 +266,6 @@ def test_few_copies_of_the_heads_gradient_are_there_at_once(da: Any) -> None:
     assert most_at_once(graph, ("polyce-linear",)) <= 4
 
 
-def test_the_same_call_gives_the_same_names_and_so_runs_once(da: Any) -> None:
-    x, w, target = lazy(da)
-    calls = [polyce.linear_cross_entropy_with_grad(x, w, target) for _ in range(2)]
-    others = [
-        polyce.linear_cross_entropy_with_grad(x, w, target, **options)
-        for options in ({"label_smoothing": 0.1}, {"chunk_size": 3}, {"wrt": "input"})
-    ]
-    names = [[array.name for array in (loss, found[0])] for loss, found in (*calls, *others)]
-    assert names[0] == names[1]
-    assert not any(set(names[0]) & set(each) for each in names[2:4])
-
-
 def test_the_same_bits_for_any_number_of_threads(da: Any) -> None:
     x, w, target = lazy(da, ((3,) * 10, (F,)))
 
@@ -290,7 +281,7 @@ def test_the_same_bits_for_any_number_of_threads(da: Any) -> None:
 def test_a_graph_can_be_sent_and_run_elsewhere(da: Any) -> None:
     import cloudpickle
 
-    arrays = product(np.random.default_rng(0), "index")
+    arrays = product(np.random.default_rng(0))
     x, w, b, target = (da.from_array(array, chunks=3) for array in arrays)
     loss, found = polyce.linear_cross_entropy_with_grad(x, w, target, linear_bias=b)
     for dump in (pickle.dumps, cloudpickle.dumps):

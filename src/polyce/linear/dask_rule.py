@@ -7,6 +7,7 @@ added up two by two, for each is as large as the head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -62,14 +63,19 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     )
     summed = whole.reduction != "none"
     cuts = (1,) * len(axes) if summed else results.chunks
+    # A block's result stays until all is taken. The head's parts are as large as the head, and are
+    # taken last, to be added up at once: else dask could keep those of many blocks.
     rows = dask.take(whole, results, 0, whole.row_dtype, cuts)
+    first, of_input = [rows], None
+    if wanted.input:
+        of_input = dask.take(whole, results, 1, hidden.dtype, hidden.chunks)
+        first.append(of_input)
+        of_input = of_input.rechunk(call.operands.logits.chunks)
+    of_bias = _of_head(call, results, 3, first) if wanted.linear_bias else None
+    of_weight = _of_head(call, results, 2, first) if wanted.linear_weight else None
+    found = Gradients(of_input, of_weight, of_bias)
     if summed:
         rows = rows.rechunk(dict.fromkeys(axes, dask.FAN_IN))
-    found = Gradients(
-        _of_hidden(call, results, hidden) if wanted.input else None,
-        _of_head(call, results, 2, call.head.weight) if wanted.linear_weight else None,
-        _of_head(call, results, 3, call.head.bias) if wanted.linear_bias else None,
-    )
     return targets.reduce(whole, plan, rows), found
 
 
@@ -84,18 +90,14 @@ def _plan(call: Call, operands: Operands) -> Plan:
     return found._replace(denominator=denominator)
 
 
-def _of_hidden(call: Call, results: Any, hidden: Any) -> Any:
-    found = dask.take(call.whole, results, 1, hidden.dtype, hidden.chunks)
-    return found.rechunk(call.operands.logits.chunks)
-
-
-def _of_head(call: Call, results: Any, index: int, like: Any) -> Any:
+def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
     """Add up what the blocks give, each in an array of its own along the last axis."""
     import dask.array as da
 
+    like = call.head[index - 2]
     lead = tuple(range(results.ndim - 1))
     cuts = (*(1,) * len(lead), (like.size,))
-    parts = dask.take(call.whole, results, index, call.sum_dtype, cuts)
+    parts = dask.take(call.whole, results, index, call.sum_dtype, cuts, first)
     if not parts.size:
         return da.zeros_like(like)
     total = da.reduction(
