@@ -102,6 +102,11 @@ class Call:
             dtype = self.operands.logits.dtype
         return arrays.name_of(dtype) in ("float16", "bfloat16")
 
+    @property
+    def scales_sums(self) -> bool:
+        """Whether what the mean divides by comes in after the gradients are added up."""
+        return self.rounds_gradient and self.whole.reduction != "none"
+
     def _flat(self, array: Any, *rest: int) -> Any:
         shape = (math.prod(self.whole.row_shape), *rest)
         return array if array.ndim == len(shape) else self.whole.xp.reshape(array, shape)

@@ -134,6 +134,8 @@ def limits_of(problem: Problem) -> Limits:
 
 def told(problem: Problem, cut: Chunks) -> str:
     """Say how a call is cut, what that takes, and what speaks for all logits at once."""
+    if problem.backend == "dask":
+        return "chunks within each of dask's blocks of rows"
     row = problem.classes * _itemsize(problem) / 1e6
     many = "chunk" if cut.count == 1 else "chunks"
     return (
@@ -144,8 +146,6 @@ def told(problem: Problem, cut: Chunks) -> str:
 
 def advice(problem: Problem, cut: Chunks) -> str:
     """Say when the loss of all logits at once would be the better choice."""
-    if problem.backend == "dask":
-        return "cut again within each of dask's blocks of rows"
     if cut.count <= 1:
         return "no more than the loss of all logits at once, which is as fast"
     if problem.reduction == "none":

@@ -39,7 +39,7 @@ def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
     """
     with _computing(call):
         call = call.planned()
-        if call.rounds_gradient and call.whole.reduction != "none":
+        if call.scales_sums:
             scale, factor = None, call.scale_of_sums()
         else:
             scale, factor = call.cotangent(), None

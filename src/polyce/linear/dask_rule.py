@@ -39,13 +39,9 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     cotangent = targets.cotangent(whole, plan, operands.grad_output)
     axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
     # Modules cannot be sent to another process by all picklers.
-    facts = replace(
-        call,
-        whole=whole._replace(xp=None),
-        operands=Operands(*(None,) * 6),
-        head=Head(None),
-        name="reference" if call.implementation.name == "reference" else None,
-    )
+    facts = call.without_arrays()
+    name = facts.name if facts.name == "reference" else None
+    facts = replace(facts, whole=whole._replace(xp=None), name=name)
     results = da.blockwise(
         partial(_block, facts, wanted),
         axes,

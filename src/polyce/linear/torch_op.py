@@ -153,8 +153,8 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
             for shape, is_wanted in zip(shapes, wanted, strict=True)
         )
     )
-    late = any(wanted) and call.rounds_gradient and whole.reduction != "none"
-    factor = like.new_empty((), dtype=whole.row_dtype) if late else None
+    is_scaled = any(wanted) and call.scales_sums
+    factor = like.new_empty((), dtype=whole.row_dtype) if is_scaled else None
     shape = whole.row_shape if whole.reduction == "none" else ()
     return like.new_empty(shape, dtype=whole.result_dtype), *_filled(call, sums, factor)
 

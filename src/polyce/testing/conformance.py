@@ -221,7 +221,7 @@ def _failures(
         options: Mapping[str, Any],
     ) -> None:
         """Call a function and check all that it returns, by the names of its results."""
-        returned = attempt(partial(_call, function, arrays, options, wrap))
+        returned = attempt(partial(call_by_name, function, arrays, options, wrap))
         if returned is None:
             return
         names = (*names, "stats") if case.asks_for_stats else names
@@ -245,12 +245,13 @@ def _failures(
     return failures
 
 
-def _call(
+def call_by_name(
     function: Callable[..., Any],
     arrays: Mapping[str, Any],
     options: Mapping[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> Any:
+    """Call a function of arrays by their names, wrapped where it is a function of them alone."""
     names = tuple(arrays)
 
     def of_arrays(*values: Any) -> Any:

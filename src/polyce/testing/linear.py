@@ -19,7 +19,7 @@ import numpy as np
 
 from .backends import Backend, get_backend
 from .case import Case, arrange
-from .conformance import SHOWN, Functions, Report
+from .conformance import SHOWN, Functions, Report, call_by_name
 from .dtypes import FORMATS, Array, Floats
 from .linear_cases import LinearCase, linear_cases
 from .tolerances import accuracy, compare, loss_tolerance
@@ -235,7 +235,8 @@ def _failure(
             with warnings.catch_warnings():
                 if library.quiet:
                     warnings.simplefilter("error", RuntimeWarning)
-                _check(case, library, product, _call(function, taken, kept, wrap), part)
+                returned = call_by_name(function, taken, kept, wrap)
+                _check(case, library, product, returned, part)
             for key, array in arrays.items():
                 if library.to_numpy(array).tobytes() != given[key].tobytes():
                     raise AssertionError(f"{key}: the call changed its argument")
@@ -243,20 +244,6 @@ def _failure(
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             return f"{function.__name__}, wrt={part}: {kind}{error}"
     return ""
-
-
-def _call(
-    function: Callable[..., Any],
-    arrays: Mapping[str, Any],
-    options: Mapping[str, Any],
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
-) -> Any:
-    names = tuple(arrays)
-
-    def of_arrays(*values: Any) -> Any:
-        return function(**dict(zip(names, values, strict=True)), **options)
-
-    return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())
 
 
 def _check(
