@@ -11,6 +11,7 @@ from pathlib import Path
 # to lay a mesh over, and Keras leaves no settings behind.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("PJRT_NPROC", "16")  # threads, so that devices do not wait for each other's
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("KERAS_HOME", tempfile.mkdtemp())
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))

@@ -57,6 +57,8 @@ MARKED_ONLY = (
     *TIER_2,
 )
 FULL = os.environ.get("POLYCE_FULL") == "1"
+# For jax's tests that say what they are made of, and know no 64-bit types.
+ANY_WIDTH = ("jax-x32", "jax-x64") if FULL else ("jax-x32",)
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
 
@@ -78,6 +80,10 @@ def pytest_configure(config: pytest.Config) -> None:
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
+        # Devices that wait for each other hold a thread each, and XLA's pool has no more than there
+        # are devices or cores: with the next call's tasks in it, calls outside of jit may wait for
+        # ever.
+        os.environ.setdefault("PJRT_NPROC", "16")
         import jax
 
         jax.config.update("jax_enable_x64", config.getoption("--backend") == "jax-x64")

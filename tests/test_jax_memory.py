@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import polyce
+from conftest import ANY_WIDTH
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*ANY_WIDTH)
 
 # As many classes as make the rows' own numbers small beside the logits.
 ROWS, CLASSES = 512, 8192

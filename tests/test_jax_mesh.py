@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import polyce
+from conftest import ANY_WIDTH
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*ANY_WIDTH)
 
 # Rows and classes such that no vector of one is as long as the logits of a device.
 ROWS, CLASSES = 16, 64

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import polyce
+from conftest import ANY_WIDTH
 from polyce.testing.backends import Backend
 
 measured = pytest.mark.skipif(
@@ -273,7 +274,7 @@ def stored(function: Any, rows: int, classes: int, dtype: str) -> float:
     return float(memory.temp_size_in_bytes) / (4 * rows * classes)
 
 
-@pytest.mark.only("jax-x32", "jax-x64")
+@pytest.mark.only(*ANY_WIDTH)
 @pytest.mark.parametrize(
     ("rows", "reduction", "dtype", "chunk_size", "most"),
     [
