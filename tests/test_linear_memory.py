@@ -242,9 +242,12 @@ def test_no_graph_makes_anything_of_the_logits_size(torch: Any, reduction: str) 
 
 
 @pytest.mark.only("numpy", "torch")
+@pytest.mark.parametrize("chunk_size", [128, 100])  # the fewer lie class by class in torch
 @pytest.mark.parametrize("left_out", [False, True])
 @REDUCTIONS
-def test_blocks_of_classes(backend: Backend, reduction: str, left_out: bool) -> None:
+def test_blocks_of_classes(
+    backend: Backend, reduction: str, left_out: bool, chunk_size: int
+) -> None:
     rng = np.random.default_rng(0)
     x, w, b = (rng.standard_normal(shape) for shape in ((300, 512), (1500, 512), (1500,)))
     x /= 16
@@ -252,12 +255,40 @@ def test_blocks_of_classes(backend: Backend, reduction: str, left_out: bool) -> 
     target[::3] = -100 if left_out else target[::3]
     hidden, head, labels, bias = map(backend.asarray, (x, w, target, b))
     loss, found = polyce.linear_cross_entropy_with_grad(
-        hidden, head, labels, linear_bias=bias, reduction=reduction, chunk_size=128
+        hidden, head, labels, linear_bias=bias, reduction=reduction, chunk_size=chunk_size
     )
     want, grad = polyce.cross_entropy_with_grad(x @ w.T + b, target, reduction=reduction)
     exact = (want, grad @ w, grad.T @ x, grad.sum(axis=0))
     for one, other in zip((loss, *found), exact, strict=True):
         np.testing.assert_allclose(backend.to_numpy(one), other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.only("torch")
+@pytest.mark.parametrize(
+    ("rows", "features", "dtype", "strides"),
+    [
+        (100, 512, "float32", (1, 100)),
+        (128, 512, "float32", (200, 1)),
+        (100, 511, "float32", (200, 1)),
+        (100, 512, "bfloat16", (200, 1)),
+    ],
+)
+def test_few_rows_of_a_wide_head_lie_class_by_class(
+    torch: Any, monkeypatch: Any, rows: int, features: int, dtype: str, strides: tuple[int, int]
+) -> None:
+    from polyce.linear import call
+
+    seen, original = [], call.losses_and_gradient
+
+    def spy(implementation: Any, problem: Any, operands: Any, out: Any = None) -> Any:
+        seen.append((operands.logits.stride(), out.stride()))
+        return original(implementation, problem, operands, out)
+
+    monkeypatch.setattr(call, "losses_and_gradient", spy)
+    hidden = torch.ones((rows, features), dtype=getattr(torch, dtype))
+    head = torch.ones((200, features), dtype=hidden.dtype)
+    polyce.linear_cross_entropy_with_grad(hidden, head, torch.zeros(rows, dtype=torch.int64))
+    assert seen == [(strides, strides)]
 
 
 # jax: temporary memory

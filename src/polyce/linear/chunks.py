@@ -7,6 +7,9 @@ a GPU's products efficient there; chunks of one call are then as equal as may be
 
 Within a chunk the classes are taken in blocks, so small that a block of the weight is still in a
 cache when it is used again: for the product with the gradient, then for the next chunk's logits.
+
+In torch on a CPU, few rows of a wide head have their logits class by class: MKL multiplies a tall
+matrix by a narrow one in less time than the other way round, by more than the loss takes longer.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ ACCELERATOR = Limits(bytes=512 << 20, fewest=2048, most=8192, multiple=128, bloc
 
 # Below so many rows of a chunk on a CPU, the weight is read for longer than it is computed with.
 FEW_ROWS = 128
+# From so many features on, a product of few rows takes longer than their loss does in any order.
+WIDE = 512
 _CLASSES = 64
 
 
@@ -54,6 +59,8 @@ class Chunks:
     """Rows of a chunk; the last one may have fewer."""
     classes: int
     """Classes of a block."""
+    by_class: bool = False
+    """Whether a chunk's logits lie class by class, not row by row."""
 
     @property
     def count(self) -> int:
@@ -106,7 +113,10 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
             rows = _without_rest(total, count) or rows
     rows = max(min(rows, total), 1)
     classes = max(limits.block_bytes // ((features + rows) * itemsize), 1)
-    return Chunks(total, rows, max(min(_up(classes, _CLASSES), problem.classes), 1))
+    classes = max(min(_up(classes, _CLASSES), problem.classes), 1)
+    is_few = limits is CPU and rows < FEW_ROWS
+    by_class = is_few and problem.backend == "torch" and features >= WIDE and itemsize >= 4
+    return Chunks(total, rows, classes, by_class)
 
 
 def _without_rest(total: int, count: int) -> int:

@@ -114,11 +114,16 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
         for array in (rows, *found):
             if array is not None:
                 array[...] = 0.0
+    of_input = None
+    if wanted.input and cut.by_class:
+        of_input = empty((features, cut.rows)).T
+    elif wanted.input and kept is not None:
+        of_input = empty((cut.rows, features))
     back = _Back(
         own,
         wanted,
         found,
-        of_input=empty((cut.rows, features)) if wanted.input and kept is not None else None,
+        of_input=of_input,
         ones=empty((1, cut.rows), whole.logits_dtype) if wanted.linear_bias else None,
         scratch=(
             empty((max(cut.rows, cut.classes) * max(features, 1),))
@@ -134,7 +139,8 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
 
     def logits(chunk: _Chunk) -> Any:
         count = chunk.hidden.shape[0]
-        return buffer[: count * classes].reshape((count, classes))
+        flat = buffer[: count * classes]
+        return flat.reshape((classes, count)).T if cut.by_class else flat.reshape((count, classes))
 
     chunks = _chunks(call, own, kept, cut.spans(total), cotangent)
     for number, (chunk, ahead) in enumerate(pairwise(chain((None,), chunks, (None,)))):
@@ -169,7 +175,7 @@ class _Back(NamedTuple):
     wanted: Gradients
     found: Gradients
     of_input: Any
-    """Memory for one chunk, whose rows do not lie beside one another."""
+    """Memory for one chunk, whose rows lie elsewhere, or otherwise, in the whole."""
     ones: Any
     scratch: Any
 
