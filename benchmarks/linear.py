@@ -80,8 +80,8 @@ FULL = Size(
 QUICK = FULL._replace(shapes=(SMALLEST,), dtypes=("float32",), seconds=1.0, memory_compiled=False)
 
 
-def run(size: Size) -> dict[str, Any]:
-    """Measure everything."""
+def run(size: Size, out: Path) -> None:
+    """Measure everything, and write down what there is after each case."""
     found: dict[str, Any] = {
         "environment": measure.environment() | {"threads": THREADS, "loads": []},
         "shapes": {name: SHAPES[name]._asdict() for name in size.shapes},
@@ -93,9 +93,11 @@ def run(size: Size) -> dict[str, Any]:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(THREADS))
     start = time.perf_counter()
 
-    def say(text: str) -> None:
+    def add(rows: list[Row], what: str, text: str) -> None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         found["environment"]["loads"].append(load)
+        found[what] += rows
+        out.write_text(json.dumps(found, indent=1) + "\n")
         cpu.say(f"{time.perf_counter() - start:4.0f} s: {text}, load {load}")
 
     cases = [
@@ -110,12 +112,9 @@ def run(size: Size) -> dict[str, Any]:
             for library in measure.installed(*linear_work.LIBRARIES)
         }
         for case in cases:
-            found["times"] += visit(processes, size, *case)
-            say(f"time of {' '.join(case)}")
+            add(visit(processes, size, *case), "times", f"time of {' '.join(case)}")
     for case in cases:
-        found["memory"] += memory(size, *case)
-        say(f"memory of {' '.join(case)}")
-    return found
+        add(memory(size, *case), "memory", f"memory of {' '.join(case)}")
 
 
 def taking_part(library: str, size: Size, dtype: str) -> bool:
@@ -183,6 +182,8 @@ def show(found: dict[str, Any], key: str) -> None:
     versions = ", ".join(" ".join(each) for each in facts["versions"].items())
     loads = [load for load in facts["loads"] if load is not None] or ["unknown"]
     print(f"{facts['processor']}, load {min(loads)} to {max(loads)}; {versions}")
+    if facts.get("OPENBLAS_CORETYPE"):
+        print(f"NumPy multiplies as for a {facts['OPENBLAS_CORETYPE']} (OPENBLAS_CORETYPE).")
     rounds = sorted({row["rounds"] for row in found["times"]})
     counts = " to ".join(str(count) for count in dict.fromkeys((rounds[0], rounds[-1])))
     print(f"Times are the {'bests' if key == 'best_s' else 'medians'} of {counts} rounds.")
@@ -193,8 +194,9 @@ def show(found: dict[str, Any], key: str) -> None:
                 setting = f"{title}, {dtype}, {tables.count(threads)}"
                 print(f"Time / time of {UNIT}: {setting}\n")
                 tables.print_table(*against_torch(found, dtype, what, key))
-    print(f"Time on NumPy / time of its products alone, {tables.count(THREADS)}\n")
-    tables.print_table(*against_products(found, key))
+    if any(row["contender"] == PRODUCTS for row in found["times"]):
+        print(f"Time on NumPy / time of its products alone, {tables.count(THREADS)}\n")
+        tables.print_table(*against_products(found, key))
     for dtype, _ in tables.settings(found):
         for what, title in WHATS.items():
             rows = [row for row in found["memory"] if (row["dtype"], row["what"]) == (dtype, what)]
@@ -265,9 +267,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure")
     runs.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
-    runs.add_argument(
-        "--quick", action="store_true", help="take a minute, not a quarter of an hour"
-    )
+    runs.add_argument("--quick", action="store_true", help="take a minute, not half an hour")
     runs.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=" ".join(SHAPES))
     runs.add_argument("--dtypes", nargs="+", choices=FULL.dtypes)
     runs.add_argument("--whats", nargs="+", choices=FULL.whats)
@@ -288,7 +288,7 @@ def main() -> None:
             whats=tuple(arguments.whats or size.whats),
             numpy_bfloat16=arguments.numpy_bfloat16,
         )
-        arguments.out.write_text(json.dumps(run(size), indent=1) + "\n")
+        run(size, arguments.out)
         return
     found = json.loads(arguments.results.read_text())
     if arguments.command == "table":

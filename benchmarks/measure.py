@@ -207,6 +207,8 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processors usable": threads,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        # It may name an older processor than this one, whose products are slower.
+        "OPENBLAS_CORETYPE": os.environ.get("OPENBLAS_CORETYPE"),
     }
 
 
