@@ -220,8 +220,9 @@ def test_a_chunk_is_made_once_for_loss_gradient_and_stats(da: Any, chunks: Any) 
 def test_the_same_call_gives_the_same_names_and_so_runs_once(da: Any) -> None:
     for chunks in (ROWS, (8, 10)):
         logits, target = example(da, chunks)
-        one, other = (polyce.cross_entropy_with_grad(logits, target) for _ in range(2))
-        smoothed = polyce.cross_entropy_with_grad(logits, target, label_smoothing=0.1)
+        weight = da.ones(logits.shape[1], chunks=5, dtype=logits.dtype)
+        one, other = (polyce.cross_entropy_with_grad(logits, target, weight) for _ in range(2))
+        smoothed = polyce.cross_entropy_with_grad(logits, target, weight, label_smoothing=0.1)
         for index in range(2):
             assert one[index].name == other[index].name != smoothed[index].name
 

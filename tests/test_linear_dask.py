@@ -336,6 +336,21 @@ def test_each_block_is_computed_once_and_can_be_sent(
         pickle.dumps(dict(each.__dask_graph__()))
 
 
+def test_the_same_call_has_the_same_names_and_so_runs_once(da: Any) -> None:
+    x, w, target = lazy(da)
+    bias, weight = da.zeros(C, chunks=5), da.ones(C, chunks=5)
+
+    def call(**options: Any) -> list[str]:
+        loss, gradients = polyce.linear_cross_entropy_with_grad(
+            x, w, target, linear_bias=bias.astype(x.dtype), weight=weight, **options
+        )
+        return [array.name for array in (loss, *gradients)]
+
+    first, again, other = call(), call(), call(z_loss=0.1)
+    assert first == again
+    assert not set(first) & set(other)
+
+
 def test_labels_of_numpy_are_looked_at_now(da: Any) -> None:
     x, w, _ = lazy(da)
     with pytest.raises(IndexError, match="got 11 at position"):

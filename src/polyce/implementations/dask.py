@@ -262,7 +262,7 @@ def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...
     return (
         *(logits, axes),
         *(operands.target, axes if problem.kind == "probability" else row_axes),
-        *(operands.weight, None),
+        *in_one(operands.weight),
         *paired(operands.sample_weight, row_axes),
     )
 
@@ -270,6 +270,20 @@ def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...
 def paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     """Pair an array, if there is one, with its axes."""
     return (array, None if array is None else axes)
+
+
+def in_one(array: Any) -> tuple[Any, None]:
+    """Pair an array, if there is one, with no axes: every block takes all of it.
+
+    dask would give it a new name in each call, and compute what is the same twice.
+    """
+    if hasattr(array, "dask"):
+        from dask.delayed import delayed
+
+        (block,) = array.rechunk(-1).to_delayed(optimize_graph=False).flat
+        # A task of its own: dask cannot fuse blocks with one that all of them take.
+        array = delayed(blocks.itself, pure=True)(block)
+    return array, None
 
 
 def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
@@ -289,7 +303,7 @@ def total_weight(problem: Problem, operands: Operands) -> Any:
         problem,
         row_axes,
         *(operands.target, row_axes),
-        *(operands.weight, None),
+        *in_one(operands.weight),
         *paired(operands.sample_weight, row_axes),
         adjust_chunks=dict.fromkeys(row_axes, 1),
         meta=operands.target._meta.astype(problem.row_dtype),
