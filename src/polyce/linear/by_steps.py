@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyce import arrays
@@ -50,8 +50,14 @@ def step(
     sample_weight: Any,
     counted: Any,
     cotangent: Any,
+    *,
+    of_weight: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[Any, Gradients]:
-    """Give the losses of a chunk's rows, and its parts of the gradients wanted."""
+    """Give the losses of a chunk's rows, and its parts of the gradients wanted.
+
+    `of_weight` makes another thing of the logits' gradient and the hidden states than the part of
+    the head's weight.
+    """
     xp, (weight, bias) = call.whole.xp, call.head
     if counted is not None:
         # What a row holds that does not count may be infinite, and 0 times that is nan.
@@ -67,9 +73,10 @@ def step(
     of_bias = xp.sum(grad, axis=0) if wanted.linear_bias else None
     if call.rounds_gradient:
         grad = arrays.cast(xp, grad, hidden.dtype)
+    of_weight = of_weight or (lambda grad, hidden: product(call, grad.T, hidden))
     return rows, Gradients(
         product(call, grad, weight) if wanted.input else None,
-        product(call, grad.T, hidden) if wanted.linear_weight else None,
+        of_weight(grad, hidden) if wanted.linear_weight else None,
         of_bias,
     )
 

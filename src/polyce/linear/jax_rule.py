@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from polyce import arrays, autograd_jax
-from polyce.linear import by_steps, compute, unfused
+from polyce.linear import by_steps, chunks, compute, unfused
 from polyce.linear.call import NONE, Call, Gradients
 from polyce.problem import Head, Operands
 
@@ -91,33 +91,57 @@ def _run(
     call = _call(facts, operands, head)
     of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
 
-    def step(start: Any, rows: int) -> tuple[Any, Gradients]:
-        return by_steps.step(call, wanted, *(_slice(array, start, rows) for array in of_rows))
+    def step(sums: Gradients, start: Any, rows: int) -> tuple[Gradients, Any]:
+        of_weight = partial(_add_product, call, sums.linear_weight)
+        parts = (_slice(array, start, rows) for array in of_rows)
+        losses, found = by_steps.step(call, wanted, *parts, of_weight=of_weight)
+        of_bias = found.linear_bias
+        if of_bias is not None:
+            of_bias = sums.linear_bias + of_bias
+        return Gradients(None, found.linear_weight, of_bias), (losses, found.input)
 
     full, tail = _spans(call)
     size = min(call.chunks.rows, call.chunks.total)
 
     def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
-        rows, found = step(number * size, size)
-        sums = jax.tree.map(jnp.add, sums, found._replace(input=None))
-        return sums, (rows, found.input)
+        return step(sums, number * size, size)
 
     sums = Gradients(None, *_zeros(call, wanted))
     sums, parts = jax.lax.scan(add, sums, jnp.arange(full))
     rows, of_input = (_flat(array) for array in parts)
     if tail:
-        last, found = step(full * size, tail)
-        sums = jax.tree.map(jnp.add, sums, found._replace(input=None))
+        sums, (last, of_last) = step(sums, full * size, tail)
         rows = jnp.concatenate([rows, last])
-        of_input = None if of_input is None else jnp.concatenate([of_input, found.input])
+        of_input = None if of_input is None else jnp.concatenate([of_input, of_last])
     return rows, sums._replace(input=of_input)
 
 
-def _flat(chunks: Any) -> Any:
+def _add_product(call: Call, total: Any, grad: Any, hidden: Any) -> Any:
+    """Add a chunk's part of the head's gradient, on a CPU by blocks of classes.
+
+    XLA adds no product in place there: it would hold one as large as the head. With several devices
+    the classes may lie on several, and a block then on none.
+    """
+    width, classes = call.chunks.classes, call.whole.classes
+    is_alone = chunks.limits_of(call.whole) is chunks.CPU and jax.device_count() == 1
+    if width >= classes or not is_alone:
+        return total + by_steps.product(call, grad.T, hidden)
+
+    def add(start: Any, total: Any, width: int) -> Any:
+        block = jax.lax.dynamic_slice_in_dim(grad, start, width, axis=1)
+        part = _slice(total, start, width) + by_steps.product(call, block.T, hidden)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=0)
+
+    full, tail = divmod(classes, width)
+    total = jax.lax.fori_loop(0, full, lambda i, total: add(i * width, total, width), total)
+    return add(full * width, total, tail) if tail else total
+
+
+def _flat(parts: Any) -> Any:
     """Put the rows of chunks, (chunks, rows, ...), into one axis."""
-    if chunks is None:
+    if parts is None:
         return None
-    return jnp.reshape(chunks, (chunks.shape[0] * chunks.shape[1], *chunks.shape[2:]))
+    return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
 
 
 def _zeros(call: Call, wanted: Gradients) -> tuple[Any, Any]:
