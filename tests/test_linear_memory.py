@@ -1,6 +1,6 @@
 """What the loss of a linear head takes beside inputs and gradients, and that it computes no more.
 
-Peaks are measured in fresh processes; of jax, its compiler tells.
+Peaks are measured in fresh processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 import polyce
-from conftest import ANY_WIDTH
 from polyce.testing.backends import Backend
 
 measured = pytest.mark.skipif(
@@ -289,114 +288,3 @@ def test_few_rows_of_a_wide_head_lie_class_by_class(
     head = torch.ones((200, features), dtype=hidden.dtype)
     polyce.linear_cross_entropy_with_grad(hidden, head, torch.zeros(rows, dtype=torch.int64))
     assert seen == [(strides, strides)]
-
-
-# jax: temporary memory
-
-
-def stored(function: Any, rows: int, classes: int, dtype: str) -> float:
-    """Bytes of temporary memory of the compiled function, as a part of the logits in float32."""
-    import jax
-
-    shapes = ((rows, 64), (classes, 64), (classes,))
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    labels = jax.ShapeDtypeStruct((rows,), "int32")
-    memory = jax.jit(function).lower(*arrays, labels).compile().memory_analysis()
-    return float(memory.temp_size_in_bytes) / (4 * rows * classes)
-
-
-@pytest.mark.only(*ANY_WIDTH)
-@pytest.mark.parametrize(
-    ("rows", "reduction", "dtype", "chunk_size", "most"),
-    [
-        (4096, "none", "float32", 128, 0.25),
-        # With a last chunk of fewer rows.
-        (4000, "mean", "bfloat16", 128, 0.25),
-        (4000, "none", "float32", 128, 0.25),
-        (32768, "mean", "float32", None, 0.3),
-    ],
-)
-def test_what_a_compiled_function_of_jax_stores(
-    rows: int, reduction: str, dtype: str, chunk_size: int | None, most: float
-) -> None:
-    import jax
-
-    def losses(x: Any, w: Any, b: Any, target: Any) -> Any:
-        options = {"reduction": reduction, "chunk_size": chunk_size}
-        return polyce.linear_cross_entropy(x, w, target, linear_bias=b, **options)
-
-    gradient = jax.value_and_grad(lambda *arrays: losses(*arrays).sum(), (0, 1, 2))
-    assert stored(gradient, rows, 8192, dtype) < most
-    assert stored(losses, rows, 8192, dtype) < most
-
-
-@pytest.fixture
-def one_device(monkeypatch: Any) -> None:
-    """Let jax's devices, of which the tests have four, count as one."""
-    import jax
-
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.mark.only("jax-x32", "jax-x64")
-@pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("left_out", [False, True])
-@REDUCTIONS
-def test_blocks_of_classes_on_jax(reduction: str, left_out: bool) -> None:
-    import jax
-
-    rng = np.random.default_rng(0)
-    x, w, b = (rng.standard_normal(shape) for shape in ((250, 512), (4000, 512), (4000,)))
-    x /= 16
-    target = rng.integers(0, 4000, 250)
-    target[::3] = -100 if left_out else target[::3]
-    arrays = [jax.numpy.asarray(array) for array in (x, w, target)]
-    loss, found = polyce.linear_cross_entropy_with_grad(
-        *arrays, linear_bias=jax.numpy.asarray(b), reduction=reduction, chunk_size=100
-    )
-    want, grad = polyce.cross_entropy_with_grad(x @ w.T + b, target, reduction=reduction)
-    exact = (want, grad @ w, grad.T @ x, grad.sum(axis=0))
-    digits = {"rtol": 1e-9, "atol": 1e-12} if loss.dtype == np.float64 else {"rtol": 2e-4}
-    for one, other in zip((loss, *found), exact, strict=True):
-        limit = digits | {"atol": digits.get("atol", 1e-5 * np.abs(other).max())}
-        np.testing.assert_allclose(one, other, **limit)
-
-
-@pytest.mark.only("jax-x32", "jax-x64")
-@pytest.mark.usefixtures("one_device")
-def test_second_derivatives_through_blocks_of_classes() -> None:
-    import jax
-
-    rng = np.random.default_rng(0)
-    arrays = (rng.standard_normal((3, 1500)) / 40, rng.standard_normal((2000, 1500)))
-    x, w = (jax.numpy.asarray(array) for array in arrays)
-    labels = np.array([0, 1500, 1999])
-
-    def second(function: Any) -> Any:
-        along = jax.grad(lambda w: jax.numpy.sum(jax.grad(function, 1)(x, w) * w))
-        scales = jax.numpy.asarray([1.0, 0.5])
-        return jax.jit(jax.vmap(lambda scale: along(scale * w)))(scales)
-
-    found = second(lambda x, w: polyce.linear_cross_entropy(x, w, labels))
-    wanted = second(lambda x, w: polyce.cross_entropy(x @ w.T, labels))
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
-
-
-@pytest.mark.only(*ANY_WIDTH)
-@pytest.mark.usefixtures("one_device")
-def test_jax_holds_no_second_gradient_of_a_wide_head() -> None:
-    import jax
-
-    rows, features, classes = 256, 512, 32768
-    given = [jax.ShapeDtypeStruct(s, "float32") for s in ((rows, features), (classes, features))]
-    labels = jax.ShapeDtypeStruct((rows,), "int32")
-
-    def heads(function: Any) -> float:
-        memory = jax.jit(function).lower(*given, labels).compile().memory_analysis()
-        return float(memory.temp_size_in_bytes) / (4 * classes * features)
-
-    options = {"chunk_size": 64}
-    assert heads(lambda *a: polyce.linear_cross_entropy_with_grad(*a, **options)[1][:2]) < 0.5
-    # XLA multiplies by what comes back into memory of its own.
-    loss = jax.grad(lambda *a: polyce.linear_cross_entropy(*a, **options), (0, 1))
-    assert heads(loss) < 1.5
