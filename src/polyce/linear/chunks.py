@@ -44,7 +44,7 @@ ACCELERATOR = Limits(bytes=512 << 20, fewest=2048, most=8192, multiple=128, bloc
 
 # Below so many rows of a chunk on a CPU, the weight is read for longer than it is computed with.
 FEW_ROWS = 128
-# From so many features on, a product of few rows takes longer than their loss does in any order.
+# From so many features on, faster products of few rows make up for their slower loss.
 WIDE = 512
 _CLASSES = 64
 

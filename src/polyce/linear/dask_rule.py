@@ -14,7 +14,7 @@ from typing import Any
 
 from polyce import registry, targets
 from polyce.implementations import dask
-from polyce.implementations.dask_blocks import of_chunk
+from polyce.implementations.dask_blocks import itself, of_chunk
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients
 from polyce.problem import Head, Operands
@@ -98,7 +98,7 @@ def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
         return da.zeros_like(like)
     total = da.reduction(
         parts,
-        chunk=_itself,
+        chunk=itself,
         combine=_added,
         aggregate=_added,
         axis=lead,
@@ -147,10 +147,6 @@ def _block(
     of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
     of_head = (None if a is None else xp.reshape(a, (*lead, math.prod(a.shape))) for a in sums[1:])
     return rows, of_hidden, *of_head
-
-
-def _itself(part: Any, axis: Any, keepdims: Any) -> Any:
-    return part
 
 
 def _added(parts: Any, axis: Any, keepdims: Any) -> Any:

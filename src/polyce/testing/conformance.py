@@ -195,17 +195,11 @@ def _failures(
     failures: list[str] = []
 
     def attempt(step: Callable[[], Any]) -> Any:
-        """Return the step's result, or write down what it raised and return None."""
-        try:
-            with warnings.catch_warnings():
-                if library.quiet:
-                    warnings.simplefilter("error", RuntimeWarning)
-                return step()
-        except AssertionError as error:
-            failures.append(f"{case.name}: {error}")
-        except Exception as error:  # noqa: BLE001  (the case's failure, not the run's)
-            failures.append(f"{case.name}: {type(error).__name__}: {error}")
-        return None
+        """Return the step's result, or write down why there is none and return None."""
+        result, failure = outcome(step, library)
+        if failure:
+            failures.append(f"{case.name}: {failure}")
+        return result
 
     def check_arguments() -> None:
         for key, array in arrays.items():
@@ -243,6 +237,20 @@ def _failures(
     check(functions.cross_entropy_with_grad, names, arrays, with_grad)
     attempt(check_arguments)
     return failures
+
+
+def outcome(step: Callable[[], Any], library: Backend) -> tuple[Any, str]:
+    """Return a step's result and an empty text, or None and what it raised."""
+    try:
+        with warnings.catch_warnings():
+            if library.quiet:
+                warnings.simplefilter("error", RuntimeWarning)
+            return step(), ""
+    except AssertionError as error:
+        return None, str(error) or "AssertionError"
+    # Whatever it is, it is the failure of one case, and the others are still to run.
+    except Exception as error:  # noqa: BLE001
+        return None, f"{type(error).__name__}: {error}"
 
 
 def call_by_name(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from .backends import Backend, get_backend
 from .case import Case, arrange
-from .conformance import SHOWN, Functions, Report, call_by_name
+from .conformance import SHOWN, Functions, Report, call_by_name, outcome
 from .dtypes import FORMATS, Array, Floats
 from .linear_cases import LinearCase, linear_cases
 from .tolerances import accuracy, compare, loss_tolerance
@@ -230,19 +230,17 @@ def _failure(
         for wrt in combinations(GRADIENTS, size):
             asked = with_grad | {"wrt": wrt}
             calls.append((polyce.linear_cross_entropy_with_grad, arrays, asked, wrt))
+
+    def check(function: Any, taken: Any, kept: Any, part: Any) -> None:
+        _check(case, library, product, call_by_name(function, taken, kept, wrap), part)
+        for key, array in arrays.items():
+            if library.to_numpy(array).tobytes() != given[key].tobytes():
+                raise AssertionError(f"{key}: the call changed its argument")
+
     for function, taken, kept, part in calls:
-        try:
-            with warnings.catch_warnings():
-                if library.quiet:
-                    warnings.simplefilter("error", RuntimeWarning)
-                returned = call_by_name(function, taken, kept, wrap)
-                _check(case, library, product, returned, part)
-            for key, array in arrays.items():
-                if library.to_numpy(array).tobytes() != given[key].tobytes():
-                    raise AssertionError(f"{key}: the call changed its argument")
-        except Exception as error:  # noqa: BLE001  (the case's failure, not the run's)
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            return f"{function.__name__}, wrt={part}: {kind}{error}"
+        _, failure = outcome(partial(check, function, taken, kept, part), library)
+        if failure:
+            return f"{function.__name__}, wrt={part}: {failure}"
     return ""
 
 
