@@ -77,6 +77,7 @@ SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 STUB = Path("src/polyce/_core.pyi")
 
 _built: dict[str, Path] = {}
+_earlier: list[str] = []
 
 
 def wheel(session: nox.Session) -> str:
@@ -119,8 +120,21 @@ def contents(path: str | Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def forget_earlier(session: nox.Session) -> None:
+    """Delete the environments of this run's earlier sessions, unless `nox -r` is to find them.
+
+    All of them together take 15 GB.
+    """
+    while _earlier:
+        shutil.rmtree(_earlier.pop(), ignore_errors=True)
+    environment = session.virtualenv
+    if not environment.reuse_existing:
+        _earlier.append(environment.location)
+
+
 def install(session: nox.Session, *groups: str) -> None:
     """Install the wheel and dependency groups, and nothing of the checkout itself."""
+    forget_earlier(session)
     built = wheel(session)
     requirements = nox.project.dependency_groups(PYPROJECT, *groups)
     session.install(built, *dict.fromkeys(requirements))  # groups overlap

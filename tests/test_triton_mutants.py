@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,14 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(True))
-def test_a_wrong_address_is_caught(name: str) -> None:
+def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
     program = Path(__file__).with_name("triton_mutants.py")
     done = subprocess.run(
         [sys.executable, str(program), name],
         capture_output=True,
         check=False,
+        # What dies by a signal deletes nothing.
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         text=True,
         timeout=300,
     )

@@ -6,10 +6,12 @@ those that may read where no memory is.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import itertools
 import math
 import mmap
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -224,6 +226,8 @@ def kernels(file: str = "", old: str = "", new: str = "") -> Any:
 
     source = Path(polyce.implementations.__file__).parent
     folder = Path(tempfile.mkdtemp())
+    # Not earlier: Triton reads a kernel's source when it is first called.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     prefix = f"{folder.name}_"
     loaded = None
     for name in FILES:
