@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import polyce
+from polyce.testing import check_implementation, get_backend
 
 pytestmark = pytest.mark.only("dask")
 
@@ -90,11 +92,36 @@ def test_unknown_chunks_are_refused(da: Any) -> None:
         polyce.cross_entropy(unknown, da.zeros(4, dtype=np.int64))
 
 
-def test_no_warning_when_a_row_is_ignored(da: Any) -> None:
-    target = da.from_array(np.array([0, -100, 2]), chunks=2)
+@pytest.mark.parametrize("labels", [(0, -100, 2), (-100, -100, -100)])
+def test_no_warning_when_rows_are_ignored(da: Any, labels: tuple[int, ...]) -> None:
+    target = da.from_array(np.array(labels), chunks=2)
     for weight in (None, da.ones(4, chunks=2)):
         loss, grad = polyce.cross_entropy_with_grad(
             da.zeros((3, 4), chunks=2), target, weight, label_smoothing=0.1
         )
         loss.compute()
         grad.compute()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_warning_from_a_mean_over_nothing(da: Any, grad: bool) -> None:
+    hidden, head = da.ones((3, 5), chunks=(2, 5)), da.ones((4, 5))
+    target = da.full(3, -100, chunks=2)
+    if grad:
+        loss, (first, *_) = polyce.linear_cross_entropy_with_grad(hidden, head, target)
+        assert not np.any(first.compute())
+    else:
+        loss = polyce.linear_cross_entropy(hidden, head, target)
+    assert np.isnan(loss.compute())
+
+
+@pytest.mark.parametrize("name", ["dask", "dask-rows", "dask-classes"])
+@pytest.mark.parametrize("group", ["special", "targets", "options", "normalizer"])
+def test_no_warning_from_any_case(name: str, group: str) -> None:
+    quiet = replace(
+        get_backend(name),
+        quiet=True,
+        # Where the tasks run, they alone keep NumPy quiet.
+        to_numpy=lambda array: np.asarray(array.compute(scheduler="synchronous")),
+    )
+    check_implementation("dask", quiet, groups=[group], dtypes=["float32"], few_shapes=True)

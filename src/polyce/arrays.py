@@ -316,6 +316,21 @@ def total(xp: Any, backend: str, values: Any) -> Any:
     return np.add.reduce(values, axis=None) if backend == "numpy" else xp.sum(values)
 
 
+def divide(backend: str, values: Any, divisor: Any) -> Any:
+    """Divide by what may be 0, the denominator of a mean over nothing."""
+    if backend != "dask":
+        return values / divisor
+    from dask.array.core import elemwise
+
+    return elemwise(_divided, values, divisor)
+
+
+def _divided(values: Any, divisor: Any) -> Any:
+    """Divide in a task of dask's, which does not know what its caller keeps quiet."""
+    with np.errstate(all="ignore"):
+        return values / divisor
+
+
 def _summable(xp: Any, values: Any) -> Any:
     """Widen mlx's values on a CPU, which adds one by one and loses 3e-4 of 35000; GPUs do not."""
     return cast(xp, values, xp.float64) if device_kind(values, "mlx") == "cpu" else values

@@ -214,7 +214,7 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
         if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
             # Python's own division by 0 would raise.
             return scale * math.copysign(math.inf, plan.denominator)
-        scale = scale / plan.denominator
+        scale = arrays.divide(problem.backend, scale, plan.denominator)
     return scale
 
 
@@ -226,5 +226,5 @@ def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
         return arrays.cast(xp, rows, problem.result_dtype)
     total = arrays.total(xp, problem.backend, rows)
     if problem.reduction == "mean":
-        total = total / plan.denominator
+        total = arrays.divide(problem.backend, total, plan.denominator)
     return arrays.cast(xp, total, problem.result_dtype)
