@@ -19,7 +19,7 @@ struct Across : Tile<T> {
     using Place = typename Lanes<T>::Place;
     using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::gaps, Tile<T>::coefficients;
     using Tile<T>::first_row, Tile<T>::rows, Tile<T>::by_labels;
-    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty;
+    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add;
 
     Transform<capped> transform;
     T scale, cap, twice_over_cap, share, kept;
@@ -156,6 +156,11 @@ struct Across : Tile<T> {
             lane.rest_entropy[i] = sum == 0.0 ? lane.rest_entropy[i] : entropy;
             lane.rest_sum[i] = sum == 0.0 ? 0.0 : sum * decay;
             lane.rest_excess[i] = lane.rest_excess[i] + (r == 0.0 ? 0.0 : r * risen);
+            if constexpr (sizeof(T) == 8) {
+                const double lost = lane.lost_sum[i];
+                lane.lost_entropy[i] = sum == 0.0 ? 0.0 : (lane.lost_entropy[i] + lost * risen) * decay;
+                lane.lost_sum[i] = sum == 0.0 ? 0.0 : lost * decay;
+            }
             lane.top[i] = T(top);
         });
     }
@@ -193,30 +198,12 @@ struct Across : Tile<T> {
         }
     }
 
-    // Adds Σ term(row, place in the tile) to a sum of each row: four terms pairwise, then in double.
-    template <class Term>
-    POLYCE_INLINE void add(int count, double* sums, Term term) const {
-        int c = 0;
-        for (; c + 4 <= count; c += 4) {
-            const int at = c * width;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                const T one = term(i, at + i) + term(i, at + width + i);
-                const T two = term(i, at + 2 * width + i) + term(i, at + 3 * width + i);
-                sums[i] += double(one + two);
-            });
-        }
-        for (; c < count; ++c) {
-            const int at = c * width;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA { sums[i] += double(term(i, at + i)); });
-        }
-    }
-
     void add_coefficients(std::int64_t start, int count) {
         fill_coefficients(start, count);
         each_pivot(coefficients, [&](int i, T& r) { lane.pivot_coefficient[i] = double(r), r = T(0); });
         const T *const t = gaps, *const r = coefficients;
-        add(count, lane.rest_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA { return r[at]; });
-        add(count, lane.rest_excess, [&](int, int at) POLYCE_INLINE_LAMBDA {
+        add(count, lane.rest_coefficient, lane.lost_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA { return r[at]; });
+        add(count, lane.rest_excess, lane.lost_excess, [&](int, int at) POLYCE_INLINE_LAMBDA {
             // Only what is infinite is skipped: a nan has to stay.
             return r[at] == T(0) && t[at] == -infinity<T> ? T(0) : r[at] * -t[at];
         });
@@ -224,7 +211,7 @@ struct Across : Tile<T> {
 
     void add_entropy(int count) {
         const T* const t = gaps;
-        add(count, lane.rest_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
+        add(count, lane.rest_entropy, lane.lost_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
             const T e = exp_negative(t[at]);
             return e == T(0) ? T(0) : -t[at] * e;
         });
@@ -236,9 +223,9 @@ struct Across : Tile<T> {
         const T* const x = logits;
         const T scale = this->scale;
         if (capped || spread || job.stats.entropy) {
-            add(count, lane.rest_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return t[at] = exp_negative(t[at]); });
+            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return t[at] = exp_negative(t[at]); });
         } else {
-            add(count, lane.rest_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
+            add(count, lane.rest_sum, lane.lost_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
                 return t[at] = exp_negative((x[at] - lane.m[i]) * scale);
             });
         }
@@ -250,6 +237,7 @@ struct Across : Tile<T> {
             lane.pivot_logit[i] = T(0);
             lane.rest_sum[i] = lane.rest_coefficient[i] = lane.pivot_coefficient[i] = 0.0;
             lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
+            lane.lost_sum[i] = lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
             lane.first[i] = 0;
         });
         each_chunk([&](std::int64_t start, int count) {
@@ -265,6 +253,12 @@ struct Across : Tile<T> {
             if (spread) add_coefficients(start, count);
             add_exponentials(count);
         });
+        if (sizeof(T) == 8 && job.classes > chunk) {
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                lane.rest_sum[i] += lane.lost_sum[i], lane.rest_coefficient[i] += lane.lost_coefficient[i];
+                lane.rest_excess[i] += lane.lost_excess[i], lane.rest_entropy[i] += lane.lost_entropy[i];
+            });
+        }
         if (by_labels) {
             const double each = label_coefficient(job, 1.0);
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.pivot_coefficient[i] = lane.label_weight[i] * each; });

@@ -17,6 +17,8 @@ struct Lanes {
     alignas(64) Place place[width], found[width];  // of classes in the tile
     alignas(64) double rest_sum[width], pivot_coefficient[width], rest_coefficient[width];
     alignas(64) double rest_excess[width], rest_entropy[width];
+    // What rounding took from these sums, in float64.
+    alignas(64) double lost_sum[width], lost_coefficient[width], lost_excess[width], lost_entropy[width];
     alignas(64) double weight[width], label_weight[width], counted[width], factor[width], loss[width];
     alignas(64) std::int64_t pivot[width], first[width];
 };
@@ -56,6 +58,42 @@ struct Tile {
         for (int start = 0; start < end; start += step) {
             POLYCE_SIMD
             for (int i = start; i < start + step; ++i) f(i);
+        }
+    }
+
+    // Adds Σ term(row, place in the tile) to a sum of each row: four terms pairwise, then in double.
+    // Of a chunk's float64 terms the sum is taken first, and what adding it on loses is kept.
+    template <class Term>
+    POLYCE_INLINE void add(int count, double* sums, double* lost, Term term) const {
+        if constexpr (sizeof(T) == 8) {
+            alignas(64) double part[width];
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { part[i] = 0.0; });
+            add_up(count, part, term);
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                const double sum = sums[i] + part[i], added = sum - sums[i];
+                const double error = (sums[i] - (sum - added)) + (part[i] - added);
+                lost[i] += error - error == 0.0 ? error : 0.0;
+                sums[i] = sum;
+            });
+        } else {
+            add_up(count, sums, term);
+        }
+    }
+
+    template <class Term>
+    POLYCE_INLINE void add_up(int count, double* sums, Term term) const {
+        int c = 0;
+        for (; c + 4 <= count; c += 4) {
+            const int at = c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                const T one = term(i, at + i) + term(i, at + width + i);
+                const T two = term(i, at + 2 * width + i) + term(i, at + 3 * width + i);
+                sums[i] += double(one + two);
+            });
+        }
+        for (; c < count; ++c) {
+            const int at = c * width;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { sums[i] += double(term(i, at + i)); });
         }
     }
 
