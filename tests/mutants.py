@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyce import arrays, reference, registry, rowstate, stats, targets, transform
+from polyce import arrays, reference, registry, rowstate, stats, sums, targets, transform
 from polyce.problem import Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -34,6 +34,8 @@ class Mutant:
     """What it does elsewhere: module, name, function in its place."""
     stats: Callable[[RowStats], RowStats] | None = None
     """What it does to the rows' stats."""
+    dtype: str = "float32"
+    """Of the logits of the cases that have to notice."""
 
     def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
@@ -140,7 +142,12 @@ MUTANTS = {
     "bad-labels-answered": Mutant("targets", call=lambda p, plan: (p, plan._replace(invalid=None))),
     "nan-hidden": Mutant("special", rows=lambda p, plan, x, rows: np.fmax(rows, 0.0)),
     "infinity-capped": Mutant("special", rows=lambda p, plan, x, rows: np.minimum(rows, 3e38)),
-    "classes-added-one-by-one": Mutant("accuracy", patch=(arrays, "class_sum", class_sum)),
+    "classes-added-one-by-one": Mutant("accuracy", patch=(sums, "class_sum", class_sum)),
+    "apart-classes-added-one-by-one": Mutant(
+        "accuracy",
+        patch=(sums, "_by_blocks", lambda xp, x, axis: xp.sum(x, axis=axis, keepdims=True)),
+        dtype="float64",
+    ),
     "rows-added-one-by-one": Mutant("accuracy", patch=(targets, "reduce", reduce)),
 }
 

@@ -244,21 +244,6 @@ def _jax_take(values: Any, labels: Any, axis: int) -> Any:
     return jax.sharding.auto_axes(take, out_sharding=result)(values, labels)
 
 
-def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
-    """Sum over the classes, accurately for any layout, into a dtype at least as wide.
-
-    The class axis stays, of length 1.
-    """
-    if backend == "torch":
-        # torch adds in a cascade, whatever the axis, and would copy all values to widen them.
-        return cast(xp, xp.sum(values, axis=axis, keepdims=True), dtype)
-    if backend == "mlx":
-        return cast(xp, xp.sum(_summable(xp, values), axis=axis, keepdims=True), dtype)
-    # NumPy adds pairwise along the innermost axis only; widening on the way is right for all.
-    add = np.add.reduce if backend == "numpy" else xp.sum
-    return add(values, axis=axis, dtype=dtype, keepdims=True)
-
-
 def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:
     """Give the largest value over the classes; the class axis stays, of length 1.
 
@@ -306,16 +291,6 @@ def exact(number: float) -> Any:
     return mpmath.mpf(number)
 
 
-def total(xp: Any, backend: str, values: Any) -> Any:
-    """Sum over everything."""
-    if backend == "mlx":
-        return cast(xp, xp.sum(_summable(xp, values)), values.dtype)
-    if backend == "dask":
-        # dask by itself adds up two such numbers a task, as if they were large.
-        return values.sum(split_every=dict.fromkeys(range(values.ndim), 16))
-    return np.add.reduce(values, axis=None) if backend == "numpy" else xp.sum(values)
-
-
 def divide(backend: str, values: Any, divisor: Any) -> Any:
     """Divide by what may be 0, the denominator of a mean over nothing."""
     if backend != "dask":
@@ -329,11 +304,6 @@ def _divided(values: Any, divisor: Any) -> Any:
     """Divide in a task of dask's, which does not know what its caller keeps quiet."""
     with np.errstate(all="ignore"):
         return values / divisor
-
-
-def _summable(xp: Any, values: Any) -> Any:
-    """Widen mlx's values on a CPU, which adds one by one and loses 3e-4 of 35000; GPUs do not."""
-    return cast(xp, values, xp.float64) if device_kind(values, "mlx") == "cpu" else values
 
 
 def any_true(xp: Any, mask: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from polyce import arrays, reference, targets, transform
+from polyce import arrays, reference, sums, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -293,13 +293,13 @@ def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved
     rows = []
     if tangent is not None:
         product = tangent * reference.backward(problem, plan, 1.0, logits, None)
-        rows.append(arrays.class_sum(xp, backend, product, axis, problem.row_dtype))
+        rows.append(sums.class_sum(xp, backend, product, axis, problem.row_dtype))
     coefficients = _coefficients_tangent(problem, plan, moved)
     if coefficients is not None:
         gaps = _gaps(problem, plan, logits)
         # A class that stays at coefficient 0 takes no part, not even at a logit of -inf.
         gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
-        product = arrays.class_sum(xp, backend, coefficients * gaps, axis, problem.row_dtype)
+        product = sums.class_sum(xp, backend, coefficients * gaps, axis, problem.row_dtype)
         rows.append(targets.weigh_rows(plan, xp, product))
     return sum(rows)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, transform
+from polyce import arrays, sums, transform
 from polyce.problem import Problem
 
 
@@ -90,29 +90,29 @@ def from_logits(
         share = coefficients
         # Scaled before the sum, which could overflow.
         gaps = xp.where(excluded, 0.0, rest * -share)
-        rest_excess = arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        rest_excess = sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
         del gaps
         rest_coefficient = xp.full_like(rest_excess, share * (logits.shape[axis] - 1))
     elif coefficients is not None:
         others = xp.where(excluded, 0.0, coefficients)
-        rest_coefficient = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        rest_coefficient = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
         # A class of coefficient 0 takes no part, not even as 0 times infinity. Elsewhere it is
         # multiplied all the same: the derivative by the coefficient needs the factor.
         skipped = (others == 0.0) & (rest == -math.inf)
         others = others * xp.where(skipped, 0.0, -rest)
-        rest_excess = arrays.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        rest_excess = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
 
     if problem.asks("entropy"):
         gaps, rest = rest, xp.exp(rest)
         gaps = arrays.replace(xp, backend, rest == 0.0, 0.0, gaps, owned=True)
         gaps = arrays.overwrite(backend, xp.multiply, gaps, rest)
-        rest_entropy = -arrays.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        rest_entropy = -sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
         del gaps
     else:
         rest = arrays.overwrite(backend, xp.exp, rest)
     state = RowState(
         rest_max=arrays.cast(xp, rest_max, row_dtype),
-        rest_sum=arrays.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
+        rest_sum=sums.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
         pivot_logit=arrays.cast(xp, pivot_logit, row_dtype),
         pivot_coefficient=pivot_coefficient,
         rest_coefficient=rest_coefficient,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, labels
+from polyce import arrays, labels, sums
 from polyce.problem import Operands, Problem
 
 
@@ -135,7 +135,7 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
         row_weight = arrays.cast(xp, counted, problem.row_dtype)
     elif counted is not None:
         row_weight = xp.where(counted, row_weight, 0.0)
-    return arrays.total(xp, problem.backend, row_weight)
+    return sums.total(xp, problem.backend, row_weight)
 
 
 def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
@@ -224,7 +224,7 @@ def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
     if problem.reduction == "none":
         rows = xp.squeeze(rows, axis=problem.axis)
         return arrays.cast(xp, rows, problem.result_dtype)
-    total = arrays.total(xp, problem.backend, rows)
+    total = sums.total(xp, problem.backend, rows)
     if problem.reduction == "mean":
         total = arrays.divide(problem.backend, total, plan.denominator)
     return arrays.cast(xp, total, problem.result_dtype)

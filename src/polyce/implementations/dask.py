@@ -13,7 +13,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from polyce import arrays, targets
+from polyce import arrays, sums, targets
 from polyce.implementations import dask_blocks as blocks
 from polyce.problem import Operands, Problem
 from polyce.stats import RowStats
@@ -308,4 +308,4 @@ def total_weight(problem: Problem, operands: Operands) -> Any:
         adjust_chunks=dict.fromkeys(row_axes, 1),
         meta=operands.target._meta.astype(problem.row_dtype),
     )
-    return arrays.total(problem.xp, problem.backend, totals)
+    return sums.total(problem.xp, problem.backend, totals)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, eager, libraries, reference, rowstate, targets, transform
+from polyce import arrays, eager, libraries, reference, rowstate, sums, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -50,7 +50,7 @@ def whole_rows(
         else:
             rows, grad, stats = chosen.forward_backward(problem, plan, cotangent, logits)
         if summed:
-            rows = arrays.total(problem.xp, problem.backend, rows)
+            rows = sums.total(problem.xp, problem.backend, rows)
             rows = problem.xp.reshape(rows, (1,) * logits.ndim)
     return rows, grad, *(stats or ())
 

@@ -257,6 +257,11 @@ def _long_cases(name: str) -> Iterator[Case]:
         yield Case(
             f"accuracy/flat/32000/smoothing-{eps:g}/{name}", "accuracy", flat, labels, None, options
         )
+        # The classes of a row far from one another, as libraries add them up in another order.
+        yield Case(
+            f"accuracy/apart/32000/smoothing-{eps:g}/{name}", "accuracy", flat.T[None].copy(),
+            labels[None], None, options,
+        )  # fmt: skip
     uniform = np.full((2, 32000), 1.0 / 32000).astype(dtype(name))
     none = {"reduction": "none"}
     yield Case(f"accuracy/flat/32000/uniform/{name}", "accuracy", flat, uniform, None, none)

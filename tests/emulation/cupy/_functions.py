@@ -73,11 +73,24 @@ def _lifted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return lifted
 
 
+def _sum(a: Any, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> Any:
+    """Add pairwise along any one axis, as the threads of a block do; NumPy does along the last."""
+    if not isinstance(axis, int):
+        return np.sum(a, axis, dtype, keepdims=keepdims)
+    last = np.ascontiguousarray(np.moveaxis(a, axis, -1))
+    result = np.sum(last, -1, dtype)
+    return np.expand_dims(result, axis) if keepdims else result
+
+
+# NumPy's functions but for one.
+_FOUND = {name: getattr(np, name) for name in FUNCTIONS.split()} | {"sum": _sum}
+
+
 def names() -> dict[str, Any]:
     """Give the namespace, less what has functions of its own below."""
     found: dict[str, Any] = {name: getattr(np, name) for name in PLAIN.split()}
     found |= {name: elementwise(getattr(np, name), name) for name in UFUNCS.split()}
-    found |= {name: _lifted(getattr(np, name), name) for name in FUNCTIONS.split()}
+    found |= {name: _lifted(function, name) for name, function in _FOUND.items()}
     return found | {"abs": found["absolute"], "conj": found["conjugate"]}
 
 
@@ -87,7 +100,7 @@ def add_methods() -> None:
         *("all", "any", "argmax", "argmin", "argsort", "cumsum", "dot", "max", "mean", "min"),
         *("nonzero", "prod", "repeat", "round", "std", "sum", "take", "trace", "var"),
     ):
-        setattr(ndarray, name, _lifted(getattr(np, name), name))
+        setattr(ndarray, name, _lifted(_FOUND.get(name) or getattr(np, name), name))
     ndarray.__matmul__ = _products.matmul  # type: ignore[attr-defined]
     ndarray.conj = elementwise(np.conjugate, "conjugate")  # type: ignore[attr-defined]
 
