@@ -8,6 +8,7 @@ those in MARKED_ONLY.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -124,7 +125,25 @@ def backend(backend_name: str) -> Backend:
             return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
         found = dataclasses.replace(found, asarray=on_device)
-    return found
+    return forgetful(found) if found.name == "jax" else found
+
+
+def forgetful(jax_backend: Backend) -> Backend:
+    """Let jax forget what it has compiled, now and then.
+
+    Each function that XLA compiles takes some of the memory mappings that a process may have, 65530
+    on Linux, and what asks for one more crashes.
+    """
+    import jax
+
+    count = itertools.count(1)
+
+    def asarray(array: Any) -> Any:
+        if next(count) % 1000 == 0:
+            jax.clear_caches()
+        return jax_backend.asarray(array)
+
+    return dataclasses.replace(jax_backend, asarray=asarray)
 
 
 @pytest.fixture(autouse=True)
