@@ -75,6 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--backend") == "triton":
         # Read when Triton is first imported; so interpreter and compiler need a process each.
         os.environ["TRITON_INTERPRET"] = "1"
+        add_tiles_up_by_halves()
     if config.getoption("--backend") == "cupy-emulated":
         sys.path.insert(0, str(Path(__file__).with_name("emulation")))
     if config.getoption("--backend").startswith("jax"):
@@ -88,6 +89,20 @@ def pytest_configure(config: pytest.Config) -> None:
         import jax
 
         jax.config.update("jax_enable_x64", config.getoption("--backend") == "jax-x64")
+
+
+def add_tiles_up_by_halves() -> None:
+    """Let Triton's interpreter sum as threads do, not as NumPy does, one number after another."""
+    from triton.runtime.interpreter import ReduceOps
+
+    def by_halves(self: Any, tile: Any) -> Any:
+        values = tile.handle.data
+        # A power of two, along the first axis: the kernels add up along no other.
+        while half := len(values) // 2:
+            values = values[:half] + values[half:]
+        return self.to_tensor(values[0], tile.dtype)
+
+    ReduceOps.sum = by_halves
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

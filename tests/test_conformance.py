@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any
 
 import pytest
 
@@ -42,23 +41,7 @@ def test_grid_under_jit(backend: Backend) -> None:
     print(report)
 
 
-@pytest.fixture
-def sums_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add up a tile as threads do; the interpreter leaves it to NumPy, which adds one by one."""
-    from triton.runtime.interpreter import ReduceOps
-
-    def by_halves(self: Any, tile: Any) -> Any:
-        values = tile.handle.data
-        # A power of two, along the first axis: the kernels add up along no other.
-        while half := len(values) // 2:
-            values = values[:half] + values[half:]
-        return self.to_tensor(values[0], tile.dtype)
-
-    monkeypatch.setattr(ReduceOps, "sum", by_halves)
-
-
 @pytest.mark.only("triton")
-@pytest.mark.usefixtures("sums_by_halves")
 @pytest.mark.parametrize("group", GROUPS)
 def test_grid_on_triton(backend: Backend, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case.
