@@ -28,6 +28,7 @@ CALLS: list[tuple[tuple[int, ...], str, str, dict[str, int], dict[str, Any]]] = 
     ((2, 7, 21), "float32", "index", FEW, {}),
     ((3, 75), "float16", "probability", FEW, EVERYTHING),
     ((2, 300), "float64", "index", SPLIT, {"label_smoothing": 0.1}),
+    ((2, 301), "float64", "probability", SPLIT, {}),
     ((2, 301), "bfloat16", "probability", SPLIT, {}),
 ]
 if FULL:

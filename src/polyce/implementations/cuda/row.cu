@@ -106,6 +106,9 @@ struct Sum {
 typedef double Sum;
 #endif
 
+// Whether the ints of a state would leave a gap.
+#define PADDED (STATS || (PROBABILITY && REAL == FLOAT64))
+
 // The state of some of a row's classes, less the pivot.
 struct State {
   real top;    // m', the largest logit
@@ -128,7 +131,7 @@ struct State {
 #if PROBABILITY && STATS
   int likeliest_class;
 #endif
-#if STATS
+#if PADDED
   int unused;  // so that all bytes of a state in memory are written
 #endif
 #if PROBABILITY && STATS
@@ -147,6 +150,8 @@ DEVICE State nothing_read() {
 #if STATS
   state.entropy = 0;
   state.first = NONE;
+#endif
+#if PADDED
   state.unused = 0;
 #endif
   state.pivot = -infinity();
