@@ -154,13 +154,16 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         problem = ctx.problem
         logits, plan, rest = _kept(ctx)
-        backward, state = ctx.implementation.backward, ctx.state_type(*rest) if rest else None
-        if wants_operations(cotangent):
-            backward, state, logits = reference.backward, None, readable(problem, plan, logits)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
             needs = asked_for(ctx)
-        grad = backward(problem, plan, cotangent, logits, state) if needs[0] else None
+        grad = None
+        if needs[0] and wants_operations(cotangent):
+            logits = readable(problem, plan, logits)
+            grad = reference.differentiable_gradient(problem, plan, cotangent, logits)
+        elif needs[0]:
+            state = ctx.state_type(*rest) if rest else None
+            grad = ctx.implementation.backward(problem, plan, cotangent, logits, state)
         of_probabilities = of_weight = None
         if needs[1] or needs[2]:
             found = target_gradients(problem, plan, cotangent, logits, (needs[1], needs[2]))
@@ -268,7 +271,7 @@ class _TransformedRowLosses(torch.autograd.Function):
         _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
         grad, grads = None, Plan(*(None,) * len(plan))
         if ctx.needs_input_grad[0]:
-            grad = reference.backward(problem, plan, cotangent, logits, None)
+            grad = reference.differentiable_gradient(problem, plan, cotangent, logits)
         wanted = (needs.probabilities, needs.class_weight)
         if any(wanted):
             found = target_gradients(problem, plan, cotangent, logits, wanted)
@@ -292,7 +295,7 @@ def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     rows = []
     if tangent is not None:
-        product = tangent * reference.backward(problem, plan, 1.0, logits, None)
+        product = tangent * reference.differentiable_gradient(problem, plan, 1.0, logits)
         rows.append(sums.class_sum(xp, backend, product, axis, problem.row_dtype))
     coefficients = _coefficients_tangent(problem, plan, moved)
     if coefficients is not None:

@@ -23,7 +23,7 @@ def forward(
     if problem.is_empty:
         rows = _empty_rows(problem, plan, logits)
         return rows, None, _empty_stats(problem, rows)
-    read = _read(problem, plan, logits)
+    read = _read(problem, plan, logits, targets.pivot_leads(problem))
     return (
         _losses(problem, plan, read.state),
         read.state,
@@ -37,7 +37,20 @@ def backward(
     """Give the gradient with respect to the logits, for a cotangent of the rows' losses."""
     if problem.is_empty:
         return logits * 0.0  # on the graph of a library that will differentiate it
-    return _gradient(problem, plan, cotangent, _read(problem, plan, logits))
+    leads = targets.pivot_leads(problem)
+    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads))
+
+
+def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
+    """Give what `backward` gives, in operations whose derivatives keep their digits as well.
+
+    With the largest class as the pivot no derivative is a difference of nearly equal numbers: that
+    of p_c by x_c is p_c (1 - p_c), where p_c is at most 1/2 for all classes but the pivot, and for
+    the pivot the sum of the others over the whole.
+    """
+    if problem.is_empty:
+        return logits * 0.0
+    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads=True))
 
 
 def forward_backward(
@@ -47,7 +60,7 @@ def forward_backward(
     if problem.is_empty:
         rows = _empty_rows(problem, plan, logits)
         return rows, problem.xp.zeros_like(logits), _empty_stats(problem, rows)
-    read = _read(problem, plan, logits)
+    read = _read(problem, plan, logits, targets.pivot_leads(problem))
     rows, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
     return rows, _gradient(problem, plan, cotangent, read), stats
 
@@ -108,32 +121,38 @@ class _Read(NamedTuple):
     logits: Any
     """In the arithmetic dtype."""
     pivot: Any
+    leads: bool
+    """Whether that is the class of the largest logit."""
     excluded: Any
     state: RowState
     rest_exp: Any
     coefficients: Any
 
 
-def _read(problem: Problem, plan: Plan, logits: Any) -> _Read:
+def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
+    """Read the logits, with the class of the largest one as the pivot if it `leads`."""
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     given_dtype = logits.dtype
     logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
-    at_pivot, coefficients = targets.coefficients(problem, plan)
-    pivot = plan.label
-    if pivot is None:
-        pivot = arrays.argmax(xp, backend, logits, axis)
+    pivot = arrays.argmax(xp, backend, logits, axis) if leads else plan.label
     excluded = arrays.one_hot(xp, backend, pivot, logits, axis)
     pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
-    if plan.label is None:
+    if leads:
+        is_label = None
+        if plan.label is not None:
+            is_label = arrays.one_hot(xp, backend, plan.label, logits, axis)
+        coefficients = targets.all_coefficients(problem, plan, is_label, pivot_logit)
         at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
         at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+    else:
+        at_pivot, coefficients = targets.coefficients(problem, plan)
     if plan.counted is not None:
         # An ignored row is not read: it may hold infinities and nans.
         excluded = excluded | ~plan.counted
     state, rest_exp = rowstate.from_logits(
         problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
     )
-    return _Read(logits, pivot, excluded, state, rest_exp, coefficients)
+    return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients)
 
 
 def _losses(problem: Problem, plan: Plan, state: RowState) -> Any:
@@ -154,6 +173,7 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
         plan.counted,
         read.logits,
         targets.lse_penalty(problem, plan),
+        leads=read.leads,
     )
     return arrays.cast(xp, grad, problem.logits_dtype)
 

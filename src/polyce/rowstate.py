@@ -1,9 +1,10 @@
 """The row formula: a softmax row's state, its loss, its gradient, and how parts of it merge.
 
 Written as R·lse - Σ r_c x_c, the loss of a confident row cancels to 0 in float32 from a gap of 17
-on, and so does its gradient. Here one class k of each row, the pivot, is kept apart (the label;
-for probabilities the class of the largest logit) and every sum runs over the *other* classes, so
-that only non-negative terms are added (for non-negative coefficients) and nothing cancels:
+on, and so does its gradient. Here one class k of each row, the pivot, is kept apart (the label, or
+the class of the largest logit: `targets.pivot_leads` says which) and every sum runs over the
+*other* classes, so that only non-negative terms are added (for non-negative coefficients) and
+nothing cancels:
 
     m' = max x_c    d' = Σ exp(x_c - m')    q' = Σ r_c (m' - x_c)    R' = Σ r_c        (c ≠ k)
     δ = m' - x_k
@@ -12,7 +13,7 @@ that only non-negative terms are added (for non-negative coefficients) and nothi
     h = log1p(E)       lse = max(m', x_k) + h       p_k = (exp(-δ) or 1) / (1 + E)
     loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h + λ lse²
     dloss/dx_c = (R' + r_k + 2λ lse) exp(x_c - m') f - r_c
-    dloss/dx_k = R' - (R' + r_k) d' f + 2λ lse p_k
+    dloss/dx_k = R' - (R' + r_k) d' f + 2λ lse p_k  =  (R' + r_k) p_k - r_k + 2λ lse p_k
 
 The x are the logits after the `transform`. The state holds logits before it, and every difference
 of two x is taken by `transform.difference`.
@@ -296,12 +297,15 @@ def gradient(
     counted: Any,
     logits: Any,
     lse_penalty: Any = None,
+    *,
+    leads: bool,
 ) -> Any:
     """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
 
     `rest_exp` is exp(x_c - m') as `from_logits` gives it, and the gradient may take its place;
     `scale` is shaped as the state; where `counted` is False, all classes are `excluded` and the
-    gradient is 0. The `logits` are read where there is a softcap.
+    gradient is 0. The `logits` are read where there is a softcap. `leads` says whether the pivot is
+    the class of the largest logit.
     """
     xp, backend = problem.xp, problem.backend
     s = _scalars(problem, state)
@@ -309,9 +313,14 @@ def gradient(
     total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
     if state.rest_coefficient is not None:
         total = total + state.rest_coefficient
-    at_pivot = -total * (state.rest_sum * factor)
-    if state.rest_coefficient is not None:
-        at_pivot = at_pivot + state.rest_coefficient
+    away = total * (state.rest_sum * factor)
+    at_pivot = -away if state.rest_coefficient is None else state.rest_coefficient - away
+    if leads and state.rest_coefficient is not None:
+        # R p_k - r_k is the same. Of the two, the one with the smaller terms keeps its digits; with
+        # a label as the pivot that is always the first.
+        near = total * _pivot_probability(xp, s)
+        is_nearer = near + state.pivot_coefficient < away + state.rest_coefficient
+        at_pivot = xp.where(is_nearer, near - state.pivot_coefficient, at_pivot)
     if lse_penalty is not None:
         pull = 2.0 * lse_penalty * _lse(problem, state, s)
         total = total + pull

@@ -161,6 +161,31 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     return at_label * (1.0 - smoothing + share), plan.class_weight * share
 
 
+def pivot_leads(problem: Problem) -> bool:
+    """Tell whether the pivot of a row is the class of its largest logit, not its label.
+
+    It is for probabilities, and wherever the entropy is asked for: with another class as the pivot
+    the sum over the rest holds the largest's 1, in which the digits of the others are lost.
+    """
+    return problem.kind == "probability" or problem.asks("entropy")
+
+
+def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> Any:
+    """Give r of every class, a label's own among them, for a pivot that need not be the label.
+
+    `is_label` marks the label of each row; `rows` is an array in the arithmetic dtype, shaped as
+    the plan's. Neither is looked at for probabilities.
+    """
+    xp = problem.xp
+    at_label, everywhere = coefficients(problem, plan)
+    if plan.label is None:
+        return everywhere
+    if at_label is None or isinstance(at_label, float):
+        at_label = xp.full_like(rows, 1.0 if at_label is None else at_label)
+    at_label = arrays.cast(xp, at_label, problem.arithmetic_dtype)
+    return xp.where(is_label, at_label, 0.0 if everywhere is None else everywhere)
+
+
 def coefficients_backward(
     problem: Problem, plan: Plan, gradient: Any, *, needs: tuple[bool, bool] = (True, True)
 ) -> tuple[Any, Any]:

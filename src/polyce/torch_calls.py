@@ -193,7 +193,7 @@ def gradient(problem: Problem, operands: Operands) -> Any:
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     readable = autograd_torch.readable(problem, plan, operands.logits)
-    return reference.backward(problem, plan, cotangent, readable, None)
+    return reference.differentiable_gradient(problem, plan, cotangent, readable)
 
 
 def target_gradients(

@@ -24,13 +24,16 @@ struct Across : Tile<T> {
     Transform<capped> transform;
     T scale, cap, twice_over_cap, share, kept;
     bool spread;  // classes besides the pivot have coefficients
-    bool plain;   // neither that nor z_loss
+    bool at_top;  // the pivot is the class of the largest logit
+    bool apart;   // though there are labels, which may be other classes
+    bool plain;   // none of these, nor z_loss
 
     Across(const Job& job, char* scratch)
         : Tile<T>(job, scratch), transform{job.scale, job.cap}, scale(T(job.scale)), cap(T(job.cap)),
           twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)),
           share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)), spread(has_coefficients(job)),
-          plain(!spread && job.z_loss == 0.0) {}
+          at_top(pivots_on_largest(job)), apart(at_top && by_labels),
+          plain(!spread && !apart && job.z_loss == 0.0) {}
 
     // Calls f(first class, number of classes) for as many classes as a tile has room for.
     template <class F>
@@ -69,6 +72,25 @@ struct Across : Tile<T> {
                 lane.pivot[i] = lane.found[i] < 0 ? lane.pivot[i] : start + lane.found[i];
             });
         });
+    }
+
+    // Keeps the labels, whose place the pivots take.
+    void keep_labels() {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.label[i] = lane.pivot[i], lane.label_logit[i] = T(0); });
+    }
+
+    // Calls f(row, its label's place in the tile) for labels among these classes.
+    template <class F>
+    void each_label(std::int64_t start, int count, F f) {
+        for (int i = 0; i < rows; ++i) {
+            const std::int64_t c = lane.label[i] - start;
+            if (!out_of_range(c, count)) f(i, c * width + i);
+        }
+    }
+
+    LabelApart set_label_apart(int i, RowState& s) const {
+        const RowTarget target{lane.label[i], true, false, lane.weight[i], lane.label_weight[i]};
+        return polyce::POLYCE_ISA::set_apart(job, transform, s, target, double(lane.label_logit[i]));
     }
 
     // Where in the tile the pivots are; -1 for those among other classes.
@@ -242,6 +264,7 @@ struct Across : Tile<T> {
         });
         each_chunk([&](std::int64_t start, int count) {
             fill(job.logits, start, count, logits);
+            if (apart) each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
             find_pivots(start, count);
             set_apart(count);
             if (job.stats.prediction || job.stats.correct) find_first(start, count);
@@ -259,9 +282,22 @@ struct Across : Tile<T> {
                 lane.rest_excess[i] += lane.lost_excess[i], lane.rest_entropy[i] += lane.lost_entropy[i];
             });
         }
-        if (by_labels) {
+        if (by_labels && !apart) {
             const double each = label_coefficient(job, 1.0);
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.pivot_coefficient[i] = lane.label_weight[i] * each; });
+        }
+        if (apart) add_labels();
+    }
+
+    void add_labels() {
+        for (int i = 0; i < rows; ++i) {
+            if (lane.label[i] == lane.pivot[i]) {
+                lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
+            } else {
+                RowState s = state(i);
+                set_label_apart(i, s);
+                lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
+            }
         }
     }
 
@@ -275,6 +311,7 @@ struct Across : Tile<T> {
     void finish() {
         const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
         const Transform<capped> transform = this->transform;
+        const bool at_top = this->at_top;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             RowState s = state(i);
             if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
@@ -284,7 +321,7 @@ struct Across : Tile<T> {
             const double loss = row_loss(s, found, penalty, lse);
             lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
             if constexpr (with_gradient) {
-                const RowGradient g = row_gradient(s, found, penalty, lse);
+                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top);
                 const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
                 if constexpr (only_pivots && !capped) {
                     lane.once[i] = T(factor * own_scale * g.softmax);
@@ -315,8 +352,21 @@ struct Across : Tile<T> {
             const bool look = count <= few;
             for (int c = 0; c < count; ++c) multiply(c, look);
             if (!look) each_pivot(gaps, [&](int i, T& t) { t = lane.at_pivot[i]; });
+            if (apart) each_label(start, count, [&](int i, std::int64_t at) { gaps[at] = at_label(i, gaps[at]); });
             empty(start, count);
         });
+    }
+
+    // The label's entry of the gradient, where the label is not the pivot.
+    T at_label(int i, T entry) const {
+        if (lane.label[i] == lane.pivot[i] || lane.counted[i] == 0.0) return entry;
+        const RowState s = state(i);
+        const RowScalars found = scalars(transform, s, sizeof(T) == 8);
+        const double penalty = penalty_of(job, lane.label_weight[i]);
+        const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true);
+        LabelApart label;
+        label.logit = double(lane.label_logit[i]), label.coefficient = label_coefficient(job, lane.label_weight[i]);
+        return T(label.gradient(transform, s, g) * lane.factor[i]);
     }
 
     // A class's exponentials become its gradient; `look`: also where it is the pivot.
@@ -345,7 +395,8 @@ struct Across : Tile<T> {
         if (!by_labels) row_offsets(job, job.probabilities.row_stride, first_row, rows, probabilities);
         for (int i = 0; i < rows; ++i) {
             const bool invalid = lane.weight[i] != lane.weight[i];
-            const RowTarget target{by_labels ? lane.pivot[i] : 0, lane.counted[i] != 0.0, invalid, lane.weight[i],
+            const std::int64_t label = apart ? lane.label[i] : by_labels ? lane.pivot[i] : 0;
+            const RowTarget target{label, lane.counted[i] != 0.0, invalid, lane.weight[i],
                                    lane.label_weight[i]};
             const char* p = by_labels ? nullptr : job.probabilities.data + probabilities[i];
             store_stats<T, capped>(job, transform, first_row + i, target, state(i), lane.pivot[i], lane.first[i], p);
@@ -365,7 +416,8 @@ struct Across : Tile<T> {
             if (job.stats.valid) sum();
             finish_pair(*this);
         } else {
-            if (!by_labels) find_largest();
+            if (apart) keep_labels();
+            if (at_top) find_largest();
             sum();
             if (job.grad.data) {
                 finish<true>();
@@ -375,11 +427,18 @@ struct Across : Tile<T> {
             }
         }
         if (job.stats.valid) write_stats();
+        if (job.saved && !job.backward_only) leave_nothing();
         if (job.losses) {
             const int size = size_of(job.result_dtype);
             narrow_run(job.result_dtype, lane.loss, rows, static_cast<char*>(job.losses) + first_row * size, size);
         }
         return total();
+    }
+
+    // For a backward pass that goes along the classes, as after a hook that has laid them otherwise.
+    void leave_nothing() const {
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        for (int i = 0; i < rows; ++i) job.saved[first_row + i] = {nan, nan, nan, nan};
     }
 
     double total() const {

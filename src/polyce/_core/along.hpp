@@ -322,42 +322,63 @@ struct Along {
                 narrow_run(out.dtype, to, count, place, out.class_stride);
             }
         }
-        const T value = T(target.counted ? at_pivot : 0.0);
-        narrow_run(out.dtype, &value, 1, grad + pivot * out.class_stride, out.class_stride);
+        write_one(grad, pivot, target.counted ? at_pivot : 0.0);
+    }
+
+    void write_one(char* grad, std::int64_t c, double entry) {
+        const T value = T(entry);
+        narrow_run(job.grad.dtype, &value, 1, grad + c * job.grad.class_stride, job.grad.class_stride);
+    }
+
+    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
+    // had it in their hands: what does not fit is not used.
+    bool take_saved(const SavedRow& saved, const char* row, const char* probabilities, RowState& s, std::int64_t& pivot) {
+        if (saved.rest_sum != saved.rest_sum) return false;
+        s.rest_max = saved.rest_max, s.rest_sum = saved.rest_sum, s.rest_coefficient = saved.rest_coefficient;
+        if (probabilities) {
+            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
+            pivot = fits ? std::int64_t(saved.pivot) : 0;
+            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
+            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
+            s.pivot_coefficient =
+                double(coefficient(job, read_one(job.probabilities, probabilities, pivot), weight, kept, share));
+        }
+        s.pivot_logit = double(read_one(job.logits, row, pivot));
+        return true;
     }
 
     // One row's loss; its gradient and statistics are written.
     double run(std::int64_t r, const char* row, const char* probabilities, char* grad) {
         const RowTarget target = read_target<T>(job, r);
+        const bool at_top = pivots_on_largest(job);
         std::int64_t pivot = target.label, first = 0;
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
+        LabelApart apart;
         if (target.counted && job.classes) {
-            if (job.backward_only && job.saved) {
-                const SavedRow& saved = job.saved[r];
-                pivot = std::int64_t(saved.pivot);
-                s.rest_max = saved.rest_max, s.rest_sum = saved.rest_sum;
-                s.rest_coefficient = saved.rest_coefficient;
-                s.pivot_logit = double(read_one(job.logits, row, pivot));
-                if (probabilities) {
-                    const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
-                    s.pivot_coefficient =
-                        double(coefficient(job, read_one(job.probabilities, probabilities, pivot), weight, kept, share));
-                }
-            } else {
-                if (probabilities) pivot = largest(row);
+            const bool saved = job.backward_only && job.saved;
+            if (!saved || !take_saved(job.saved[r], row, probabilities, s, pivot)) {
+                if (at_top) pivot = largest(row);
                 s = sum(row, probabilities, pivot, first);
-                if (job.saved) {
-                    job.saved[r] = {s.rest_max, s.rest_sum, s.rest_coefficient, double(pivot)};
-                }
             }
         }
-        if (!probabilities) s.pivot_coefficient = label_coefficient(job, target.label_weight);
+        if (!probabilities) {
+            const double whole = label_coefficient(job, target.label_weight);
+            if (pivot == target.label) {
+                s.pivot_coefficient = whole;
+            } else {
+                apart = set_apart(job, transform, s, target, double(read_one(job.logits, row, target.label)));
+            }
+        }
+        if (job.saved && !job.backward_only) job.saved[r] = saved_row(transform, s, apart, pivot);
         const RowScalars found = scalars(transform, s, job.wide);
         const double penalty = penalty_of(job, target.label_weight);
         const double lse = log_sum_exp(transform, s, found);
         if (grad && job.classes) {
-            const RowGradient g = row_gradient(s, found, penalty, lse);
-            write_gradient(row, probabilities, grad, s, target, pivot, row_scale(job, target, r), g);
+            const RowGradient g = row_gradient(s, found, penalty, lse, at_top);
+            const double factor = row_scale(job, target, r);
+            const double at_label = apart.gradient(transform, s, g) * factor;
+            write_gradient(row, probabilities, grad, s, target, pivot, factor, g);
+            if (apart.is) write_one(grad, target.label, at_label);
         }
         if (job.stats.valid) store_stats<T, capped>(job, transform, r, target, s, pivot, first, probabilities);
         if (job.backward_only) return 0.0;

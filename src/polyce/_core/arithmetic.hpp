@@ -7,6 +7,11 @@
 #include <cstdint>
 #include <limits>
 
+// nan and infinity are values here, and every sum has its order.
+#if defined(__FAST_MATH__) || defined(_M_FP_FAST) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "polyce's kernels must be compiled without -ffast-math and -ffinite-math-only: take them out of CXXFLAGS"
+#endif
+
 #ifndef POLYCE_ISA
 #error "POLYCE_ISA must name the instruction set that this file is compiled for"
 #endif

@@ -1,4 +1,4 @@
-// The one file that knows Python: it turns arrays into addresses and strides, and calls core.hpp.
+// What Python sees: arrays are opened by arrays.hpp, and core.hpp computes.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -12,15 +12,18 @@
 #include <thread>
 #include <vector>
 
+#include "arrays.hpp"
 #include "core.hpp"
 #include "threads.hpp"
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 namespace nb = nanobind;
 using namespace polyce;
 
 namespace {
-
-using Shape = std::vector<std::int64_t>;
 
 // Calls smaller than this are over before another thread could have had the lock.
 constexpr std::int64_t numbers_worth_unlocking = 4096;
@@ -44,61 +47,10 @@ Integer integer_named(const std::string& name) {
 
 int integer_size(Integer dtype) { return 1 << (int(dtype) % 4); }
 
-// An array as Python hands it over: an object with the buffer protocol, or a pair of an address and
-// strides in elements, for libraries whose tensors have no buffer.
-class Array {
-public:
-    Array() = default;
-    Array(const Array&) = delete;
-    ~Array() {
-        if (held_) PyBuffer_Release(&view_);
-    }
-
-    void open(nb::handle array, const Shape& shape, int itemsize, bool writable) {
-        const int axes = int(shape.size());
-        if (PyTuple_CheckExact(array.ptr())) {
-            data_ = static_cast<char*>(PyLong_AsVoidPtr(PyTuple_GetItem(array.ptr(), 0)));
-            const nb::tuple steps = nb::cast<nb::tuple>(nb::handle(PyTuple_GetItem(array.ptr(), 1)));
-            if (int(nb::len(steps)) != axes) throw nb::value_error("there must be a stride for each axis");
-            for (int a = 0; a < axes; ++a) strides_[a] = nb::cast<std::int64_t>(steps[a]) * itemsize;
-            return;
-        }
-        const int flags = writable ? PyBUF_STRIDES | PyBUF_WRITABLE : PyBUF_STRIDES;
-        if (PyObject_GetBuffer(array.ptr(), &view_, flags) != 0) throw nb::python_error();
-        held_ = true;
-        bool fits = view_.ndim == axes && view_.itemsize == itemsize;
-        for (int a = 0; fits && a < axes; ++a) fits = view_.shape[a] == shape[std::size_t(a)];
-        if (!fits) throw nb::value_error("an array has another shape or dtype than the call is for");
-        data_ = static_cast<char*>(view_.buf);
-        for (int a = 0; a < axes; ++a) strides_[a] = view_.strides[a];
-    }
-
-    // For what has a number for each row or class: its address.
-    char* open_contiguous(nb::handle array, const Shape& shape, int itemsize, bool writable) {
-        open(array, shape, itemsize, writable);
-        std::int64_t step = itemsize;
-        for (int a = int(shape.size()) - 1; a >= 0; --a) {
-            const std::int64_t size = shape[std::size_t(a)];
-            if (size == 0) return data_;
-            if (size > 1 && strides_[a] != step) throw nb::value_error("an array must be C-contiguous");
-            step *= size;
-        }
-        return data_;
-    }
-
-    // Arrays without elements may lie nowhere, but where null means that there is none, they are.
-    char* data() const {
-        static char nowhere;
-        return data_ ? data_ : &nowhere;
-    }
-    std::int64_t stride(int axis) const { return strides_[axis]; }
-
-private:
-    char* data_ = nullptr;
-    std::int64_t strides_[max_axes];
-    Py_buffer view_;
-    bool held_ = false;
-};
+const char* name_of(Float dtype) {
+    constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
+    return names[int(dtype)];
+}
 
 // Lets other Python threads run during a large call. Not once the process is ending: a thread that
 // then asked for the lock back would be ended by Python, in the middle of C++ frames that nothing
@@ -116,6 +68,9 @@ public:
         --outside_;
     }
     Unlocked(const Unlocked&) = delete;
+
+    // A forked child has none of the other threads, which were out when it was made.
+    static void forget_others() { outside_ = 0; }
 
     static void wait_for_all() {
         ending_ = true;
@@ -155,6 +110,7 @@ public:
             job_.probabilities.dtype = float_named(target_dtype);
         } else if (target_dtype != "none") {
             job_.label_dtype = integer_named(target_dtype);
+            label_dtype_ = target_dtype;
         }
         job_.wide = wide;
         job_.result_dtype = float_named(result_dtype);
@@ -178,45 +134,50 @@ public:
     ) const {
         Job job = job_;
         Array x, t, g, others[10];
-        const int wide = job.wide ? 8 : 4;
-        x.open(logits, shape_, size_of(job.logits.dtype), false);
+        const char* const wide = job.wide ? "float64" : "float32";
+        const int wide_size = job.wide ? 8 : 4;
+        x.open(logits, matrix("input", job.logits.dtype));
         if (probabilities_) {
-            t.open(target, shape_, size_of(job.probabilities.dtype), false);
+            t.open(target, matrix("target", job.probabilities.dtype));
         } else {
-            job.labels = t.open_contiguous(target, row_shape_, integer_size(job.label_dtype), false);
+            job.labels = t.open_contiguous(
+                target, {"target", row_shape_, label_dtype_.c_str(), integer_size(job.label_dtype)});
         }
-        if (!grad.is_none()) g.open(grad, shape_, size_of(job.grad.dtype), true);
+        if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true));
         place(job, x, probabilities_ ? &t : nullptr, grad.is_none() ? nullptr : &g);
 
         Array* next = others;
-        const auto rows = [&](nb::handle array, int itemsize, bool writable) -> void* {
-            return array.is_none() ? nullptr
-                                   : (next++)->open_contiguous(array, row_shape_, itemsize, writable);
+        const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_written) -> void* {
+            if (array.is_none()) return nullptr;
+            return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_written});
         };
-        if (!weight.is_none()) job.class_weight = (next++)->open_contiguous(weight, {job.classes}, wide, false);
-        job.sample_weight = static_cast<const double*>(rows(sample_weight, 8, false));
+        if (!weight.is_none()) {
+            job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
+        }
+        job.sample_weight = static_cast<const double*>(rows("sample_weight", sample_weight, "float64", 8, false));
         job.normalizer = normalizer;
+        const char* const result = name_of(job.result_dtype);
         if (job.reduction == Reduction::none) {
-            job.losses = rows(losses, size_of(job.result_dtype), true);
+            job.losses = rows("the loss", losses, result, size_of(job.result_dtype), true);
         } else if (!losses.is_none()) {
-            job.reduced = (next++)->open_contiguous(losses, {}, size_of(job.result_dtype), true);
+            job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true});
         }
         if (!saved.is_none()) {
-            void* place = (next++)->open_contiguous(saved, {job.rows, 4}, 8, true);
+            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, true});
             job.saved = static_cast<SavedRow*>(place);
         }
         if (PyFloat_CheckExact(cotangent.ptr())) {
             job.cotangent = nb::cast<double>(cotangent);
         } else {
-            job.cotangents = static_cast<const double*>(rows(cotangent, 8, false));
+            job.cotangents = static_cast<const double*>(rows("grad_output", cotangent, "float64", 8, false));
         }
         if (!stats.is_none()) {
             const nb::tuple five = nb::cast<nb::tuple>(stats);
-            job.stats.lse = rows(five[0], wide, true);
-            job.stats.entropy = rows(five[1], wide, true);
-            job.stats.prediction = static_cast<std::int64_t*>(rows(five[2], 8, true));
-            job.stats.correct = static_cast<bool*>(rows(five[3], 1, true));
-            job.stats.valid = static_cast<bool*>(rows(five[4], 1, true));
+            job.stats.lse = rows("lse", five[0], wide, wide_size, true);
+            job.stats.entropy = rows("entropy", five[1], wide, wide_size, true);
+            job.stats.prediction = static_cast<std::int64_t*>(rows("prediction", five[2], "int64", 8, true));
+            job.stats.correct = static_cast<bool*>(rows("correct", five[3], "bool", 1, true));
+            job.stats.valid = static_cast<bool*>(rows("valid", five[4], "bool", 1, true));
         }
         job.backward_only = backward;
         job.fresh = fresh;
@@ -231,8 +192,8 @@ public:
     void log_softmax(nb::handle logits, nb::handle out) const {
         Job job = job_;
         Array x, g;
-        x.open(logits, shape_, size_of(job.logits.dtype), false);
-        g.open(out, shape_, size_of(job.grad.dtype), true);
+        x.open(logits, matrix("input", job.logits.dtype));
+        g.open(out, matrix("the result", job.grad.dtype, true));
         place(job, x, nullptr, &g);
         job.fresh = true;
         const Unlocked unlocked(job.rows * job.classes);
@@ -242,6 +203,10 @@ public:
     bool saves_rows() const { return job_.classes > 64; }
 
 private:
+    Wanted matrix(const char* name, Float dtype, bool is_written = false) const {
+        return {name, shape_, name_of(dtype), size_of(dtype), is_written};
+    }
+
     static void run_job(Job& job) {
         read_target(job);
         if (job.bad_row >= 0) return;
@@ -275,6 +240,7 @@ private:
     }
 
     Shape shape_, row_shape_;
+    std::string label_dtype_;
     int axis_;
     bool probabilities_;
     Job job_;
@@ -289,9 +255,12 @@ nb::tuple isa_names_here() {
 }  // namespace
 
 NB_MODULE(_core, m) {
-    m.doc() = "polyce's compiled kernels: addresses in, losses and gradients out; nothing is checked "
-              "here that polyce.problem has checked.";
+    m.doc() = "polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the "
+              "call was described with; all else is checked by polyce.problem.";
     nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::wait_for_all));
+#if !defined(_WIN32)
+    pthread_atfork(nullptr, nullptr, &Unlocked::forget_others);
+#endif
     nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
         .def(nb::init<Shape, int, const std::string&, const std::string&, bool, bool, const std::string&,
                       const std::string&, std::optional<std::int64_t>, bool, double, double, double,
@@ -304,8 +273,8 @@ NB_MODULE(_core, m) {
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
              nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
-             "Compute, and write what has a place; arrays are buffers, or tuples that begin with an "
-             "address and strides. Gives the first row with a bad label, where labels are checked; "
+             "Compute, and write what has a place; arrays have the buffer protocol, or are torch "
+             "tensors on a CPU. Gives the first row with a bad label, where labels are checked; "
              "then nothing was written. A gradient is `fresh` where its memory is "
              "dense and has never been written.")
         .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),

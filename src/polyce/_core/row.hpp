@@ -152,14 +152,19 @@ struct RowGradient {
     double softmax, at_pivot;
 };
 
+// `at_top`: the pivot is the class of the largest logit. With p its probability its entry is
+// R·p - r_k, and R' - R·(1 - p) as well: of the two, the one with the smaller terms keeps its digits.
+// For a label that is always the second.
 POLYCE_INLINE RowGradient row_gradient(
-    const RowState& s, const RowScalars& r, double penalty, double lse
+    const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top
 ) {
     const double whole = 1.0 + r.excess;
     const double factor = (r.below ? r.decay : 1.0) / whole;
     const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
-    double total = s.pivot_coefficient + s.rest_coefficient;
-    double at_pivot = s.rest_coefficient - total * (s.rest_sum * factor);
+    const double total = s.pivot_coefficient + s.rest_coefficient;
+    const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
+    const bool is_nearer = at_top && near + s.pivot_coefficient < away + s.rest_coefficient;
+    double at_pivot = is_nearer ? near - s.pivot_coefficient : s.rest_coefficient - away;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;
     return {(total + pull) * factor, at_pivot};

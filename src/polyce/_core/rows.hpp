@@ -92,6 +92,53 @@ POLYCE_INLINE T coefficient(const Job& job, T probability, T weight, T kept, T s
     return even * weight;
 }
 
+// Whether the class of the largest logit is the pivot. It is for probabilities, and wherever the
+// entropy is asked for: with another class as pivot the sum over the rest holds the largest's 1, in
+// which the digits of the others are lost.
+POLYCE_INLINE bool pivots_on_largest(const Job& job) {
+    return job.probabilities.data || job.stats.entropy;
+}
+
+// A label that is not the pivot is one of the other classes, with a coefficient of its own beside
+// what smoothing gives it.
+struct LabelApart {
+    bool is = false;
+    double logit = 0, coefficient = 0;
+
+    // The label's entry of the gradient of a row's loss.
+    template <bool capped>
+    double gradient(const Transform<capped>& x, const RowState& s, const RowGradient& g) const {
+        const double gap = difference(x, logit, s.rest_max == -infinity<double> ? 0.0 : s.rest_max);
+        return (exp_negative_full(gap) * g.softmax - coefficient) * slope(x, logit);
+    }
+};
+
+// Adds the label's own coefficient to the sums.
+template <bool capped>
+POLYCE_INLINE LabelApart set_apart(
+    const Job& job, const Transform<capped>& x, RowState& s, const RowTarget& target, double logit
+) {
+    const double own = target.label_weight * (1.0 - job.smoothing);
+    const double gap = difference(x, s.rest_max == -infinity<double> ? 0.0 : s.rest_max, logit);
+    s.rest_coefficient += own;
+    if (own != 0.0) s.rest_excess += own * gap;
+    return {true, logit, label_coefficient(job, target.label_weight)};
+}
+
+// What a backward pass reads, which knows the label but of no entropy: the state with the label as
+// the pivot.
+template <bool capped>
+POLYCE_INLINE SavedRow saved_row(
+    const Transform<capped>& x, const RowState& s, const LabelApart& apart, std::int64_t pivot
+) {
+    if (!apart.is) return {s.rest_max, s.rest_sum, s.rest_coefficient, double(pivot)};
+    const double below = exp_negative_full(difference(x, s.rest_max, s.pivot_logit));
+    const double label = exp_negative_full(difference(x, apart.logit, s.pivot_logit));
+    const double others = (s.rest_sum == 0.0 ? 0.0 : s.rest_sum * below) - label;
+    const double coefficient = s.rest_coefficient + s.pivot_coefficient - apart.coefficient;
+    return {s.pivot_logit, 1.0 + (others > 0.0 ? others : 0.0), coefficient, double(pivot)};
+}
+
 POLYCE_INLINE double penalty_of(const Job& job, double label_weight) {
     return job.z_loss * label_weight;
 }

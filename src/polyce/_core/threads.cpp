@@ -1,10 +1,12 @@
 #include "threads.hpp"
 
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -22,12 +24,33 @@ namespace {
 
 constexpr std::size_t alignment = 64;
 
-struct Scratch {
+// Memory for one thread's tiles; null where there is none to be had.
+class Scratch {
+public:
     explicit Scratch(std::int64_t bytes)
-        : memory(static_cast<char*>(::operator new(std::size_t(bytes), std::align_val_t(alignment)))) {}
+        : memory(static_cast<char*>(
+              ::operator new(std::size_t(bytes), std::align_val_t(alignment), std::nothrow))) {}
     ~Scratch() { ::operator delete(memory, std::align_val_t(alignment)); }
     Scratch(const Scratch&) = delete;
-    char* memory;
+    char* const memory;
+};
+
+// How a thread rounds, and whether it flushes subnormal numbers to zero.
+class FloatMode {
+public:
+#if defined(__x86_64__) || defined(_M_X64)
+    static FloatMode current() { return {_mm_getcsr()}; }
+    void set() const { _mm_setcsr(mode); }
+    unsigned mode;
+#else
+    static FloatMode current() {
+        FloatMode found;
+        std::fegetenv(&found.mode);
+        return found;
+    }
+    void set() const { std::fesetenv(&mode); }
+    std::fenv_t mode;
+#endif
 };
 
 // One call's tiles, while threads take them.
@@ -35,15 +58,24 @@ struct Share {
     std::int64_t tiles, scratch_bytes;
     void (*task)(void*, std::int64_t, char*);
     void* context;
+    const FloatMode mode = FloatMode::current();
     std::atomic<std::int64_t> next{0};
 
-    void work() {
-        const Scratch scratch(scratch_bytes);
+    void work(char* scratch) {
         for (;;) {
             const std::int64_t tile = next.fetch_add(1, std::memory_order_relaxed);
             if (tile >= tiles) return;
-            task(context, tile, scratch.memory);
+            task(context, tile, scratch);
         }
+    }
+
+    // Another thread has the same bits if it rounds as the caller does. One that finds no memory
+    // leaves the tiles to the others.
+    void help() {
+        const Scratch scratch(scratch_bytes);
+        if (!scratch.memory) return;
+        mode.set();
+        work(scratch.memory);
     }
 };
 
@@ -61,23 +93,20 @@ void pause() {
 // meanwhile, does its work alone, which a machine that is busy anyway would hardly notice.
 class Pool {
 public:
-    void share(Share& share, int helpers) {
+    void share(Share& share, int helpers, char* scratch) {
         std::unique_lock<std::mutex> only(owner_, std::try_to_lock);
         if (!only.owns_lock()) {
-            share.work();
+            share.work(scratch);
             return;
         }
         {
             std::lock_guard<std::mutex> guard(mutex_);
-            while (started_ < helpers) {
-                std::thread([this] { help(); }).detach();
-                ++started_;
-            }
+            while (started_ < helpers && start()) ++started_;
             share_ = &share;
-            wanted_ = helpers;
+            wanted_ = helpers < started_ ? helpers : started_;
         }
         wake_.notify_all();
-        share.work();
+        share.work(scratch);
         {
             std::lock_guard<std::mutex> guard(mutex_);
             wanted_ = 0;  // who has not come by now is not needed
@@ -90,6 +119,18 @@ public:
     }
 
 private:
+    // Fewer helpers do as well: a system that has no thread to give may have one at the next call.
+    bool start() {
+        try {
+            std::thread([this] { help(); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+        return true;
+    }
+
     void help() {
         std::unique_lock<std::mutex> guard(mutex_);
         for (;;) {
@@ -98,7 +139,7 @@ private:
             ++busy_;
             Share& share = *share_;
             guard.unlock();
-            share.work();
+            share.help();
             guard.lock();
             if (--busy_ == 0) done_.notify_one();
         }
@@ -115,16 +156,12 @@ private:
 // the threads, makes itself a new one.
 std::atomic<Pool*> pool{nullptr};
 
-void forget_pool() { pool.store(nullptr); }
+#if !defined(_WIN32)
+// When the library is loaded, so that no thread is doing this while another one forks.
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+#endif
 
 Pool& current_pool() {
-    static const bool watched = [] {
-#if !defined(_WIN32)
-        pthread_atfork(nullptr, nullptr, forget_pool);
-#endif
-        return true;
-    }();
-    (void)watched;
     Pool* found = pool.load();
     if (!found) {
         Pool* fresh = new Pool;
@@ -164,11 +201,14 @@ void share_tiles(
     void (*task)(void*, std::int64_t, char*), void* context
 ) {
     Share share{tiles, scratch_bytes, task, context};
+    // Before the work is shared: from then on, nothing may leave this frame but in good order.
+    const Scratch scratch(scratch_bytes);
+    if (!scratch.memory) throw std::bad_alloc();
     if (count > tiles) count = int(tiles);
     if (count <= 1) {
-        share.work();
+        share.work(scratch.memory);
     } else {
-        current_pool().share(share, count - 1);
+        current_pool().share(share, count - 1, scratch.memory);
     }
 }
 

@@ -10,7 +10,9 @@ int thread_count();
 void set_thread_count(int count);
 
 // Runs task(context, tile, scratch) for every tile below `tiles`, on at most `threads` threads,
-// each with scratch memory of its own. Which thread takes which tile is not fixed.
+// each with scratch memory of its own and in the caller's floating-point mode. Which thread takes
+// which tile is not fixed. Throws std::bad_alloc before the first task, or not at all; a task must
+// not throw.
 void share_tiles(
     std::int64_t tiles, int threads, std::int64_t scratch_bytes,
     void (*task)(void* context, std::int64_t tile, char* scratch), void* context

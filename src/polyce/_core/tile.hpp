@@ -21,6 +21,9 @@ struct Lanes {
     alignas(64) double lost_sum[width], lost_coefficient[width], lost_excess[width], lost_entropy[width];
     alignas(64) double weight[width], label_weight[width], counted[width], factor[width], loss[width];
     alignas(64) std::int64_t pivot[width], first[width];
+    // Where the pivot is the largest class: the label, and its logit.
+    alignas(64) std::int64_t label[width];
+    alignas(64) T label_logit[width];
 };
 
 // Scratch memory has room for some classes of each row, in which a class's rows lie together.

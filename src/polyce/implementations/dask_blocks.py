@@ -96,7 +96,7 @@ def part(
     )
     xp, backend, axis = problem.xp, problem.backend, problem.axis
     with arrays.quiet(backend):
-        if plan.label is None:
+        if targets.pivot_leads(problem):
             pivot = arrays.argmax(xp, backend, logits, axis)
             pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
             at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
@@ -126,7 +126,7 @@ def join(problem: Problem, parts: list[Part]) -> Whole:
     with arrays.quiet(problem.backend):
         for other in parts[1:]:
             joining = other.state
-            if plan.label is None:
+            if targets.pivot_leads(problem):
                 passed = joining.pivot_logit > state.pivot_logit
                 state = rowstate.demote(problem, state, pivot, passed)
                 joining = rowstate.demote(problem, joining, other.pivot, ~passed)
@@ -171,6 +171,7 @@ def part_gradient(
             plan.counted,
             logits,
             targets.lse_penalty(problem, plan),
+            leads=targets.pivot_leads(problem),
         )
         return arrays.cast(xp, grad, problem.logits_dtype)
 
@@ -190,10 +191,14 @@ def _open(
             classes = slice(start, start + logits.shape[axis])
             own = plan.class_weight[(slice(None),) * axis + (classes,)]
             plan = plan._replace(class_weight=own)
-        at_label, coefficients = targets.coefficients(problem, plan)
-        if isinstance(coefficients, float):
-            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
         logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+        at_label, coefficients = targets.coefficients(problem, plan)
+        if plan.label is not None and targets.pivot_leads(problem):
+            is_label = arrays.one_hot(xp, problem.backend, plan.label - start, logits, axis)
+            first = logits[(slice(None),) * axis + (slice(1),)]
+            coefficients = targets.all_coefficients(problem, plan, is_label, first)
+        elif isinstance(coefficients, float):
+            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
     return problem, plan, logits, at_label, coefficients
 
 

@@ -109,10 +109,12 @@ class Memory(NamedTuple):
     """(shape, dtype) -> array"""
     empty_like: Callable[[Any], Any]
     """An array laid out as another is, without gaps and overlaps."""
-    handle: Callable[[Any], Any]
-    """What tells the kernels an array's address and strides."""
+    readable: Callable[[Any], Any]
+    """An array whose memory holds its values as they are."""
     dense: Callable[..., Any]
-    """(array, dtype or None) -> a C-contiguous array of that dtype, or of its own"""
+    """(name, array, dtype or None) -> a readable C-contiguous array of that dtype, or of its own"""
+    number: Callable[..., float]
+    """(name, array of no dimension) -> its value"""
     scalar: Callable[[Any], Any]
     """An array of no dimension as the library's own sum returns it."""
     written: Callable[[Any], object] = id
@@ -126,7 +128,7 @@ def _in_order(array: Any) -> Any:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def _dense(array: Any, dtype: Any) -> Any:
+def _dense(name: str, array: Any, dtype: Any) -> Any:
     array = np.asarray(_in_order(array), dtype, order="C")
     return array if array.flags.aligned else array.copy()
 
@@ -134,8 +136,9 @@ def _dense(array: Any, dtype: Any) -> Any:
 _NUMPY = Memory(
     empty=np.empty,
     empty_like=np.empty_like,
-    handle=_in_order,
+    readable=_in_order,
     dense=_dense,
+    number=lambda name, array: float(array),
     scalar=lambda array: array[()],
 )
 
@@ -188,7 +191,7 @@ def run(
 ) -> tuple[Any, Stats | None]:
     """Run the kernels; the gradient, and what a backward pass needs, are written where given."""
     own = memory(problem.backend)
-    empty, handle, dense = own.empty, own.handle, own.dense
+    empty, readable, dense = own.empty, own.readable, own.dense
     logits, target, weight, sample_weight, normalizer, cotangent = operands
     by_rows = problem.reduction == "none"
     losses = None
@@ -198,29 +201,35 @@ def run(
     if problem.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
     if problem.kind == "index":
-        target = dense(target, None)
+        target = dense("target", target, None)
         if target.shape != problem.row_shape:
             target = target.reshape(problem.row_shape)
+    else:
+        target = readable(target)
     if weight is not None:
-        weight = handle(dense(weight, problem.arithmetic_dtype))
+        weight = dense("weight", weight, problem.arithmetic_dtype)
     if sample_weight is not None:
-        sample_weight = handle(dense(sample_weight, problem.row_dtype))
+        sample_weight = dense("sample_weight", sample_weight, problem.row_dtype)
+    if normalizer is not None and type(normalizer) is not float:
+        normalizer = own.number("normalizer", normalizer)
     if cotangent is None:
         cotangent = 1.0
     elif type(cotangent) is not float:
-        by_row = by_rows and cotangent.ndim > 0
-        cotangent = handle(dense(cotangent, problem.row_dtype)) if by_row else float(cotangent)
+        if by_rows and cotangent.ndim > 0:
+            cotangent = dense("grad_output", cotangent, problem.row_dtype)
+        else:
+            cotangent = own.number("grad_output", cotangent)
     bad_row = kernel(problem).run(
-        handle(logits),
-        handle(target),
+        readable(logits),
+        target,
         weight,
         sample_weight,
-        0.0 if normalizer is None else float(normalizer),
-        None if losses is None else handle(losses),
-        found and tuple(None if array is None else handle(array) for array in found),
-        None if saved is None else handle(saved),
+        0.0 if normalizer is None else normalizer,
+        losses,
+        found,
+        saved,
         cotangent,
-        None if grad is None else handle(grad),
+        grad,
         fresh,
         backward,
     )
@@ -233,7 +242,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)) along the class axis."""
     own = memory(problem.backend)
     result = own.empty_like(logits)
-    kernel(problem).log_softmax(own.handle(logits), own.handle(result))
+    kernel(problem).log_softmax(own.readable(logits), result)
     return result
 
 

@@ -8,24 +8,39 @@ from typing import Any
 
 import torch
 
-from polyce import torch_calls
+from polyce import torch_calls, torch_storage
 from polyce.implementations import native
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
 
 
-def _handle(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Give address and strides, and the tensor, which must live as long as they are used."""
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    return tensor.data_ptr(), tensor.stride(), tensor
+        torch_storage.check(input=tensor)
+        return tensor.resolve_neg()
+    return tensor
 
 
-def _dense(tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
-    if dtype is not None and tensor.dtype != dtype:
-        tensor = tensor.to(dtype)
-    return tensor.contiguous()
+def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
+    is_other = dtype is not None and tensor.dtype != dtype
+    if is_other or tensor.is_neg() or not tensor.is_contiguous():
+        torch_storage.check(**{name: tensor})
+        return tensor.to(dtype or tensor.dtype).contiguous().resolve_neg()
+    return tensor
+
+
+def _number(name: str, tensor: torch.Tensor) -> float:
+    torch_storage.check(**{name: tensor})
+    return float(tensor)
+
+
+# Not where torch's default device is.
+_CPU = torch.device("cpu")
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 def _written(tensor: torch.Tensor) -> None:
@@ -47,7 +62,7 @@ def _forward(
     if not keep or problem.classes < native.SAVED_FROM:
         loss, found = native.run(problem, operands)
         return loss, found, _NOTHING
-    rows = torch.empty((math.prod(problem.row_shape), 4), dtype=torch.float64)
+    rows = _empty((math.prod(problem.row_shape), 4), torch.float64)
     loss, found = native.run(problem, operands, saved=rows)
     return loss, found, Saved(rows)
 
@@ -64,10 +79,11 @@ KERNELS = Kernels("native", _forward, _backward, _keeps)
 
 
 MEMORY = native.Memory(
-    empty=torch.empty,
+    empty=_empty,
     empty_like=torch.empty_like,
-    handle=_handle,
+    readable=_readable,
     dense=_dense,
+    number=_number,
     scalar=lambda tensor: tensor,
     written=_written,
     on_graph=functools.partial(torch_calls.cross_entropy, KERNELS),

@@ -52,8 +52,7 @@ class ExactStats:
         Magnitude for errors of lse: the larger one of its largest logit and of what the log of
         the sum adds to that.
     entropy_scale : ndarray of float64
-        Magnitude for errors of the entropy: the entropy, and where the label is not the largest
-        class, ``1 - softmax_k`` beside it.
+        Magnitude for errors of the entropy: the entropy itself.
     entropy_spread, entropy_lead : ndarray of float64
         Error of the entropy for one unit of relative error in every gap, and in the `lead`.
     """

@@ -293,13 +293,10 @@ def measures(
     lacking = np.where(finite, float(row.log_sum) - z, 0.0)
     reach = p * np.abs(lacking - entropy)
     if pivot < 0:
-        lead, at_pivot, hidden = float(gap.max()), float(reach.max()), 1.0
+        lead, at_pivot = float(gap.max()), float(reach.max())
     else:
         lead, at_pivot = abs(float(z[pivot]) - top), float(reach[pivot])
         lead = lead if math.isfinite(lead) else 0.0
-        # The sum over the other classes holds a 1 for the largest of them: where that is the
-        # row's largest too, it takes digits from all that the others add to the entropy.
-        hidden = float(p[rest].sum()) if z[pivot] < top else 0.0
     return Measures(
         lse=float(row.lse),
         entropy=entropy,
@@ -309,7 +306,7 @@ def measures(
         spread=spread,
         lead=lead,
         lse_scale=float(max(abs(row.top), row.log_sum)),
-        entropy_scale=entropy + hidden,
+        entropy_scale=entropy,
         entropy_spread=float((reach * gap).sum()),
         entropy_lead=lead * at_pivot,
     )

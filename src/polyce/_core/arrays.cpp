@@ -1,0 +1,239 @@
+#include "arrays.hpp"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace nb = nanobind;
+
+namespace polyce {
+namespace {
+
+// As DLPack 1 lays them out: https://dmlc.github.io/dlpack/latest/c_api.html
+struct DLTensor {
+    void* data;
+    std::int32_t device_type, device_id;
+    std::int32_t ndim;
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+    std::int64_t* shape;
+    std::int64_t* strides;
+    std::uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+    struct {
+        std::uint32_t major, minor;
+        void* previous;
+    } header;
+    void* functions_for_managed_tensors[3];
+    // The tensor's own shape and strides, for as long as it is left alone.
+    int (*dltensor_from_object)(void* object, DLTensor* out);
+    void* current_work_stream;
+};
+
+constexpr int on_cpu = 1;
+
+// What a tensor says of itself.
+struct Facts {
+    char* data = nullptr;
+    bool is_on_cpu = true;
+    std::string dtype;
+    int axes = 0;
+    const std::int64_t *shape = nullptr, *strides = nullptr;  // strides in elements
+    // Where there is no exchange interface.
+    Shape own_shape, own_strides;
+};
+
+std::string tuple_of(const std::int64_t* sizes, int count) {
+    std::string text = "(";
+    for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+    return text + (count == 1 ? ",)" : ")");
+}
+
+[[noreturn]] void refuse(const Wanted& wanted, const std::string& got) {
+    throw std::runtime_error(
+        std::string(wanted.name) + " must be " + wanted.dtype + " of shape " +
+        tuple_of(wanted.shape.data(), int(wanted.shape.size())) + ", as the call was described, got " + got +
+        "; where autograd's hooks change saved tensors, let them give back what they were given");
+}
+
+bool is_shape(const Wanted& wanted, int axes, const auto* shape) {
+    if (axes != int(wanted.shape.size())) return false;
+    for (int a = 0; a < axes; ++a) {
+        if (shape[a] != wanted.shape[std::size_t(a)]) return false;
+    }
+    return true;
+}
+
+const char* name_of(std::uint8_t code, std::uint8_t bits) {
+    static constexpr struct {
+        std::uint8_t code, bits;
+        const char* name;
+    } known[] = {
+        {0, 8, "int8"},     {0, 16, "int16"},   {0, 32, "int32"},    {0, 64, "int64"},   {1, 8, "uint8"},
+        {1, 16, "uint16"},  {1, 32, "uint32"},  {1, 64, "uint64"},   {2, 16, "float16"}, {2, 32, "float32"},
+        {2, 64, "float64"}, {4, 16, "bfloat16"}, {6, 8, "bool"},
+    };
+    for (const auto& one : known) {
+        if (one.code == code && one.bits == bits) return one.name;
+    }
+    return "another dtype";
+}
+
+// Names of attributes, made once.
+struct Names {
+    nb::object data_ptr = intern("data_ptr"), stride = intern("stride"), shape = intern("shape"),
+               dtype = intern("dtype"), is_cpu = intern("is_cpu"), is_neg = intern("is_neg"),
+               untyped_storage = intern("untyped_storage"), nbytes = intern("nbytes"),
+               storage_offset = intern("storage_offset"), exchange = intern("__dlpack_c_exchange_api__");
+
+    static nb::object intern(const char* name) {
+        return nb::steal(PyUnicode_InternFromString(name));
+    }
+    static const Names& get() {
+        static const Names* const names = new Names;  // Python may end before static objects do
+        return *names;
+    }
+};
+
+nb::object ask(nb::handle object, const nb::object& method) {
+    return nb::steal(PyObject_CallMethodObjArgs(object.ptr(), method.ptr(), nullptr));
+}
+
+std::int64_t number(nb::object answer) {
+    if (!answer.is_valid()) throw nb::python_error();
+    const std::int64_t value = PyLong_AsLongLong(answer.ptr());
+    if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+    return value;
+}
+
+// How a type's tensors tell where they lie; null for those of a torch that is too old for it.
+const ExchangeApi* exchange_of(PyTypeObject* type) {
+    // There are two types at most, a tensor's and a parameter's.
+    static struct {
+        PyTypeObject* type;
+        const ExchangeApi* api;
+    } known[2] = {};
+    for (const auto& one : known) {
+        if (one.type == type) return one.api;
+    }
+    const ExchangeApi* api = nullptr;
+    const nb::object capsule =
+        nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), Names::get().exchange, nb::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+        api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (api->header.major != 1 || !api->dltensor_from_object) api = nullptr;
+    }
+    for (auto& one : known) {
+        if (one.type) continue;
+        Py_INCREF(type);
+        one = {type, api};
+        break;
+    }
+    return api;
+}
+
+void ask_tensor(nb::handle tensor, Facts& facts) {
+    const Names& names = Names::get();
+    facts.data = reinterpret_cast<char*>(number(ask(tensor, names.data_ptr)));
+    facts.is_on_cpu = nb::cast<bool>(tensor.attr(names.is_cpu));
+    const std::string dtype = nb::cast<std::string>(nb::str(tensor.attr(names.dtype)));
+    facts.dtype = dtype.substr(dtype.rfind('.') + 1);
+    for (const nb::handle size : tensor.attr(names.shape)) facts.own_shape.push_back(nb::cast<std::int64_t>(size));
+    for (const nb::handle step : ask(tensor, names.stride)) facts.own_strides.push_back(nb::cast<std::int64_t>(step));
+    facts.axes = int(facts.own_shape.size());
+    facts.shape = facts.own_shape.data(), facts.strides = facts.own_strides.data();
+}
+
+Facts facts_of(nb::handle tensor) {
+    Facts facts;
+    const ExchangeApi* api = exchange_of(Py_TYPE(tensor.ptr()));
+    if (!api) {
+        ask_tensor(tensor, facts);
+        return facts;
+    }
+    DLTensor found;
+    if (api->dltensor_from_object(tensor.ptr(), &found) != 0) throw nb::python_error();
+    facts.data = static_cast<char*>(found.data) + found.byte_offset;
+    facts.is_on_cpu = found.device_type == on_cpu;
+    facts.dtype = name_of(found.code, found.bits);
+    facts.axes = found.ndim, facts.shape = found.shape, facts.strides = found.strides;
+    return facts;
+}
+
+// torch's storages can be resized under their tensors, also to nothing.
+void check_storage(nb::handle tensor, const Wanted& wanted, const Facts& facts) {
+    std::int64_t end = 1;
+    for (int a = 0; a < facts.axes; ++a) {
+        if (facts.shape[a] == 0) return;
+        end += (facts.shape[a] - 1) * facts.strides[a];
+    }
+    const Names& names = Names::get();
+    const nb::object storage = ask(tensor, names.untyped_storage);
+    if (!storage.is_valid()) throw nb::python_error();
+    const std::int64_t bytes = number(ask(storage, names.nbytes));
+    const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * wanted.itemsize;
+    if (reach > bytes) {
+        throw std::runtime_error(
+            std::string(wanted.name) + " must lie within its storage, but its shape " +
+            tuple_of(facts.shape, facts.axes) + " and strides reach over " + std::to_string(reach) +
+            " bytes of it and it has " + std::to_string(bytes) + "; do not resize the storage of a tensor in use");
+    }
+}
+
+}  // namespace
+
+Array::~Array() {
+    if (is_held_) PyBuffer_Release(&view_);
+}
+
+void Array::open(nb::handle array, const Wanted& wanted) {
+    if (PyObject_CheckBuffer(array.ptr())) {
+        open_buffer(array, wanted);
+    } else {
+        open_tensor(array, wanted);
+    }
+}
+
+void Array::open_buffer(nb::handle array, const Wanted& wanted) {
+    const int flags = wanted.is_written ? PyBUF_STRIDES | PyBUF_WRITABLE : PyBUF_STRIDES;
+    if (PyObject_GetBuffer(array.ptr(), &view_, flags) != 0) throw nb::python_error();
+    is_held_ = true;
+    if (view_.itemsize != wanted.itemsize || !is_shape(wanted, view_.ndim, view_.shape)) {
+        const Shape shape(view_.shape, view_.shape + view_.ndim);
+        refuse(wanted, std::to_string(view_.itemsize) + " bytes each of shape " + tuple_of(shape.data(), view_.ndim));
+    }
+    data_ = static_cast<char*>(view_.buf);
+    for (int a = 0; a < view_.ndim; ++a) strides_[a] = view_.strides[a];
+}
+
+void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
+    const Facts facts = facts_of(tensor);
+    if (!facts.is_on_cpu) refuse(wanted, "a tensor on another device");
+    if (facts.dtype != wanted.dtype || !is_shape(wanted, facts.axes, facts.shape)) {
+        refuse(wanted, facts.dtype + " of shape " + tuple_of(facts.shape, facts.axes));
+    }
+    check_storage(tensor, wanted, facts);
+    data_ = facts.data;
+    for (int a = 0; a < facts.axes; ++a) strides_[a] = facts.strides[a] * wanted.itemsize;
+}
+
+char* Array::open_contiguous(nb::handle array, const Wanted& wanted) {
+    open(array, wanted);
+    std::int64_t step = wanted.itemsize;
+    bool is_contiguous = true;
+    for (std::size_t a = wanted.shape.size(); a-- > 0;) {
+        if (wanted.shape[a] == 0) return data();  // whatever its strides are
+        is_contiguous = is_contiguous && (wanted.shape[a] == 1 || strides_[a] == step);
+        step *= wanted.shape[a];
+    }
+    if (!is_contiguous) throw nb::value_error("an array must be C-contiguous");
+    return data();
+}
+
+char* Array::data() const {
+    static char nowhere;
+    return data_ ? data_ : &nowhere;
+}
+
+}  // namespace polyce

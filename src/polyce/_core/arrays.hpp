@@ -1,0 +1,52 @@
+// An array as Python hands it over: address, shape, dtype and strides, checked before anything of
+// it is read. NumPy's come by the buffer protocol, torch's tensors by DLPack's C exchange interface.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "job.hpp"
+
+namespace polyce {
+
+using Shape = std::vector<std::int64_t>;
+
+// What an array has to be.
+struct Wanted {
+    const char* name;
+    const Shape& shape;
+    const char* dtype;
+    int itemsize;
+    bool is_written = false;
+};
+
+class Array {
+public:
+    Array() = default;
+    Array(const Array&) = delete;
+    ~Array();
+
+    // Raises RuntimeError for an array that is not what is wanted.
+    void open(nanobind::handle array, const Wanted& wanted);
+    // For what has a number for each row or class: its address, never null.
+    char* open_contiguous(nanobind::handle array, const Wanted& wanted);
+
+    // Arrays without elements may lie nowhere, but where null means that there is none, they are.
+    char* data() const;
+    // In bytes.
+    std::int64_t stride(int axis) const { return strides_[axis]; }
+
+private:
+    void open_buffer(nanobind::handle array, const Wanted& wanted);
+    void open_tensor(nanobind::handle tensor, const Wanted& wanted);
+
+    char* data_ = nullptr;
+    std::int64_t strides_[max_axes];
+    Py_buffer view_;
+    bool is_held_ = false;
+};
+
+}  // namespace polyce
