@@ -65,13 +65,13 @@ def test_what_will_be_differentiated_again_goes_by_the_reference(
     torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    backward = reference.backward
+    gradient = reference.differentiable_gradient
 
     def noted(*arguments: Any) -> Any:
         ran.append("reference")
-        return backward(*arguments)
+        return gradient(*arguments)
 
-    monkeypatch.setattr(reference, "backward", noted)
+    monkeypatch.setattr(reference, "differentiable_gradient", noted)
     x, t = data(torch)
     polyce.cross_entropy(x, t).backward()
     assert ran == []

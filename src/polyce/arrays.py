@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -333,9 +334,19 @@ def fuses(backend: str, array: Any) -> bool:
     return backend == "jax" and not has_values(array, backend)
 
 
-def computing(backend: str, logits: Any) -> contextlib.AbstractContextManager[Any]:
-    """Prepare for computing beside the logits: NumPy quiet, the device of CuPy's arrays current."""
-    return logits.device if backend == "cupy" else quiet(backend)
+def computing(backend: str, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Prepare for computing with the arrays of a call, the logits among them by that name.
+
+    NumPy is kept quiet, the device of CuPy's arrays made the current one, and torch's storages are
+    looked at.
+    """
+    if backend == "torch":
+        from polyce import torch_checks
+
+        torch_checks.check_storages(
+            **{"input" if name == "logits" else name: a for name, a in operands.items()}
+        )
+    return operands["logits"].device if backend == "cupy" else quiet(backend)
 
 
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from polyce import arrays, reference, sums, targets, transform
+from polyce import arrays, reference, sums, targets, torch_checks, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -145,7 +145,7 @@ class _RowLosses(torch.autograd.Function):
         if stats is not None:
             problem = problem._replace(stats=None)
         ctx.implementation, ctx.problem, ctx.state_type = implementation, problem, type(state)
-        _keep(ctx, logits, (*plan, *(state or ())))
+        ctx.kinds = torch_checks.kinds(_keep(ctx, logits, (*plan, *(state or ()))))
         found = stats or ()
         ctx.mark_non_differentiable(*(array for array in found if array is not None))
         return rows, *found
@@ -153,6 +153,7 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         problem = ctx.problem
+        torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
         logits, plan, rest = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
@@ -176,12 +177,15 @@ class _LogSoftmax(torch.autograd.Function):
     def forward(ctx: Any, logits: Any, problem: Problem, compute: Callable[..., Any]) -> Any:
         result = compute(problem, logits)
         ctx.problem = problem
-        ctx.save_for_backward(result, logits if problem.logit_softcap != math.inf else None)
+        tensors = result, logits if problem.logit_softcap != math.inf else None
+        ctx.save_for_backward(*tensors)
+        ctx.kinds = torch_checks.kinds(tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         result, logits = ctx.saved_tensors
+        torch_checks.check_returned(ctx.kinds, (result, logits))
         grad = reference.log_softmax_backward(ctx.problem, cotangent, logits, result)
         return grad, None, None
 

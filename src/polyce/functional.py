@@ -160,7 +160,7 @@ def cross_entropy(
     # As `by_rows` does, but on the library's graph.
     autograd = rules(problem.backend)
     autograd.check(operands)
-    with arrays.computing(problem.backend, operands.logits):
+    with arrays.computing(problem.backend, operands._asdict()):
         plan = chosen.plan(problem, operands)
         rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, rows)
@@ -342,7 +342,7 @@ def nll_loss(
         probabilities=False,
     )
     rules(problem.backend).check(operands)
-    with arrays.computing(problem.backend, operands.logits):
+    with arrays.computing(problem.backend, operands._asdict()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
 
@@ -387,5 +387,5 @@ def log_softmax(
     """
     problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
     compute = select_log_softmax(problem)
-    with arrays.computing(problem.backend, logits):
+    with arrays.computing(problem.backend, {"logits": logits}):
         return rules(problem.backend).log_softmax(problem, logits, compute)

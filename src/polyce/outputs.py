@@ -109,6 +109,8 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
         there = _place(operand, backend)
         if there is None or not place.meets(there) or (name == "logits" and there == place):
             continue
+        if backend == "torch":
+            _check_storages(out=out, **{"input" if name == "logits" else name: operand})
         raise ValueError(
             "out may be input itself, but must share no memory with the arguments otherwise, and "
             f"does with {'input' if name == 'logits' else name}; pass a copy of it"
@@ -153,6 +155,13 @@ def check_inplace(problem: Problem, operands: Operands) -> None:
 def write(problem: Problem, grad: Any, out: Any) -> Any:
     """Copy a gradient into the caller's memory."""
     if problem.backend == "torch":
+        _check_storages(out=out)
         return out.copy_(grad)
     out[...] = grad
     return out
+
+
+def _check_storages(**tensors: Any) -> None:
+    from polyce import torch_checks
+
+    torch_checks.check_storages(**tensors)

@@ -274,13 +274,15 @@ def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
     if at_pivot is None:
         rows = s.behind + h
     elif isinstance(at_pivot, float):
-        rows = at_pivot * s.behind + at_pivot * h
+        rows = at_pivot * (s.behind + h)
     else:
-        rows = at_pivot * xp.where(at_pivot == 0.0, 0.0, s.behind) + at_pivot * h
+        rows = at_pivot * (xp.where(at_pivot == 0.0, 0.0, s.behind) + h)
     others = state.rest_coefficient
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
-        rows = rows + (state.rest_excess + others * ahead + others * h)
+        # The excess would be nan where an infinite coefficient has met a gap of 0.
+        excess = xp.where(others == math.inf, 0.0, state.rest_excess)
+        rows = rows + (excess + others * (ahead + h))
     if lse_penalty is not None:
         log_sum = _lse(problem, state, s)
         rows = rows + lse_penalty * log_sum * log_sum
@@ -314,12 +316,15 @@ def gradient(
     if state.rest_coefficient is not None:
         total = total + state.rest_coefficient
     away = total * (state.rest_sum * factor)
-    at_pivot = -away if state.rest_coefficient is None else state.rest_coefficient - away
-    if leads and state.rest_coefficient is not None:
-        # R p_k - r_k is the same. Of the two, the one with the smaller terms keeps its digits; with
-        # a label as the pivot that is always the first.
+    others = 0.0 if state.rest_coefficient is None else state.rest_coefficient
+    at_pivot = others - away
+    if not isinstance(total, float):
+        # R p_k - r_k is the same. Of the two, the one with the smaller terms keeps its digits (with
+        # a label as the pivot always the first), and with infinite terms it is torch's.
         near = total * _pivot_probability(xp, s)
-        is_nearer = near + state.pivot_coefficient < away + state.rest_coefficient
+        is_nearer = total == math.inf
+        if leads:
+            is_nearer = is_nearer | (near + state.pivot_coefficient < away + others)
         at_pivot = xp.where(is_nearer, near - state.pivot_coefficient, at_pivot)
     if lse_penalty is not None:
         pull = 2.0 * lse_penalty * _lse(problem, state, s)

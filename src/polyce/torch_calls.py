@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import autograd_torch, by_rows, reference, targets
+from polyce import autograd_torch, by_rows, reference, targets, torch_checks
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import Stats
@@ -183,8 +183,25 @@ def planned(implementation: Implementation) -> Kernels:
     return Kernels(implementation.name, forward, backward, lambda problem: Saved(False, False))
 
 
+def check_returned(problem: Problem, operands: Operands) -> None:
+    """Refuse tensors that a backward pass was given back as others, or without their memory."""
+    logits, target, weight, sample_weight, *_ = operands
+    target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
+    if target.numel() == 1 and not problem.row_shape:
+        target_shape = target.shape
+    kinds = (
+        (problem.shape, problem.logits_dtype),
+        (target_shape, getattr(torch, problem.target_dtype)),
+        None if weight is None else ((problem.classes,), weight.dtype),
+        None if sample_weight is None else (problem.row_shape, sample_weight.dtype),
+    )
+    torch_checks.check_returned(kinds, (logits, target, weight, sample_weight))
+
+
 def _plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target, whose labels a forward pass has checked if they can be."""
+    if not torch.compiler.is_compiling():
+        check_returned(problem, operands)
     return targets.plan(problem._replace(check_labels=False), operands)
 
 

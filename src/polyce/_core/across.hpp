@@ -316,7 +316,7 @@ struct Across : Tile<T> {
             RowState s = state(i);
             if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
             const RowScalars found = scalars(transform, s, sizeof(T) == 8);
-            const double penalty = only_pivots ? 0.0 : z_loss * lane.label_weight[i];
+            const double penalty = only_pivots || z_loss == 0.0 ? 0.0 : z_loss * lane.label_weight[i];
             const double lse = only_pivots ? 0.0 : log_sum_exp(transform, s, found);
             const double loss = row_loss(s, found, penalty, lse);
             lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;

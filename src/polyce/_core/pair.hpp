@@ -41,8 +41,10 @@ POLYCE_INLINE void pair_losses(const Tile<T>& tile) {
             const double others_share = (ahead ? 1.0 : e) / (1.0 + e);
             const double pull = lane.factor[i] * scale * w * others_share;
             const double entry = lane.counted[i] == 0.0 ? 0.0 : pull;
-            to_first[i] = T(swapped ? entry : 0.0 - entry);
-            to_second[i] = T(swapped ? 0.0 - entry : entry);
+            // With an infinite weight the label's is the difference of two infinities, as torch's.
+            const double at_label = (entry - entry) - entry;
+            to_first[i] = T(swapped ? entry : at_label);
+            to_second[i] = T(swapped ? at_label : entry);
         }
     });
 }

@@ -136,13 +136,13 @@ POLYCE_INLINE double log_sum_exp(const Transform<capped>& x, const RowState& s, 
     return transformed(x, r.below ? s.pivot_logit : s.rest_max) + r.h;
 }
 
-// Products with a coefficient that is 0 are selected: the other factor may be infinite.
+// Products with a coefficient that is 0 are selected: the other factor may be infinite. So is the
+// excess, which is nan where an infinite coefficient has met a gap of 0.
 POLYCE_INLINE double row_loss(const RowState& s, const RowScalars& r, double penalty, double lse) {
-    const double at_pivot =
-        (s.pivot_coefficient == 0.0 ? 0.0 : s.pivot_coefficient * r.behind) +
-        s.pivot_coefficient * r.h;
-    const double ahead = r.below && s.rest_coefficient != 0.0 ? s.rest_coefficient * r.opposite : 0.0;
-    const double loss = at_pivot + (s.rest_excess + ahead + s.rest_coefficient * r.h);
+    const double behind = s.pivot_coefficient == 0.0 ? 0.0 : r.behind;
+    const double ahead = r.below && s.rest_coefficient != 0.0 ? r.opposite : 0.0;
+    const double excess = s.rest_coefficient == infinity<double> ? 0.0 : s.rest_excess;
+    const double loss = s.pivot_coefficient * (behind + r.h) + (excess + s.rest_coefficient * (ahead + r.h));
     return penalty == 0.0 ? loss : loss + penalty * lse * lse;
 }
 
@@ -153,8 +153,8 @@ struct RowGradient {
 };
 
 // `at_top`: the pivot is the class of the largest logit. With p its probability its entry is
-// R·p - r_k, and R' - R·(1 - p) as well: of the two, the one with the smaller terms keeps its digits.
-// For a label that is always the second.
+// R·p - r_k, and R' - R·(1 - p) as well: of the two, the one with the smaller terms keeps its digits
+// (for a label always the second), and with infinite terms the first is torch's.
 POLYCE_INLINE RowGradient row_gradient(
     const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top
 ) {
@@ -163,7 +163,8 @@ POLYCE_INLINE RowGradient row_gradient(
     const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
-    const bool is_nearer = at_top && near + s.pivot_coefficient < away + s.rest_coefficient;
+    const bool is_nearer =
+        total == infinity<double> || (at_top && near + s.pivot_coefficient < away + s.rest_coefficient);
     double at_pivot = is_nearer ? near - s.pivot_coefficient : s.rest_coefficient - away;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;

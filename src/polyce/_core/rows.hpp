@@ -140,7 +140,7 @@ POLYCE_INLINE SavedRow saved_row(
 }
 
 POLYCE_INLINE double penalty_of(const Job& job, double label_weight) {
-    return job.z_loss * label_weight;
+    return job.z_loss == 0.0 ? 0.0 : job.z_loss * label_weight;
 }
 
 // What multiplies the gradient of a row's loss.

@@ -202,8 +202,8 @@ def run(
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
     if problem.kind == "index":
         target = dense("target", target, None)
-        if target.shape != problem.row_shape:
-            target = target.reshape(problem.row_shape)
+        if not problem.row_shape and target.ndim:
+            target = target.reshape(())  # one label for one row may have an axis
     else:
         target = readable(target)
     if weight is not None:

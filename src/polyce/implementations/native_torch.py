@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from polyce import torch_calls, torch_storage
+from polyce import torch_calls, torch_checks
 from polyce.implementations import native
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
@@ -17,7 +17,7 @@ from polyce.torch_calls import Kernels, Saved
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_neg():
-        torch_storage.check(input=tensor)
+        torch_checks.check_storages(input=tensor)
         return tensor.resolve_neg()
     return tensor
 
@@ -25,13 +25,13 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     is_other = dtype is not None and tensor.dtype != dtype
     if is_other or tensor.is_neg() or not tensor.is_contiguous():
-        torch_storage.check(**{name: tensor})
+        torch_checks.check_storages(**{name: tensor})
         return tensor.to(dtype or tensor.dtype).contiguous().resolve_neg()
     return tensor
 
 
 def _number(name: str, tensor: torch.Tensor) -> float:
-    torch_storage.check(**{name: tensor})
+    torch_checks.check_storages(**{name: tensor})
     return float(tensor)
 
 

@@ -16,7 +16,9 @@ def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]
 
 
 def _computing(call: Call) -> Any:
-    return arrays.computing(call.whole.backend, call.operands.logits)
+    operands = call.operands._asdict()
+    operands |= {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
+    return arrays.computing(call.whole.backend, operands)
 
 
 def _writes(call: Call) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polyce import autograd_torch, torch_calls
+from polyce import autograd_torch, torch_calls, torch_checks
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, Gradients
 from polyce.problem import Head, Operands
@@ -75,9 +75,12 @@ class _Loss(torch.autograd.Function):
         operands = call.operands
         number = operands.normalizer
         divisor = number if isinstance(number, torch.Tensor) else None
-        ctx.save_for_backward(
-            input, weight, bias, operands.target, operands.weight, operands.sample_weight, divisor
+        tensors = (
+            *(input, weight, bias),
+            *(operands.target, operands.weight, operands.sample_weight, divisor),
         )
+        ctx.save_for_backward(*tensors)
+        ctx.kinds = torch_checks.kinds(tensors)
         ctx.number = number if divisor is None else None
         ctx.call = call.without_arrays()
         wanted = Gradients(*ctx.needs_input_grad[:3])
@@ -91,7 +94,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-        hidden, weight, bias, target, class_weight, sample_weight, divisor = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        torch_checks.check_returned(ctx.kinds, saved)
+        hidden, weight, bias, target, class_weight, sample_weight, divisor = saved
         normalizer = ctx.number if divisor is None else divisor
         call = replace(
             ctx.call,

@@ -78,12 +78,16 @@ def _special_weights(name: str) -> dict[str, Array | None]:
     weight = np.array([0.5, 1.0, 2.0, 0.25, 1.5, 0.75, 1.0])
     no_label, no_other, nan_unused = weight.copy(), weight.copy(), weight.copy()
     no_label[LABEL], no_other[5], nan_unused[4] = 0.0, 0.0, NAN
+    inf_label, inf_other = weight.copy(), weight.copy()
+    inf_label[LABEL], inf_other[5] = INF, INF
     weights = {
         "weighted": weight,
         "zero-at-label": no_label,
         "zero-elsewhere": no_other,
         "all-zero": np.zeros(CLASSES),
         "nan-unused": nan_unused,
+        "inf-at-label": inf_label,
+        "inf-elsewhere": inf_other,
     }
     return {"unweighted": None} | {key: w.astype(dtype(name)) for key, w in weights.items()}
 

@@ -149,7 +149,9 @@ def coefficients(
         ]
     # Without smoothing the other classes' weights are not looked at: a nan there is harmless.
     r = [ZERO] * classes if label_smoothing == 0 else [uniform * w for w in weights]
-    r[target] += (1 - smoothing) * weights[target]
+    if label_smoothing != 1:
+        # Nothing times an infinite weight is nothing.
+        r[target] += (1 - smoothing) * weights[target]
     return r
 
 
@@ -234,11 +236,17 @@ def row_answer(
         r = coefficients(target, classes, weight, label_smoothing)
         # Both sums in the loss and every softmax are unchanged when all logits are shifted.
         total_r = sum(r, ZERO)
-        loss = total_r * row.log_sum
-        for coefficient, z in zip(r, row.shifted, strict=True):
-            # nan coefficients are not 0 and reach the loss.
-            if coefficient != 0:
-                loss -= coefficient * z
+        if total_r.is_infinite():
+            # As torch multiplies: R times a log of 0 would be nan.
+            loss = sum(
+                (c * (row.log_sum - z) for c, z in zip(r, row.shifted, strict=True) if c), ZERO
+            )
+        else:
+            loss = total_r * row.log_sum
+            for coefficient, z in zip(r, row.shifted, strict=True):
+                # nan coefficients are not 0 and reach the loss.
+                if coefficient != 0:
+                    loss -= coefficient * z
         plain, square_part, pull, pull_size = abs(loss), ZERO, ZERO, ZERO
         if z_loss:
             # lse may be the small sum of two large parts of unlike sign.

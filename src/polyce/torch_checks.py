@@ -1,0 +1,58 @@
+"""What is asked of torch's tensors before their memory is read.
+
+A storage can be resized under its tensors, also to nothing, and hooks can give back other tensors
+than autograd has saved. torch's own operations look for neither, most of them, and would read or
+write what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from polyce import eager
+
+
+def check_storages(**tensors: Any) -> None:
+    """Refuse tensors that reach beyond their storages; what holds no values now has none."""
+    for name, tensor in tensors.items():
+        is_tensor = isinstance(tensor, torch.Tensor) and eager.has_values(tensor, "torch")
+        if not is_tensor or not tensor.numel():
+            continue
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1
+        reach, held = end * tensor.itemsize, tensor.untyped_storage().nbytes()
+        if reach > held:
+            raise RuntimeError(
+                f"{name} must lie within its storage, but its shape {tuple(tensor.shape)} and "
+                f"strides reach over {reach} bytes of it and it has {held}; do not resize the "
+                "storage of a tensor in use"
+            )
+
+
+def kinds(tensors: Iterable[Any]) -> list[Any] | None:
+    """Tell what a backward pass has to be given back for the tensors that autograd saves.
+
+    A graph that is being compiled has no hooks, and gives None.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
+
+
+def check_returned(expected: Sequence[Any] | None, tensors: Sequence[Any]) -> None:
+    """Refuse saved tensors that have another shape or dtype now, or whose memory is gone."""
+    if expected is None:
+        return
+    for tensor in tensors:
+        check_storages(**{"a tensor that autograd has saved": tensor})
+    for kind, tensor in zip(expected, tensors, strict=True):
+        if kind is None or kind == (tensor.shape, tensor.dtype):
+            continue
+        (shape, dtype), given = kind, f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise RuntimeError(
+            f"what autograd has saved must come back as {dtype} of shape {tuple(shape)}, got "
+            f"{given}; let the hooks for saved tensors give back what they were given"
+        )

@@ -1,0 +1,253 @@
+"""What comes from outside of a call on torch: what hooks give back, freed memory, operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import polyce
+import polyce.linear
+from polyce import CrossEntropyLoss
+
+pytestmark = pytest.mark.only("torch")
+
+PATHS = ("native", "reference")
+
+
+def hooks(
+    torch: Any, unpack: Callable[[Any], Any], pack: Callable[[Any], Any] = lambda t: t
+) -> Any:
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def gradient(torch: Any, context: Any, x: Any, target: Any, **options: Any) -> Any:
+    x = x.detach().clone().requires_grad_()
+    with context:
+        loss = polyce.cross_entropy(x, target, **options)
+    (grad,) = torch.autograd.grad(loss, x)
+    return grad
+
+
+@pytest.mark.parametrize("kind", ["label", "probabilities", "label with its entropy"])
+@pytest.mark.parametrize("classes", [300, 32000])
+def test_hooks_that_keep_small_floats_as_bfloat16(torch: Any, classes: int, kind: str) -> None:
+    x = torch.randn(4, classes)
+    x[:, classes - 1] = 9.0
+    target = torch.tensor([classes - 1, 299, 0, classes - 1])
+    if kind == "probabilities":
+        target = torch.softmax(torch.randn(4, classes), 1)
+    options = {"return_stats": True} if "entropy" in kind else {}
+
+    def pack(tensor: Any) -> Any:
+        small = tensor.is_floating_point() and tensor.numel() <= 16
+        return tensor.to(torch.bfloat16) if small else tensor
+
+    def unpack(tensor: Any) -> Any:
+        return tensor.to(torch.float64) if tensor.dtype == torch.bfloat16 else tensor
+
+    def loss_of(function: Any, x: Any, **options: Any) -> Any:
+        found = function(x, target, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    x.requires_grad_()
+    with hooks(torch, unpack, pack):
+        loss = loss_of(polyce.cross_entropy, x, **options)
+    (got,) = torch.autograd.grad(loss, x)
+    (want,) = torch.autograd.grad(loss_of(torch.nn.functional.cross_entropy, x), x)
+    # As exact as what the hooks have kept.
+    torch.testing.assert_close(got, want, rtol=0.1, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "give_back",
+    [
+        lambda t: t.double() if t.is_floating_point() else t.int(),
+        lambda t: t[:1] if t.ndim else t,
+        lambda t: t[..., :-1] if t.ndim else t,
+        lambda t: t.unsqueeze(0),
+        lambda t: t.new_empty(0),
+    ],
+    ids=["dtype", "fewer rows", "shorter", "one more axis", "nothing"],
+)
+@pytest.mark.parametrize("graph", [False, True], ids=["once", "differentiated again"])
+def test_hooks_that_give_back_other_tensors(
+    torch: Any, give_back: Callable[[Any], Any], path: str, graph: bool
+) -> None:
+    for target in (torch.tensor([1, 99, 0]), torch.softmax(torch.randn(3, 100), 1)):
+        x = torch.randn(3, 100, requires_grad=True)
+        with hooks(torch, give_back):
+            loss = polyce.cross_entropy(
+                x, target, torch.rand(100), sample_weight=torch.rand(3), implementation=path
+            )
+        with pytest.raises(RuntimeError, match="give back what they were given"):
+            torch.autograd.grad(loss, x, create_graph=graph)
+        # Nothing is lost: the next call is right.
+        got = gradient(torch, hooks(torch, lambda t: t), x, target)
+        want = torch.autograd.grad(torch.nn.functional.cross_entropy(x, target), x)[0]
+        torch.testing.assert_close(got, want)
+
+
+def test_hooks_that_lay_the_logits_otherwise(torch: Any) -> None:
+    # A forward pass across the rows leaves nothing that a backward pass along the classes may read.
+    x = torch.randn(100, 7).t()
+    target = torch.arange(7)
+    want = gradient(torch, hooks(torch, lambda t: t), x, target)
+    got = gradient(torch, hooks(torch, lambda t: t.contiguous()), x, target)
+    torch.testing.assert_close(got, want)
+
+
+def test_hooks_and_the_other_functions(torch: Any) -> None:
+    x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 4, 0])
+    head = torch.randn(5, 4, requires_grad=True)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    calls = {
+        "log_softmax": lambda: polyce.log_softmax(x).sum(),
+        "linear": lambda: polyce.linear_cross_entropy(hidden, head, target, reduction="none").sum(),
+    }
+    for call in calls.values():
+        with hooks(torch, lambda t: t[:1] if t.ndim else t):
+            loss = call()
+        with pytest.raises(RuntimeError, match="let the hooks for saved tensors give back"):
+            loss.backward()
+
+
+def freed(torch: Any, tensor: Any, left: int = 0) -> Any:
+    tensor.untyped_storage().resize_(left)
+    return tensor
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("left", [0, 4], ids=["nothing left", "too little left"])
+@pytest.mark.parametrize(
+    "name", ["input", "target", "weight", "sample_weight", "out", "grad_output"]
+)
+def test_memory_that_is_gone(torch: Any, name: str, left: int, path: str) -> None:
+    for dtype in (torch.float32, torch.float16):
+        given = {
+            "input": torch.randn(6, 200, dtype=dtype),
+            "target": torch.randint(200, (6,)),
+            "weight": torch.rand(200, dtype=dtype),
+            "sample_weight": torch.rand(6),
+            "grad_output": torch.rand(6),
+            "out": torch.empty(6, 200, dtype=dtype),
+        }
+        freed(torch, given[name], left)
+        options = given | {"reduction": "none", "implementation": path}
+        with pytest.raises(RuntimeError, match=f"^{name} must lie within its storage"):
+            polyce.cross_entropy_with_grad(**options)
+        for one in ("out", "grad_output"):
+            del options[one]
+        if name in options:
+            with pytest.raises(RuntimeError, match=f"^{name} must lie within its storage"):
+                polyce.cross_entropy(**options)
+
+
+def test_a_freed_number(torch: Any) -> None:
+    x, target = torch.randn(3, 5), torch.tensor([1, 4, 0])
+    with pytest.raises(RuntimeError, match="^normalizer must lie within its storage"):
+        polyce.cross_entropy(x, target, normalizer=freed(torch, torch.tensor(3.0)))
+    with pytest.raises(RuntimeError, match="^grad_output must lie within its storage"):
+        polyce.cross_entropy_with_grad(x, target, grad_output=freed(torch, torch.tensor(3.0)))
+
+
+def test_memory_that_is_gone_in_the_other_functions(torch: Any) -> None:
+    target, message = torch.tensor([1, 4, 0]), "must lie within its storage"
+    with pytest.raises(RuntimeError, match=f"^input {message}"):
+        polyce.log_softmax(freed(torch, torch.randn(3, 5)))
+    with pytest.raises(RuntimeError, match=f"^input {message}"):
+        polyce.nll_loss(freed(torch, torch.randn(3, 5)), target)
+    with pytest.raises(RuntimeError, match=f"^weight {message}"):
+        polyce.nll_loss(torch.randn(3, 5), target, freed(torch, torch.rand(5)))
+    hidden, head, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    for name in ("input", "linear_weight", "target", "linear_bias"):
+        given = {
+            "input": hidden.clone(), "linear_weight": head.clone(),
+            "target": target.clone(), "linear_bias": bias.clone(),
+        }  # fmt: skip
+        freed(torch, given[name])
+        for function in (polyce.linear_cross_entropy, polyce.linear_cross_entropy_with_grad):
+            with pytest.raises(RuntimeError, match=f"^{name} {message}"):
+                function(**given)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_logits_freed_before_the_backward_pass(torch: Any, path: str) -> None:
+    for target in (torch.tensor([1, 99, 0]), torch.softmax(torch.randn(3, 100), 1)):
+        for graph in (False, True):
+            x = torch.randn(3, 100, requires_grad=True)
+            loss = polyce.cross_entropy(x, target, implementation=path)
+            freed(torch, x)
+            with pytest.raises(RuntimeError, match="must lie within its storage"):
+                torch.autograd.grad(loss, x, create_graph=graph)
+
+
+def test_empty_tensors_of_several_row_axes(torch: Any) -> None:
+    import numpy as np
+
+    for shape in ((0, 3, 5), (0, 3, 5, 7), (2, 3, 0, 7), (0, 100, 5)):
+        rows = (shape[0], *shape[2:])
+        for empty in (torch.zeros(rows), torch.from_numpy(np.zeros(rows, np.float32))):
+            target, weights = empty.long(), empty
+            for reduction in ("none", "sum", "mean"):
+                x = torch.zeros(shape, requires_grad=True)
+                loss, stats = polyce.cross_entropy(
+                    x, target, sample_weight=weights, reduction=reduction, return_stats=True
+                )
+                loss.sum().backward()
+                assert x.grad.shape == shape
+                assert loss.shape == (rows if reduction == "none" else ())
+                assert stats.lse.shape == rows
+                _, grad = polyce.cross_entropy_with_grad(x, target, reduction=reduction)
+                assert grad.shape == shape
+
+
+OPERATOR = {
+    "weight": None, "sample_weight": None, "normalizer": None, "axis": 1, "ignore_index": -100,
+    "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0,
+    "logit_softcap": None, "stats": None, "implementation": "native",
+}  # fmt: skip
+
+
+def operator(torch: Any, *tensors: Any, **changed: Any) -> Any:
+    given = OPERATOR | {"result_dtype": torch.float32} | changed
+    return torch.ops.polyce.cross_entropy_backward(*tensors, **given)
+
+
+def test_arguments_of_the_operators(torch: Any) -> None:
+    import polyce.torch_ops  # noqa: F401 - registers them
+
+    x, target, one = torch.randn(3, 100), torch.tensor([1, 99, 0]), torch.ones(())
+    nothing = torch.empty(0)
+    want = polyce.cross_entropy_with_grad(x, target)[1]
+
+    def run(rows: Any = nothing, cotangent: Any = one, **changed: Any) -> Any:
+        tensors = cotangent, x, target
+        return operator(torch, *tensors, rows=rows, denominator=nothing, **changed)
+
+    assert torch.equal(run(), want)
+    # What does not fit is refused; what fits and is nonsense gives numbers.
+    for rows in (torch.zeros(2, 4).double(), torch.zeros(3, 4), torch.zeros(12).double()):
+        with pytest.raises(RuntimeError, match="what was saved of the rows must be float64"):
+            run(rows)
+    for value in (float("nan"), 1e300, -5.0):
+        assert run(torch.full((3, 4), value, dtype=torch.float64)).shape == x.shape
+    with pytest.raises(RuntimeError, match="grad_output must be float64 of shape"):
+        run(cotangent=torch.ones(2), reduction="none")
+    for changed in ({"axis": 7}, {"reduction": "some"}, {"stats": "none"}):
+        with pytest.raises(ValueError, match="must lie within|must be|takes the names"):
+            run(**changed)
+    with pytest.raises(ValueError, match="an implementation that has kernels for torch"):
+        run(implementation="dask")
+
+
+def test_results_lie_where_the_input_does(torch: Any) -> None:
+    x, target = torch.randn(3, 100), torch.tensor([1, 99, 0])
+    with torch.device("meta"):
+        loss, stats = polyce.cross_entropy(x, target, return_stats=True)
+        rows = CrossEntropyLoss(reduction="none")(x, target)
+    want = torch.nn.functional.cross_entropy(x, target)
+    torch.testing.assert_close(loss, want)
+    assert {array.device.type for array in (rows, *stats)} == {"cpu"}
