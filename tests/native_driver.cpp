@@ -6,7 +6,10 @@
 //
 // The format of the files is described at the top of polyce/testing/dump.py.
 
+#include <atomic>
 #include <cstdio>
+#include <cstdlib>
+#include <new>
 #include <thread>
 
 #include "core.hpp"
@@ -14,6 +17,24 @@
 #include "threads.hpp"
 
 using namespace polyce;
+
+namespace {
+
+// Who is refused scratch memory, which is all that the core asks for in this form.
+enum class Refused : std::uint8_t { nobody, helpers, everybody };
+std::atomic<Refused> refused{Refused::nobody};
+thread_local bool is_caller = false;
+
+}  // namespace
+
+void* operator new(std::size_t bytes, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+    const Refused who = refused;
+    if (who == Refused::everybody || (who == Refused::helpers && !is_caller)) return nullptr;
+    const auto unit = std::size_t(alignment);
+    return std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+}
+
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -268,6 +289,26 @@ void check_callers(const Case& c) {
     for (const Results& one : found) check_same_bits(c, way, alone, one, true);
 }
 
+// Helpers without memory leave the work to the caller, who without any is told; the next call is
+// right.
+void check_without_memory(const Case& c) {
+    const Way way{"4 threads", {}, Gradient::apart, 4};
+    const Results before = run_case(c, way);
+    is_caller = true;
+    refused = Refused::helpers;
+    check_same_bits(c, {"helpers without memory"}, before, run_case(c, way), true);
+    refused = Refused::everybody;
+    bool is_told = false;
+    try {
+        run_case(c, way);
+    } catch (const std::bad_alloc&) {
+        is_told = true;
+    }
+    refused = Refused::nobody;
+    tell(is_told, c.name + ": without memory the caller is told");
+    check_same_bits(c, {"memory again"}, before, run_case(c, way), true);
+}
+
 // With rows one after the other, then with rows side by side.
 std::vector<Case> large_cases() {
     return {
@@ -305,6 +346,7 @@ int main(int count, char** arguments) {
     }
     use_isa(isa_names()[0]);
     check_callers(large_case("float32", {300, 700}, true, 0));
+    for (const Case& c : large_cases()) check_without_memory(c);
     // More than 16 MiB, for which the system is asked for pages beforehand.
     const Case huge = large_case("float32", {35, 130001}, true, 0);
     const Way way{"fresh", {}, Gradient::apart, 2, false, true};
