@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,25 @@ def test_grid_under_jit(backend: Backend) -> None:
         "reference", backend, groups=groups, dtypes=["float32"], few_shapes=True, wrap=jax.jit
     )
     print(report)
+
+
+@pytest.mark.only("torch")
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_grid_under_another_default_device(backend: Backend, group: str, name: str) -> None:
+    import torch
+
+    def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arrays: Any) -> Any:
+            with torch.device("meta"):
+                return function(*arrays)
+
+        return call
+
+    leave_out = None if FULL or name == "native" else few(group, backend.floats)
+    print(
+        check_implementation(name, backend, groups=[group], leave_out=leave_out, wrap=elsewhere)
+    )
 
 
 @pytest.mark.only("triton")
