@@ -119,3 +119,25 @@ def test_a_forked_worker_of_a_data_loader_calls_it(torch: Any) -> None:
     )
     losses = torch.cat(list(loader))
     np.testing.assert_allclose(losses.numpy(), np.log(1000.0), rtol=1e-6)
+
+
+def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
+    # Far from the largest logit, where exponentials are subnormal.
+    x, t = torch.randn(400, 1000) * 30, torch.randint(1000, (400,))
+
+    def bits() -> bytes:
+        loss, grad = polyce.cross_entropy_with_grad(x, t, reduction="sum")
+        return loss.numpy().tobytes() + grad.numpy().tobytes()
+
+    before = polyce.get_num_threads()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    try:
+        polyce.set_num_threads(1)
+        alone = bits()
+        polyce.set_num_threads(4)
+        found = {bits() for _ in range(12)}
+    finally:
+        torch.set_flush_denormal(False)
+        polyce.set_num_threads(before)
+    assert found == {alone}

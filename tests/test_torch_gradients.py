@@ -11,6 +11,7 @@ import pytest
 
 import polyce
 from conftest import FULL
+from hessians import ROWS, hessian
 
 pytestmark = pytest.mark.only("torch", "torch-cuda")
 
@@ -306,3 +307,24 @@ def test_nothing_has_derivatives_of_every_order(
     torch.testing.assert_close(
         torch.func.vmap(loss)(*(torch.stack((array, array)) for array in operands)), torch.zeros(2)
     )
+
+
+@pytest.mark.parametrize("path", ["native", "reference"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_second_derivatives_of_confident_rows(
+    torch: Any, row: tuple[float, ...], path: str
+) -> None:
+    want = torch.from_numpy(hessian(row))
+    x = torch.tensor(row, dtype=torch.float64)
+    uniform = torch.full(x.shape, 1 / len(row), dtype=torch.float64)
+    targets = [*map(torch.tensor, range(len(row))), uniform]
+    for target, smoothing in itertools.product(targets, (0.0, 0.1)):
+
+        def loss(x: Any, target: Any = target, smoothing: float = smoothing) -> Any:
+            return polyce.cross_entropy(x, target, label_smoothing=smoothing, implementation=path)
+
+        for found in (
+            torch.autograd.functional.hessian(loss, x),
+            *((torch.func.hessian(loss)(x),) if path == "reference" else ()),
+        ):
+            torch.testing.assert_close(found, want, rtol=1e-14, atol=0.0)

@@ -145,9 +145,9 @@ def test_memory_that_is_gone(torch: Any, name: str, left: int, path: str) -> Non
 
 def test_a_freed_number(torch: Any) -> None:
     x, target = torch.randn(3, 5), torch.tensor([1, 4, 0])
-    with pytest.raises(RuntimeError, match="^normalizer must lie within its storage"):
+    with pytest.raises(RuntimeError, match=r"^normalizer must lie within its storage"):
         polyce.cross_entropy(x, target, normalizer=freed(torch, torch.tensor(3.0)))
-    with pytest.raises(RuntimeError, match="^grad_output must lie within its storage"):
+    with pytest.raises(RuntimeError, match=r"^grad_output must lie within its storage"):
         polyce.cross_entropy_with_grad(x, target, grad_output=freed(torch, torch.tensor(3.0)))
 
 
@@ -215,7 +215,7 @@ def operator(torch: Any, *tensors: Any, **changed: Any) -> Any:
 
 
 def test_arguments_of_the_operators(torch: Any) -> None:
-    import polyce.torch_ops  # noqa: F401 - registers them
+    import polyce.torch_ops
 
     x, target, one = torch.randn(3, 100), torch.tensor([1, 99, 0]), torch.ones(())
     nothing = torch.empty(0)
@@ -235,7 +235,7 @@ def test_arguments_of_the_operators(torch: Any) -> None:
     with pytest.raises(RuntimeError, match="grad_output must be float64 of shape"):
         run(cotangent=torch.ones(2), reduction="none")
     for changed in ({"axis": 7}, {"reduction": "some"}, {"stats": "none"}):
-        with pytest.raises(ValueError, match="must lie within|must be|takes the names"):
+        with pytest.raises(ValueError, match=r"must lie within|must be|takes the names"):
             run(**changed)
     with pytest.raises(ValueError, match="an implementation that has kernels for torch"):
         run(implementation="dask")
