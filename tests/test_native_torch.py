@@ -123,7 +123,7 @@ def test_a_forked_worker_of_a_data_loader_calls_it(torch: Any) -> None:
 
 def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
     # Far from the largest logit, where exponentials are subnormal.
-    x, t = torch.randn(400, 1000) * 30, torch.randint(1000, (400,))
+    x, t = torch.randn(1000, 2000) * 30, torch.randint(2000, (1000,))
 
     def bits() -> bytes:
         loss, grad = polyce.cross_entropy_with_grad(x, t)
@@ -136,7 +136,7 @@ def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
         polyce.set_num_threads(1)
         alone = bits()
         polyce.set_num_threads(4)
-        found = {bits() for _ in range(12)}
+        found = {bits() for _ in range(30)}
     finally:
         torch.set_flush_denormal(False)
         polyce.set_num_threads(before)
