@@ -12,6 +12,7 @@ from error_calls import (
     ALL,
     FUNCTIONS,
     GRAD,
+    LOGS,
     LOSSES,
     NLL,
     READERS,
@@ -266,6 +267,7 @@ def test_an_unknown_implementation_wherever_it_is_named(
     with pytest.raises(ValueError, match=match), polyce.use("fast"):
         pass
     monkeypatch.setenv("POLYCE_IMPLEMENTATION", "fast")
-    for name in SOFT:
+    match = "^POLYCE_IMPLEMENTATION must be one of dask, .*, reference, got 'fast'; leave it out"
+    for name in (*SOFT, *LOGS):
         with pytest.raises(ValueError, match=match):
             FUNCTIONS[name](backend.asarray(X), backend.asarray(T))

@@ -326,9 +326,12 @@ def test_unknown_names_raise_everywhere(
     with pytest.raises(ValueError, match=unknown), polyce.use("fast"):
         pass
     monkeypatch.setenv("POLYCE_IMPLEMENTATION", "fast")
+    variable = unknown.replace("implementation", "POLYCE_IMPLEMENTATION").partition(";")[0]
     for name in (None, "a"):
-        with pytest.raises(ValueError, match=unknown):
+        with pytest.raises(ValueError, match=f"{variable}; leave it out"):
             call(implementation=name)
+    with pytest.raises(ValueError, match=variable):
+        polyce.log_softmax(LOGITS)
     assert choices == []
 
 

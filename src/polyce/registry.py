@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,13 +157,15 @@ TABLE: tuple[Implementation, ...] = (
     ),
 )
 
-# A plain thread-local: torch.compile cannot trace context variables.
-_forced = threading.local()
+_forced: ContextVar[str | None] = ContextVar("polyce.use", default=None)
+# The same for code that torch.compile traces: it cannot read a context variable, but follows a
+# thread-local and compiles anew when that has changed.
+_forced_in_graphs = threading.local()
 
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every call inside the `with` block, on this thread, through one implementation.
+    """Run every call inside the `with` block, of this thread or task, by one implementation.
 
     Parameters
     ----------
@@ -174,6 +178,11 @@ def use(implementation: str) -> Iterator[None]:
     ValueError
         If no implementation has that name, and from the calls inside if it cannot serve one.
 
+    Notes
+    -----
+    A function of ``torch.compile`` knows of threads alone: where tasks of one thread overlap, it
+    takes the choice of the task that entered or left a block last.
+
     Examples
     --------
     >>> import numpy as np
@@ -183,21 +192,59 @@ def use(implementation: str) -> Iterator[None]:
     1.3862943611198906
     """
     find(implementation)
-    before = getattr(_forced, "name", None)
-    _forced.name = implementation
+    if _is_compiling():
+        before = getattr(_forced_in_graphs, "name", None)
+        _forced_in_graphs.name = implementation
+        try:
+            yield
+        finally:
+            _forced_in_graphs.name = before
+        return
+    before = _forced.get()
+    _force(implementation)
     try:
         yield
     finally:
-        _forced.name = before
+        _force(before)
+
+
+def _force(name: str | None) -> None:
+    # Not by a token: a generator may be closed in another context than it was started in.
+    _forced.set(name)
+    _forced_in_graphs.name = name
+
+
+def _is_compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def _forced_while_tracing(problem: Problem) -> str | None:
+    """Give the choice of the innermost `use` for arrays that may be traced."""
+    if problem.backend == "torch" and _is_compiling():
+        return getattr(_forced_in_graphs, "name", None)
+    return _forced.get()
 
 
 def find(name: str) -> Implementation:
     """Find an implementation by name."""
+    found = _named(name)
+    if found is None:
+        raise ValueError(
+            f"implementation must be one of {_known()}, got {name!r}; see polyce.explain"
+        )
+    return found
+
+
+def _named(name: str) -> Implementation | None:
     for row in TABLE:
         if row.name == name:
             return row
-    known = ", ".join(row.name for row in TABLE)
-    raise ValueError(f"implementation must be one of {known}, got {name!r}; see polyce.explain")
+    return None
+
+
+def _known() -> str:
+    return ", ".join(row.name for row in TABLE)
 
 
 def select(problem: Problem, name: str | None = None) -> Implementation:
@@ -208,7 +255,7 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
     """
     preference = _preference()
     if name is None:
-        name = getattr(_forced, "name", None)
+        name = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
     if name is None:
         return _unforced(problem, preference)
     chosen = find(name)
@@ -231,7 +278,10 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
 
     One that `use` or the environment variable names goes before the others, where it can serve.
     """
-    wanted = getattr(_forced, "name", None) or os.environ.get(VARIABLE)
+    preference = _preference()
+    wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+    if wanted is None and preference is not None:
+        wanted = preference.name
     for row in sorted(TABLE, key=lambda row: row.name != wanted):
         if row.log_softmax is not None and row.serves(problem):
             return row.log_softmax
@@ -240,7 +290,15 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
 
 def _preference() -> Implementation | None:
     preferred = os.environ.get(VARIABLE)
-    return find(preferred) if preferred else None
+    if not preferred:
+        return None
+    found = _named(preferred)
+    if found is None:
+        raise ValueError(
+            f"{VARIABLE} must be one of {_known()}, got {preferred!r}; leave it out for the first "
+            "of them that can serve"
+        )
+    return found
 
 
 # What the table gives, for problems met before: to ask every row takes as long as a small call.
