@@ -65,18 +65,43 @@ RULES = {
         ValueError,
         "target must hold class indices of shape {}, .*got {} for input .*; remove or add axes",
     ),
+    "other axis": Rule(
+        ValueError,
+        "target must hold class indices of shape {}, .*got {} for input .*; pass axis={} if the",
+    ),
+    "counts": Rule(
+        ValueError,
+        "target must hold class indices of shape {}, .*got {} for input [^;]*; "
+        "there are {} rows, but {} labels: pass one label for each row$",
+    ),
+    "not for nll": Rule(
+        ValueError,
+        "target must hold class indices of shape {}, got {} for .*one-hot .* are for cross_entropy",
+        NLL,
+    ),
+    "swapped": Rule(
+        TypeError,
+        "input must be real floating point .*, got {}; are input and target swapped, .* is {}[?]$",
+    ),
     "integers": Rule(
         TypeError, "target .* holds class indices and must be an integer dtype, got {}; cast it"
     ),
     "probabilities": Rule(
         TypeError,
-        "a target of the logits' shape .* class probabilities and must be real .*, got {}; for",
+        "a target of the logits' shape .* class probabilities and must be real .*, got {}; for "
+        "class indices drop the class axis, or cast it to a float dtype$",
         SOFT,
     ),
     "logits": Rule(TypeError, "input must be real floating point .*, got {}; convert it", ALL),
     "weight shape": Rule(ValueError, "weight must be 1-D .* 5 classes, got shape {}; pass shape"),
     "weight dtype": Rule(TypeError, "weight must be real numbers, got {}; convert it"),
-    "no array": Rule(TypeError, "{} must be an array of an array-API .*, got {}; convert it"),
+    "no array": Rule(
+        TypeError,
+        "{} must be an array of an array-API .*, got {}; convert it .*, with numpy.asarray, torch.",
+    ),
+    "no array, method": Rule(
+        TypeError, "{} must be an array of an array-API .*, got .*{}; convert it with {}$"
+    ),
     "no plain array": Rule(TypeError, "{} must be a plain array, got numpy.*{}, .*; pass numpy"),
     "missing": Rule(TypeError, "{} must be an array, got None; pass the logits"),
     "ignore_index": Rule(TypeError, "ignore_index must be an integer, got {}; leave it at -100"),
@@ -96,6 +121,9 @@ RULES = {
     "no values": Rule(ValueError, "validate=True needs .* traced or lazy.*; leave validate at"),
     "labels": Rule(
         IndexError, r"labels must lie in 0 to 4 \(5 classes\), got {}; give .* ignore_index"
+    ),
+    "labels of one column": Rule(
+        IndexError, "with one column of logits every label is 0, got {}; for a binary loss pass two"
     ),
     "implementation": Rule(
         ValueError, "implementation must be one of .*reference.*, got {}; see polyce.explain", SOFT

@@ -14,7 +14,6 @@ from error_calls import (
     GRAD,
     LOGS,
     LOSSES,
-    NLL,
     READERS,
     SOFT,
     X3,
@@ -33,21 +32,30 @@ from polyce.testing.backends import Backend
 
 @table(
     bad("rank", "a 0-d array", input=floats(), target=ints()),
-    bad("indices", "(3,)", "int32 (4,)", target=ints(4)),
-    bad("indices", "(3,)", "int32 ()", target=ints()),
+    bad("counts", "(3,)", "int32 (4,)", "3", "4", target=ints(4)),
+    bad("counts", "(3,)", "int32 ()", "3", "1", target=ints()),
     bad("indices", "(3,)", "int32 (3, 4)", target=ints(3, 4)),
     bad("indices", "(3,)", "int32 (3, 1)", target=ints(3, 1)),
     bad("indices", "(3,)", "float32 (1, 5)", target=floats(1, 5), on=SOFT),
-    bad("indices", "(3,)", "float32 (3, 5)", target=P, on=NLL),
-    bad("indices", "(5,)", "int32 (3,)", axis=0),
-    bad("indices", "(2, 4)", "int32 (2, 3)", input=X3, target=ints(2, 3)),
+    bad("not for nll", "(3,)", "float32 (3, 5)", target=P),
+    bad("not for nll", "(3,)", "int32 (3, 5)", target=ints(3, 5)),
+    bad("other axis", "(5,)", "int32 (3,)", "-1", axis=0),
+    bad("other axis", "(3,)", "int32 (5,)", "0", target=ints(5)),
+    bad("other axis", "(2, 4)", "int32 (2, 5)", "-1", input=X3, target=ints(2, 5)),
+    bad("other axis", "(2, 3, 4)", "int32 (2, 5, 3)", "-1",
+        input=floats(2, 5, 3, 4), target=ints(2, 5, 3)),
+    bad("other axis", "(2, 3, 4)", "int32 (2, 5, 4)", "2",
+        input=floats(2, 5, 3, 4), target=ints(2, 5, 4)),
+    bad("other axis", "(2, 4)", "float32 (2, 5)", "-1", input=X3, target=floats(2, 5)),
+    bad("counts", "(2, 4)", "int32 (2, 3)", "8", "6", input=X3, target=ints(2, 3)),
     bad("indices", "(2, 4)", "int32 (8,)", input=X3, target=ints(8)),
     bad("indices", "()", "int32 (2,)", input=floats(5), target=ints(2)),
+    bad("counts", "(32,)", "int32 (64,)", "32", "64", input=floats(32, 10), target=ints(64)),
     bad("weight shape", "(4,)", weight=floats(4)),
     bad("weight shape", "(5, 1)", weight=floats(5, 1)),
     bad("weight shape", "(1, 5)", input=X3, target=ints(2, 4), weight=floats(1, 5)),
     bad("weight shape", "()", weight=floats()),
-)
+)  # fmt: skip
 def test_shapes(backend: Backend, call: Bad, name: str) -> None:
     check(backend, call, name)
 
@@ -61,6 +69,10 @@ def test_shapes(backend: Backend, call: Bad, name: str) -> None:
     bad("probabilities", "bool (3, 5)", target=np.ones((3, 5), bool)),
     bad("probabilities", "complex64 (3, 5)", target=P.astype(np.complex64)),
     bad("logits", "int32 (3, 5)", input=ints(3, 5)),
+    bad("swapped", "int32 (3,)", "float32 (3, 5)", input=T, target=P),
+    bad("swapped", "int32 (3, 5)", "float32 (3, 5)", input=ints(3, 5), target=P),
+    bad("swapped", "int32 (2, 4)", "float32 (2, 5, 4)", input=ints(2, 4), target=X3),
+    bad("logits", "int32 (3, 4)", input=ints(3, 4), target=P),
     bad("logits", "bool (3, 5)", input=np.zeros((3, 5), bool)),
     bad("logits", "complex64 (3, 5)", input=X.astype(np.complex64)),
     bad("weight dtype", "bool", weight=np.ones(5, bool)),
@@ -129,6 +141,22 @@ def test_grad_output(backend: Backend, call: Bad, name: str) -> None:
     check(backend, call, name)
 
 
+class Frame:
+    """What a table of pandas, polars or pyarrow has, or a sparse matrix of scipy."""
+
+    def __init__(self, method: str) -> None:
+        setattr(self, method, None)
+
+
+@table(
+    bad("no array, method", "input", "Frame", "input.to_numpy()", input=Frame("to_numpy"), on=ALL),
+    bad("no array, method", "target", "Frame", "target.to_numpy()", target=Frame("to_numpy")),
+    bad("no array, method", "input", "Frame", "input.toarray()", input=Frame("toarray"), on=ALL),
+)
+def test_what_has_a_method_for_it(backend: Backend, call: Bad, name: str) -> None:
+    check(backend, call, name)
+
+
 def labels(came: str, target: Any, **arguments: Any) -> Bad:
     target = np.asarray(target, None if isinstance(target, np.ndarray) else np.int32)
     return bad("labels", came, on=READERS, target=target, **arguments)
@@ -143,6 +171,17 @@ OUT_OF_RANGE = table(
     labels("6", 6, input=floats(5)),
     labels("200 at position (2,)", np.array([0, 1, 200], np.uint8)),
 )
+
+
+@pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64")
+@table(
+    bad(
+        "labels of one column", "1 at position (1,)", on=READERS,
+        input=floats(3, 1), target=np.array([0, 1, 0], np.int32),
+    ),
+)  # fmt: skip
+def test_labels_of_a_binary_loss(backend: Backend, call: Bad, name: str) -> None:
+    check(backend, call, name)
 
 
 @pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -198,9 +199,16 @@ def test_another_function_is_refused(function: Any) -> None:
 # show_versions and `python -m polyce`
 
 
-def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "polyce", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | variables,
+    )
 
 
 def test_show_versions_prints_versions_and_implementations(
@@ -271,6 +279,35 @@ def test_the_demo_learns_the_digits_and_compares_libraries() -> None:
     assert float(difference[1]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "rule"),
+    [
+        ("POLYCE_NUM_THREADS", "2147483648", "a number of threads from 1 to 1024"),
+        ("POLYCE_NUM_THREADS", "100000", "a number of threads from 1 to 1024"),
+        ("POLYCE_ISA", "foo", "one of .*baseline on this processor"),
+        ("POLYCE_IMPLEMENTATION", "foo", "one of dask, native, triton, cupy, reference"),
+    ],
+)
+def test_a_variable_that_asks_for_what_there_is_not(variable: str, value: str, rule: str) -> None:
+    says = f"{variable} must be {rule}, got '{value}'; leave it out"
+    call = "import numpy, polyce; polyce.cross_entropy(numpy.zeros((1, 2)), numpy.zeros(1, int))"
+    environment = os.environ | {variable: value}
+    done = subprocess.run(
+        [sys.executable, "-c", call],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert re.search(f"^ValueError: {says}", done.stderr, re.MULTILINE), done.stderr
+    done = run_module(**{variable: value})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"polyce            {polyce.__version__}\n")
+    (line,) = (line for line in done.stdout.splitlines() if "must be" in line)
+    assert re.search(says, line)
+
+
 def test_help_is_printed_when_asked_for() -> None:
     done = run_module("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -292,6 +329,8 @@ def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explanation.chosen == "reference"
     (reason,) = explanation.reasons["native"]
     assert reason.startswith("the compiled core is not built, so calls on NumPy and torch CPU")
+    # pip answers from its cache otherwise, and does nothing about what is installed.
+    assert "pip install --no-cache-dir --force-reinstall --no-deps polyce" in reason
     assert f"native     no   {reason}" in versions()
     polyce.cross_entropy(LOGITS, LABELS)
     with pytest.raises(ValueError, match="only the native path has threads, but the compiled core"):

@@ -146,3 +146,34 @@ def test_numpy_labels_beyond_32_bits_are_not_cut_down(jax: Any) -> None:
     target = np.array([0, 2**32 + 1])
     with pytest.raises(IndexError, match="got 4294967297"):
         polyce.cross_entropy(jax.numpy.zeros((2, 3)), target)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4"])
+@pytest.mark.parametrize("ignored", [-100, -1, 1, 9])
+def test_labels_below_a_byte(jax: Any, dtype: str, ignored: int) -> None:
+    rng = np.random.default_rng(0)
+    classes = 9 if dtype == "int4" else 3
+    logits = jax.numpy.asarray(rng.standard_normal((3, classes)), "float32")
+    narrow = jax.numpy.asarray(np.array([0, 1, 1]), dtype)
+    wide, options = narrow.astype("int32"), {"ignore_index": ignored, "label_smoothing": 0.1}
+
+    def gradient(labels: Any) -> Any:
+        return jax.jit(jax.grad(lambda x: polyce.cross_entropy(x, labels, **options)))(logits)
+
+    want = gradient(wide)
+    np.testing.assert_array_equal(gradient(narrow), want)
+    np.testing.assert_array_equal(jax.jit(gradient)(narrow), want)
+    want = polyce.cross_entropy(logits, wide, **options)
+    assert polyce.cross_entropy(logits, narrow, **options) == want
+    assert polyce.cross_entropy(logits, np.asarray(narrow), **options) == want
+    # NumPy's, where the kernels cannot read them.
+    ours = polyce.cross_entropy(np.asarray(logits), np.asarray(narrow), **options)
+    np.testing.assert_allclose(ours, want, rtol=1e-6)
+
+
+def test_a_bad_label_below_a_byte(jax: Any) -> None:
+    labels = jax.numpy.asarray(np.array([1, -8]), "int4")
+    with pytest.raises(IndexError, match=r"^labels must lie in 0 to 2 .*got -8 at position \(1,\)"):
+        polyce.cross_entropy(jax.numpy.zeros((2, 3)), labels)
+    rows = jax.jit(lambda *given: polyce.cross_entropy(*given, reduction="none"))
+    assert np.isnan(rows(jax.numpy.zeros((2, 3)), labels)).tolist() == [False, True]

@@ -136,9 +136,12 @@ def test_attributes_are_what_was_given(backend: Backend, name: str) -> None:
 
 
 @BOTH
-def test_repr_is_the_name_alone(backend: Backend, name: str) -> None:
+def test_repr_shows_what_is_not_at_its_default(backend: Backend, name: str) -> None:
     assert repr(CLASSES[name]()) == f"{name}()"
-    assert repr(CLASSES[name](backend.asarray(W), reduction="sum", axis=0)) == f"{name}()"
+    changed = CLASSES[name](backend.asarray(W), ignore_index=-100, reduction="sum", axis=0)
+    assert repr(changed) == f"{name}(weight of shape {W.shape}, reduction='sum', axis=0)"
+    changed.validate = False
+    assert repr(changed).endswith(", axis=0, validate=False)")
 
 
 CASES = [

@@ -64,13 +64,17 @@ def test_the_default_is_the_processors_that_may_be_used() -> None:
     assert pinned.stdout.split() == ["1", "1"]
 
 
-@pytest.mark.parametrize(("text", "says"), [("5", "5"), ("0", "got '0'"), ("many", "got 'many'")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("5", "5"), ("0", ""), ("1025", ""), ("2147483648", ""), ("many", ""), ("-1", "")],
+)
 def test_the_environment_variable(text: str, says: str) -> None:
     done = run("import polyce; print(polyce.get_num_threads())", POLYCE_NUM_THREADS=text)
     if text == "5":
         assert done.stdout.split() == [says]
     else:
-        assert f"POLYCE_NUM_THREADS must be a number of threads from 1 on, {says}" in done.stderr
+        rule = "POLYCE_NUM_THREADS must be a number of threads from 1 to 1024"
+        assert f"ValueError: {rule}, got '{text}'; leave it out" in done.stderr
 
 
 def test_the_instruction_set_can_be_chosen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,21 @@ def test_out_of_another_layout(name: str) -> None:
 )
 def test_what_out_cannot_be(backend: Backend, call: Bad, name: str) -> None:
     check(backend, call, name)
+
+
+@pytest.mark.only("numpy")
+def test_the_order_of_bytes_is_part_of_a_dtype() -> None:
+    logits, labels = data((3, 5))
+    swapped = logits.astype(logits.dtype.newbyteorder())
+    came = re.escape(f"float32 of bytes in the order {swapped.dtype.str}")
+    with pytest.raises(TypeError, match=f"^out must have input's dtype float32, got {came}; pass"):
+        polyce.cross_entropy_with_grad(logits, labels, out=np.empty_like(swapped))
+    with pytest.raises(TypeError, match=f"^out must have input's dtype {came}, got float32; pass"):
+        polyce.cross_entropy_with_grad(swapped, labels, out=np.empty_like(logits))
+    out = np.empty_like(swapped)
+    polyce.cross_entropy_with_grad(swapped, labels, out=out)
+    want = polyce.cross_entropy_with_grad(logits, labels)[1]
+    np.testing.assert_allclose(out, want, rtol=1e-5)
 
 
 @pytest.mark.only("numpy")

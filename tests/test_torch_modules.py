@@ -64,10 +64,54 @@ def test_it_is_one_of_torchs(torch: Any, name: str) -> None:
     extras = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     assert {p.name: p.default for p in extras} == EXTRAS[name]
     assert [*kind.__constants__, *EXTRAS[name]] == ours(name).__constants__
-    module = ours(name)(reduction="sum", axis=-1)
+    module = ours(name)()
     assert repr(module) == repr(kind()) == f"{name}()"
     assert repr(torch.nn.Sequential(module)) == repr(torch.nn.Sequential(kind()))
     assert list(module.parameters()) == []
+
+
+def test_repr_shows_what_is_not_at_its_default(torch: Any) -> None:
+    import polyce.torch
+
+    module = polyce.torch.CrossEntropyLoss(torch.ones(3), z_loss=1e-4, inplace_backward=True)
+    assert repr(module) == (
+        "CrossEntropyLoss(weight of shape (3,), z_loss=0.0001, inplace_backward=True)"
+    )
+    assert repr(polyce.torch.NLLLoss(reduction="sum")) == "NLLLoss(reduction='sum')"
+    head = polyce.torch.LinearCrossEntropyLoss(3, 4, label_smoothing=0.1)
+    head.chunk_size = 2
+    assert repr(head).splitlines() == [
+        "LinearCrossEntropyLoss(",
+        "  label_smoothing=0.1, chunk_size=2",
+        "  (linear): Linear(in_features=3, out_features=4, bias=False)",
+        ")",
+    ]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "LinearCrossEntropyLoss"])
+def test_fx_takes_it_for_a_leaf(torch: Any, name: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 5)
+            self.criterion = ours(name)(*([5, 6] if name[0] == "L" else []))
+
+        def forward(self, features: Any, target: Any) -> Any:
+            hidden = self.linear(features)
+            return self.criterion(hidden, target, sample_weight=features[:, 0].exp())
+
+    arrays = torch.randn(7, 4), torch.randint(5, (7,))
+    model = Model()
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
+        "linear",
+        "criterion",
+    ]
+    assert torch.equal(graph(*arrays), model(*arrays))
+    copied = pickle.loads(pickle.dumps(model.criterion))
+    assert type(copied) is ours(name)
+    model.criterion = copied
+    assert torch.equal(torch.fx.symbolic_trace(model)(*arrays), model(*arrays))
 
 
 def test_the_extras_are_those_of_the_class_for_any_library() -> None:

@@ -73,13 +73,65 @@ def test_sharded_tensors_are_refused(torch: Any, one_process: Any) -> None:
 
     mesh = one_process.init_device_mesh("cpu", (1,))
     given = {"input": torch.zeros(2, 3), "target": torch.tensor([0, 1]), "weight": torch.ones(3)}
+    by_rows = ", or, where rows alone are sharded, to_local.* with normalizer= .* losses add up$"
     for name, tensor in given.items():
         sharded = distribute_tensor(tensor, mesh, [Shard(0)])
+        # The entries of a weight are classes.
+        rest = "$" if name == "weight" else by_rows
+        match = rf"^{name} must .* DTensor.*; pass {name}\.full_tensor\(\){rest}"
         for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.nll_loss):
-            with pytest.raises(TypeError, match=rf"^{name} must .* DTensor.*{name}\.full_tensor"):
+            with pytest.raises(TypeError, match=match):
                 function(**(given | {name: sharded}))
         whole = polyce.cross_entropy(**(given | {name: sharded.full_tensor()}))
         assert whole == polyce.cross_entropy(**given)
+
+
+def test_sharded_heads_are_refused(torch: Any, one_process: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = one_process.init_device_mesh("cpu", (1,))
+    hidden, target = torch.zeros(2, 4), torch.tensor([0, 1])
+    head = distribute_tensor(torch.zeros(3, 4), mesh, [Shard(0)])
+    for function in (polyce.linear_cross_entropy, polyce.linear_cross_entropy_with_grad):
+        with pytest.raises(TypeError, match=r"^linear_weight must .*linear_weight.full_tensor..$"):
+            function(hidden, head, target)
+
+
+def test_the_losses_of_parts_of_the_rows_add_up_with_one_normalizer(torch: Any) -> None:
+    """What the error of a sharded tensor says."""
+    x, target = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, -100, 2, 2, 1, 0])
+    parts = [polyce.cross_entropy(x[i], target[i], normalizer=6) for i in (slice(2), slice(2, 7))]
+    torch.testing.assert_close(sum(parts), torch.nn.functional.cross_entropy(x, target))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize("name", ["input", "target", "weight", "sample_weight", "linear_weight"])
+def test_masked_tensors_are_refused(torch: Any, name: str) -> None:
+    import polyce.torch
+
+    given = {
+        "input": torch.zeros(2, 3),
+        "target": torch.tensor([0, 1]),
+        "weight": torch.ones(3),
+        "sample_weight": torch.ones(2),
+    }
+    functions = [polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.nll_loss]
+    functions += [polyce.explain, polyce.torch.cross_entropy]
+    if name == "linear_weight":
+        given["linear_weight"] = torch.ones(3, 3)
+        functions = [polyce.linear_cross_entropy, polyce.linear_cross_entropy_with_grad]
+    mask = torch.ones_like(given[name], dtype=torch.bool)
+    masked = torch.masked.masked_tensor(given[name], mask)
+    match = (
+        rf"^{name} must be a plain tensor, got .*MaskedTensor, whose own meaning .*; "
+        rf"pass {name}.get_data\(\), and mark rows to leave out with ignore_index$"
+    )
+    for function in functions:
+        with pytest.raises(TypeError, match=match):
+            function(**(given | {name: masked}))
+    if name == "input":
+        with pytest.raises(TypeError, match=match):
+            polyce.log_softmax(masked)
 
 
 def test_other_subclasses_go_on(torch: Any) -> None:

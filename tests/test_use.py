@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,14 +131,14 @@ def test_around_and_inside_a_jit(ran: list[str]) -> None:
 
     arrays = jax.numpy.asarray(LOGITS), jax.numpy.asarray(LABELS)
     with polyce.use("b"):
-        jax.jit(lambda *given: polyce.cross_entropy(*given))(*arrays)
+        jax.jit(partial(polyce.cross_entropy))(*arrays)
 
     def inside(*given: Any) -> Any:
         with polyce.use("b"), polyce.use("c"):
             return polyce.cross_entropy(*given)
 
     jax.jit(inside)(*arrays)
-    jax.jit(lambda *given: polyce.cross_entropy(*given, reduction="sum"))(*arrays)
+    jax.jit(partial(polyce.cross_entropy, reduction="sum"))(*arrays)
     assert ran == ["b", "c", "a"]
 
 
@@ -174,7 +175,7 @@ def tensors(rows: int = 4) -> tuple[Any, Any]:
 
 @pytest.mark.only("torch")
 def test_around_a_function_that_torch_compiles(graphs: list[Any]) -> None:
-    run = compiled(lambda *given: polyce.cross_entropy(*given), graphs)
+    run = compiled(polyce.cross_entropy, graphs)
     with polyce.use("native"):
         run(*tensors())
         with polyce.use("reference"):

@@ -39,3 +39,7 @@ if not _TYPE_CHECKING:  # to a checker every name would exist
 
             return import_module("polyce.torch")
         raise AttributeError(f"module 'polyce' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """List the public names, without the modules that importing them has loaded."""
+        return __all__

@@ -10,12 +10,15 @@ from typing import Any
 from polyce import arrays, options
 
 
-def logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
+def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tuple[int, ...], int]:
     """Give the shape of the logits and the class axis, counted from the front."""
     if arrays.dtype_name(logits) not in arrays.FLOATS:
+        advice = "convert it to one of these first"
+        if _hold_labels(logits, target) and _fit_without_one_axis(target, logits):
+            advice = _swapped("input and target", target)
         raise TypeError(
             f"input must be real floating point ({', '.join(arrays.FLOATS)}), "
-            f"got {_show(logits)}; convert it to one of these first"
+            f"got {_show(logits)}; {advice}"
         )
     shape = _known_shape("input", logits)
     axis = options.class_axis(shape, axis)
@@ -27,7 +30,32 @@ def logits_shape(logits: Any, axis: int | None) -> tuple[tuple[int, ...], int]:
     return shape, axis
 
 
-def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any) -> Any:
+def _hold_labels(array: Any, target: Any) -> bool:
+    """Tell whether an array is of integers and the target of floats, as if they were swapped."""
+    return (
+        target is not None
+        and arrays.holds_integers(array)
+        and arrays.dtype_name(target) in arrays.FLOATS
+    )
+
+
+def _fit_without_one_axis(logits: Any, labels: Any) -> bool:
+    """Tell whether labels have the logits' shape, or that shape without one of its axes."""
+    whole, given = tuple(logits.shape), tuple(labels.shape)
+    return given == whole or bool(_class_axes(whole, given))
+
+
+def _class_axes(shape: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
+    """List the axes without which a shape is that of the rows, the last one first."""
+    every = range(len(shape) - 1, -1, -1)
+    return [axis for axis in every if shape[:axis] + shape[axis + 1 :] == rows]
+
+
+def _swapped(names: str, target: Any) -> str:
+    return f"are {names} swapped, as target is {_show(target)}?"
+
+
+def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
     """Give the one dtype of hidden states and head, that of torch's autocast where it is on.
 
     As torch's own product, none of them is promoted.
@@ -38,9 +66,12 @@ def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any) -> Any:
         if array is None:
             continue
         if arrays.dtype_name(array) not in arrays.FLOATS:
+            advice = "convert it to one of these first"
+            if name == "linear_weight" and _hold_labels(array, target) and target.ndim == 2:
+                advice = _swapped("linear_weight and target", target)
             raise TypeError(
                 f"{name} must be real floating point ({', '.join(arrays.FLOATS)}), "
-                f"got {_show(array)}; convert it to one of these first"
+                f"got {_show(array)}; {advice}"
             )
         dtype = arrays.autocast_product(backend, array.dtype, hidden)
         if first is None:
@@ -128,16 +159,18 @@ def target_kind(
     logits: Any,
     target: Any,
     probabilities: bool,
+    takes_axis: bool,
 ) -> str:
     """Decide by shape, as torch does, what the target holds, and check that its dtype agrees."""
     target_shape = _known_shape("target", target)
     name = arrays.dtype_name(target)
-    is_integer = name in arrays.INTEGERS
+    is_integer = arrays.holds_integers(target)
     if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
         if name not in arrays.FLOATS:
             raise TypeError(
                 f"a target of the logits' shape {shape} holds class probabilities and must be real "
-                f"floating point, got {_show(target)}; for class indices drop the class axis"
+                f"floating point, got {_show(target)}; for class indices drop the class axis, or "
+                "cast it to a float dtype"
             )
         return "probability"
     # torch takes a target of shape (1,) for logits of shape (C,).
@@ -145,7 +178,7 @@ def target_kind(
         either = f", or probabilities of shape {shape}" if probabilities else ""
         raise ValueError(
             f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
-            f"for input {_show(logits)}; remove or add axes so that one of them fits"
+            f"for input {_show(logits)}; {_to_fit(shape, row_shape, target, takes_axis)}"
         )
     if not is_integer:
         either = f", or pass float probabilities of shape {shape}" if probabilities else ""
@@ -154,6 +187,26 @@ def target_kind(
             f"must be an integer dtype, got {name}; cast it to int64{either}"
         )
     return "index"
+
+
+def _to_fit(
+    shape: tuple[int, ...], row_shape: tuple[int, ...], target: Any, takes_axis: bool
+) -> str:
+    """Say what to do about a target whose shape fits neither indices nor probabilities."""
+    given = tuple(target.shape)
+    if given == shape:
+        return "probabilities and one-hot targets are for cross_entropy"
+    axes = _class_axes(shape, given) if takes_axis else []
+    if axes:
+        axis = -1 if axes[0] == len(shape) - 1 else axes[0]
+        return f"pass axis={axis} if the classes of input are there"
+    is_integer = arrays.holds_integers(target)
+    sized = None not in given + row_shape
+    if is_integer and len(given) <= len(row_shape) and sized:
+        rows, labels = math.prod(row_shape), math.prod(given)
+        if rows != labels:
+            return f"there are {rows} rows, but {labels} labels: pass one label for each row"
+    return "remove or add axes so that one of them fits"
 
 
 def weight(weight: Any, classes: int) -> None:
@@ -188,7 +241,7 @@ def normalizer(normalizer: Any) -> None:
 
 def _real_numbers(name: str, array: Any) -> None:
     dtype = arrays.dtype_name(array)
-    if dtype not in arrays.FLOATS and dtype not in arrays.INTEGERS:
+    if dtype not in arrays.FLOATS and not arrays.holds_integers(array):
         raise TypeError(
             f"{name} must be real numbers, got {dtype}; convert it to a floating-point dtype"
         )

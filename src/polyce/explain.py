@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -247,13 +246,27 @@ def versions() -> str:
         reason = row.unavailable()
         lines.append(f"  {row.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
     if native.unavailable() is None:
-        core = native.core()
-        others = [name for name in core.isas() if name != core.isa()]
-        also = f" (here too: {', '.join(others)})" if others else ""
-        lines.append(f"native core  {core.isa()}{also}, {core.get_num_threads()} threads")
-    preferred = os.environ.get(registry.VARIABLE)
-    lines.append(f"{registry.VARIABLE}  {preferred or 'not set'}")
+        lines.append(f"native core  {_core()}")
+    lines.append(_preferred())
     return "\n".join(lines)
+
+
+def _core() -> str:
+    try:
+        core = native.core()
+    except ValueError as problem:  # an environment variable that asks for what there is not
+        return str(problem)
+    others = [name for name in core.isas() if name != core.isa()]
+    also = f" (here too: {', '.join(others)})" if others else ""
+    return f"{core.isa()}{also}, {core.get_num_threads()} threads"
+
+
+def _preferred() -> str:
+    try:
+        found = registry.preference()
+    except ValueError as problem:
+        return str(problem)
+    return f"{registry.VARIABLE}  {'not set' if found is None else found.name}"
 
 
 def _version(distribution: str) -> str | None:

@@ -111,6 +111,11 @@ def bad_label(problem: Problem, value: int, row: int) -> IndexError:
             f"without classes every label must be ignored, got {value}{where}; "
             "pass logits with at least one class"
         )
+    if problem.classes == 1:
+        return IndexError(
+            f"with one column of logits every label is 0, got {value}{where}; for a binary loss "
+            "pass two columns, one for each class, such as 0 and the logit of class 1"
+        )
     return IndexError(
         f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
         f"{value}{where}; give rows to leave out the label ignore_index"

@@ -41,6 +41,8 @@ NOT_TAKEN = {
 
 # jax and dask functions take NumPy arrays among their own, so polyce does as well.
 _TAKES_NUMPY = ("jax", "dask")
+# Arguments that have an entry for each row, and may be cut between rows.
+_OF_ROWS = ("input", "target", "sample_weight", "grad_output")
 # What marray is taken over: elsewhere a look at the mask could compute, or be impossible.
 _UNDER_MARRAY = ("numpy", "array_api_compat.numpy", "array_api_strict")
 
@@ -99,10 +101,21 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
     if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
         sharded = loaded.get("torch.distributed.tensor")
         if sharded is not None and isinstance(value, sharded.DTensor):
+            by_rows = ""
+            if name in _OF_ROWS:
+                by_rows = (
+                    ", or, where rows alone are sharded, to_local() of every sharded array with "
+                    "normalizer= what the mean over all processes divides by: these losses add up"
+                )
             raise TypeError(
                 f"{name} must be a tensor of one process, got a DTensor, which polyce does not "
-                f"reduce across processes yet; pass {name}.full_tensor(), or {name}.to_local() and "
-                "sum up the losses"
+                f"reduce across processes yet; pass {name}.full_tensor(){by_rows}"
+            )
+        masked = loaded.get("torch.masked")
+        if masked is not None and isinstance(value, masked.MaskedTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got {_kind(value)}, whose own meaning polyce "
+                f"would lose; pass {name}.get_data(), and mark rows to leave out with ignore_index"
             )
         if value.layout is not loaded["torch"].strided or value.is_nested:
             layout = "a nested one" if value.is_nested else f"layout {value.layout}"
@@ -116,6 +129,12 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
     if "jax" in loaded and isinstance(value, loaded["jax"].Array):
         return loaded["jax"].numpy, "jax"
     if "dask.array" in loaded and isinstance(value, loaded["dask.array"].Array):
+        if isinstance(value._meta, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} must have plain chunks, got {_kind(value._meta)}, whose own meaning "
+                f"polyce would lose; pass dask.array.ma.getdata({name}), and mark rows to leave "
+                "out with ignore_index"
+            )
         import array_api_compat.dask.array
 
         return array_api_compat.dask.array, "dask"
@@ -129,7 +148,7 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
     if not array_api_compat.is_array_api_obj(value):
         raise TypeError(
             f"{name} must be an array of an array-API library, got {_kind(value)}; "
-            "convert it with the asarray of the library that the other arrays are from"
+            f"{_conversion(name, value)}"
         )
     xp = array_api_compat.array_namespace(value)
     full = xp.__name__.removeprefix("array_api_compat.")
@@ -147,6 +166,16 @@ def _check_taken(name: str, value: Any) -> None:
             raise TypeError(
                 f"{name} must not be {_kind(value)}, {why}; {instead.format(name=name)}"
             )
+
+
+def _conversion(name: str, value: Any) -> str:
+    for method in ("to_numpy", "toarray"):  # of pandas, polars and pyarrow; of scipy.sparse
+        if hasattr(value, method):
+            return f"convert it with {name}.{method}()"
+    return (
+        "convert it to the library of the other arrays, with numpy.asarray, torch.as_tensor or "
+        "jax.numpy.asarray"
+    )
 
 
 def _check_unmasked(name: str, value: Any, xp: Any) -> None:

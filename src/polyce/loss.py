@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from polyce.functional import cross_entropy, nll_loss
-from polyce.options import current_reduction
+from polyce.options import current_reduction, shown
 
 
 class CrossEntropyLoss:
@@ -99,8 +99,8 @@ class CrossEntropyLoss:
         )
 
     def __repr__(self) -> str:
-        """Show the name alone, as torch does."""
-        return "CrossEntropyLoss()"
+        """Show the options that are not at their default."""
+        return f"CrossEntropyLoss({shown(self, CrossEntropyLoss)})"
 
 
 class NLLLoss:
@@ -171,5 +171,5 @@ class NLLLoss:
         )
 
     def __repr__(self) -> str:
-        """Show the name alone, as torch does."""
-        return "NLLLoss()"
+        """Show the options that are not at their default."""
+        return f"NLLLoss({shown(self, NLLLoss)})"

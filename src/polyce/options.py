@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import operator
@@ -44,6 +45,19 @@ def current_reduction(size_average: bool | None, reduce: bool | None, reduction:
         stacklevel=3,
     )
     return reduction
+
+
+def shown(kept: Any, kind: type) -> str:
+    """Show what an object keeps of its constructor's arguments and is not at its default."""
+    found = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        # What it does not keep, torch's deprecated pair and a head's shape, is not shown.
+        value = getattr(kept, name, parameter.default)
+        if hasattr(value, "shape"):
+            found.append(f"{name} of shape {tuple(value.shape)}")
+        elif repr(value) != repr(parameter.default):
+            found.append(f"{name}={value!r}")
+    return ", ".join(found)
 
 
 def class_axis(shape: tuple[int, ...], axis: int | None) -> int:

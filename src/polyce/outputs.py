@@ -76,8 +76,8 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
         raise ValueError("out needs memory that can be written now, but input is traced; leave out")
     if out.dtype != problem.logits_dtype:
         raise TypeError(
-            f"out must have input's dtype {problem.logits_dtype_name}, got "
-            f"{arrays.dtype_name(out)}; pass empty_like(input)"
+            f"out must have input's dtype {_show_dtype(problem.logits_dtype)}, got "
+            f"{_show_dtype(out.dtype)}; pass empty_like(input)"
         )
     if tuple(out.shape) != problem.shape:
         raise ValueError(
@@ -115,6 +115,12 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
             "out may be input itself, but must share no memory with the arguments otherwise, and "
             f"does with {'input' if name == 'logits' else name}; pass a copy of it"
         )
+
+
+def _show_dtype(dtype: Any) -> str:
+    """Name a dtype, with the order of its bytes where that is not this processor's."""
+    name = arrays.name_of(dtype)
+    return name if getattr(dtype, "isnative", True) else f"{name} of bytes in the order {dtype.str}"
 
 
 def check_inplace(problem: Problem, operands: Operands) -> None:

@@ -242,16 +242,16 @@ def describe_anew(
     if backend == "cupy":
         checks.byte_order(dict(zip(given, values, strict=True)))
     if head is None:
-        shape, axis = checks.logits_shape(logits, axis)
+        shape, axis = checks.logits_shape(logits, axis, target)
         logits_dtype = given_dtype = logits.dtype
     else:
         head = Head(*parameters)
-        given_dtype = checks.product_dtype(backend, logits, *head)
+        given_dtype = checks.product_dtype(backend, logits, *head, target)
         shape = checks.product_shape(logits, *head)
         axis = len(shape) - 1
         logits_dtype = arrays.product_dtype(xp, backend, given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
-    kind = checks.target_kind(shape, row_shape, logits, target, probabilities)
+    kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
     ignore_index = options.check_ignore_index(ignore_index, kind)
     label_smoothing = options.check_smoothing(label_smoothing)
     if weight is not None:

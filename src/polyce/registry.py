@@ -253,11 +253,11 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
     The argument decides, else the innermost `use`: both raise where it cannot serve. Else the
     environment variable is a preference, else the first row of the table that can serve.
     """
-    preference = _preference()
+    preferred = preference()
     if name is None:
         name = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
     if name is None:
-        return _unforced(problem, preference)
+        return _unforced(problem, preferred)
     chosen = find(name)
     reasons = chosen.reasons(problem)
     if reasons:
@@ -270,7 +270,7 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
 
 def select_within(problem: Problem) -> Implementation:
     """Choose the implementation of a part of a call, which `use` was not meant for."""
-    return _unforced(problem, _preference())
+    return _unforced(problem, preference())
 
 
 def select_log_softmax(problem: Problem) -> Callable[..., Any]:
@@ -278,17 +278,18 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
 
     One that `use` or the environment variable names goes before the others, where it can serve.
     """
-    preference = _preference()
+    preferred = preference()
     wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
-    if wanted is None and preference is not None:
-        wanted = preference.name
+    if wanted is None and preferred is not None:
+        wanted = preferred.name
     for row in sorted(TABLE, key=lambda row: row.name != wanted):
         if row.log_softmax is not None and row.serves(problem):
             return row.log_softmax
     return reference.log_softmax
 
 
-def _preference() -> Implementation | None:
+def preference() -> Implementation | None:
+    """Find what the environment variable names, None where it is not set."""
     preferred = os.environ.get(VARIABLE)
     if not preferred:
         return None
@@ -306,9 +307,9 @@ _MOST_KNOWN = 1024
 _choices: dict[Problem, tuple[tuple[Implementation, ...], Implementation]] = {}
 
 
-def _unforced(problem: Problem, preference: Implementation | None) -> Implementation:
-    if preference is not None and not preference.reasons(problem):
-        return preference
+def _unforced(problem: Problem, preferred: Implementation | None) -> Implementation:
+    if preferred is not None and not preferred.reasons(problem):
+        return preferred
     if not problem.is_concrete:
         return _first(problem)
     table, chosen = _choices.get(problem, (None, None))

@@ -53,16 +53,13 @@ def set_num_threads(count: int) -> None:
     """
     if isinstance(count, bool) or not isinstance(count, numbers.Integral):
         raise TypeError(f"count must be an integer, got {count!r}; pass a number of threads")
-    if not 1 <= count <= _MOST:
+    if not 1 <= count <= native.MOST_THREADS:
         raise ValueError(
-            f"count must lie between 1 and {_MOST}, got {count}; 1 is the caller alone"
+            f"count must lie between 1 and {native.MOST_THREADS}, got {count}; "
+            "1 is the caller alone"
         )
     _check_built()
     native.core().set_num_threads(int(count))
-
-
-# More would not be meant, and each one costs memory.
-_MOST = 1024
 
 
 def _check_built() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from polyce import functional, outputs, torch_calls
-from polyce.linear.torch_module import LinearCrossEntropyLoss
-from polyce.options import current_reduction
+from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
+from polyce.options import current_reduction, shown
 from polyce.problem import describe
 from polyce.registry import select
 
@@ -197,6 +197,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.__module__ = LEAF
         self.axis = axis
         self.z_loss = z_loss
         self.logit_scale = logit_scale
@@ -233,6 +234,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             implementation=self.implementation,
             inplace_backward=self.inplace_backward,
         )
+
+    def extra_repr(self) -> str:
+        """Show the options that are not at their default."""
+        return shown(self, CrossEntropyLoss)
 
 
 class NLLLoss(torch.nn.NLLLoss):
@@ -282,6 +287,7 @@ class NLLLoss(torch.nn.NLLLoss):
         validate: bool | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        self.__module__ = LEAF
         self.axis = axis
         self.validate = validate
 
@@ -306,3 +312,7 @@ class NLLLoss(torch.nn.NLLLoss):
             normalizer=normalizer,
             validate=self.validate,
         )
+
+    def extra_repr(self) -> str:
+        """Show the options that are not at their default."""
+        return shown(self, NLLLoss)

@@ -25,6 +25,8 @@ from polyce.targets import Plan
 BACKENDS = frozenset({"numpy", "torch"})
 ISA_VARIABLE = "POLYCE_ISA"
 THREADS_VARIABLE = "POLYCE_NUM_THREADS"
+# More would not be meant, and each one costs memory.
+MOST_THREADS = 1024
 _MOST_KERNELS = 1024
 # From so many classes on a backward pass is spared a reading of the logits by what a forward pass
 # saves of each row. The core's own rule, here for those who ask where it does not run.
@@ -47,7 +49,8 @@ def unavailable() -> str | None:
         return None
     return (
         "the compiled core is not built, so calls on NumPy and torch CPU arrays take several times "
-        "as long (install polyce again where there is a C++ compiler)"
+        "as long (where there is a C++ compiler, pip install --no-cache-dir --force-reinstall "
+        "--no-deps polyce builds it)"
     )
 
 
@@ -55,6 +58,8 @@ def refuses(problem: Problem) -> str | None:
     """Say what the kernels cannot read."""
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
+    if problem.target_dtype in arrays.SUB_BYTE:
+        return f"labels of {problem.target_dtype} are no whole bytes"
     # The result has the byte order of what it is promoted from.
     if problem.backend == "numpy" and not (
         problem.logits_dtype.isnative and problem.result_dtype.isnative
@@ -93,10 +98,10 @@ def _set_up(module: ModuleType) -> ModuleType:
             f"{isa!r}; leave it out for the first of them"
         )
     if threads:
-        if not threads.isdecimal() or int(threads) < 1:
+        if not threads.isdecimal() or not 1 <= int(threads) <= MOST_THREADS:
             raise ValueError(
-                f"{THREADS_VARIABLE} must be a number of threads from 1 on, got {threads!r}; "
-                "leave it out for one on each processor"
+                f"{THREADS_VARIABLE} must be a number of threads from 1 to {MOST_THREADS}, got "
+                f"{threads!r}; leave it out for one on each processor"
             )
         module.set_num_threads(int(threads))
     return module

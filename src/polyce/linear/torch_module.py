@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 from polyce.linear.functional import linear_cross_entropy
+from polyce.options import shown
+
+LEAF = "torch.nn"
+"""What torch.fx reads, as the `__module__` of an object, on modules that are not to be traced."""
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -80,6 +84,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
+        self.__module__ = LEAF
         self.linear = torch.nn.Linear(
             in_features, num_classes, bias=bias, device=device, dtype=dtype
         )
@@ -124,5 +129,5 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show the options."""
-        return f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+        """Show the options that are not at their default."""
+        return shown(self, LinearCrossEntropyLoss)
