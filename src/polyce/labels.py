@@ -27,7 +27,7 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
         target = xp.reshape(target, problem.row_shape)
     target = arrays.expand(target, problem.axis)
     lowest, highest = arrays.INTEGERS[problem.target_dtype]
-    ignore_index = _ignored(problem)
+    ignore_index = ignored_label(problem)
     if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
         # torch can store these but hardly compute with them.
         target = arrays.cast(xp, target, xp.int64)
@@ -68,7 +68,7 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     return beside_logits(label), beside_logits(counted), beside_logits(invalid)
 
 
-def _ignored(problem: Problem) -> int | None:
+def ignored_label(problem: Problem) -> int | None:
     """Give the label that marks ignored rows; None where the target's dtype does not hold it.
 
     Compared as numbers: a cast to the target's dtype could turn it into another label.
@@ -82,7 +82,7 @@ def ignored_as_signed(problem: Problem) -> int | None:
 
     Those of uint64 from 2^63 on turn negative, which no label is, and this one turns with them.
     """
-    ignored = _ignored(problem)
+    ignored = ignored_label(problem)
     return ignored - 2**64 if ignored is not None and ignored >= 2**63 else ignored
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, eager, libraries, reference, rowstate, sums, targets, transform
+from polyce import arrays, eager, labels, libraries, reference, rowstate, sums, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -22,6 +22,7 @@ def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any)
     shape = list(target.shape)
     shape.insert(problem.axis, problem.classes)
     problem = of_chunk(problem, target, shape)._replace(reduction="mean")
+    problem = with_labels(problem, target)
     operands = Operands(None, target, weight, sample_weight, None, None)
     with arrays.quiet(problem.backend):
         total = targets.plan(problem, operands).denominator
@@ -39,8 +40,8 @@ def whole_rows(
     """
     from polyce import registry  # its table lists the caller of this
 
-    summed = problem.reduction != "none"
-    problem = of_chunk(problem, logits, logits.shape)
+    summed, dtype = problem.reduction != "none", problem.logits_dtype
+    problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
     chosen = registry.select_within(problem)
     with arrays.quiet(problem.backend):
         plan = chosen.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
@@ -49,6 +50,7 @@ def whole_rows(
             rows, _, stats = chosen.forward(problem, plan, logits)
         else:
             rows, grad, stats = chosen.forward_backward(problem, plan, cotangent, logits)
+            grad = arrays.cast(problem.xp, grad, dtype)
         if summed:
             rows = sums.total(problem.xp, problem.backend, rows)
             rows = problem.xp.reshape(rows, (1,) * logits.ndim)
@@ -149,7 +151,7 @@ def part_gradient(
     whole: Whole,
 ) -> Any:
     """Give the gradient of a block of some of the classes, of which `start` is the first."""
-    start = int(start[0])
+    start, dtype = int(start[0]), problem.logits_dtype
     problem, plan, logits, _, coefficients = _open(
         problem, logits, target, weight, sample_weight, start
     )
@@ -173,7 +175,7 @@ def part_gradient(
             targets.lse_penalty(problem, plan),
             leads=targets.pivot_leads(problem),
         )
-        return arrays.cast(xp, grad, problem.logits_dtype)
+        return arrays.cast(xp, grad, dtype)
 
 
 def _open(
@@ -183,7 +185,7 @@ def _open(
     axis = problem.axis
     shape = list(logits.shape)
     shape[axis] = problem.classes
-    problem = of_chunk(problem, logits, shape)
+    problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target)
     xp = problem.xp
     with arrays.quiet(problem.backend):
         plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
@@ -222,4 +224,47 @@ def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
         reduction="none",
         normalized=False,
         is_concrete=eager.are_concrete([chunk], backend),
+    )
+
+
+# dask does not hold chunks to the dtype that their array says, and computes with what they are. So
+# do these; what they give back has the dtype that was promised.
+
+
+def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, Any]:
+    """State the dtypes of a call on these very chunks; give logits of no fewer digits than said."""
+    narrow = logits.dtype.itemsize < problem.logits_dtype.itemsize
+    if narrow or arrays.holds_integers(logits):
+        logits = arrays.cast(problem.xp, logits, problem.logits_dtype)
+    floats = {arrays.dtype_name(logits)}
+    if problem.kind == "index":
+        problem = with_labels(problem, target)
+    else:
+        problem = problem._replace(target_dtype=arrays.dtype_name(target))
+        floats.add(problem.target_dtype)
+        if problem.target_dtype not in arrays.FLOATS:
+            raise _not_as_said("target", "floats", target)
+    if not floats <= set(arrays.FLOATS):
+        raise _not_as_said("input", "real floats", logits)
+    if "float64" in floats:
+        wide = arrays.float_dtype(problem.xp, problem.backend, "float64")
+        problem = problem._replace(arithmetic_dtype=wide)
+    return problem._replace(logits_dtype=logits.dtype), logits
+
+
+def with_labels(problem: Problem, target: Any) -> Problem:
+    """State the dtype of the labels in this very chunk."""
+    if not arrays.holds_integers(target):
+        raise _not_as_said("target", "integers", target)
+    found = problem._replace(target_dtype=arrays.dtype_name(target))
+    if labels.ignored_label(found) is not None and labels.ignored_label(problem) is None:
+        # Which rows count was decided by what the array says.
+        raise _not_as_said("target", problem.target_dtype, target)
+    return found
+
+
+def _not_as_said(name: str, wanted: str, chunk: Any) -> TypeError:
+    return TypeError(
+        f"{name} must hold {wanted} in all of its chunks, as its dtype says, but one is "
+        f"{arrays.dtype_name(chunk)}; give map_blocks, or what made it, the dtype= that is true"
     )

@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from polyce import registry, targets
+from polyce import arrays, registry, targets
 from polyce.implementations import dask
-from polyce.implementations.dask_blocks import itself, of_chunk
+from polyce.implementations.dask_blocks import itself, of_chunk, with_dtypes
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients
 from polyce.problem import Head, Operands
@@ -43,7 +43,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     name = facts.name if facts.name == "reference" else None
     facts = replace(facts, whole=whole._replace(xp=None), name=name)
     results = da.blockwise(
-        partial(_block, facts, wanted),
+        partial(_block, facts, wanted, hidden.dtype),
         axes,
         *(hidden, axes),
         *(operands.target, axes if whole.kind == "probability" else lead),
@@ -117,6 +117,7 @@ def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
 def _block(
     facts: Call,
     wanted: Gradients,
+    dtype: Any,
     hidden: Any,
     target: Any,
     sample_weight: Any,
@@ -128,7 +129,14 @@ def _block(
     """Give a block's losses, or their sum, and its parts of the gradients wanted."""
     summed = facts.whole.reduction != "none"
     whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
-    xp = whole.xp
+    xp, backend = whole.xp, whole.backend
+    # As what dask says they are, chunks have one dtype.
+    widest = max((a for a in (hidden, weight, bias) if a is not None), key=lambda a: a.itemsize)
+    hidden, weight = (arrays.cast(xp, a, widest.dtype) for a in (hidden, weight))
+    bias = bias if bias is None else arrays.cast(xp, bias, widest.dtype)
+    whole, _ = with_dtypes(whole, hidden, target)
+    product = arrays.product_dtype(xp, backend, hidden.dtype, hidden)
+    whole = whole._replace(logits_dtype=product)
     if cotangent is not None:
         ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
         cotangent = ones * (cotangent[..., 0] if getattr(cotangent, "ndim", 0) else cotangent)
@@ -145,7 +153,14 @@ def _block(
     lead = (1,) * (hidden.ndim - 1)
     rows = xp.reshape(xp.sum(rows), (*lead, 1)) if summed else rows[..., None]
     of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
-    of_head = (None if a is None else xp.reshape(a, (*lead, math.prod(a.shape))) for a in sums[1:])
+    if of_hidden is not None:
+        of_hidden = arrays.cast(xp, of_hidden, dtype)
+    of_head = (
+        None
+        if a is None
+        else xp.reshape(arrays.cast(xp, a, facts.sum_dtype), (*lead, math.prod(a.shape)))
+        for a in sums[1:]
+    )
     return rows, of_hidden, *of_head
 
 

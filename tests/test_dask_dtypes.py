@@ -1,0 +1,159 @@
+"""dask arrays whose chunks have another dtype than they say, as map_overlap's meta makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import polyce
+
+pytestmark = pytest.mark.only("dask")
+
+RNG = np.random.default_rng(0)
+LOGITS = 3.0 * RNG.standard_normal((6, 5))
+LABELS = np.array([0, 4, -100, 1, 2, 0])
+POSITIVE = np.array([0, 4, 3, 1, 2, 0])
+SHARES = RNG.dirichlet(np.ones(5), 6)
+# Whole rows, and classes cut as well.
+CUTS = pytest.mark.parametrize("chunks", [(2, 5), (4, 2)])
+
+
+def said(array: Any, dtype: str, chunks: Any) -> Any:
+    """Make a dask array that says another dtype than its chunks have."""
+    import dask.array as da
+
+    meta = np.empty((0,) * array.ndim, dtype)
+    return da.from_array(array, chunks=chunks).map_blocks(lambda block: block, meta=meta)
+
+
+def want(logits: Any, target: Any) -> tuple[Any, Any]:
+    """Give torch's loss and gradient of such values, in float64."""
+    import torch
+
+    x = torch.tensor(logits.astype(np.float64), requires_grad=True)
+    target = torch.tensor(target.astype(np.int64 if target.ndim == 1 else np.float64))
+    loss = torch.nn.functional.cross_entropy(x, target)
+    loss.backward()
+    return loss.item(), x.grad.numpy()
+
+
+@CUTS
+@pytest.mark.parametrize("inside", ["float16", "float32", "float64", "int32"])
+@pytest.mark.parametrize("outside", ["float32", "float64"])
+def test_logits(chunks: Any, outside: str, inside: str) -> None:
+    import dask
+
+    logits = LOGITS.astype(inside)
+    found = polyce.cross_entropy_with_grad(
+        said(logits, outside, chunks), said(LABELS, "int64", 2), return_stats=True
+    )
+    promised = [array.dtype for array in (*found[:2], *found[2])]
+    assert promised[:2] == [outside, outside]
+    loss, grad, stats = dask.compute(*found)
+    assert [array.dtype for array in (loss, grad, *stats)] == promised
+    loss_wanted, grad_wanted = want(logits, LABELS)
+    # Digits that the chunks have are computed with, whatever the array says.
+    rtol = 1e-12 if inside == outside == "float64" else 1e-6
+    np.testing.assert_allclose(loss, loss_wanted, rtol=rtol)
+    np.testing.assert_allclose(grad, grad_wanted, rtol=4 * rtol, atol=rtol)
+
+
+@CUTS
+@pytest.mark.parametrize(
+    ("outside", "inside"), [("int64", "int32"), ("int64", "uint8"), ("uint8", "int64")]
+)
+def test_labels(chunks: Any, outside: str, inside: str) -> None:
+    import dask
+
+    logits, labels = said(LOGITS, "float64", chunks), POSITIVE.astype(inside)
+    given = said(labels, outside, 2)
+    # A label that marks rows to leave out in both.
+    loss, grad = dask.compute(*polyce.cross_entropy_with_grad(logits, given, ignore_index=4))
+    loss_wanted, grad_wanted = want(LOGITS, np.where(POSITIVE == 4, -100, POSITIVE))
+    np.testing.assert_allclose(loss, loss_wanted, rtol=1e-12)
+    np.testing.assert_allclose(grad, grad_wanted, rtol=1e-12, atol=1e-15)
+
+
+@CUTS
+@pytest.mark.parametrize(("outside", "inside"), [("float64", "float32"), ("float32", "float64")])
+def test_probabilities(chunks: Any, outside: str, inside: str) -> None:
+    import dask
+
+    shares = SHARES.astype(inside)
+    found = polyce.cross_entropy_with_grad(
+        said(LOGITS.astype(np.float32), "float32", chunks), said(shares, outside, chunks)
+    )
+    loss, grad = dask.compute(*found)
+    assert (loss.dtype, grad.dtype) == (outside, "float32")
+    loss_wanted, grad_wanted = want(LOGITS.astype(np.float32), shares)
+    np.testing.assert_allclose(loss, loss_wanted, rtol=1e-6)
+    np.testing.assert_allclose(grad, grad_wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_what_map_overlap_makes_of_no_meta() -> None:
+    import dask.array as da
+
+    logits = da.from_array(LOGITS.astype(np.float32), chunks=(2, 5))
+    logits = da.map_overlap(lambda block: block, logits, depth=0, meta=np.array(()))
+    assert logits.dtype == np.float64
+    loss = polyce.cross_entropy(logits, da.from_array(LABELS, chunks=2)).compute()
+    np.testing.assert_allclose(loss, want(LOGITS.astype(np.float32), LABELS)[0], rtol=1e-6)
+
+
+@CUTS
+@pytest.mark.parametrize(
+    ("target", "says", "match"),
+    [
+        (POSITIVE.astype(np.float32), "int64", "target must hold integers .* one is float32; give"),
+        (SHARES.astype(np.int64), "float64", "target must hold floats .* but one is int64; give"),
+        # That rows are left out would be seen only where the loss is, not where the mean is.
+        (LABELS, "uint8", "target must hold uint8 in all of its chunks, .* but one is int64; give"),
+    ],
+)
+def test_targets_that_are_something_else(chunks: Any, target: Any, says: str, match: str) -> None:
+    logits = said(LOGITS, "float64", chunks)
+    given = said(target, says, chunks if target.ndim == 2 else 2)
+    for reduction in ("mean", "none"):
+        loss = polyce.cross_entropy(logits, given, reduction=reduction)
+        with pytest.raises(TypeError, match=f"^{match} map_blocks"):
+            loss.compute()
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside"), [("float32", "float64"), ("float64", "float32"), ("float16", "float32")]
+)
+def test_a_linear_head(outside: str, inside: str) -> None:
+    import dask
+    import torch
+
+    hidden, head = RNG.standard_normal((6, 4)).astype(inside), RNG.standard_normal((5, 4))
+    head = head.astype(inside)
+    found = polyce.linear_cross_entropy_with_grad(
+        said(hidden, outside, (2, 4)), said(head, outside, (5, 4)), said(LABELS, "int32", 2)
+    )
+    promised = [array.dtype for array in (found[0], *found[1][:2])]
+    assert promised[0] == outside
+    results = dask.compute(found[0], *found[1][:2])
+    assert [array.dtype for array in results] == promised
+    x, w = (torch.tensor(a.astype(np.float64), requires_grad=True) for a in (hidden, head))
+    loss = torch.nn.functional.cross_entropy(x @ w.T, torch.tensor(LABELS))
+    loss.backward()
+    rtol = 2e-3 if outside == "float16" else 1e-5
+    np.testing.assert_allclose(results[0], loss.item(), rtol=rtol)
+    np.testing.assert_allclose(results[1], x.grad.numpy(), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(results[2], w.grad.numpy(), rtol=rtol, atol=rtol)
+
+
+def test_masked_chunks_are_refused() -> None:
+    import dask.array as da
+
+    masked = da.from_array(np.ma.masked_array(LOGITS), chunks=2)
+    match = r"^input must have plain chunks, got numpy.ma.*; pass dask.array.ma.getdata\(input\)"
+    for function in (polyce.cross_entropy, polyce.nll_loss, polyce.cross_entropy_with_grad):
+        with pytest.raises(TypeError, match=match):
+            function(masked, da.from_array(LABELS, chunks=2))
+    labels = da.from_array(np.ma.masked_array(LABELS), chunks=2)
+    with pytest.raises(TypeError, match=r"^target must have plain chunks"):
+        polyce.cross_entropy(da.from_array(LOGITS, chunks=2), labels)
