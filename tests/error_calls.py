@@ -154,7 +154,9 @@ RULES = {
     "z_loss": Rule(TypeError, "z_loss must be a real number, got .*{}; pass a Python", SOFT),
     "z_loss range": Rule(ValueError, "z_loss must be finite and at least 0, got {}; 0 turns", SOFT),
     "scale": Rule(TypeError, "{} must be a real number, got .*{}; a scale that is learned", SCALED),
-    "scale range": Rule(ValueError, "{} must be finite and above 0, got {}; None turns", SCALED),
+    "scale range": Rule(
+        ValueError, "{} must lie between 1e-15 and 1e+15, got {}; None turns", SCALED
+    ),
     "stats": Rule(ValueError, "return_stats takes the names lse, .*, got {}; leave it out", SOFT),
     "stats kind": Rule(TypeError, "return_stats must be True, False or .*, got {}; there", SOFT),
     "out dtype": Rule(TypeError, "out must have input's dtype float32, got {}; pass empty", OUT),

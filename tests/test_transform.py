@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import polyce
 from polyce import arrays, rowstate, transform
 from polyce.problem import Problem, describe
 from polyce.testing.backends import Backend
@@ -158,3 +159,25 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
                 # Merged with a softcap, an exponent is rounded once more.
                 rtol = (16 if cap == INF else 256) * np.finfo(logits.dtype).eps
                 np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+@pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64", "dask")
+@pytest.mark.parametrize("share", [0.25, 1e-10])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_the_largest_logits_at_the_ends_of_the_scale(
+    backend: Backend, scale: float, share: float
+) -> None:
+    """Beyond what the grid's tolerances can be worked out for."""
+    dtype = problem_dtype(backend)
+    large = float(np.finfo(dtype).max) * share
+    logits = backend.asarray(np.array([[large, 0.0, -large], [0.0, large, -large]], dtype))
+    labels = backend.asarray(np.array([0, 0], np.int32))
+    for name in (None, "reference"):
+        loss, grad = polyce.cross_entropy_with_grad(
+            logits, labels, reduction="none", logit_scale=scale, implementation=name
+        )
+        with np.errstate(over="ignore"):
+            lost = np.array([0.0, np.dtype(dtype).type(large) * np.dtype(dtype).type(scale)])
+        np.testing.assert_allclose(backend.to_numpy(loss), lost, rtol=1e-6)
+        gradient = np.array([[0.0, 0.0, 0.0], [-scale, scale, 0.0]])
+        np.testing.assert_allclose(backend.to_numpy(grad), gradient, rtol=1e-6)

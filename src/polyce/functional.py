@@ -79,11 +79,11 @@ def cross_entropy(
         Weight of the squared lse, which draws lse to 0: λ is z_loss w_y for a class index y, and
         z_loss for probabilities.
     logit_scale : float, optional
-        A positive number that multiplies the logits first: x is scaled; 1 by default. One that is
-        learned multiplies the logits before the call.
+        A number from 1e-15 to 1e15 that multiplies the logits first: x is scaled; 1 by default.
+        One that is learned multiplies the logits before the call.
     logit_softcap : float, optional
-        A positive number: x is, after the scale, replaced by cap·tanh(x/cap). A masked logit of
-        -inf stays -inf.
+        A number from 1e-15 to 1e15: x is, after the scale, replaced by cap·tanh(x/cap). A masked
+        logit of -inf stays -inf. None is for no cap.
     return_stats : bool or str or tuple of str, default False
         Whether to return facts of each row too: True for all, or the names of some among 'lse',
         'entropy', 'prediction' and 'correct'; see `Stats`.

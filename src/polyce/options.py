@@ -10,6 +10,9 @@ import warnings
 from typing import Any
 
 REDUCTIONS = ("none", "mean", "sum")
+# Of logit_scale and logit_softcap, whatever the dtype: their quotient and what the formula makes of
+# both stay far from where float32 ends.
+SMALLEST, LARGEST = 1e-15, 1e15
 STATS = ("lse", "entropy", "prediction", "correct")
 
 
@@ -121,12 +124,14 @@ def check_z_loss(z_loss: Any) -> float:
 
 
 def check_positive(name: str, option: Any, default: float) -> float:
-    """Refuse a logit_scale or logit_softcap that is no finite number above 0; None is for none."""
+    """Refuse a logit_scale or logit_softcap out of range; None is for none."""
     if option is None:
         return default
     value = _real(name, option, "a scale that is learned multiplies the logits before the call")
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {option}; None turns it off")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must lie between {SMALLEST:g} and {LARGEST:g}, got {option}; None turns it off"
+        )
     return value
 
 

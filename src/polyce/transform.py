@@ -51,7 +51,7 @@ def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
     # In two steps for where's derivative: what is not finite must not be computed with at all.
     digits = 53 if arrays.name_of(problem.row_dtype) == "float64" else 24
     splitter = 2.0 ** ((digits + 1) // 2) + 1.0
-    finite = xp.isfinite(gap * splitter)
+    finite = xp.isfinite(gap * (splitter * max(scale, 1.0)))
     a, b, gap = (xp.where(finite, array, 0.0) for array in (logits, reference, gap))
     # (a - b) - gap, exactly (Knuth's two-sum).
     b_part = a - gap

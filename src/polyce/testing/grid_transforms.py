@@ -27,6 +27,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "softcap-50": {"logit_softcap": 50.0},
     "scale-0.37-softcap-30": {"logit_scale": 0.37, "logit_softcap": 30.0},
 }
+# The ends of what logit_scale and logit_softcap may be.
+ENDS = (1e-15, 1e15)
+EXTREMES: dict[str, dict[str, Any]] = {
+    f"scale-{scale}-softcap-{cap}": {"logit_scale": scale, "logit_softcap": cap}
+    for scale, cap in product((None, *ENDS), (None, *ENDS))
+    if (scale, cap) != (None, None)
+}
 ROWWISE: dict[str, Any] = {"reduction": "none"}
 
 
@@ -36,6 +43,7 @@ def transform_cases(names: Sequence[str]) -> Iterator[Case]:
         yield from _special_cases(name)
         yield from _tie_cases(name)
         yield from _saturated_cases(name)
+        yield from _extreme_cases(name)
         if name in ("float32", "float64"):
             yield from _margin_cases(name)
         else:
@@ -105,6 +113,42 @@ def _saturated_cases(name: str) -> Iterator[Case]:
             yield _case(label, name, rows, targets[t], **options)
 
 
+def extreme_rows(name: str) -> Array:
+    """Return ordinary rows, ties, and rows as large and as small as a dtype's numbers.
+
+    Their differences are finite, as they have to be where a scale makes them small again.
+    """
+    large, small = {
+        "float16": (3e4, 2.0**-14),
+        # Larger ones the tolerances, which are float64 themselves, cannot be worked out for.
+        "float64": (1e120, 2.0**-1000),
+    }.get(name, (1.5e38, 2.0**-120))
+    rows = draw_logits(146, (8, CLASSES), name).astype(np.float64)
+    rows[1] = [0.0, 0.0, 1.0, 1.0, 1.0, -1.0, 0.5]
+    rows[2] = -40.0
+    rows[3] = [large, -large, large / 2, 0.0, 1.0, -large / 2, 30.0]
+    rows[4] = [large / 2, large / 2, large / 4, -large / 4, 0.0, -1.0, 1.0]
+    rows[5] = [small, -small, 0.0, 2 * small, 3 * small, 0.0, -small]
+    rows[6] = [1e3, 1.001e3, -1e3, 0.0, -np.inf, 5e2, 1e-3]
+    rows[7] *= 1e-4
+    return rows
+
+
+def _extreme_cases(name: str) -> Iterator[Case]:
+    rows = extreme_rows(name)
+    labels = np.arange(len(rows)) % CLASSES
+    # The label of the row with a class at -inf is another.
+    soft = draw_probabilities(147, rows.shape, name, 1)
+    soft[6] = soft[6] * (np.arange(CLASSES) != 4)
+    plain = rows[[0, 1, 2, 6, 7]]
+    for change, options in EXTREMES.items():
+        yield _case(f"extreme/{change}/index", name, rows, labels, **options)
+        yield _case(f"extreme/{change}/soft", name, rows, soft, **options)
+        yield _case(f"extreme/{change}/z-loss", name, plain, labels[:5], **options, z_loss=0.01)
+    for z_loss in (1e-30, 1e30):
+        yield _case(f"extreme/z-loss-{z_loss:g}", name, plain, labels[:5], z_loss=z_loss)
+
+
 def _margin_cases(name: str) -> Iterator[Case]:
     margins = MARGINS if name == "float32" else DOUBLE_MARGINS
     for (change, options), classes in product(CHANGES.items(), (2, 10)):
@@ -169,6 +213,9 @@ def stats_cases(names: Sequence[str]) -> Iterator[Case]:
     for name in names:
         yield from _special_stats(name)
         yield from _plain_stats(name)
+        for change, options in EXTREMES.items():
+            rows = extreme_rows(name)
+            yield _stats(f"extreme/{change}", name, rows, np.arange(len(rows)) % 7, **options)
         if name in ("float32", "float64"):
             yield from _confident_stats(name)
     yield from _named_stats(names[0])
