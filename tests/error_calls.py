@@ -155,7 +155,7 @@ RULES = {
     "z_loss range": Rule(ValueError, "z_loss must be finite and at least 0, got {}; 0 turns", SOFT),
     "scale": Rule(TypeError, "{} must be a real number, got .*{}; a scale that is learned", SCALED),
     "scale range": Rule(
-        ValueError, "{} must lie between 1e-15 and 1e+15, got {}; None turns", SCALED
+        ValueError, "{} must lie between 1e-15 and 1e15, got {}; None turns", SCALED
     ),
     "stats": Rule(ValueError, "return_stats takes the names lse, .*, got {}; leave it out", SOFT),
     "stats kind": Rule(TypeError, "return_stats must be True, False or .*, got {}; there", SOFT),

@@ -286,7 +286,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"axis": 7}, ValueError, "axis must lie"),
     ({"axis": True}, TypeError, "axis must be"),
     ({"z_loss": -1.0}, ValueError, "z_loss must be finite"),
-    ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale must lie between 1e-15"),
     ({"logit_softcap": "3"}, TypeError, "logit_softcap must be a real number"),
     ({"return_stats": "loss"}, ValueError, "return_stats takes"),
     ({"validate": "yes"}, TypeError, "validate must be"),

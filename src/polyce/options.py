@@ -129,9 +129,7 @@ def check_positive(name: str, option: Any, default: float) -> float:
         return default
     value = _real(name, option, "a scale that is learned multiplies the logits before the call")
     if not SMALLEST <= value <= LARGEST:
-        raise ValueError(
-            f"{name} must lie between {SMALLEST:g} and {LARGEST:g}, got {option}; None turns it off"
-        )
+        raise ValueError(f"{name} must lie between 1e-15 and 1e15, got {option}; None turns it off")
     return value
 
 
