@@ -99,3 +99,24 @@ def test_an_option_that_is_learned_says_what_to_do(backend: Backend, option: str
     if option == "logit_scale":
         with pytest.raises(TypeError, match="multiplies the logits before the call"):
             polyce.cross_entropy(logits, labels, logit_scale=learned)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_with_grad", "nll_loss"])
+def test_dim_is_called_axis_here(backend: Backend, name: str) -> None:
+    logits, labels = backend.asarray(floats(2, 3)), backend.asarray(ints(2))
+    calls = {
+        name: lambda: getattr(polyce, name)(logits, labels, dim=1),
+        "log_softmax": lambda: polyce.log_softmax(logits, dim=1),
+        "CrossEntropyLoss": lambda: polyce.CrossEntropyLoss(dim=1),
+        "NLLLoss": lambda: polyce.NLLLoss(dim=1),
+        "explain": lambda: polyce.explain(logits, labels, dim=1),
+    }
+    if backend.name == "torch":
+        calls |= {
+            "torch": lambda: polyce.torch.cross_entropy(logits, labels, dim=1),
+            "module": lambda: polyce.torch.CrossEntropyLoss(dim=1),
+            "nll module": lambda: polyce.torch.NLLLoss(dim=1),
+        }
+    for call in calls.values():
+        with pytest.raises(TypeError, match=r"^dim is not an argument, the class axis is axis="):
+            call()

@@ -20,7 +20,7 @@ from polyce.linear.functional import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
-from polyce.options import current_reduction
+from polyce.options import current_reduction, refuse_dim
 from polyce.problem import Operands, Problem, describe
 
 # Import name and the distributions that bring it, of all that polyce works with.
@@ -135,6 +135,8 @@ def explain(
     bound = inspect.signature(call).bind(*arguments, **options)
     bound.apply_defaults()
     given = bound.arguments
+    if given.pop("dim", None) is not None:
+        raise refuse_dim()
     if "reduce" in given:
         deprecated = given.pop("size_average"), given.pop("reduce")
         given["reduction"] = current_reduction(*deprecated, given["reduction"])

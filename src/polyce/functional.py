@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from polyce import arrays, by_rows, outputs, reference, stats, targets
 from polyce.autograd import rules
-from polyce.options import current_reduction
+from polyce.options import current_reduction, refuse_dim
 from polyce.problem import describe, describe_logits
 from polyce.registry import select, select_log_softmax
 
@@ -33,6 +33,7 @@ def cross_entropy(
     return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     implementation: str | None = None,
+    dim: None = None,
 ) -> Any:
     r"""Compute the softmax cross-entropy between logits and a target, in nats.
 
@@ -93,6 +94,8 @@ def cross_entropy(
         accelerator too, which waits for it. False never checks.
     implementation : str, optional
         Name of the implementation to run, or to raise if it cannot; see `explain`.
+    dim : None
+        Not an argument, and an error that says so: the class axis is `axis`.
 
     Returns
     -------
@@ -131,6 +134,8 @@ def cross_entropy(
     >>> print(stats.correct)
     [ True False]
     """
+    if dim is not None:
+        raise refuse_dim()
     reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
@@ -188,6 +193,7 @@ def cross_entropy_with_grad(
     implementation: str | None = None,
     grad_output: Any = None,
     out: Any = None,
+    dim: None = None,
 ) -> tuple[Any, ...]:
     r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
 
@@ -215,6 +221,8 @@ def cross_entropy_with_grad(
         Where the gradient goes: an array of input's shape and dtype that can be written, on its
         device. It may be `input` itself, which then holds the gradient, or memory that none of the
         arguments lies in. All labels are checked before anything is written.
+    dim : None
+        Not an argument, as for `cross_entropy`.
 
     Returns
     -------
@@ -243,6 +251,8 @@ def cross_entropy_with_grad(
     >>> print(grad is logits, logits)
     True [[ 0.25  0.25 -0.75  0.25]]
     """
+    if dim is not None:
+        raise refuse_dim()
     reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
@@ -290,6 +300,7 @@ def nll_loss(
     sample_weight: Any = None,
     normalizer: Any = None,
     validate: bool | None = None,
+    dim: None = None,
 ) -> Any:
     """Compute the negative log-likelihood of class indices, in nats, from log-probabilities.
 
@@ -306,7 +317,7 @@ def nll_loss(
     weight, size_average, ignore_index, reduce, reduction
         As for `cross_entropy`; the mean divides by the total class weight of the labels that are
         not ignored.
-    axis, sample_weight, normalizer, validate
+    axis, sample_weight, normalizer, validate, dim
         As for `cross_entropy`.
 
     Returns
@@ -328,6 +339,8 @@ def nll_loss(
     >>> print(round(polyce.nll_loss(log_probabilities, np.array([1])), 6))
     1.386294
     """
+    if dim is not None:
+        raise refuse_dim()
     reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
@@ -353,6 +366,7 @@ def log_softmax(
     *,
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
+    dim: None = None,
 ) -> ArrayT:
     """Compute the logarithm of the softmax, in nats, along the class axis.
 
@@ -367,6 +381,8 @@ def log_softmax(
         The class axis; 1 by default, or 0 if there is only one, as for `cross_entropy`.
     logit_scale, logit_softcap : float, optional
         As for `cross_entropy`: x is what they make of the logits.
+    dim : None
+        Not an argument, as for `cross_entropy`.
 
     Returns
     -------
@@ -385,6 +401,8 @@ def log_softmax(
     >>> print(polyce.log_softmax(np.array([0.0, 40.0])))
     [-4.00000000e+01 -4.24835426e-18]
     """
+    if dim is not None:
+        raise refuse_dim()
     problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
     compute = select_log_softmax(problem)
     with arrays.computing(problem.backend, {"logits": logits}):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from polyce.functional import cross_entropy, nll_loss
-from polyce.options import current_reduction, shown
+from polyce.options import current_reduction, refuse_dim, shown
 
 
 class CrossEntropyLoss:
@@ -20,7 +20,7 @@ class CrossEntropyLoss:
     ----------
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As for `cross_entropy`. The deprecated pair is folded into `reduction` here.
-    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation
+    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation, dim
         As for `cross_entropy`.
 
     Attributes
@@ -61,7 +61,10 @@ class CrossEntropyLoss:
         return_stats: bool | str | Sequence[str] = False,
         validate: bool | None = None,
         implementation: str | None = None,
+        dim: None = None,
     ) -> None:
+        if dim is not None:
+            raise refuse_dim()
         self.weight = weight
         self.ignore_index = ignore_index
         if size_average is not None or reduce is not None:
@@ -112,7 +115,7 @@ class NLLLoss:
     ----------
     weight, size_average, ignore_index, reduce, reduction
         As for `nll_loss`. The deprecated pair is folded into `reduction` here.
-    axis, validate
+    axis, validate, dim
         As for `nll_loss`.
 
     Attributes
@@ -145,7 +148,10 @@ class NLLLoss:
         *,
         axis: int | None = None,
         validate: bool | None = None,
+        dim: None = None,
     ) -> None:
+        if dim is not None:
+            raise refuse_dim()
         self.weight = weight
         self.ignore_index = ignore_index
         if size_average is not None or reduce is not None:

@@ -63,6 +63,11 @@ def shown(kept: Any, kind: type) -> str:
     return ", ".join(found)
 
 
+def refuse_dim() -> TypeError:
+    """Say what torch's `dim` is called here."""
+    return TypeError("dim is not an argument, the class axis is axis=; pass axis instead")
+
+
 def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
     """Count the class axis from the front; None means torch's: 1, or 0 for one dimension."""
     if not shape:

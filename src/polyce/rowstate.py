@@ -243,7 +243,9 @@ def entropy(problem: Problem, state: RowState) -> Any:
     factor, at_pivot = _factor(xp, s), _pivot_probability(xp, s)
     ahead = xp.where(s.below & (state.rest_sum != 0.0), s.opposite, 0.0)
     behind = xp.where(at_pivot == 0.0, 0.0, s.behind)
-    others = factor * state.rest_entropy + (state.rest_sum * factor) * (ahead + h)
+    share = state.rest_sum * factor
+    # The lead may be beyond the largest number where nothing is left for the others.
+    others = factor * state.rest_entropy + xp.where(share == 0.0, 0.0, share * (ahead + h))
     return others + at_pivot * (behind + h)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from polyce import functional, outputs, torch_calls
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
-from polyce.options import current_reduction, shown
+from polyce.options import current_reduction, refuse_dim, shown
 from polyce.problem import describe
 from polyce.registry import select
 
@@ -39,6 +39,7 @@ def cross_entropy(
     validate: bool | None = None,
     implementation: str | None = None,
     inplace_backward: bool = False,
+    dim: None = None,
 ) -> Any:
     """Compute the softmax cross-entropy of torch tensors, in nats, with a backward pass in place.
 
@@ -50,7 +51,7 @@ def cross_entropy(
         As for `polyce.cross_entropy`.
     axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
         As for `polyce.cross_entropy`.
-    validate, implementation
+    validate, implementation, dim
         As for `polyce.cross_entropy`.
     inplace_backward : bool, default False
         Whether the backward pass writes the gradient of `input` over `input`, which saves a tensor
@@ -96,6 +97,8 @@ def cross_entropy(
     >>> logits.detach()
     tensor([[-0.5000,  0.5000]])
     """
+    if dim is not None:
+        raise refuse_dim()
     _check(input)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -141,7 +144,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ----------
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As for ``torch.nn.CrossEntropyLoss``; see `polyce.cross_entropy`.
-    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation
+    axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation, dim
         As for `polyce.cross_entropy`.
     inplace_backward
         As for `cross_entropy`, which says who may read the logits afterwards.
@@ -195,7 +198,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         validate: bool | None = None,
         implementation: str | None = None,
         inplace_backward: bool = False,
+        dim: None = None,
     ) -> None:
+        if dim is not None:
+            raise refuse_dim()
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.__module__ = LEAF
         self.axis = axis
@@ -250,7 +256,7 @@ class NLLLoss(torch.nn.NLLLoss):
     ----------
     weight, size_average, ignore_index, reduce, reduction
         As for ``torch.nn.NLLLoss``; see `polyce.nll_loss`.
-    axis, validate
+    axis, validate, dim
         As for `polyce.nll_loss`.
 
     Attributes
@@ -285,7 +291,10 @@ class NLLLoss(torch.nn.NLLLoss):
         *,
         axis: int | None = None,
         validate: bool | None = None,
+        dim: None = None,
     ) -> None:
+        if dim is not None:
+            raise refuse_dim()
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
         self.__module__ = LEAF
         self.axis = axis

@@ -177,7 +177,10 @@ POLYCE_INLINE double row_entropy(const RowState& s, const RowScalars& r) {
     const double at_pivot = (r.below ? 1.0 : r.decay) / whole;
     const double ahead = r.below && s.rest_sum != 0.0 ? r.opposite : 0.0;
     const double behind = at_pivot == 0.0 ? 0.0 : r.behind;
-    return factor * s.rest_entropy + s.rest_sum * factor * (ahead + r.h) + at_pivot * (behind + r.h);
+    // The lead may be beyond the largest number where nothing is left for the others.
+    const double share = s.rest_sum * factor;
+    const double others = factor * s.rest_entropy + (share == 0.0 ? 0.0 : share * (ahead + r.h));
+    return others + at_pivot * (behind + r.h);
 }
 
 }  // namespace polyce::POLYCE_ISA
