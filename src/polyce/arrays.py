@@ -293,8 +293,12 @@ def row_count(problem: Any, logits: Any) -> Any:
     """Count a problem's rows: a float, or a 0-d array where only a run will tell."""
     if problem.backend != "ndonnx" or None not in problem.row_shape:
         count = math.prod(problem.row_shape)
-        # torch's export knows a size by name, and would make a constant of its float.
-        return float(count) if isinstance(count, int) else sys.modules["torch"].sym_float(count)
+        if isinstance(count, int):
+            return float(count)
+        # The exports of jax and torch know a size by name, which has no float.
+        if problem.backend == "jax":
+            return problem.xp.asarray(count, dtype=problem.row_dtype)
+        return sys.modules["torch"].sym_float(count)
     one_class = logits[(slice(None),) * problem.axis + (slice(0, 1),)]
     return problem.xp.sum(problem.xp.ones_like(one_class, dtype=problem.row_dtype))
 

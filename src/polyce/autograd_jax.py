@@ -5,13 +5,13 @@ The rule is written in jax operations, so that jit, vmap and higher derivatives 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from polyce import arrays, reference, targets, transform
@@ -39,15 +39,16 @@ def row_losses(
     problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
     # What the mean divides by plays no part in a row and is differentiated where it divides.
     plan = plan._replace(denominator=None)
-    rows, _, stats = _row_losses(implementation, problem, plan, logits)
-    return rows, stats
+    return _row_losses(implementation, problem, plan, logits)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _row_losses(
     implementation: Implementation, problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, Any, RowStats | None]:
-    return implementation.forward(problem, plan, logits)
+) -> tuple[Any, RowStats | None]:
+    # Not the state: what is differentiated starts from the logits, and a result has to be arrays.
+    rows, _, stats = implementation.forward(problem, plan, logits)
+    return rows, stats
 
 
 @partial(_row_losses.defjvp, symbolic_zeros=True)
@@ -59,10 +60,10 @@ def _row_losses_jvp(
     _refuse(problem, plan_tangent)
     # Through the rule once more: the losses' own derivative, of a higher order, is not jax's.
     result = _row_losses(implementation, problem, plan, logits)
-    rows, state, _ = result
+    rows, stats = result
     rows_tangent = jnp.zeros_like(rows)
     if not _is_zero(tangent):
-        grad = implementation.backward(problem, plan, 1.0, logits, state)
+        grad = implementation.backward(problem, plan, 1.0, logits, None)
         tangent = arrays.cast(problem.xp, tangent, grad.dtype)
         rows_tangent = _row_sums(problem, grad * tangent)
     if problem.kind == "probability":
@@ -72,8 +73,7 @@ def _row_losses_jvp(
     if plan.counted is not None:
         # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
         rows_tangent = jnp.where(plan.counted, rows_tangent, 0.0)
-    # The state carries no derivative: what is differentiated again starts from the logits.
-    return result, (rows_tangent, *jax.tree.map(no_tangent, result[1:]))
+    return result, (rows_tangent, jax.tree.map(no_tangent, stats))
 
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:
@@ -120,9 +120,34 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
         # A slope of 0 takes no part, not even as 0 times infinity. Where the surprise is finite it
         # is kept, for the derivatives of a higher order.
         skipped = (slope == 0.0) & ~jnp.isfinite(surprise)
-        parts.append(slope * jnp.where(skipped, 0.0, surprise) * tangent)
+        parts.append(_times(slope * tangent, jnp.where(skipped, 0.0, surprise)))
     along = _row_sums(problem, sum(parts[1:], start=parts[0]))
     return targets.weigh_rows(plan, problem.xp, along)
+
+
+def _times(tangent: Any, factor: Any) -> Any:
+    """Multiply a tangent, of which 0 times infinity is 0, by operations that are linear in it.
+
+    Infinity is the product of three numbers: each of them leaves a 0 as it is, and whatever else
+    there is overflows.
+    """
+    largest = jnp.finfo(factor.dtype).max
+    is_infinite = jax.lax.stop_gradient(factor) == math.inf
+    infinite = tangent * jnp.where(is_infinite, largest, 0.0)
+    for _ in range(2):
+        infinite = infinite * jnp.where(is_infinite, largest, 1.0)
+    return tangent * _finite(factor) + infinite
+
+
+@jax.custom_jvp
+def _finite(factor: Any) -> Any:
+    """Give 0 for infinity, which has the derivative of the factor nevertheless."""
+    return jnp.where(factor == math.inf, 0.0, factor)
+
+
+@_finite.defjvp
+def _finite_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _finite(*primals), tangents[0]
 
 
 def _row_sums(problem: Problem, values: Any) -> Any:
@@ -156,10 +181,8 @@ def _is_float(array: Any) -> bool:
 
 
 def no_tangent(array: Any) -> Any:
-    """Give the tangent of what has none."""
-    if _is_float(array):
-        return jnp.zeros_like(array)
-    return np.zeros(array.shape, jax.dtypes.float0)
+    """Give the tangent of what has none, on the mesh of the array."""
+    return SymbolicZero(jax.typeof(array).to_tangent_aval())
 
 
 def _is_zero(tangent: Any) -> bool:

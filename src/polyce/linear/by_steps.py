@@ -85,5 +85,5 @@ def product(call: Call, a: Any, b: Any) -> Any:
     """Multiply two matrices into the dtype that the gradients add up in."""
     xp, dtype = call.whole.xp, call.sum_dtype
     if call.whole.backend == "jax":
-        return xp.matmul(a, b, preferred_element_type=dtype)
+        return xp.matmul(a, b, preferred_element_type=dtype, **call.product_options)
     return xp.matmul(arrays.cast(xp, a, dtype), arrays.cast(xp, b, dtype))

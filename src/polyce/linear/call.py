@@ -103,6 +103,14 @@ class Call:
         return arrays.name_of(dtype) in ("float16", "bfloat16")
 
     @property
+    def product_options(self) -> dict[str, Any]:
+        """What the library's matrix product is told besides its operands."""
+        if self.whole.backend != "jax" or self.rounds_gradient:
+            return {}
+        # By itself, or as it has been set, jax has accelerators multiply float32 in fewer bits.
+        return {"precision": "highest"}
+
+    @property
     def scales_sums(self) -> bool:
         """Whether what the mean divides by comes in after the gradients are added up."""
         return self.rounds_gradient and self.whole.reduction != "none"

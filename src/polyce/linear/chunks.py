@@ -101,6 +101,9 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
         total = 0 if None in problem.row_shape else math.prod(problem.row_shape)
         return Chunks(total, max(total, 1), max(problem.classes, 1))
     total = math.prod(problem.row_shape)
+    if problem.backend == "jax" and not isinstance(total, int):
+        # An export that knows the rows by a name loops over no number of chunks that may be 0.
+        return Chunks(total, total, max(problem.classes, 1))
     limits = limits_of(problem)
     itemsize = _itemsize(problem)
     rows = chunk_size

@@ -106,7 +106,7 @@ def _run(
     def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
         return step(sums, number * size, size)
 
-    sums = Gradients(None, *_zeros(call, wanted))
+    sums = Gradients(None, *_zeros(call, wanted, cotangent))
     sums, parts = jax.lax.scan(add, sums, jnp.arange(full))
     rows, of_input = (_flat(array) for array in parts)
     if tail:
@@ -144,9 +144,12 @@ def _flat(parts: Any) -> Any:
     return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
 
 
-def _zeros(call: Call, wanted: Gradients) -> tuple[Any, Any]:
+def _zeros(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
+    """Give what the head's gradient is added to, for whatever axes of a mesh it will vary over."""
+    given = jax.tree.leaves((call.operands, call.head, cotangent))
+    zero = sum(jnp.zeros_like(array, call.sum_dtype, shape=()) for array in given)
     shapes = ((call.whole.classes, call.features), (call.whole.classes,))
-    of_weight, of_bias = (jnp.zeros(shape, call.sum_dtype) for shape in shapes)
+    of_weight, of_bias = (jnp.broadcast_to(zero, shape) for shape in shapes)
     return of_weight if wanted.linear_weight else None, of_bias if wanted.linear_bias else None
 
 

@@ -45,7 +45,8 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
 def logits(call: Call) -> Any:
     """Give the logits, in the dtype that products are computed in."""
     xp, dtype = call.whole.xp, call.whole.logits_dtype
-    product = xp.matmul(_states(call), arrays.cast(xp, call.head.weight, dtype).T)
+    weight = arrays.cast(xp, call.head.weight, dtype)
+    product = xp.matmul(_states(call), weight.T, **call.product_options)
     bias = call.head.bias
     return product if bias is None else product + arrays.cast(xp, bias, dtype)
 
