@@ -243,20 +243,15 @@ def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int
 def _jax_take(values: Any, labels: Any, axis: int) -> Any:
     import jax
 
+    from polyce import jax_mesh
+
     def take(values: Any, labels: Any) -> Any:
         return jax.numpy.take_along_axis(values, labels, axis=axis)
 
-    shardings = [jax.typeof(array).sharding for array in (values, labels)]
-    sharded = [s for s in shardings if any(part is not None for part in s.spec)]
-    if not sharded:
-        return take(values, labels)
-    # On a mesh of explicit axes jax wants to be told how what it gathers is sharded. The rest is
-    # left to the compiler, as on a mesh of automatic axes.
-    rows = [a if a is not None else b for a, b in zip(*(s.spec for s in shardings), strict=True)]
+    specs = map(jax_mesh.spec, (values, labels))
+    rows = [one if one is not None else other for one, other in zip(*specs, strict=True)]
     rows[axis] = None
-    spec = jax.sharding.PartitionSpec(*rows)
-    result = jax.sharding.NamedSharding(sharded[0].mesh, spec)
-    return jax.sharding.auto_axes(take, out_sharding=result)(values, labels)
+    return jax_mesh.automatically(take, jax.sharding.PartitionSpec(*rows), values, labels)
 
 
 def class_max(xp: Any, backend: str, values: Any, axis: int) -> Any:

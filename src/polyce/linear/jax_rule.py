@@ -7,31 +7,38 @@ the steps are computed a second time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from polyce import arrays, autograd_jax
+from polyce import arrays, autograd_jax, jax_mesh
 from polyce.linear import by_steps, chunks, compute, unfused
 from polyce.linear.call import NONE, Call, Gradients
 from polyce.problem import Head, Operands
+from polyce.targets import Plan
 
 
 def loss(call: Call) -> Any:
     """Give the loss, with its derivative rule."""
-    whole = call.whole
-    call = call.planned()
-    plan = call.plan
-    call = _with_plain_labels(call)
+    plan, whole = call.planned().plan, call.whole
+    call = _with_plain_labels(call, plan)
+    facts = call.without_arrays()
     if whole.reduction == "none":
-        hidden, *head = _inputs(call)
-        operands = _constant(_rest(call))._replace(logits=hidden)
-        rows = _rows(call.without_arrays(), operands, Head(*head))
-        return arrays.cast(jnp, jnp.reshape(rows, whole.row_shape), whole.result_dtype)
-    total = _total(call.without_arrays(), *_inputs(call), _rest(call))
+
+        def rows(hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
+            losses = _rows(facts, rest._replace(logits=hidden), Head(weight, bias))
+            return jnp.reshape(losses, whole.row_shape)
+
+        result = jax_mesh.automatically(
+            rows, _rows_spec(call), *_inputs(call), _constant(_rest(call))
+        )
+        return arrays.cast(jnp, result, whole.result_dtype)
+    total = jax_mesh.automatically(partial(_total, facts), P(), *_inputs(call), _rest(call))
     if whole.reduction == "mean":
         total = total / plan.denominator
     return arrays.cast(jnp, total, whole.result_dtype)
@@ -39,21 +46,36 @@ def loss(call: Call) -> Any:
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted, cut from any derivative."""
-    return compute.loss_and_gradients(call.detached(autograd_jax.detach), wanted)
+    call = call.detached(autograd_jax.detach)
+    call = _with_plain_labels(call, call.planned().plan)
+    like = Gradients(*_inputs(call))
+    pairs = zip(like, wanted, strict=True)
+    specs = Gradients(*(jax_mesh.spec(array) if on else None for array, on in pairs))
+
+    def compute_all(operands: Operands, head: Head) -> tuple[Any, Gradients]:
+        given = replace(call, operands=operands, head=head)
+        return compute.loss_and_gradients(given, wanted)
+
+    return jax_mesh.automatically(compute_all, (_rows_spec(call), specs), call.operands, call.head)
+
+
+def _rows_spec(call: Call) -> Any:
+    """Tell how a loss is spread over a mesh: that of each row as the row is."""
+    return P(*jax_mesh.spec(call.operands.logits)[:-1]) if call.whole.reduction == "none" else P()
 
 
 def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     """Give what `in_place.run` gives."""
-    call = _with_plain_labels(call)
+    call = _with_plain_labels(call, call.plan)
     return _run(call.without_arrays(), wanted, call.operands, call.head, cotangent)
 
 
-def _with_plain_labels(call: Call) -> Call:
+def _with_plain_labels(call: Call, plan: Plan) -> Call:
     """Give the call with labels of jax's own: -1 where a row does not count, C where one is bad.
 
     Those of a caller may be NumPy's, of values that jax without 64-bit types does not have.
     """
-    plan, whole = call.plan, call.whole
+    whole = call.whole
     if whole.kind != "index":
         return call
     label = plan.label
