@@ -1,4 +1,4 @@
-"""Which derivative rules a backend has: one module each, all with the same four functions."""
+"""Which derivative rules a backend has: one module each, all with the same five functions."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from polyce import arrays, reference, targets, transform
+from polyce import arrays, eager, reference, targets, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -153,6 +153,13 @@ def _finite_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _row_sums(problem: Problem, values: Any) -> Any:
     sums = jnp.sum(values, axis=problem.axis, keepdims=True)
     return arrays.cast(problem.xp, sums, problem.row_dtype)
+
+
+def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
+    """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan."""
+    if eager.has_values(log_probabilities, "jax"):
+        return plan, log_probabilities
+    return targets.spoil_rows(plan, problem.xp, log_probabilities)
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:

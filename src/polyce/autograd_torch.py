@@ -85,6 +85,13 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
     return _LogSoftmax.apply(logits, problem, compute)
 
 
+def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
+    """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan."""
+    if waits(log_probabilities) or _is_transformed():
+        return targets.spoil_rows(plan, problem.xp, log_probabilities)
+    return plan, log_probabilities
+
+
 def _detached(stats: RowStats | None) -> RowStats | None:
     return stats and RowStats(*(a if a is None else a.detach() for a in stats))
 

@@ -354,10 +354,12 @@ def nll_loss(
         validate=validate,
         probabilities=False,
     )
-    rules(problem.backend).check(operands)
+    autograd = rules(problem.backend)
+    autograd.check(operands)
     with arrays.computing(problem.backend, operands._asdict()):
         plan = targets.plan(problem, operands)
-        return targets.reduce(problem, plan, reference.nll(problem, plan, operands.logits))
+        plan, log_probabilities = autograd.spoiled(problem, plan, operands.logits)
+        return targets.reduce(problem, plan, reference.nll(problem, plan, log_probabilities))
 
 
 def log_softmax(

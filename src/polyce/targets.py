@@ -227,6 +227,17 @@ def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
     return rows
 
 
+def spoil_rows(plan: Plan, xp: Any, array: Any) -> tuple[Plan, Any]:
+    """Make rows with a bad label nan, all of their derivatives included, and none of them bad.
+
+    So a product does it, where `weigh_rows` chooses.
+    """
+    if plan.invalid is None:
+        return plan, array
+    factor = arrays.cast(xp, xp.where(plan.invalid, math.nan, 1.0), array.dtype)
+    return plan._replace(invalid=None), array * factor
+
+
 def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
     """Give the gradient of the reduced loss with respect to each row's loss: g or g / D."""
     xp = problem.xp

@@ -7,7 +7,6 @@ the steps are computed a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
