@@ -1,0 +1,206 @@
+"""What the table of tests/test_jax_table.py is made of: cases, their numbers, a textbook's formula.
+
+It imports no polyce.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROWS, CLASSES, FEATURES = 4, 4, 3
+IGNORED = -1
+
+FUNCTIONS = ("cross_entropy", "linear_cross_entropy", "nll_loss", "log_softmax")
+DERIVATIVES = ("grad", "vjp", "jvp", "linearize", "jacfwd", "jacrev", "hessian")
+WAYS = ("eager", "jit", "disable_jit", "shard_map", "explicit", "automatic", "export")
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"label_smoothing": 0.1},
+    {"weight": np.array([0.5, 1.0, 2.0, 1.5])},
+    {"sample_weight": np.array([1.0, 0.0, 2.0, 0.5])},
+    {"z_loss": 0.01, "logit_scale": 1.5},
+    {"logit_softcap": 3.0, "return_stats": True},
+    {
+        "label_smoothing": 0.1,
+        "weight": np.array([0.5, 1.0, 2.0, 1.5]),
+        "sample_weight": np.array([1.0, 0.5, 2.0, 0.5]),
+        "z_loss": 0.01,
+        "logit_scale": 1.5,
+        "logit_softcap": 3.0,
+        "return_stats": ("correct", "entropy"),
+    },
+)
+TARGETS = (
+    ("index", "none"),
+    ("index", "mean"),
+    ("index", "sum"),
+    ("index", "normalizer"),
+    ("probability", "none"),
+    ("probability", "mean"),
+    ("probability", "sum"),
+)
+# Among them labels of 8 bits, labels of NumPy, and classes that lie on several devices of a mesh.
+LAYOUTS = ("matrix", "images", "last", "ignored", "narrow", "numpy", "classes")
+TAKEN = {
+    "cross_entropy": {name for options in OPTIONS for name in options},
+    "linear_cross_entropy": {name for options in OPTIONS for name in options} - {"return_stats"},
+    "nll_loss": {"weight", "sample_weight"},
+    "log_softmax": {"logit_scale", "logit_softcap"},
+}
+
+
+class Case(NamedTuple):
+    """One cell of the table, and what is called in it."""
+
+    function: str
+    derivative: str
+    way: str
+    options: dict[str, Any]
+    kind: str
+    reduction: str
+    layout: str
+
+    def __str__(self) -> str:
+        """Name the case as the tests do."""
+        return "-".join((*self[:3], *self[4:], ",".join(self.options) or "plain"))
+
+
+def cases(function: str, turns: int) -> Iterator[Case]:
+    """Give, for each turn, 49 cases in which every two columns have all of their pairs.
+
+    Seven is prime, so that the squares d + k w of k = 1, 2, 3, … are orthogonal to each other.
+    """
+    for turn, d, w in itertools.product(range(turns), range(7), range(7)):
+        option, target, layout = ((d + k * w) % 7 for k in range(turn + 1, turn + 4))
+        options = {k: v for k, v in OPTIONS[option].items() if k in TAKEN[function]}
+        kind, reduction = TARGETS[target]
+        if function == "nll_loss":
+            kind = "index"
+        yield Case(
+            function, DERIVATIVES[d], WAYS[w], options, kind, reduction, LAYOUTS[layout]
+        )
+
+
+class Numbers(NamedTuple):
+    """The arrays of a case, by the names of the arguments."""
+
+    moving: dict[str, Any]
+    """With respect to which there are derivatives."""
+    fixed: dict[str, Any]
+    tangents: dict[str, Any]
+    cotangent: Any
+
+
+def numbers(case: Case) -> Numbers:
+    rng = np.random.default_rng(0)
+    inner = (2,) if case.layout in ("images", "last") else ()
+    shape = (ROWS, CLASSES, *inner) if case.layout == "images" else (ROWS, *inner, CLASSES)
+    rows = (ROWS, *inner)
+    moving = {"input": 2 * rng.standard_normal(shape)}
+    fixed: dict[str, Any] = {}
+    if case.function == "linear_cross_entropy":
+        moving["input"] = rng.standard_normal((*rows, FEATURES))
+        moving["linear_weight"] = rng.standard_normal((CLASSES, FEATURES))
+        moving["linear_bias"] = rng.standard_normal(CLASSES)
+    if case.function == "nll_loss":
+        moving["input"] = np.log(rng.dirichlet(np.ones(CLASSES), rows))
+        if case.layout == "images":
+            moving["input"] = np.moveaxis(moving["input"], -1, 1)
+    if case.function != "log_softmax":
+        has_derivative = case.function == "nll_loss" or (
+            case.function == "cross_entropy" and case.kind == "probability"
+        )
+        if case.kind == "index":
+            labels = rng.integers(0, CLASSES, rows)
+            labels[1] = IGNORED if case.layout == "ignored" else labels[1]
+            fixed["target"] = labels.astype(np.int8 if case.layout == "narrow" else np.int32)
+        else:
+            soft = rng.dirichlet(np.ones(CLASSES), rows)
+            soft = np.moveaxis(soft, -1, 1) if case.layout == "images" and (
+                case.function == "cross_entropy"
+            ) else soft
+            (moving if has_derivative else fixed)["target"] = soft
+        if "weight" in case.options:
+            (moving if has_derivative else fixed)["weight"] = case.options["weight"]
+        if "sample_weight" in case.options:
+            given = np.broadcast_to(
+                case.options["sample_weight"].reshape(ROWS, *(1 for _ in inner)), rows
+            )
+            (moving if case.function == "nll_loss" else fixed)["sample_weight"] = given
+        if case.reduction == "normalizer":
+            moving["normalizer"] = np.array(3.0)
+    tangents = {name: np.cos(1.0 + np.arange(a.size)).reshape(a.shape) for name, a in moving.items()}
+    result = shape if case.function == "log_softmax" else rows if case.reduction == "none" else ()
+    cotangent = np.sin(1.0 + np.arange(math.prod(result))).reshape(result)
+    return Numbers(moving, fixed, tangents, cotangent)
+
+
+def textbook(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:
+    """Give what a textbook says, in plain operations of jax."""
+    jnp, options = jax.numpy, case.options
+    x = arrays["input"]
+    if "linear_weight" in arrays:
+        x = x @ arrays["linear_weight"].T + arrays["linear_bias"]
+    axis = 1 if case.layout == "images" and case.function != "linear_cross_entropy" else -1
+    x = options.get("logit_scale", 1.0) * jnp.moveaxis(x, axis, -1)
+    cap = options.get("logit_softcap")
+    x = x if cap is None else cap * jnp.tanh(x / cap)
+    if case.function == "log_softmax":
+        return jnp.moveaxis(x - jax.scipy.special.logsumexp(x, -1, keepdims=True), -1, axis)
+    target = arrays["target"]
+    weight = arrays.get("weight", jnp.ones(CLASSES, x.dtype))
+    count = arrays.get("sample_weight", jnp.ones(x.shape[:-1], x.dtype))
+    at_label = jnp.ones(x.shape[:-1], x.dtype)
+    if case.kind == "index":
+        count = jnp.where(target == IGNORED, 0.0, count)
+        target = jax.nn.one_hot(target, CLASSES, dtype=x.dtype)
+        at_label = (target * weight).sum(-1)
+    else:
+        target = jnp.moveaxis(target, axis, -1)
+    if case.function == "nll_loss":
+        losses = -(weight * target * x).sum(-1)
+    else:
+        smoothing = options.get("label_smoothing", 0.0)
+        lse = jax.scipy.special.logsumexp(x, -1)
+        spread = weight * ((1.0 - smoothing) * target + smoothing / CLASSES)
+        losses = (spread * (lse[..., None] - x)).sum(-1)
+        losses = losses + options.get("z_loss", 0.0) * at_label * lse**2
+    losses = count * losses
+    if case.reduction in ("none", "sum"):
+        return losses if case.reduction == "none" else losses.sum()
+    return losses.sum() / arrays.get("normalizer", (count * at_label).sum())
+
+
+def derivative(jax: Any, case: Case, function: Any) -> Any:
+    """Give the case's derivative of a function of a dict of arrays, as one of all its numbers."""
+
+    def scalar(moving: Any, fixed: Any, cotangent: Any) -> Any:
+        return (function(moving | fixed) * cotangent).sum()
+
+    def compute(moving: Any, fixed: Any, tangents: Any, cotangent: Any) -> Any:
+        def of(moving: Any) -> Any:
+            return function(moving | fixed)
+
+        match case.derivative:
+            case "grad":
+                return jax.value_and_grad(scalar)(moving, fixed, cotangent)
+            case "vjp":
+                value, pull = jax.vjp(of, moving)
+                return value, pull(cotangent)
+            case "jvp":
+                return jax.jvp(of, (moving,), (tangents,))
+            case "linearize":
+                value, push = jax.linearize(of, moving)
+                return value, push(tangents)
+            case "jacfwd":
+                return jax.jacfwd(of)(moving)
+            case "jacrev":
+                return jax.jacrev(of)(moving)
+        return jax.hessian(scalar)(moving, fixed, cotangent)
+
+    return compute
