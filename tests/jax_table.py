@@ -81,9 +81,7 @@ def cases(function: str, turns: int) -> Iterator[Case]:
         kind, reduction = TARGETS[target]
         if function == "nll_loss":
             kind = "index"
-        yield Case(
-            function, DERIVATIVES[d], WAYS[w], options, kind, reduction, LAYOUTS[layout]
-        )
+        yield Case(function, DERIVATIVES[d], WAYS[w], options, kind, reduction, LAYOUTS[layout])
 
 
 class Numbers(NamedTuple):
@@ -121,9 +119,11 @@ def numbers(case: Case) -> Numbers:
             fixed["target"] = labels.astype(np.int8 if case.layout == "narrow" else np.int32)
         else:
             soft = rng.dirichlet(np.ones(CLASSES), rows)
-            soft = np.moveaxis(soft, -1, 1) if case.layout == "images" and (
-                case.function == "cross_entropy"
-            ) else soft
+            soft = (
+                np.moveaxis(soft, -1, 1)
+                if case.layout == "images" and (case.function == "cross_entropy")
+                else soft
+            )
             (moving if has_derivative else fixed)["target"] = soft
         if "weight" in case.options:
             (moving if has_derivative else fixed)["weight"] = case.options["weight"]
@@ -134,7 +134,9 @@ def numbers(case: Case) -> Numbers:
             (moving if case.function == "nll_loss" else fixed)["sample_weight"] = given
         if case.reduction == "normalizer":
             moving["normalizer"] = np.array(3.0)
-    tangents = {name: np.cos(1.0 + np.arange(a.size)).reshape(a.shape) for name, a in moving.items()}
+    tangents = {
+        name: np.cos(1.0 + np.arange(a.size)).reshape(a.shape) for name, a in moving.items()
+    }
     result = shape if case.function == "log_softmax" else rows if case.reduction == "none" else ()
     cotangent = np.sin(1.0 + np.arange(math.prod(result))).reshape(result)
     return Numbers(moving, fixed, tangents, cotangent)
@@ -201,6 +203,13 @@ def derivative(jax: Any, case: Case, function: Any) -> Any:
                 return jax.jacfwd(of)(moving)
             case "jacrev":
                 return jax.jacrev(of)(moving)
-        return jax.hessian(scalar)(moving, fixed, cotangent)
+        return hessian(moving, fixed, cotangent)
+
+    def hessian(moving: Any, fixed: Any, cotangent: Any) -> Any:
+        # By one argument and by all of them: there are so many blocks, and each is compiled.
+        def gradient(one: Any) -> Any:
+            return jax.grad(scalar)(moving | {"input": one}, fixed, cotangent)
+
+        return jax.jacfwd(gradient)(moving["input"])
 
     return compute

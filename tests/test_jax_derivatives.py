@@ -248,3 +248,56 @@ def test_scan_checkpoint_and_eval_shape(jax: Any, close: Any) -> None:
     shape = jax.eval_shape(jax.grad(whole), jax.ShapeDtypeStruct(logits.shape, "float16"))
     assert shape.shape == (4, 5)
     assert shape.dtype.name == "float16"
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": True}, {"label_smoothing": 0.5}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_past_a_masked_class(jax: Any, compiled: bool, options: Any) -> None:
+    """dloss/dp is lse - x, infinite at the masked class, where 0 times it is 0."""
+    logits, target = jax.numpy.asarray([-math.inf, 0.0, 0.5]), jax.numpy.asarray([0.0, 1.0, 0.0])
+    along = jax.numpy.asarray([[0.0, 0.0, 0.0], [0.0, -1.0, 1.0], [1.0, 0.0, -1.0]])
+    weight = jax.numpy.ones(3) if options.get("weight") else None
+    smoothing = options.get("label_smoothing", 0.0)
+
+    def push(logits: Any, target: Any, along: Any) -> Any:
+        def loss(x: Any, p: Any) -> Any:
+            return polyce.cross_entropy(x, p, weight, label_smoothing=smoothing)
+
+        return jax.vmap(lambda dp: jax.jvp(loss, (logits, target), (0 * dp, dp))[1])(along)
+
+    found = (jax.jit(push) if compiled else push)(logits, target, along)
+    assert found.tolist() == pytest.approx([0.0, -0.5 * (1 - smoothing), math.inf], rel=1e-6)
+    if compiled:
+        # With what is infinite known to the compiler.
+        assert jax.jit(lambda dp: push(logits, target, dp))(along).tolist() == found.tolist()
+
+
+def test_the_second_derivative_at_a_masked_class(jax: Any) -> None:
+    """d(lse - x_c)/dx is the softmax, less 1 at c, be the class c masked or not."""
+    logits, target = jax.numpy.asarray([-math.inf, 0.0, 0.5]), jax.numpy.asarray([0.0, 1.0, 0.0])
+    softmax = [0.0, 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))]
+    mixed = jax.jacfwd(jax.grad(polyce.cross_entropy, 1))(logits, target)
+    expected = np.array(softmax) - np.eye(3)
+    np.testing.assert_allclose(mixed[1:], expected[1:], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(mixed[0, 1:], expected[0, 1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_a_bad_label_without_a_value_gives_derivatives_of_nan(
+    jax: Any, name: str, compiled: bool
+) -> None:
+    logits = jax.numpy.asarray([[1.0, 2.0], [0.5, 0.0], [0.0, 1.0]])
+    tangents = jax.numpy.ones((3, 2))
+    labels = jax.numpy.asarray([0, 7, -100])
+
+    def both(x: Any, labels: Any) -> Any:
+        def losses(x: Any) -> Any:
+            options = {} if compiled else {"validate": False}
+            return getattr(polyce, name)(x, labels, reduction="none", **options)
+
+        return jax.grad(lambda x: losses(x).sum())(x), jax.jvp(losses, (x,), (tangents,))[1]
+
+    grad, along = (jax.jit(both) if compiled else both)(logits, labels)
+    assert np.isnan(grad).tolist() == [[False, False], [True, True], [False, False]]
+    assert np.isnan(along).tolist() == [False, True, False]

@@ -67,7 +67,9 @@ def spec(jax: Any, case: Case, name: str) -> Any:
     if name in ("weight", "linear_weight", "linear_bias"):
         return P("devices")
     has_classes = name == "input" and case.function != "linear_cross_entropy"
-    return P(None, "devices") if has_classes or (name, case.kind) == ("target", "probability") else P()
+    return (
+        P(None, "devices") if has_classes or (name, case.kind) == ("target", "probability") else P()
+    )
 
 
 def by_blocks(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:

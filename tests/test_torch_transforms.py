@@ -330,3 +330,34 @@ def test_masked_classes(torch: Any) -> None:
     y = torch.tensor([2, 1])
     agree(torch, lambda loss: torch.func.hessian(loss)(x, y))
     agree(torch, lambda loss: torch.func.jacfwd(torch.func.jacfwd(loss))(x, y))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+def test_a_bad_label_that_is_not_checked_gives_derivatives_of_nan(torch: Any, name: str) -> None:
+    labels = torch.tensor([0, 7, -100])
+
+    def losses(x: Any, reduction: str = "none") -> Any:
+        return getattr(polyce, name)(x, labels, reduction=reduction, validate=False)
+
+    def total(x: Any) -> Any:
+        return losses(x, "mean")
+
+    x = torch.randn(3, 4, requires_grad=True)
+    (eager,) = torch.autograd.grad(total(x), x)
+    x = x.detach()
+    by_rows = torch.vmap(torch.func.grad(getattr(polyce, name)))(x, labels)
+    for grad in (eager, torch.func.grad(total)(x), by_rows):
+        assert grad.isnan().all(1).tolist() == [False, True, False]
+        assert grad.isnan().any(1).tolist() == [False, True, False]
+    _, along = torch.func.jvp(losses, (x,), (torch.ones_like(x),))
+    assert along.isnan().tolist() == [False, True, False]
+    with torch.no_grad():
+        assert losses(x).isnan().tolist() == [False, True, False]
+
+
+def test_a_compiled_bad_label_gives_a_gradient_of_nan(torch: Any) -> None:
+    labels = torch.tensor([0, 7, -100])
+    x = torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(polyce.nll_loss, backend="aot_eager", fullgraph=True)
+    compiled(x, labels).backward()
+    assert x.grad.isnan().tolist() == [[False] * 4, [True] * 4, [False] * 4]
