@@ -147,9 +147,12 @@ def test_a_probability_of_0_at_a_masked_class_has_an_infinite_gradient_and_no_ot
         ("sample_weight", "no derivative with respect to sample_weight.*reduction 'none'"),
     ],
 )
-def test_a_gradient_that_polyce_does_not_give_is_refused(jax: Any, name: str, message: str) -> None:
+@pytest.mark.parametrize("function", ["cross_entropy", "nll_loss"])
+def test_a_gradient_that_polyce_does_not_give_is_refused(
+    jax: Any, function: str, name: str, message: str
+) -> None:
     def loss(value: Any) -> Any:
-        return polyce.cross_entropy(
+        return getattr(polyce, function)(
             jax.numpy.zeros((3, 3)), jax.numpy.asarray([0, 1, 2]), **{name: value}
         )
 

@@ -118,3 +118,101 @@ def test_gradients_of_probabilities_and_weight_on_a_mesh(mesh: Any) -> None:
     for actual, wanted, array in zip(gradient(*given), expected, given[1:], strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4)
         assert actual.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_linear_head_within_shard_map(reduction: str, outside: bool) -> None:
+    """Rows on four devices, the head on all: its gradient is added up over them."""
+    import jax
+
+    P = jax.sharding.PartitionSpec
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((ROWS, 3), (5, 3)))
+    labels = rng.integers(0, 5, ROWS)
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def total(x: Any, w: Any, labels: Any) -> Any:
+        options = {"reduction": reduction, "chunk_size": 3}
+        loss = polyce.linear_cross_entropy(x, w, labels, **options)
+        return jax.lax.psum(loss.sum(), "devices")
+
+    def gradients(x: Any, w: Any, labels: Any) -> Any:
+        return jax.grad(total, (0, 1))(x, w, labels)
+
+    specs = {"mesh": mesh, "in_specs": (P("devices"), P(), P("devices"))}
+    if outside:
+        function = jax.grad(jax.shard_map(total, **specs, out_specs=P()), (0, 1))
+    else:
+        function = jax.shard_map(gradients, **specs, out_specs=(P("devices"), P()))
+    of_input, of_head = jax.jit(function)(x, w, labels)
+    grad = np.exp(x @ w.T) / np.exp(x @ w.T).sum(1, keepdims=True) - np.eye(5)[labels]
+    np.testing.assert_allclose(of_input, grad @ w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_head, grad.T @ x, rtol=1e-5, atol=1e-6)
+
+
+def test_stats_beside_a_gradient_within_shard_map() -> None:
+    import jax
+
+    P = jax.sharding.PartitionSpec
+    logits, labels, *_ = numbers("index")
+    labels = np.abs(labels) % CLASSES
+    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x: Any, labels: Any) -> Any:
+        losses, stats = polyce.cross_entropy(x, labels, reduction="none", return_stats="correct")
+        return jax.lax.psum(losses.sum(), "devices"), stats.correct
+
+    function = jax.shard_map(
+        jax.value_and_grad(loss, has_aux=True),
+        mesh=mesh,
+        in_specs=P("devices"),
+        out_specs=((P(), P("devices")), P("devices")),
+    )
+    (value, correct), grad = jax.jit(function)(logits, labels)
+    wide = logits.astype(np.float64)
+    softmax = np.exp(wide) / np.exp(wide).sum(1, keepdims=True)
+    rows = np.arange(ROWS)
+    np.testing.assert_allclose(value, -np.log(softmax[rows, labels]).sum(), rtol=1e-5)
+    assert correct.tolist() == (logits.argmax(1) == labels).tolist()
+    np.testing.assert_allclose(grad, softmax - np.eye(CLASSES)[labels], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "reduction", "axis"),
+    [(True, "none", "rows"), (False, "mean", "rows"), (True, "mean", "classes")],
+)
+def test_a_linear_head_with_its_gradients_on_a_mesh(
+    mesh: Any, compiled: bool, reduction: str, axis: str
+) -> None:
+    import jax
+
+    P = jax.sharding.PartitionSpec
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 2, 3), (4, 3)))
+    labels = rng.integers(0, 4, (8, 2))
+    labels[0, 0] = -100
+    by_rows, by_classes = (P("devices"), P()) if axis == "rows" else (P(), P("devices"))
+    placed = [
+        jax.device_put(array, jax.NamedSharding(mesh, spec))
+        for array, spec in ((x, by_rows), (w, by_classes), (labels, by_rows))
+    ]
+
+    def every(x: Any, w: Any, labels: Any) -> Any:
+        return polyce.linear_cross_entropy_with_grad(
+            x, w, labels, reduction=reduction, chunk_size=3, wrt=("input", "linear_weight")
+        )
+
+    loss, (of_input, of_head, _) = (jax.jit(every) if compiled else every)(*placed)
+    logits = x @ w.T
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    counted = labels >= 0
+    losses = counted * -np.log(np.take_along_axis(softmax, abs(labels[..., None]) % 4, -1))[..., 0]
+    grad = counted[..., None] * (softmax - np.eye(4)[abs(labels) % 4])
+    if reduction == "mean":
+        losses, grad = losses.sum() / counted.sum(), grad / counted.sum()
+    np.testing.assert_allclose(loss, losses, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(of_input, grad @ w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(of_head, np.einsum("abc,abf->cf", grad, x), rtol=1e-4, atol=1e-6)
+    assert of_input.sharding.is_equivalent_to(placed[0].sharding, 3)
+    assert of_head.sharding.is_equivalent_to(placed[1].sharding, 2)

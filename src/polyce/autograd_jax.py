@@ -88,8 +88,8 @@ def _refuse(problem: Problem, plan_tangent: Plan) -> None:
     ):
         raise TypeError(
             "polyce differentiates with respect to weight for probability targets only, but the "
-            "target holds class indices; pass weight through jax.lax.stop_gradient, or pass the "
-            "target as probabilities"
+            "target holds class indices; pass weight through jax.lax.stop_gradient, or give "
+            "cross_entropy the target as probabilities"
         )
 
 
@@ -157,9 +157,24 @@ def _row_sums(problem: Problem, values: Any) -> Any:
 
 def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
     """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan."""
-    if eager.has_values(log_probabilities, "jax"):
+    if all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
         return plan, log_probabilities
+    constant = _constant(problem, plan._replace(denominator=None))
+    plan = constant._replace(denominator=plan.denominator)
     return targets.spoil_rows(plan, problem.xp, log_probabilities)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _constant(problem: Problem, plan: Plan) -> Plan:
+    """Give a plan that no derivative may come through."""
+    return plan
+
+
+@partial(_constant.defjvp, symbolic_zeros=True)
+def _constant_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (plan,), (plan_tangent,) = primals, tangents
+    _refuse(problem, plan_tangent)
+    return plan, jax.tree.map(no_tangent, plan)
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
