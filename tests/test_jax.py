@@ -177,3 +177,20 @@ def test_a_bad_label_below_a_byte(jax: Any) -> None:
         polyce.cross_entropy(jax.numpy.zeros((2, 3)), labels)
     rows = jax.jit(lambda *given: polyce.cross_entropy(*given, reduction="none"))
     assert np.isnan(rows(jax.numpy.zeros((2, 3)), labels)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("way", ["eager", "disable_jit"])
+def test_derivatives_outside_of_jit(jax: Any, way: str) -> None:
+    logits = jax.numpy.asarray([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    target = jax.numpy.asarray([0, 2])
+
+    def loss(x: Any) -> Any:
+        return polyce.cross_entropy(x, target, label_smoothing=0.1)
+
+    with jax.disable_jit(way == "disable_jit"):
+        found = jax.grad(loss)(logits), jax.vjp(loss, logits)[1](1.0)[0]
+        along = jax.linearize(loss, logits)[1](logits)
+    expected = np.array([[-0.4217, 0.1057, 0.3160], [0.0893, 0.2714, -0.3607]])
+    for grad in found:
+        np.testing.assert_allclose(grad, expected, atol=6e-5)
+    assert float(along) == pytest.approx((expected * np.asarray(logits)).sum(), abs=5e-4)
