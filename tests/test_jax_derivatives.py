@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import polyce
+from hessians import ROWS, hessian
 
 pytestmark = pytest.mark.only("jax-x32", "jax-x64")
 
@@ -304,3 +305,17 @@ def test_a_bad_label_without_a_value_gives_derivatives_of_nan(
     grad, along = (jax.jit(both) if compiled else both)(logits, labels)
     assert np.isnan(grad).tolist() == [[False, False], [True, True], [False, False]]
     assert np.isnan(along).tolist() == [False, True, False]
+
+
+@pytest.mark.only("jax-x64")
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_second_derivatives_of_confident_rows(jax: Any, row: tuple[float, ...]) -> None:
+    logits, want = jax.numpy.asarray(row), hessian(row)
+    uniform = jax.numpy.full(logits.shape, 1 / len(row))
+    for target in (*map(jax.numpy.asarray, range(len(row))), uniform):
+
+        def loss(x: Any, target: Any = target) -> Any:
+            return polyce.cross_entropy(x, target)
+
+        for second in (jax.hessian(loss), jax.jit(jax.jacrev(jax.jacrev(loss)))):
+            np.testing.assert_allclose(second(logits), want, rtol=1e-14)
