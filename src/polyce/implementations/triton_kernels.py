@@ -44,7 +44,7 @@ def forward(
 ):  # fmt: skip
     """Read rows, or the part of them that falls to the program's second number, once."""
     SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
-    FIRST: tl.constexpr = PREDICTION or CORRECT
+    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
     # So the compiler sees that 16-byte loads end with the row.
@@ -66,7 +66,7 @@ def forward(
         t_at = t_at + others * t_lane
 
     (
-        top, total, rest, excess, entropy, first,
+        top, total, rest, excess, entropy,
         pivot, pivot_r, pivot_class, likeliest, likeliest_class,
     ) = nothing_read(LANES, DTYPE)  # fmt: skip
 
@@ -78,15 +78,16 @@ def forward(
         if part == 0:
             c, ends = edge(start, stop, classes, VECTOR)
             (
-                top, total, rest, excess, entropy, first,
+                top, total, rest, excess, entropy,
                 pivot, pivot_r, pivot_class, likeliest, likeliest_class,
             ) = read(
                 x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
                 target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
                 weight_ptr, c, ends[:, None] & counted[None, :], label, classes,
-                kept, share, scale, cap, top, total, rest, excess, entropy, first,
+                kept, share, scale, cap, top, total, rest, excess, entropy,
                 pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, ENTROPY, FIRST, CORRECT,
+                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
+                ENTROPY, CORRECT,
             )  # fmt: skip
     # The division says to the compiler that rows begin on 16-byte boundaries, as they do then, and
     # the promise says it where they begin so though the array does not.
@@ -110,15 +111,16 @@ def forward(
         c = start + step
         inside = (step < length)[:, None] & counted[None, :]
         (
-            top, total, rest, excess, entropy, first,
+            top, total, rest, excess, entropy,
             pivot, pivot_r, pivot_class, likeliest, likeliest_class,
         ) = read(
             x_row + step[:, None].to(tl.int64) * x_class,
             t_row + step[:, None].to(tl.int64) * t_class,
             weight_ptr, c, inside, label, classes,
-            kept, share, scale, cap, top, total, rest, excess, entropy, first,
+            kept, share, scale, cap, top, total, rest, excess, entropy,
             pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, ENTROPY, FIRST, CORRECT,
+            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
+            ENTROPY, CORRECT,
         )  # fmt: skip
 
     if SPLIT:
@@ -131,25 +133,23 @@ def forward(
             tl.store(place + 3 * step, excess, mask=here)
         if ENTROPY:
             tl.store(place + 4 * step, entropy, mask=here)
-        if FIRST:
-            tl.store(place + 5 * step, first.to(tl.float64), mask=here)
-        if PROBABILITY:
-            tl.store(place + 6 * step, pivot.to(tl.float64), mask=here)
-            tl.store(place + 7 * step, pivot_r.to(tl.float64), mask=here)
-            tl.store(place + 8 * step, pivot_class.to(tl.float64), mask=here)
-            if CORRECT:
-                tl.store(place + 9 * step, likeliest.to(tl.float64), mask=here)
-                tl.store(place + 10 * step, likeliest_class.to(tl.float64), mask=here)
+        if LARGEST:
+            tl.store(place + 5 * step, pivot.to(tl.float64), mask=here)
+            tl.store(place + 6 * step, pivot_r.to(tl.float64), mask=here)
+            tl.store(place + 7 * step, pivot_class.to(tl.float64), mask=here)
+        if PROBABILITY and CORRECT:
+            tl.store(place + 8 * step, likeliest.to(tl.float64), mask=here)
+            tl.store(place + 9 * step, likeliest_class.to(tl.float64), mask=here)
     else:
         conclude(
             x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
             loss_ptr, saved_ptr, sums_ptr,
             lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
             row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-            top, total, rest, excess, entropy, first,
+            top, total, rest, excess, entropy,
             pivot, pivot_r, pivot_class, likeliest_class,
-            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, PENALTY, IGNORES,
-            REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
+            PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
         )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def join(
 ):  # fmt: skip
     """Merge the states of the parts that `forward` has read rows in, in their order."""
     SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
-    FIRST: tl.constexpr = PREDICTION or CORRECT
+    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, _line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
     kept = tl.full((1,), kept, tl.float64)
@@ -181,7 +181,7 @@ def join(
     scale = tl.full((1,), scale, tl.float64)
     cap = tl.full((1,), cap, tl.float64)
     (
-        top, total, rest, excess, entropy, first,
+        top, total, rest, excess, entropy,
         pivot, pivot_r, pivot_class, likeliest, likeliest_class,
     ) = nothing_read(LANES, DTYPE)  # fmt: skip
     plane = tl.full((1,), rows, tl.int64)
@@ -190,43 +190,41 @@ def join(
         place = parts_ptr + plane * part + row
         p_top = tl.load(place, mask=here, other=0.0).to(DTYPE)
         p_total = tl.load(place + step, mask=here, other=0.0)
-        p_rest, p_excess, p_entropy, p_first = rest, excess, entropy, first
+        p_rest, p_excess, p_entropy = rest, excess, entropy
         if SPREAD:
             p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
             p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
         if ENTROPY:
             p_entropy = tl.load(place + 4 * step, mask=here, other=0.0)
-        if FIRST:
-            p_first = tl.load(place + 5 * step, mask=here, other=0.0).to(tl.int32)
-        top, total, rest, excess, entropy, first = merge(
-            top, total, rest, excess, entropy, first,
-            p_top, p_total, p_rest, p_excess, p_entropy, p_first,
-            scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY, FIRST,
+        top, total, rest, excess, entropy = merge(
+            top, total, rest, excess, entropy,
+            p_top, p_total, p_rest, p_excess, p_entropy,
+            scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
         )  # fmt: skip
-        if PROBABILITY:
-            new = tl.load(place + 6 * step, mask=here, other=0.0).to(DTYPE)
-            new_r = tl.load(place + 7 * step, mask=here, other=0.0).to(DTYPE)
-            new_class = tl.load(place + 8 * step, mask=here, other=0.0).to(tl.int32)
-            top, total, rest, excess, entropy, first, pivot, pivot_r, pivot_class = choose_pivot(
-                top, total, rest, excess, entropy, first, pivot, pivot_r, pivot_class,
-                new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, ENTROPY, FIRST,
+        if LARGEST:
+            new = tl.load(place + 5 * step, mask=here, other=0.0).to(DTYPE)
+            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(DTYPE)
+            new_class = tl.load(place + 7 * step, mask=here, other=0.0).to(tl.int32)
+            top, total, rest, excess, entropy, pivot, pivot_r, pivot_class = choose_pivot(
+                top, total, rest, excess, entropy, pivot, pivot_r, pivot_class,
+                new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
             )  # fmt: skip
-            if CORRECT:
-                most = tl.load(place + 9 * step, mask=here, other=0.0).to(DTYPE)
-                most_class = tl.load(place + 10 * step, mask=here, other=0.0).to(tl.int32)
-                # Parts come in the order of their classes, but for the first's own end.
-                better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
-                likeliest = tl.where(better, most, likeliest)
-                likeliest_class = tl.where(better, most_class, likeliest_class)
+        if PROBABILITY and CORRECT:
+            most = tl.load(place + 8 * step, mask=here, other=0.0).to(DTYPE)
+            most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
+            # Parts come in the order of their classes, but for the first's own end.
+            better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
+            likeliest = tl.where(better, most, likeliest)
+            likeliest_class = tl.where(better, most_class, likeliest_class)
     conclude(
         x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
         loss_ptr, saved_ptr, sums_ptr,
         lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
         row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-        top, total, rest, excess, entropy, first,
+        top, total, rest, excess, entropy,
         pivot, pivot_r, pivot_class, likeliest_class,
-        TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, PENALTY, IGNORES,
-        REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+        TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
+        PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
     )  # fmt: skip
 
 
@@ -306,7 +304,7 @@ def backward(
     share = tl.full((1,), share, tl.float64)
     scale = tl.full((1,), scale, tl.float64)
     cap = tl.full((1,), cap, tl.float64)
-    _label, _weight, sample, counted, invalid = target(
+    label, _weight, sample, counted, invalid = target(
         target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
         DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
     )  # fmt: skip
@@ -314,7 +312,10 @@ def backward(
     top = tl.load(place, mask=here, other=0.0).to(DTYPE)
     factor = tl.load(place + 1, mask=here, other=0.0).to(DTYPE)
     pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(DTYPE)
-    pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
+    pivot_class = label
+    if PROBABILITY:
+        # Compared with, and never an address: what is no class of the row is the pivot nowhere.
+        pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
     g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64) * sample
     if MEAN:
         g = g / tl.load(denominator_ptr)

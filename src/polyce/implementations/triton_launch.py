@@ -24,7 +24,7 @@ from polyce.implementations.triton_layout import Tile
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 
-_FIELDS_OF_A_PART = 11
+_FIELDS_OF_A_PART = 10
 
 # Whether Triton was imported under TRITON_INTERPRET=1, and runs kernels in NumPy.
 EMULATED = not isinstance(triton_kernels.forward, JITFunction)

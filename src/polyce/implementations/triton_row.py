@@ -47,7 +47,9 @@ def _power_of_two(n):
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
     """Round to what is stored, once."""
-    if TYPE == tl.bfloat16:
+    if x.dtype == tl.float64 and (TYPE == tl.bfloat16 or TYPE == tl.float16):
+        x = _rounded_to_odd(x)
+    elif TYPE == tl.bfloat16:
         x = x.to(tl.float32)
     if EMULATED and TYPE == tl.bfloat16:
         # Triton's interpreter cuts off where hardware rounds to the nearest, ties to even.
@@ -57,6 +59,19 @@ def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
     else:
         result = x.to(TYPE)
     return result
+
+
+@triton.jit
+def _rounded_to_odd(x):
+    """Give a float32 that any narrower format rounds as it would the float64.
+
+    Not to the nearest but, where something is lost, to the neighbour with an odd last bit.
+    """
+    near = x.to(tl.float32)
+    back = near.to(tl.float64)
+    larger = (tl.abs(back) > tl.abs(x)).to(tl.int32)
+    odd = ((near.to(tl.int32, bitcast=True) - larger) | 1).to(tl.float32, bitcast=True)
+    return tl.where((back == x) | (x != x), near, odd)
 
 
 @triton.jit
@@ -150,7 +165,6 @@ def _value(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
 def tile_state(
     x,
     coefficient,
-    classes,
     excluded,
     scale,
     cap,
@@ -158,9 +172,8 @@ def tile_state(
     DTYPE: tl.constexpr,
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
-    FIRST: tl.constexpr,
 ):
-    """Give the state of a tile's classes less the excluded: m', d', R', q', entropy, first.
+    """Give the state of a tile's classes less the excluded: m', d', R', q', entropy.
 
     SPREAD tells whether classes besides the pivot have coefficients.
     """
@@ -168,7 +181,7 @@ def tile_state(
     top = tl.max(x, 0)
     # A program that does not ask computes none of what is 0 here.
     nothing = tl.zeros_like(top).to(tl.float64)
-    rest, excess, entropy, first = nothing, nothing, nothing, tl.zeros_like(top).to(tl.int32)
+    rest, excess, entropy = nothing, nothing, nothing
     gap = difference(x, tl.where(top == float("-inf"), 0.0, top), scale, cap, TRANSFORM, DTYPE)
     p = tl.exp(gap)
     if SPREAD:
@@ -178,10 +191,7 @@ def tile_state(
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
     if ENTROPY:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
-    if FIRST:
-        # The largest 32-bit number where nothing is as large, as in an empty tile.
-        first = tl.min(tl.where((x == top) & (excluded == 0), classes, 0x7FFFFFFF), 0)
-    return top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy, first
+    return top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy
 
 
 @triton.jit
@@ -218,20 +228,17 @@ def merge(
     rest,
     excess,
     entropy,
-    first,
     other_top,
     other_total,
     other_rest,
     other_excess,
     other_entropy,
-    other_first,
     scale,
     cap,
     TRANSFORM: tl.constexpr,
     DTYPE: tl.constexpr,
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
-    FIRST: tl.constexpr,
 ):
     """Join the states of two parts of each row, over disjoint classes; either may be empty."""
     new = tl.maximum(top, other_top)
@@ -243,37 +250,34 @@ def merge(
         other_top, other_total, other_rest, other_excess, other_entropy, reference, scale, cap,
         TRANSFORM, DTYPE, SPREAD, ENTROPY,
     )  # fmt: skip
-    if FIRST:
-        earlier = (top == other_top) & (first < other_first)
-        first = tl.where((top > other_top) | earlier, first, other_first)
     return (
         new,
         total + other_total,
         rest + other_rest,
         excess + other_excess,
         entropy + other_entropy,
-        first,
     )
 
 
 @triton.jit
-def _pivot_gap(top, pivot, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Give δ, how far the pivot is below the largest other class, and what rounding took."""
+def _exact_gap(top, x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+    """Give how far a class of a row is below the largest besides the pivot's, as two numbers.
+
+    For the pivot that is δ. The second number is what rounding took from the first.
+    """
     error = tl.zeros_like(top)
     if DTYPE == tl.float32:
-        exact = difference(
-            top.to(tl.float64), pivot.to(tl.float64), scale, cap, TRANSFORM, tl.float64
-        )
+        exact = difference(top.to(tl.float64), x.to(tl.float64), scale, cap, TRANSFORM, tl.float64)
         delta = exact.to(tl.float32)
         error = (exact - delta.to(tl.float64)).to(tl.float32)
     elif TRANSFORM == "softcap":
-        delta = difference(top, pivot, scale, cap, TRANSFORM, DTYPE)
+        delta = difference(top, x, scale, cap, TRANSFORM, DTYPE)
     else:
         # Knuth's two-sum, and Dekker's two-product with the scale.
-        delta = top - pivot
-        pivot_part = top - delta
-        top_part = delta + pivot_part
-        error = (top - top_part) + (pivot_part - pivot)
+        delta = top - x
+        x_part = top - delta
+        top_part = delta + x_part
+        error = (top - top_part) + (x_part - x)
         if TRANSFORM == "scale":
             product = delta * scale
             high, low = _split(delta)
@@ -281,7 +285,7 @@ def _pivot_gap(top, pivot, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.conste
             lost = (high * scale_high - product) + high * scale_low + low * scale_high
             error = (lost + low * scale_low) + error * scale
             delta = product
-    # Where the pivot or all others are infinite, or a nan is about, nothing is to be made good.
+    # Where one of them is infinite, or a nan is about, nothing is to be made good.
     finite = (error == error) & (tl.abs(delta) < 1e30)
     return delta, tl.where(finite, error, 0.0)
 
@@ -292,6 +296,19 @@ def _split(x):
     spread = x * 134217729.0
     high = spread - (spread - x)
     return high, x - high
+
+
+@triton.jit
+def count_label(
+    top, rest, excess, x, coefficient, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Give R' and q' with a label's coefficient, of logit x, and exp(x - m')."""
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    gap, error = _exact_gap(reference, x, scale, cap, TRANSFORM, DTYPE)
+    p = exp(-gap, DTYPE)
+    r = coefficient.to(tl.float64)
+    added = r * gap.to(tl.float64) + r * error.to(tl.float64)
+    return rest + r, excess + tl.where(r == 0.0, 0.0, added), p - p * error
 
 
 @triton.jit
@@ -309,15 +326,17 @@ def finish(
     TRANSFORM: tl.constexpr,
     DTYPE: tl.constexpr,
     SPREAD: tl.constexpr,
+    LARGEST: tl.constexpr,
     PENALTY: tl.constexpr,
     LSE: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Give loss, lse, entropy, the factor of exp(x_c - m') and the pivot's gradient of whole rows.
+    """Give what follows of whole rows: loss, lse, entropy, and what their gradient is made of.
 
-    `pivot` is the pivot's logit, `at_pivot` its coefficient.
+    That is f, p_k, R with what the penalty adds to it, and the pivot's gradient. `pivot` is the
+    pivot's logit, `at_pivot` its coefficient; LARGEST tells whether it is the largest class.
     """
-    delta, error = _pivot_gap(top, pivot, scale, cap, TRANSFORM, DTYPE)
+    delta, error = _exact_gap(top, pivot, scale, cap, TRANSFORM, DTYPE)
     below = delta <= 0.0
     opposite = -delta
     decay = exp(tl.where(below, delta, opposite), DTYPE)
@@ -341,6 +360,11 @@ def finish(
         pivot_grad = rest - sum_of_r * others
     else:
         pivot_grad = -at_pivot * others
+    if LARGEST:
+        # Two forms of one number, of which that with the smaller terms loses fewer digits.
+        share = sum_of_r * probability
+        smaller = tl.abs(share) + tl.abs(at_pivot) < tl.abs(rest) + tl.abs(sum_of_r * others)
+        pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)
     lse = h
     if LSE or PENALTY:
         largest = tl.where(below, pivot, top)
@@ -355,4 +379,4 @@ def finish(
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
         entropy = (factor * entropy).to(DTYPE) + others * (gap_ahead + h)
         entropy += probability * (gap_behind + h)
-    return loss, lse, entropy.to(DTYPE), sum_of_r * factor, pivot_grad
+    return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad

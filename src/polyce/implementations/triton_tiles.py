@@ -6,7 +6,14 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton_row import finish, merge, narrow, slope, tile_state
+from polyce.implementations.triton_row import (
+    count_label,
+    finish,
+    merge,
+    narrow,
+    slope,
+    tile_state,
+)
 
 
 @triton.jit
@@ -106,30 +113,28 @@ def coefficients(
 
 @triton.jit
 def choose_pivot(
-    top, total, rest, excess, entropy, first,
+    top, total, rest, excess, entropy,
     pivot, pivot_r, pivot_class,
     other, other_r, other_class,
     scale, cap,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, ENTROPY: tl.constexpr, FIRST: tl.constexpr,
+    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, SPREAD: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Make the first of two pivots with the larger logit the pivot, and count the other in."""
     wins = (other > pivot) | ((other == pivot) & (other_class < pivot_class))
     loser = tl.where(wins, pivot, other)
     loser_r = tl.where(wins, pivot_r, other_r)
-    loser_class = tl.where(wins, pivot_class, other_class)
     # A masked class adds nothing to the sum, and costs an infinity where it has a coefficient: the
     # merge carries it up from -inf.
     found = tl.where(loser == float("-inf"), 0.0, 1.0).to(tl.float64)
-    top, total, rest, excess, entropy, first = merge(
-        top, total, rest, excess, entropy, first,
-        loser, found, loser_r.to(tl.float64),
-        tl.zeros_like(total), tl.zeros_like(total), loser_class,
-        scale, cap, TRANSFORM, DTYPE, True, ENTROPY, FIRST,
+    top, total, rest, excess, entropy = merge(
+        top, total, rest, excess, entropy,
+        loser, found, loser_r.to(tl.float64), tl.zeros_like(total), tl.zeros_like(total),
+        scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
     )  # fmt: skip
     pivot = tl.where(wins, other, pivot)
     pivot_r = tl.where(wins, other_r, pivot_r)
     pivot_class = tl.where(wins, other_class, pivot_class)
-    return top, total, rest, excess, entropy, first, pivot, pivot_r, pivot_class
+    return top, total, rest, excess, entropy, pivot, pivot_r, pivot_class
 
 
 @triton.jit
@@ -139,7 +144,7 @@ def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
     none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     zero = tl.zeros((LANES,), tl.float64)
     return (
-        lowest, zero, zero, zero, zero, none,
+        lowest, zero, zero, zero, zero,
         lowest, tl.zeros((LANES,), DTYPE), none, lowest, none,
     )  # fmt: skip
 
@@ -147,26 +152,30 @@ def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def read(
     x_ptr, target_ptr, weight_ptr, c, inside, label, classes, kept, share, scale, cap,
-    top, total, rest, excess, entropy, first,
+    top, total, rest, excess, entropy,
     pivot, pivot_r, pivot_class, likeliest, likeliest_class,
     TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
     WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, SPREAD: tl.constexpr,
-    ENTROPY: tl.constexpr, FIRST: tl.constexpr, CORRECT: tl.constexpr,
+    LARGEST: tl.constexpr, ENTROPY: tl.constexpr, CORRECT: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile, once, into the state of its rows."""
+    """Read a tile, once, into the state of its rows.
+
+    LARGEST tells whether the pivot is the class of the largest logit, not the label. A label then
+    has its share of the smoothing here, and the rest of its coefficient in `conclude`.
+    """
     x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(DTYPE)
     r, probability = coefficients(
         x, target_ptr, weight_ptr, c, inside, classes, kept, share,
         DTYPE, PROBABILITY, WEIGHTED, SMOOTHED,
     )  # fmt: skip
     number = c[:, None]
-    if PROBABILITY:
+    if LARGEST:
         new = tl.max(x, 0)
         # The largest 32-bit number stands for no class, in an empty tile.
         new_class = tl.min(tl.where((x == new) & inside, number, 0x7FFFFFFF), 0)
         excluded = number == new_class
         new_r = tl.sum(tl.where(excluded, r, 0.0), 0)
-        if CORRECT:
+        if PROBABILITY and CORRECT:
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
@@ -175,21 +184,20 @@ def read(
             likeliest_class = tl.where(better, most_class, likeliest_class)
     else:
         excluded = number == label
-    t_top, t_total, t_rest, t_excess, t_entropy, t_first = tile_state(
-        x, r, number, excluded, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY, FIRST
+    t_top, t_total, t_rest, t_excess, t_entropy = tile_state(
+        x, r, excluded, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY
     )
-    top, total, rest, excess, entropy, first = merge(
-        top, total, rest, excess, entropy, first,
-        t_top, t_total, t_rest, t_excess, t_entropy, t_first,
-        scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY, FIRST,
+    top, total, rest, excess, entropy = merge(
+        top, total, rest, excess, entropy, t_top, t_total, t_rest, t_excess, t_entropy,
+        scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
     )  # fmt: skip
-    if PROBABILITY:
-        top, total, rest, excess, entropy, first, pivot, pivot_r, pivot_class = choose_pivot(
-            top, total, rest, excess, entropy, first, pivot, pivot_r, pivot_class,
-            new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, ENTROPY, FIRST,
+    if LARGEST:
+        top, total, rest, excess, entropy, pivot, pivot_r, pivot_class = choose_pivot(
+            top, total, rest, excess, entropy, pivot, pivot_r, pivot_class,
+            new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
         )  # fmt: skip
     return (
-        top, total, rest, excess, entropy, first,
+        top, total, rest, excess, entropy,
         pivot, pivot_r, pivot_class, likeliest, likeliest_class,
     )  # fmt: skip
 
@@ -200,11 +208,11 @@ def conclude(
     loss_ptr, saved_ptr, sums_ptr,
     lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
     row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-    top, total, rest, excess, entropy, first,
+    top, total, rest, excess, entropy,
     pivot, pivot_r, pivot_class, likeliest_class,
     TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
     WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
-    SPREAD: tl.constexpr, PENALTY: tl.constexpr, IGNORES: tl.constexpr,
+    SPREAD: tl.constexpr, LARGEST: tl.constexpr, PENALTY: tl.constexpr, IGNORES: tl.constexpr,
     REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
     LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
     EMULATED: tl.constexpr,
@@ -215,16 +223,24 @@ def conclude(
         DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
     )  # fmt: skip
     if not PROBABILITY:
-        pivot_class = label
         # A label that is used lies in range, so nothing outside is read.
         at = x_row + label.to(tl.int64) * x_class
-        pivot = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
-        pivot_r = weight
+        label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
+        label_r = weight
         if SMOOTHED:
-            pivot_r = weight * (kept + share).to(DTYPE)
-    loss, lse, entropy, factor, pivot_grad = finish(
+            label_r = weight * (kept + share).to(DTYPE)
+        if LARGEST:
+            leads = label == pivot_class
+            pivot_r = tl.where(leads, label_r, pivot_r)
+            added = tl.where(leads, 0.0, weight * kept.to(DTYPE))
+            rest, excess, label_p = count_label(
+                top, rest, excess, label_x, added, scale, cap, TRANSFORM, DTYPE
+            )
+        else:
+            pivot, pivot_r, pivot_class = label_x, label_r, label
+    loss, lse, entropy, factor, probability, sum_of_r, pivot_grad = finish(
         top, total, rest, excess, entropy, pivot, pivot_r, weight * z_loss.to(DTYPE), scale, cap,
-        TRANSFORM, DTYPE, SPREAD, PENALTY, STATS, ENTROPY,
+        TRANSFORM, DTYPE, SPREAD or LARGEST, LARGEST, PENALTY, STATS, ENTROPY,
     )  # fmt: skip
     loss = tl.where(counted, loss.to(tl.float64) * sample, 0.0)
     loss = tl.where(invalid, float("nan"), loss)
@@ -234,7 +250,15 @@ def conclude(
         tl.store(place + 1, tl.sum(tl.where(counted, sample * weight, 0.0), 0))
     else:
         tl.store(loss_ptr + row, narrow(loss, loss_ptr.dtype.element_ty, EMULATED), mask=here)
+    predicted = pivot_class
     if KEEP:
+        if LARGEST and not PROBABILITY:
+            # In a backward pass, which knows of no stats, the label is the pivot.
+            pivot_grad = tl.where(leads, pivot_grad, sum_of_r * (label_p * factor) - label_r)
+            factor = tl.where(leads, factor, probability)
+            top = tl.where(leads, top, pivot)
+            pivot, pivot_class = label_x, label
+        factor = factor * sum_of_r
         if TRANSFORM == "softcap":
             pivot_grad = pivot_grad * slope(pivot, scale, cap, TRANSFORM, DTYPE)
         place = saved_ptr + 4 * row
@@ -250,8 +274,6 @@ def conclude(
         if ENTROPY:
             tl.store(entropy_ptr + row, tl.where(counted, entropy, float("nan")), mask=here)
         if PREDICTION or CORRECT:
-            leads = (pivot > top) | ((pivot == top) & (pivot_class < first))
-            predicted = tl.where(leads, pivot_class, first)
             if PREDICTION:
                 found = tl.where(defined, predicted, -1).to(tl.int64)
                 tl.store(prediction_ptr + row, found, mask=here)
