@@ -20,7 +20,7 @@ from polyce.stats import Stats
 # What goes for a null pointer: the one form that CuPy 13 takes as well.
 _NULL = 0
 # Bytes of two sums, and what the state of a part of a row takes at the most.
-_SUMS, _STATE = 16, 112
+_SUMS, _STATE = 16, 104
 _MOST_KNOWN = 1024
 
 _plans: dict[tuple[Problem, Facts], Plan] = {}

@@ -166,9 +166,10 @@ DEVICE void take(const Call& call, const logit* x, const target* p, Taken<U, W>&
 
 // Count classes into a state, all but the pivot.
 template <int U, int W>
-DEVICE void absorb(const Call& call, int pivot, const real* weight, const Taken<U, W>& taken,
+DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<U, W>& taken,
                    State& state) {
-#if PROBABILITY
+  int pivot = label;
+#if LARGEST
   real pivot_logit = -infinity(), pivot_r = 0;
   pivot = NONE;
 #pragma unroll
@@ -177,35 +178,28 @@ DEVICE void absorb(const Call& call, int pivot, const real* weight, const Taken<
     for (int w = 0; w < W; w++) {
       if (!taken.has(u)) continue;
       const int c = taken.number(u, w);
-#if STATS
+#if PROBABILITY && STATS
       choose_likeliest(state, taken.p[u][w], c);
 #endif
       const real x = taken.x[u][w];
       if (x > pivot_logit || (pivot == NONE && x == pivot_logit)) {
         pivot_logit = x;
-        pivot_r = coefficient(call, weight, taken.p[u][w], c);
+#if SPREAD
+        pivot_r = coefficient(call, weight, taken.probability(u, w), c);
+#endif
         pivot = c;
       }
     }
 #endif
   real top = -infinity();
-#if STATS
-  int first = NONE;
-#endif
 #pragma unroll
   for (int u = 0; u < U; u++)
 #pragma unroll
     for (int w = 0; w < W; w++) {
       if (!taken.has(u) || taken.number(u, w) == pivot) continue;
       const real x = taken.x[u][w];
-#if STATS
-      if (x > top || (first == NONE && x == top)) first = taken.number(u, w);
-#endif
       if (x > top) top = x;
     }
-#if STATS
-  find_first(state, top, first);
-#endif
   if (top > state.top) carry(call, state, top);
   const real reference = reference_of(state.top);
   // Four at a time, in pairs, so that equal terms add up exactly.
@@ -258,7 +252,7 @@ DEVICE void absorb(const Call& call, int pivot, const real* weight, const Taken<
       state.entropy += entropy[0];
 #endif
     }
-#if PROBABILITY
+#if LARGEST
   choose_pivot(call, state, pivot_logit, pivot_r, pivot);
 #endif
 }

@@ -101,12 +101,7 @@ struct Results {
 // Write what a whole row's state says, and add its loss and weight to the sums.
 DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const State& state,
                         const Results& results, Sums& sums) {
-#if PROBABILITY
-  const real at_pivot = state.pivot_r;
-#else
-  const real at_pivot = row.weight * (call.kept + call.share);
-#endif
-  const Outcome found = finish(call, state, at_pivot, row.weight * call.z_loss);
+  const Outcome found = finish(call, state, row.weight, row.label);
   double loss = row.counted ? found.loss * row.sample : 0;
   if (row.invalid) loss = not_a_number();
   sums.loss += loss;
@@ -114,14 +109,12 @@ DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const 
   if (results.loss) store_number(results.loss, number, call.loss_kind, loss);
 #if STATS
 #if PROBABILITY
-  const int pivot = state.pivot_class, wanted = state.likeliest_class;
+  const int wanted = state.likeliest_class;
 #else
-  const int pivot = row.label, wanted = row.label;
+  const int wanted = row.label;
 #endif
   const bool defined = row.counted && found.lse == found.lse;
-  const bool leads =
-      state.pivot > state.top || (state.pivot == state.top && pivot < state.first);
-  const int predicted = leads ? pivot : state.first;
+  const int predicted = state.pivot_class;
   if (results.lse) results.lse[number] = row.counted ? found.lse : not_a_number();
   if (results.entropy) results.entropy[number] = row.counted ? found.entropy : not_a_number();
   if (results.prediction) results.prediction[number] = defined ? predicted : -1;
@@ -141,10 +134,12 @@ DEVICE double cotangent_of(const Call& call, const void* array, double number, i
 DEVICE Gradient gradient_facts(const Call& call, const Meaning& row, const State& state,
                                const Outcome& found, double g) {
   Gradient facts;
-  facts.reference = reference_of(state.top);
+  facts.reference = found.top;
   facts.factor = found.factor;
   facts.at_pivot = found.pivot_gradient;
-#if SOFTCAP
+#if SOFTCAP && STATS && !PROBABILITY
+  facts.at_pivot *= slope(call, state.label);
+#elif SOFTCAP
   facts.at_pivot *= slope(call, state.pivot);
 #else
   g *= call.exact_scale;
@@ -170,8 +165,14 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
   x += place.row.x_at;
 #if !PROBABILITY
   // Before anything may write over it.
-  if (place.seat.member == 0 && part == 0)
-    place.state.pivot = Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
+  if (place.seat.member == 0 && part == 0) {
+    const real label = (real)Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
+#if STATS
+    place.state.label = label;
+#else
+    place.state.pivot = label;
+#endif
+  }
 #endif
   const target* p = targets.given + place.row.t_at;
   each_class(call, place.seat.member, x, p, part, [&](const auto& taken) {

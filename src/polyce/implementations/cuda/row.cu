@@ -106,13 +106,15 @@ struct Sum {
 typedef double Sum;
 #endif
 
+// Whether the pivot is the class of the largest logit, and not the label.
+#define LARGEST (PROBABILITY || STATS)
 // Whether the ints of a state would leave a gap.
-#define PADDED (STATS || (PROBABILITY && REAL == FLOAT64))
+#define PADDED (PROBABILITY ? !STATS && REAL == FLOAT64 : STATS)
 
 // The state of some of a row's classes, less the pivot.
 struct State {
   real top;    // m', the largest logit
-  real pivot;  // its logit: of a label if it lies in the part, else the largest logit read so far
+  real pivot;  // its logit: where it is the label, if that lies in the part
   Sum total;   // d', the sum of exp(x - m')
 #if SPREAD
   Sum rest;    // R', the sum of the coefficients
@@ -121,21 +123,19 @@ struct State {
 #if STATS
   Sum entropy;  // the sum of exp(x - m') (m' - x)
 #endif
-#if PROBABILITY
-  real pivot_r;
-  int pivot_class;
-#endif
-#if STATS
-  int first;  // the first class with the largest logit
+#if LARGEST
+  real pivot_r;     // without what the label has beside its share of the smoothing
+  int pivot_class;  // the first with the largest logit
 #endif
 #if PROBABILITY && STATS
   int likeliest_class;
+  real likeliest;
 #endif
 #if PADDED
   int unused;  // so that all bytes of a state in memory are written
 #endif
-#if PROBABILITY && STATS
-  real likeliest;
+#if STATS && !PROBABILITY
+  real label;  // its logit, in the state of a row's first thread
 #endif
 };
 
@@ -149,19 +149,21 @@ DEVICE State nothing_read() {
 #endif
 #if STATS
   state.entropy = 0;
-  state.first = NONE;
-#endif
-#if PADDED
-  state.unused = 0;
 #endif
   state.pivot = -infinity();
-#if PROBABILITY
+#if LARGEST
   state.pivot_r = 0;
   state.pivot_class = NONE;
 #endif
 #if PROBABILITY && STATS
-  state.likeliest = -infinity();
   state.likeliest_class = NONE;
+  state.likeliest = -infinity();
+#endif
+#if PADDED
+  state.unused = 0;
+#endif
+#if STATS && !PROBABILITY
+  state.label = 0;
 #endif
   return state;
 }
@@ -188,25 +190,18 @@ DEVICE void carry(const Call& call, State& state, real top) {
   state.top = top;
 }
 
-#if STATS
-DEVICE void find_first(State& state, real top, int first) {
-  if (top > state.top || (top == state.top && first < state.first)) state.first = first;
-}
-#endif
-
-#if PROBABILITY
+#if LARGEST
 // Count a class in that is not the pivot after all.
 DEVICE void include(const Call& call, State& state, real x, real r, int c) {
   if (c == NONE) return;
-#if STATS
-  find_first(state, x, c);
-#endif
   if (x > state.top) carry(call, state, x);
   const real gap = difference(call, x, reference_of(state.top));
   const real p = exp_of(gap);
   state.total += p;
+#if SPREAD
   state.rest += r;
   if (r != 0) state.excess += r * -gap;
+#endif
 #if STATS
   if (p != 0) state.entropy += p * -gap;
 #endif
@@ -226,8 +221,9 @@ DEVICE void choose_pivot(const Call& call, State& state, real x, real r, int c) 
   }
   include(call, state, x, r, c);
 }
+#endif
 
-#if STATS
+#if PROBABILITY && STATS
 DEVICE void choose_likeliest(State& state, real p, int c) {
   if (p > state.likeliest || (p == state.likeliest && c < state.likeliest_class)) {
     state.likeliest = p;
@@ -235,13 +231,9 @@ DEVICE void choose_likeliest(State& state, real p, int c) {
   }
 }
 #endif
-#endif
 
 // Join the state of other classes to one. A label's logit is in the state of the first part.
 DEVICE void merge(const Call& call, State& state, State other) {
-#if STATS
-  find_first(state, other.top, other.first);
-#endif
   if (other.top > state.top) carry(call, state, other.top);
   if (state.top > other.top) carry(call, other, state.top);
   state.total += other.total;
@@ -252,32 +244,32 @@ DEVICE void merge(const Call& call, State& state, State other) {
 #if STATS
   state.entropy += other.entropy;
 #endif
-#if PROBABILITY
+#if LARGEST
   choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);
-#if STATS
-  choose_likeliest(state, other.likeliest, other.likeliest_class);
 #endif
+#if PROBABILITY && STATS
+  choose_likeliest(state, other.likeliest, other.likeliest_class);
 #endif
 }
 
-// How far the pivot is below the largest other logit, and what rounding took from that.
+// How far a class is below the largest besides the pivot's, and what rounding took from that.
 struct Gap { real delta, error; };
 
-DEVICE Gap pivot_gap(const Call& call, const State& state) {
+DEVICE Gap exact_gap(const Call& call, real top, real x) {
   Gap gap;
 #if REAL == FLOAT32
-  const double exact = difference(call, (double)state.top, (double)state.pivot);
+  const double exact = difference(call, (double)top, (double)x);
   gap.delta = (real)exact;
   gap.error = (real)(exact - gap.delta);
 #elif SOFTCAP
-  gap.delta = difference(call, state.top, state.pivot);
+  gap.delta = difference(call, top, x);
   gap.error = 0;
 #else
   // The exact rounding errors of a difference and of a product.
-  const real plain = state.top - state.pivot;
-  const real pivot_part = state.top - plain;
-  const real top_part = plain + pivot_part;
-  const real lost = (state.top - top_part) + (pivot_part - state.pivot);
+  const real plain = top - x;
+  const real x_part = top - plain;
+  const real top_part = plain + x_part;
+  const real lost = (top - top_part) + (x_part - x);
   gap.delta = plain * call.exact_scale;
   gap.error = fma(plain, call.exact_scale, -gap.delta) + lost * call.exact_scale;
 #endif
@@ -291,13 +283,35 @@ struct Outcome {
   real loss;
   real lse;
   real entropy;
+  real top;             // m', or 0 for -inf: of the label in a gradient, where there is one
   real factor;          // of exp(x - m') in the gradient
   real pivot_gradient;
 };
 
-// `at_pivot` is the pivot's coefficient, `penalty` that of the squared lse.
-DEVICE Outcome finish(const Call& call, const State& state, real at_pivot, real penalty) {
-  const Gap gap = pivot_gap(call, state);
+// `weight` is that of the label's class; 1 for probabilities.
+DEVICE Outcome finish(const Call& call, const State& state, real weight, int label) {
+#if SPREAD
+  double others_r = state.rest, excess = state.excess;
+#elif LARGEST
+  double others_r = 0, excess = 0;
+#endif
+#if PROBABILITY
+  const real at_pivot = state.pivot_r;
+#else
+  const real at_label = weight * (call.kept + call.share);
+#if LARGEST
+  // The label is one of the other classes, unless it is the likeliest.
+  const bool leads = label == state.pivot_class;
+  const real at_pivot = leads ? at_label : state.pivot_r;
+  const Gap label_gap = exact_gap(call, reference_of(state.top), state.label);
+  const double added = leads ? (real)0 : weight * call.kept;
+  others_r += added;
+  if (added != 0) excess += added * ((double)label_gap.delta + label_gap.error);
+#else
+  const real at_pivot = at_label;
+#endif
+#endif
+  const Gap gap = exact_gap(call, state.top, state.pivot);
   const bool below = gap.delta <= 0;
   const real opposite = -gap.delta;
   real low = exp_of(below ? gap.delta : opposite);
@@ -313,16 +327,23 @@ DEVICE Outcome finish(const Call& call, const State& state, real at_pivot, real 
   const real probability = (below ? (real)1 : low) / (1 + e);
   const real others = (real)(state.total * found.factor);
   real sum_of_r = at_pivot;
-#if SPREAD
-  const real rest = (real)state.rest;
+#if SPREAD || LARGEST
+  const real rest = (real)others_r;
   const real ahead = below && rest != 0 ? opposite : (real)0;
-  found.loss += (real)state.excess + rest * ahead + rest * h;
+  found.loss += (real)excess + rest * ahead + rest * h;
   sum_of_r += rest;
   found.pivot_gradient = rest - sum_of_r * others;
+#if LARGEST
+  // Two forms of one number, of which that with the smaller terms loses fewer digits.
+  const real share = sum_of_r * probability;
+  if (size_of(share) + size_of(at_pivot) < size_of(rest) + size_of(sum_of_r * others))
+    found.pivot_gradient = share - at_pivot;
+#endif
 #else
   found.pivot_gradient = -at_pivot * others;
 #endif
   found.lse = transformed(call, below ? state.pivot : state.top) + h;
+  const real penalty = weight * call.z_loss;
   if (penalty != 0) {
     found.loss += penalty * found.lse * found.lse;
     const real pull = 2 * penalty * found.lse;
@@ -335,6 +356,17 @@ DEVICE Outcome finish(const Call& call, const State& state, real at_pivot, real 
   const real gap_behind = probability == 0 ? (real)0 : behind;
   found.entropy = (real)(found.factor * state.entropy) + others * (gap_ahead + h) +
                   probability * (gap_behind + h);
+#endif
+  found.top = reference_of(state.top);
+#if STATS && !PROBABILITY
+  if (!leads) {
+    // The gradient has the label for the pivot, as it has without stats.
+    real low_label = exp_of(-label_gap.delta);
+    low_label -= low_label * label_gap.error;
+    found.pivot_gradient = sum_of_r * (low_label * found.factor) - at_label;
+    found.top = reference_of(state.pivot);
+    found.factor = probability;
+  }
 #endif
   found.factor *= sum_of_r;
   return found;
