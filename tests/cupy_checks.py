@@ -184,6 +184,33 @@ def confident() -> None:
     np.testing.assert_allclose(loss.get(), exact[0], rtol=5e-7)
 
 
+def unlikely_labels(**table: int) -> Check:
+    """Give a check of the entropy of rows with another label than the class that leads by far."""
+
+    def check() -> None:
+        rows = np.random.default_rng(0).normal(0.0, 1.0, (8, 70))
+        rows[:, 3] += 20.0
+        x, t = on_device(rows.astype(np.float32), np.full(8, 41))
+        with settings(**table):
+            _, stats = polyce.cross_entropy(x, t, return_stats="entropy", **ROWS)
+        p = np.exp(x.get().astype(np.float64))
+        p /= p.sum(1, keepdims=True)
+        np.testing.assert_allclose(stats.entropy.get(), -(p * np.log(p)).sum(1), rtol=1e-6)
+
+    return check
+
+
+def flat() -> None:
+    """Check the gradient of the likeliest class where it is hardly likelier than others."""
+    rows = np.random.default_rng(0).normal(0.0, 0.25, (8, 512)).astype(np.float32)
+    given = Given(rows, np.full((8, 512), 1 / 512, np.float32), None, None)
+    wanted = expected(Given(*(a if a is None else a.astype(np.float64) for a in given)), **ROWS)[1]
+    _, grad = polyce.cross_entropy_with_grad(*on_device(*given[:2]), **ROWS)
+    top = rows.argmax(1)[:, None]
+    found, wanted = (np.take_along_axis(a, top, 1) for a in (grad.get(), wanted))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def rounded_once() -> None:
     """Check a loss so near the middle of two float16 numbers that float32 takes it for that."""
     x, t = on_device(np.zeros((1, 2), np.float16), np.array([0]))

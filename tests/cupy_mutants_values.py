@@ -25,6 +25,7 @@ MASKED = of_rows([[0.0, -INF, -INF, -INF, -INF, -INF, 1.0, -INF]], [0], table=SH
 TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="prediction")
 BY_ROW = right((3, 10), grad_output=cupy_checks.thirds(3))
 OLD_KEY = "plan = _plans.get((problem, facts))"
+FIND_PIVOT = "if (x > pivot_logit || (pivot == NONE && x == pivot_logit))"
 UINT64 = [2**64 - 100, 3, 2**63]
 
 MUTANTS = {
@@ -86,7 +87,23 @@ MUTANTS = {
         "struct Sums { float loss, weight; double no; }",
     ),
     "last-of-the-largest": wrong(
-        TIES, ROW, "(top == state.top && first < state.first)", "top == state.top"
+        TIES, ROW, "(x == state.pivot && c < state.pivot_class)", "x == state.pivot"
+    ),
+    "entropy-from-the-label": wrong(
+        cupy_checks.unlikely_labels(), CLASSES, FIND_PIVOT, "if (c == label)"
+    ),
+    "entropy-from-the-label-of-parts": wrong(
+        cupy_checks.unlikely_labels(**SPLIT), CLASSES, FIND_PIVOT, "if (c == label)"
+    ),
+    "label-counted-twice": wrong(
+        of_rows([[0.0, 3.0, 1.0]], [1], return_stats=True),
+        ROW,
+        "added = leads ? (real)0 : weight",
+        "added = weight",
+    ),
+    "likeliest-is-the-gradient-s-pivot": wrong(STATS, ROW, "found.factor = probability;", ""),
+    "one-form-at-the-pivot": wrong(
+        cupy_checks.flat, ROW, "found.pivot_gradient = share - at_pivot;", ""
     ),
     "entropy-stays-behind": wrong(STATS, ROW, "state.entropy += state.total * risen;", ""),
     # whole rows

@@ -288,3 +288,44 @@ def test_few_rows_of_a_wide_head_lie_class_by_class(
     head = torch.ones((200, features), dtype=hidden.dtype)
     polyce.linear_cross_entropy_with_grad(hidden, head, torch.zeros(rows, dtype=torch.int64))
     assert seen == [(strides, strides)]
+
+
+class OnCuda:
+    """A stand-in for a 16-bit matrix on a device that says it is CUDA, as ROCm's do."""
+
+    is_cuda = True
+    dtype = "16 bits"
+
+
+@pytest.mark.only("torch")
+@pytest.mark.parametrize(
+    ("overloads", "hip", "wide"),
+    [
+        (["default", "out", "dtype"], None, True),
+        (["default", "out"], None, False),
+        (["default", "out", "dtype"], "6.3", False),
+    ],
+    ids=["cuda", "torch-2.7", "rocm"],
+)
+def test_wide_products_are_asked_for_where_they_are(
+    torch: Any, monkeypatch: pytest.MonkeyPatch, overloads: list[str], hip: str | None, wide: bool
+) -> None:
+    import importlib
+
+    from polyce.linear import torch_memory
+
+    asked = []
+
+    def product(a: Any, b: Any, **options: Any) -> Any:
+        asked.append(options)
+        return torch.ones(2, 2)
+
+    total = torch.full((2, 2), 3.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.version, "hip", hip)
+        patched.setattr(torch.ops.aten.mm, "overloads", lambda: overloads)
+        patched.setattr(torch, "mm", product)
+        importlib.reload(torch_memory).MEMORY.add_product(OnCuda(), OnCuda(), total, False, None)
+    importlib.reload(torch_memory)
+    assert asked == [{"out_dtype": torch.float32} if wide else {}]
+    assert torch.equal(total, torch.full((2, 2), 4.0))

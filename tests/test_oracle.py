@@ -84,6 +84,19 @@ def test_z_loss_adds_the_square_of_lse_times_the_weight_of_the_label() -> None:
     assert_close(answer.pull_part[1], 3.0 * 0.5 * size / 4, ulp=4)
 
 
+def test_the_likeliest_class_is_measured_by_the_smaller_terms() -> None:
+    quarters = np.full((2, 4), 0.25)
+    logits = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, math.log(9.0)]])
+    answer = exact_answer(logits, quarters, reduction="none")
+    # 1/4 - 1/4, and 3/4 - 3/4 is the same; 3/4 - 1/4 by its terms of 1 and 1/4 is larger.
+    assert_close(answer.softmax_part[[0, 1], [0, 3]], [0.25, 0.25])
+    assert_close(answer.coefficient_part[[0, 1], [0, 3]], [0.25, 0.75])
+    assert_close(answer.grad[1, 3], 0.5)
+    # A label is measured as it was.
+    labels = exact_answer(logits, np.array([0, 3]), reduction="none")
+    assert_close(labels.softmax_part[[0, 1], [0, 3]], [0.75, 0.25])
+
+
 def test_a_scale_multiplies_and_a_softcap_bounds_the_logits() -> None:
     scaled = exact_answer(LOGITS, LABELS, reduction="none", logit_scale=0.5)
     plain = exact_answer(LOGITS * 0.5, LABELS, reduction="none")
@@ -214,11 +227,9 @@ def test_the_measures_of_a_row_on_paper() -> None:
     assert_close(seen.spread, math.log(2.0) / 3, ulp=4)
     assert_close(seen.lead, 5.0 - math.log(2.0), ulp=4)
     assert seen.entropy_scale == seen.entropy
-    # A label that is not the largest class: 1 - softmax of it comes on top.
     wrong = measures(row, 2)
     assert wrong is not None
-    total = 3.0 + math.exp(5.0)
-    assert_close(wrong.entropy_scale, wrong.entropy + 1.0 - 1.0 / total)
+    assert wrong.entropy_scale == seen.entropy
     assert_close(wrong.lead, 5.0)
     alone = measures((3.0, -math.inf), 0)
     assert alone is not None

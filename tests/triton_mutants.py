@@ -179,6 +179,24 @@ def ties() -> None:
     assert stats.prediction.tolist() == [0, 0]
 
 
+def unlikely_labels(table: dict[str, int] = TILES) -> None:
+    """Check the entropy of rows with another label than the class that leads by far."""
+    import torch
+
+    torch.manual_seed(0)
+    x, t = torch.randn(8, 19), torch.full((8,), 11)
+    x[:, 3] += 20.0
+    with changed(table):
+        _, stats = polyce.cross_entropy(x, t, return_stats="entropy", implementation="triton")
+    exact = torch.special.entr(x.double().softmax(1)).sum(1)
+    torch.testing.assert_close(stats.entropy.double(), exact, rtol=1e-6, atol=0.0)
+
+
+def unlikely_labels_in_parts() -> None:
+    """Check the same in rows that several programs read."""
+    unlikely_labels(PARTS)
+
+
 def many_rows() -> None:
     """Check a mean over more programs than are added up at once."""
     import torch
@@ -346,10 +364,37 @@ MUTANTS = {
         KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
     ),
     "last-of-the-largest": Mutant(
-        ROW,
-        "(top == other_top) & (first < other_first)",
-        "(top == other_top) & (first > other_first)",
+        TILE,
+        "(other == pivot) & (other_class < pivot_class)",
+        "(other == pivot) & (other_class > pivot_class)",
         ties,
+    ),
+    "entropy-from-the-label": Mutant(
+        KERNEL,
+        "LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT",
+        "LARGEST: tl.constexpr = PROBABILITY",
+        unlikely_labels,
+    ),
+    "entropy-from-the-label-of-parts": Mutant(
+        KERNEL,
+        "LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT",
+        "LARGEST: tl.constexpr = PROBABILITY",
+        unlikely_labels_in_parts,
+    ),
+    "label-counted-twice": Mutant(
+        TILE,
+        "added = tl.where(leads, 0.0, weight * kept.to(DTYPE))",
+        "added = weight * kept.to(DTYPE)",
+        STATS,
+    ),
+    "likeliest-saved-for-backward": Mutant(
+        TILE, "factor = tl.where(leads, factor, probability)", "factor = factor", STATS
+    ),
+    "one-form-at-the-pivot": Mutant(
+        ROW,
+        "pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)",
+        "pivot_grad = pivot_grad",
+        grid("accuracy", only="likeliest/flat"),
     ),
     # the row
     "rounded-gap": Mutant(

@@ -47,7 +47,7 @@ def _power_of_two(n):
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
     """Round to what is stored, once."""
-    if x.dtype == tl.float64 and (TYPE == tl.bfloat16 or TYPE == tl.float16):
+    if x.dtype == tl.float64 and TYPE.primitive_bitwidth < 32:
         x = _rounded_to_odd(x)
     elif TYPE == tl.bfloat16:
         x = x.to(tl.float32)

@@ -8,6 +8,10 @@ import torch
 
 from polyce.linear.in_place import Memory
 
+# Whether torch gives a product of 16 bits in 32 on CUDA: from 2.8 on. For ROCm it has the argument
+# too, and some versions refuse it. Otherwise a product is rounded to 16 bits, and added in 32.
+_HAS_WIDE_PRODUCTS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, bias: Any, out: torch.Tensor) -> None:
     if bias is None:
@@ -25,8 +29,7 @@ def _add_product(
         else:
             total.addmm_(a, b)
         return
-    # Only on these devices can torch give a product of 16 bits in 32.
-    wide = {"out_dtype": total.dtype} if a.is_cuda else {}
+    wide = {"out_dtype": total.dtype} if _HAS_WIDE_PRODUCTS and a.is_cuda else {}
     product = torch.mm(a, b, **wide)
     if first:
         total.copy_(product)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .case import Case
 from .dtypes import Array, dtype
-from .grid_draw import CLASSES, ROWS
+from .grid_draw import CLASSES, ROWS, draw_logits, draw_probabilities
 
 LABEL = 2
 INF, NAN = np.inf, np.nan
@@ -245,9 +245,27 @@ def accuracy_cases(names: Sequence[str]) -> Iterator[Case]:
         yield case("spread", spread_out, labels % 10)
         yield case("spread/top", spread_out, spread_out.argmax(axis=1))
         yield case("spread/smoothing", spread_out, labels % 10, label_smoothing=0.1)
+        yield from _likeliest_cases(name)
     for name in names:
         yield from _long_cases(name)
         yield from _narrow_cases(name)
+
+
+def _likeliest_cases(name: str) -> Iterator[Case]:
+    """Yield rows whose likeliest class has a small share of 512, as its coefficient is."""
+    rows, classes = 8, 512
+    one_hot = (np.arange(rows)[:, None] * 7 == np.arange(classes)).astype(np.float64)
+    drawn = draw_probabilities(87, (rows, classes), "float64", 1)
+    targets = {"one-hot": one_hot, "drawn": drawn, "mixed": 0.5 * one_hot + 0.5 * drawn}
+    for (kind, spread), (t, target) in product((("flat", 0.25), ("mild", 1.0)), targets.items()):
+        yield Case(
+            f"accuracy/likeliest/{kind}/{t}/{name}",
+            "accuracy",
+            draw_logits(88, (rows, classes), name, spread),
+            target.astype(dtype(name)),
+            None,
+            {"reduction": "none"},
+        )
 
 
 def _long_cases(name: str) -> Iterator[Case]:

@@ -94,7 +94,8 @@ class Answer:
         ``2 * z_loss * (|m| + h)``: ``(R + Z) * softmax_c`` and ``|r_c|``, at the pivot
         ``R * (1 - softmax_k) + Z * softmax_k`` and the sum of the other ``|r_c|``, all times the
         row's scale and the slope of the transform. The pivot k is the label, for probabilities
-        the class of the largest logit. 0 in rows that are not finite.
+        the class of the largest logit; there they are those of the other classes, if these are
+        smaller together. 0 in rows that are not finite.
     pull_part : ndarray
         ``Z * softmax_c``, what the z-loss adds to `softmax_part`.
     gap : ndarray

@@ -265,10 +265,13 @@ def row_answer(
         pull_part = [pull_size * s for s in row.softmax]
         softmax_part = [magnitude * s + z for s, z in zip(row.softmax, pull_part, strict=True)]
         rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
-        softmax_part[pivot] = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
-        coefficient_part[pivot] = sum(
-            coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO
-        )
+        other_softmax = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
+        other_r = sum(coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO)
+        # The likeliest class has the form with the smaller terms, a label always this one.
+        if isinstance(target, int) or not (
+            softmax_part[pivot] + coefficient_part[pivot] < other_softmax + other_r
+        ):
+            softmax_part[pivot], coefficient_part[pivot] = other_softmax, other_r
         if logit_scale is not None or logit_softcap is not None:
             grad, softmax_part, pull_part, coefficient_part = (
                 [slope * value for slope, value in zip(row.slopes, values, strict=True)]

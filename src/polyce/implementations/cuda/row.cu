@@ -291,9 +291,11 @@ struct Outcome {
 // `weight` is that of the label's class; 1 for probabilities.
 DEVICE Outcome finish(const Call& call, const State& state, real weight, int label) {
 #if SPREAD
-  double others_r = state.rest, excess = state.excess;
+  double others_r = state.rest;
+  const real excess = (real)state.excess;
 #elif LARGEST
-  double others_r = 0, excess = 0;
+  double others_r = 0;
+  const real excess = 0;
 #endif
 #if PROBABILITY
   const real at_pivot = state.pivot_r;
@@ -303,10 +305,8 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   // The label is one of the other classes, unless it is the likeliest.
   const bool leads = label == state.pivot_class;
   const real at_pivot = leads ? at_label : state.pivot_r;
-  const Gap label_gap = exact_gap(call, reference_of(state.top), state.label);
-  const double added = leads ? (real)0 : weight * call.kept;
+  const real added = leads ? (real)0 : weight * call.kept;
   others_r += added;
-  if (added != 0) excess += added * ((double)label_gap.delta + label_gap.error);
 #else
   const real at_pivot = at_label;
 #endif
@@ -330,7 +330,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if SPREAD || LARGEST
   const real rest = (real)others_r;
   const real ahead = below && rest != 0 ? opposite : (real)0;
-  found.loss += (real)excess + rest * ahead + rest * h;
+  found.loss += excess + rest * ahead + rest * h;
   sum_of_r += rest;
   found.pivot_gradient = rest - sum_of_r * others;
 #if LARGEST
@@ -360,6 +360,8 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   found.top = reference_of(state.top);
 #if STATS && !PROBABILITY
   if (!leads) {
+    const Gap label_gap = exact_gap(call, found.top, state.label);
+    if (added != 0) found.loss += added * label_gap.delta + added * label_gap.error;
     // The gradient has the label for the pivot, as it has without stats.
     real low_label = exp_of(-label_gap.delta);
     low_label -= low_label * label_gap.error;
