@@ -86,15 +86,15 @@ def test_z_loss_adds_the_square_of_lse_times_the_weight_of_the_label() -> None:
 
 def test_the_likeliest_class_is_measured_by_the_smaller_terms() -> None:
     quarters = np.full((2, 4), 0.25)
-    logits = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, math.log(9.0)]])
+    logits = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, math.log(27.0)]])
     answer = exact_answer(logits, quarters, reduction="none")
-    # 1/4 - 1/4, and 3/4 - 3/4 is the same; 3/4 - 1/4 by its terms of 1 and 1/4 is larger.
-    assert_close(answer.softmax_part[[0, 1], [0, 3]], [0.25, 0.25])
+    # Of 1/4 - 1/4 and 3/4 - 3/4 the first; of 9/10 - 1/4 and 3/4 - 1/10 the second.
+    assert_close(answer.softmax_part[[0, 1], [0, 3]], [0.25, 0.1])
     assert_close(answer.coefficient_part[[0, 1], [0, 3]], [0.25, 0.75])
-    assert_close(answer.grad[1, 3], 0.5)
+    assert_close(answer.grad[1, 3], 0.65)
     # A label is measured as it was.
     labels = exact_answer(logits, np.array([0, 3]), reduction="none")
-    assert_close(labels.softmax_part[[0, 1], [0, 3]], [0.75, 0.25])
+    assert_close(labels.softmax_part[[0, 1], [0, 3]], [0.75, 0.1])
 
 
 def test_a_scale_multiplies_and_a_softcap_bounds_the_logits() -> None:
