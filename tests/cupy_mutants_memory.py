@@ -182,7 +182,7 @@ MUTANTS = {
     "reads-a-written-neighbour": wrong(
         right(LONG, in_place=True, orders=ORDERS),
         KERNELS,
-        "facts.reference = reference_of(state.top);",
+        "facts.reference = found.top;",
         "facts.reference = reference_of(state.top) - state.pivot;",
         KERNELS,
         "const Gradient& facts = places[first].gradient;",
