@@ -385,10 +385,13 @@ MUTANTS = {
         TILE,
         "added = tl.where(leads, 0.0, weight * kept.to(DTYPE))",
         "added = weight * kept.to(DTYPE)",
-        STATS,
+        grid("stats", only="margins/plain/top"),
     ),
     "likeliest-saved-for-backward": Mutant(
-        TILE, "factor = tl.where(leads, factor, probability)", "factor = factor", STATS
+        TILE,
+        "factor = tl.where(leads, factor, probability)",
+        "factor = factor",
+        grid("stats", only="margins/plain/wrong"),
     ),
     "one-form-at-the-pivot": Mutant(
         ROW,
