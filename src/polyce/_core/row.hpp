@@ -163,8 +163,9 @@ POLYCE_INLINE RowGradient row_gradient(
     const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
+    const auto size = [](double value) POLYCE_INLINE_LAMBDA { return value < 0.0 ? -value : value; };
     const bool is_nearer =
-        total == infinity<double> || (at_top && near + s.pivot_coefficient < away + s.rest_coefficient);
+        total == infinity<double> || (at_top && size(near) + size(s.pivot_coefficient) < size(away) + size(s.rest_coefficient));
     double at_pivot = is_nearer ? near - s.pivot_coefficient : s.rest_coefficient - away;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;

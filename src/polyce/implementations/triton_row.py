@@ -347,7 +347,7 @@ def finish(
     e = tl.where(below, total * wide + nothing, (total - 1.0) + wide).to(DTYPE)
     h = log1p(e, DTYPE)
     behind = tl.where(below, 0.0, delta)
-    loss = at_pivot * tl.where(at_pivot == 0.0, 0.0, behind) + at_pivot * h
+    loss = at_pivot * (tl.where(at_pivot == 0.0, 0.0, behind) + h)
     factor = tl.where(below, decay, 1.0) / (1.0 + e)
     probability = tl.where(below, 1.0, decay) / (1.0 + e)
     others = (total * factor).to(DTYPE)
@@ -355,16 +355,20 @@ def finish(
     if SPREAD:
         rest = rest.to(DTYPE)
         ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
-        loss += excess.to(DTYPE) + rest * ahead + rest * h
+        # The excess would be nan where an infinite coefficient has met a gap of 0.
+        loss += tl.where(rest == float("inf"), 0.0, excess.to(DTYPE)) + rest * (ahead + h)
         sum_of_r = at_pivot + rest
         pivot_grad = rest - sum_of_r * others
     else:
         pivot_grad = -at_pivot * others
+    # Two forms of one number. With infinite terms this one is torch's.
+    share = sum_of_r * probability
+    smaller = sum_of_r == float("inf")
     if LARGEST:
-        # Two forms of one number, of which that with the smaller terms loses fewer digits.
-        share = sum_of_r * probability
-        smaller = tl.abs(share) + tl.abs(at_pivot) < tl.abs(rest) + tl.abs(sum_of_r * others)
-        pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)
+        # The one with the smaller terms loses fewer digits.
+        sizes = tl.abs(share) + tl.abs(at_pivot), tl.abs(rest) + tl.abs(sum_of_r * others)
+        smaller = smaller | (sizes[0] < sizes[1])
+    pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)
     lse = h
     if LSE or PENALTY:
         largest = tl.where(below, pivot, top)
@@ -377,6 +381,8 @@ def finish(
     if ENTROPY:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
-        entropy = (factor * entropy).to(DTYPE) + others * (gap_ahead + h)
+        # The lead may be beyond the largest number where nothing is left for the others.
+        lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
+        entropy = (factor * entropy).to(DTYPE) + lacking
         entropy += probability * (gap_behind + h)
     return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad

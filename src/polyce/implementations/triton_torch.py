@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from polyce import registry, stats, torch_calls
+from polyce import registry, stats, torch_calls, torch_checks
 from polyce.implementations import triton_launch
 from polyce.implementations.triton_launch import Results
 from polyce.problem import Operands, Problem
@@ -21,6 +23,7 @@ def forward(
     """Give the loss, the stats, and what a backward pass wants where there will be one."""
     if problem.is_empty:
         return _OF_NOTHING.forward(problem, operands, keep)
+    _check_storages(operands)
     device = operands.logits.device
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -49,8 +52,10 @@ def backward(
     logits = operands.logits.detach()
     if problem.is_empty:
         return _OF_NOTHING.backward(problem, operands, saved, out)
+    torch_calls.check_returned(problem, operands)
     if saved.rows is None:
         _, _, saved = forward(problem, operands, keep=True)
+    _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
     call, place = triton_launch.call(problem, operands, grad), grad
     if call.grad_rows is None:
@@ -63,6 +68,22 @@ def backward(
     launches = triton_launch.backward(call, saved.rows, saved.denominator, cotangent, place)
     triton_launch.run(launches, logits)
     return grad if place is grad else grad.copy_(place)
+
+
+def _check_storages(operands: Operands) -> None:
+    logits, *others = operands
+    torch_checks.check_storages(
+        input=logits, **dict(zip(operands._fields[1:], others, strict=True))
+    )
+
+
+def _check_saved(problem: Problem, saved: Saved) -> None:
+    """Refuse what a forward pass has not saved so."""
+    rows = torch.Size((math.prod(problem.row_shape), 4))
+    kinds = [(rows, torch.float64), None]
+    if problem.reduction == "mean":
+        kinds[1] = (torch.Size(()), torch.float64)
+    torch_checks.check_returned(kinds, saved)
 
 
 def cross_entropy_with_grad(

@@ -30,8 +30,7 @@ NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part")
 PER_CLASS = (*PARTS, "gap", "angle", "pivot")
 STATS = (
-    "lse", "entropy", "prediction", "correct", "lse_scale", "entropy_scale", "entropy_spread",
-    "entropy_lead",
+    "lse", "entropy", "prediction", "correct", "lse_scale", "entropy_spread", "entropy_lead",
 )  # fmt: skip
 
 
@@ -51,8 +50,6 @@ class ExactStats:
     lse_scale : ndarray of float64
         Magnitude for errors of lse: the larger one of its largest logit and of what the log of
         the sum adds to that.
-    entropy_scale : ndarray of float64
-        Magnitude for errors of the entropy: the entropy itself.
     entropy_spread, entropy_lead : ndarray of float64
         Error of the entropy for one unit of relative error in every gap, and in the `lead`.
     """
@@ -63,7 +60,6 @@ class ExactStats:
     correct: npt.NDArray[np.bool_]
     valid: npt.NDArray[np.bool_]
     lse_scale: Floats
-    entropy_scale: Floats
     entropy_spread: Floats
     entropy_lead: Floats
 

@@ -92,7 +92,6 @@ class Measures:
     spread: float
     lead: float
     lse_scale: float
-    entropy_scale: float
     entropy_spread: float
     entropy_lead: float
 
@@ -317,7 +316,6 @@ def measures(
         spread=spread,
         lead=lead,
         lse_scale=float(max(abs(row.top), row.log_sum)),
-        entropy_scale=entropy,
         entropy_spread=float((reach * gap).sum()),
         entropy_lead=lead * at_pivot,
     )

@@ -235,7 +235,7 @@ def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
     ulps = rule.lse_ulp + more.value
     lse = ulps * arithmetic.spacing(stats.lse_scale) + reach * stats.lse_scale + rule.flush
     reach = more.spread * stats.entropy_spread + more.lead * stats.entropy_lead
-    entropy = rule.entropy_ulp * arithmetic.spacing(stats.entropy_scale)
+    entropy = rule.entropy_ulp * arithmetic.spacing(stats.entropy)
     # An exponential that is taken for 0 stands for a term larger by its exponent.
     entropy = entropy + 2.0 * arithmetic.unit * reach - rule.flush * np.log(arithmetic.tiny)
     known = np.isfinite(stats.lse)

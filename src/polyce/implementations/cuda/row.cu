@@ -322,7 +322,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   const real h = log1p_of(e);
   const real behind = below ? (real)0 : gap.delta;
   Outcome found;
-  found.loss = (at_pivot == 0 ? (real)0 : at_pivot * behind) + at_pivot * h;
+  found.loss = at_pivot * ((at_pivot == 0 ? (real)0 : behind) + h);
   found.factor = (below ? low : (real)1) / (1 + e);
   const real probability = (below ? (real)1 : low) / (1 + e);
   const real others = (real)(state.total * found.factor);
@@ -330,20 +330,24 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if SPREAD || LARGEST
   const real rest = (real)others_r;
   const real ahead = below && rest != 0 ? opposite : (real)0;
-  found.loss += excess + rest * ahead + rest * h;
+  // The excess would be nan where an infinite coefficient has met a gap of 0.
+  found.loss += (rest == infinity() ? (real)0 : excess) + rest * (ahead + h);
   sum_of_r += rest;
   found.pivot_gradient = rest - sum_of_r * others;
-#if LARGEST
-  // Two forms of one number, of which that with the smaller terms loses fewer digits.
-  const real share = sum_of_r * probability;
-  if (size_of(share) + size_of(at_pivot) < size_of(rest) + size_of(sum_of_r * others))
-    found.pivot_gradient = share - at_pivot;
-#endif
 #else
   found.pivot_gradient = -at_pivot * others;
 #endif
+  // Two forms of one number. With infinite terms this one is torch's.
+  const real share = sum_of_r * probability;
+#if LARGEST
+  // The one with the smaller terms loses fewer digits.
+  const bool smaller = size_of(share) + size_of(at_pivot) < size_of(rest) + size_of(sum_of_r * others);
+  if (smaller || sum_of_r == infinity()) found.pivot_gradient = share - at_pivot;
+#else
+  if (sum_of_r == infinity()) found.pivot_gradient = share - at_pivot;
+#endif
   found.lse = transformed(call, below ? state.pivot : state.top) + h;
-  const real penalty = weight * call.z_loss;
+  const real penalty = call.z_loss == 0 ? (real)0 : weight * call.z_loss;
   if (penalty != 0) {
     found.loss += penalty * found.lse * found.lse;
     const real pull = 2 * penalty * found.lse;
@@ -354,14 +358,15 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if STATS
   const real gap_ahead = below && state.total != 0 ? opposite : (real)0;
   const real gap_behind = probability == 0 ? (real)0 : behind;
-  found.entropy = (real)(found.factor * state.entropy) + others * (gap_ahead + h) +
-                  probability * (gap_behind + h);
+  // The lead may be beyond the largest number where nothing is left for the others.
+  const real lacking = others == 0 ? (real)0 : others * (gap_ahead + h);
+  found.entropy = (real)(found.factor * state.entropy) + lacking + probability * (gap_behind + h);
 #endif
   found.top = reference_of(state.top);
 #if STATS && !PROBABILITY
   if (!leads) {
     const Gap label_gap = exact_gap(call, found.top, state.label);
-    if (added != 0) found.loss += added * label_gap.delta + added * label_gap.error;
+    if (added != 0 && added != infinity()) found.loss += added * label_gap.delta + added * label_gap.error;
     // The gradient has the label for the pivot, as it has without stats.
     real low_label = exp_of(-label_gap.delta);
     low_label -= low_label * label_gap.error;
