@@ -326,11 +326,8 @@ def gradient(
         near = total * _pivot_probability(xp, s)
         is_nearer = total == math.inf
         if leads:
-            size, other = (
-                xp.abs(near) + xp.abs(state.pivot_coefficient),
-                xp.abs(away) + xp.abs(others),
-            )
-            is_nearer = is_nearer | (size < other)
+            size = xp.abs(near) + xp.abs(state.pivot_coefficient)
+            is_nearer = is_nearer | (size < xp.abs(away) + xp.abs(others))
         at_pivot = xp.where(is_nearer, near - state.pivot_coefficient, at_pivot)
     if lse_penalty is not None:
         pull = 2.0 * lse_penalty * _lse(problem, state, s)

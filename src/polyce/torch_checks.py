@@ -49,9 +49,11 @@ def check_returned(expected: Sequence[Any] | None, tensors: Sequence[Any]) -> No
     for tensor in tensors:
         check_storages(**{"a tensor that autograd has saved": tensor})
     for kind, tensor in zip(expected, tensors, strict=True):
-        if kind is None or kind == (tensor.shape, tensor.dtype):
+        found = None if tensor is None else (tensor.shape, tensor.dtype)
+        if kind is None or kind == found:
             continue
-        (shape, dtype), given = kind, f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        shape, dtype = kind
+        given = "nothing" if found is None else f"{found[1]} of shape {tuple(found[0])}"
         raise RuntimeError(
             f"what autograd has saved must come back as {dtype} of shape {tuple(shape)}, got "
             f"{given}; let the hooks for saved tensors give back what they were given"
