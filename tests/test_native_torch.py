@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -143,3 +144,30 @@ def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
         torch.set_flush_denormal(False)
         polyce.set_num_threads(before)
     assert found == {alone}
+
+
+def test_torch_without_the_exchange_interface() -> None:
+    # As before torch 2.10: the core asks the tensors' own methods.
+    code = """
+import torch, polyce
+del torch.Tensor.__dlpack_c_exchange_api__
+assert not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    x = torch.randn(7, 100, dtype=dtype).T[:50].requires_grad_()
+    t, w = torch.randint(7, (50,)), torch.rand(7, dtype=dtype)
+    loss = polyce.cross_entropy(x, t, w, sample_weight=torch.ones(50))
+    want = torch.nn.functional.cross_entropy(x, t, w)
+    torch.testing.assert_close(loss, want)
+    got, = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(got, *torch.autograd.grad(want, x))
+x.detach().untyped_storage().resize_(0)
+try:
+    polyce.cross_entropy(x.detach(), t)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("input must lie within its storage"), done.stdout

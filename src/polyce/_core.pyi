@@ -1,5 +1,5 @@
 """
-polyce's compiled kernels: addresses in, losses and gradients out; nothing is checked here that polyce.problem has checked.
+polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the call was described with; all else is checked by polyce.problem.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ class Call:
 
     def __init__(self, shape: Sequence[int], axis: int, logits_dtype: str, target_dtype: str, probabilities: bool, wide: bool, result_dtype: str, reduction: str, ignored: int | None, check_labels: bool, smoothing: float, z_loss: float, scale: float, cap: float, normalized: bool) -> None: ...
 
-    def run(self, logits: object, target: object, weight: object | None, sample_weight: object | None, normalizer: float, losses: object | None, stats: object | None, saved: object | None, cotangent: object, grad: object | None, fresh: bool, backward: bool) -> int | None:
+    def run(self, logits: object, target: object, weight: object | None, sample_weight: object | None, normalizer: object, losses: object | None, stats: object | None, saved: object | None, cotangent: object, by_row: bool, grad: object | None, fresh: bool, backward: bool) -> int | None:
         """
-        Compute, and write what has a place; arrays are buffers, or tuples that begin with an address and strides. Gives the first row with a bad label, where labels are checked; then nothing was written. A gradient is `fresh` where its memory is dense and has never been written.
+        Compute, and write what has a place; arrays have the buffer protocol, or are torch tensors on a CPU. Gives the first row with a bad label, where labels are checked; then nothing was written. A gradient is `fresh` where its memory is dense and has never been written.
         """
 
     def log_softmax(self, logits: object, out: object) -> None:

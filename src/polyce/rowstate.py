@@ -324,7 +324,8 @@ def gradient(
         # R p_k - r_k is the same. Of the two, the one with the smaller terms keeps its digits (with
         # a label as the pivot always the first), and with infinite terms it is torch's.
         near = total * _pivot_probability(xp, s)
-        is_nearer = total == math.inf
+        # On a mesh of jax's, spread as the rows are.
+        is_nearer = total + xp.zeros_like(near) == math.inf
         if leads:
             size = xp.abs(near) + xp.abs(state.pivot_coefficient)
             is_nearer = is_nearer | (size < xp.abs(away) + xp.abs(others))

@@ -376,9 +376,8 @@ struct Along {
         if (grad && job.classes) {
             const RowGradient g = row_gradient(s, found, penalty, lse, at_top);
             const double factor = row_scale(job, target, r);
-            const double at_label = apart.gradient(transform, s, g) * factor;
             write_gradient(row, probabilities, grad, s, target, pivot, factor, g);
-            if (apart.is) write_one(grad, target.label, at_label);
+            if (apart.is) write_one(grad, target.label, apart.gradient(transform, s, g) * factor);
         }
         if (job.stats.valid) store_stats<T, capped>(job, transform, r, target, s, pivot, first, probabilities);
         if (job.backward_only) return 0.0;

@@ -38,7 +38,7 @@ struct Facts {
     char* data = nullptr;
     bool is_on_cpu = true;
     std::string dtype;
-    int axes = 0;
+    int itemsize = 0, axes = 0;
     const std::int64_t *shape = nullptr, *strides = nullptr;  // strides in elements
     // Where there is no exchange interface.
     Shape own_shape, own_strides;
@@ -83,7 +83,7 @@ const char* name_of(std::uint8_t code, std::uint8_t bits) {
 // Names of attributes, made once.
 struct Names {
     nb::object data_ptr = intern("data_ptr"), stride = intern("stride"), shape = intern("shape"),
-               dtype = intern("dtype"), is_cpu = intern("is_cpu"), is_neg = intern("is_neg"),
+               dtype = intern("dtype"), is_cpu = intern("is_cpu"), itemsize = intern("itemsize"),
                untyped_storage = intern("untyped_storage"), nbytes = intern("nbytes"),
                storage_offset = intern("storage_offset"), exchange = intern("__dlpack_c_exchange_api__");
 
@@ -139,6 +139,7 @@ void ask_tensor(nb::handle tensor, Facts& facts) {
     facts.is_on_cpu = nb::cast<bool>(tensor.attr(names.is_cpu));
     const std::string dtype = nb::cast<std::string>(nb::str(tensor.attr(names.dtype)));
     facts.dtype = dtype.substr(dtype.rfind('.') + 1);
+    facts.itemsize = int(number(nb::borrow(tensor.attr(names.itemsize))));
     for (const nb::handle size : tensor.attr(names.shape)) facts.own_shape.push_back(nb::cast<std::int64_t>(size));
     for (const nb::handle step : ask(tensor, names.stride)) facts.own_strides.push_back(nb::cast<std::int64_t>(step));
     facts.axes = int(facts.own_shape.size());
@@ -156,13 +157,13 @@ Facts facts_of(nb::handle tensor) {
     if (api->dltensor_from_object(tensor.ptr(), &found) != 0) throw nb::python_error();
     facts.data = static_cast<char*>(found.data) + found.byte_offset;
     facts.is_on_cpu = found.device_type == on_cpu;
-    facts.dtype = name_of(found.code, found.bits);
+    facts.dtype = name_of(found.code, found.bits), facts.itemsize = found.bits / 8;
     facts.axes = found.ndim, facts.shape = found.shape, facts.strides = found.strides;
     return facts;
 }
 
 // torch's storages can be resized under their tensors, also to nothing.
-void check_storage(nb::handle tensor, const Wanted& wanted, const Facts& facts) {
+void check_storage(nb::handle tensor, const char* name, const Facts& facts) {
     std::int64_t end = 1;
     for (int a = 0; a < facts.axes; ++a) {
         if (facts.shape[a] == 0) return;
@@ -172,16 +173,29 @@ void check_storage(nb::handle tensor, const Wanted& wanted, const Facts& facts) 
     const nb::object storage = ask(tensor, names.untyped_storage);
     if (!storage.is_valid()) throw nb::python_error();
     const std::int64_t bytes = number(ask(storage, names.nbytes));
-    const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * wanted.itemsize;
+    const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * facts.itemsize;
     if (reach > bytes) {
         throw std::runtime_error(
-            std::string(wanted.name) + " must lie within its storage, but its shape " +
+            std::string(name) + " must lie within its storage, but its shape " +
             tuple_of(facts.shape, facts.axes) + " and strides reach over " + std::to_string(reach) +
             " bytes of it and it has " + std::to_string(bytes) + "; do not resize the storage of a tensor in use");
     }
 }
 
 }  // namespace
+
+double number_of(const char* name, nb::handle value) {
+    if (!PyFloat_CheckExact(value.ptr()) && nb::hasattr(value, Names::get().untyped_storage)) {
+        const Facts facts = facts_of(value);
+        check_storage(value, name, facts);
+        const bool is_one = facts.axes == 0 && facts.is_on_cpu;
+        if (is_one && facts.dtype == "float32") return double(*reinterpret_cast<const float*>(facts.data));
+        if (is_one && facts.dtype == "float64") return *reinterpret_cast<const double*>(facts.data);
+    }
+    const nb::object number = nb::steal(PyNumber_Float(value.ptr()));
+    if (!number.is_valid()) throw nb::python_error();
+    return PyFloat_AsDouble(number.ptr());
+}
 
 Array::~Array() {
     if (is_held_) PyBuffer_Release(&view_);
@@ -213,7 +227,7 @@ void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
     if (facts.dtype != wanted.dtype || !is_shape(wanted, facts.axes, facts.shape)) {
         refuse(wanted, facts.dtype + " of shape " + tuple_of(facts.shape, facts.axes));
     }
-    check_storage(tensor, wanted, facts);
+    if (!wanted.is_new) check_storage(tensor, wanted.name, facts);
     data_ = facts.data;
     for (int a = 0; a < facts.axes; ++a) strides_[a] = facts.strides[a] * wanted.itemsize;
 }

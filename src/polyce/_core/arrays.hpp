@@ -21,7 +21,11 @@ struct Wanted {
     const char* dtype;
     int itemsize;
     bool is_written = false;
+    bool is_new = false;  // made for this call, so that its memory is as large as it should be
 };
+
+// The value of an array of no dimension, or of a float.
+double number_of(const char* name, nanobind::handle value);
 
 class Array {
 public:

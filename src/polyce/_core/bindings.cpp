@@ -129,8 +129,8 @@ public:
 
     std::optional<std::int64_t> run(
         nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
-        double normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
-        nb::handle grad, bool fresh, bool backward
+        nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
+        bool by_row, nb::handle grad, bool fresh, bool backward
     ) const {
         Job job = job_;
         Array x, t, g, others[10];
@@ -143,33 +143,33 @@ public:
             job.labels = t.open_contiguous(
                 target, {"target", row_shape_, label_dtype_.c_str(), integer_size(job.label_dtype)});
         }
-        if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true));
+        if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
         place(job, x, probabilities_ ? &t : nullptr, grad.is_none() ? nullptr : &g);
 
         Array* next = others;
-        const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_written) -> void* {
+        const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_result) -> void* {
             if (array.is_none()) return nullptr;
-            return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_written});
+            return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_result, is_result});
         };
         if (!weight.is_none()) {
             job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
         }
         job.sample_weight = static_cast<const double*>(rows("sample_weight", sample_weight, "float64", 8, false));
-        job.normalizer = normalizer;
+        job.normalizer = number_of("normalizer", normalizer);
         const char* const result = name_of(job.result_dtype);
         if (job.reduction == Reduction::none) {
             job.losses = rows("the loss", losses, result, size_of(job.result_dtype), true);
         } else if (!losses.is_none()) {
-            job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true});
+            job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
         }
         if (!saved.is_none()) {
-            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, true});
+            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, true, !backward});
             job.saved = static_cast<SavedRow*>(place);
         }
-        if (PyFloat_CheckExact(cotangent.ptr())) {
-            job.cotangent = nb::cast<double>(cotangent);
-        } else {
+        if (by_row) {
             job.cotangents = static_cast<const double*>(rows("grad_output", cotangent, "float64", 8, false));
+        } else {
+            job.cotangent = number_of("grad_output", cotangent);
         }
         if (!stats.is_none()) {
             const nb::tuple five = nb::cast<nb::tuple>(stats);
@@ -193,7 +193,7 @@ public:
         Job job = job_;
         Array x, g;
         x.open(logits, matrix("input", job.logits.dtype));
-        g.open(out, matrix("the result", job.grad.dtype, true));
+        g.open(out, matrix("the result", job.grad.dtype, true, true));
         place(job, x, nullptr, &g);
         job.fresh = true;
         const Unlocked unlocked(job.rows * job.classes);
@@ -203,8 +203,8 @@ public:
     bool saves_rows() const { return job_.classes > 64; }
 
 private:
-    Wanted matrix(const char* name, Float dtype, bool is_written = false) const {
-        return {name, shape_, name_of(dtype), size_of(dtype), is_written};
+    Wanted matrix(const char* name, Float dtype, bool is_written = false, bool is_new = false) const {
+        return {name, shape_, name_of(dtype), size_of(dtype), is_written, is_new};
     }
 
     static void run_job(Job& job) {
@@ -272,7 +272,7 @@ NB_MODULE(_core, m) {
         .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
-             nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
+             nb::arg("by_row"), nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
              "Compute, and write what has a place; arrays have the buffer protocol, or are torch "
              "tensors on a CPU. Gives the first row with a bad label, where labels are checked; "
              "then nothing was written. A gradient is `fresh` where its memory is "

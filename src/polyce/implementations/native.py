@@ -118,8 +118,6 @@ class Memory(NamedTuple):
     """An array whose memory holds its values as they are."""
     dense: Callable[..., Any]
     """(name, array, dtype or None) -> a readable C-contiguous array of that dtype, or of its own"""
-    number: Callable[..., float]
-    """(name, array of no dimension) -> its value"""
     scalar: Callable[[Any], Any]
     """An array of no dimension as the library's own sum returns it."""
     written: Callable[[Any], object] = id
@@ -143,7 +141,6 @@ _NUMPY = Memory(
     empty_like=np.empty_like,
     readable=_in_order,
     dense=_dense,
-    number=lambda name, array: float(array),
     scalar=lambda array: array[()],
 )
 
@@ -215,15 +212,10 @@ def run(
         weight = dense("weight", weight, problem.arithmetic_dtype)
     if sample_weight is not None:
         sample_weight = dense("sample_weight", sample_weight, problem.row_dtype)
-    if normalizer is not None and type(normalizer) is not float:
-        normalizer = own.number("normalizer", normalizer)
-    if cotangent is None:
-        cotangent = 1.0
-    elif type(cotangent) is not float:
-        if by_rows and cotangent.ndim > 0:
-            cotangent = dense("grad_output", cotangent, problem.row_dtype)
-        else:
-            cotangent = own.number("grad_output", cotangent)
+    by_row = by_rows and cotangent is not None and type(cotangent) is not float
+    by_row = by_row and cotangent.ndim > 0
+    if by_row:
+        cotangent = dense("grad_output", cotangent, problem.row_dtype)
     bad_row = kernel(problem).run(
         readable(logits),
         target,
@@ -233,7 +225,8 @@ def run(
         losses,
         found,
         saved,
-        cotangent,
+        1.0 if cotangent is None else cotangent,
+        by_row,
         grad,
         fresh,
         backward,

@@ -30,11 +30,6 @@ def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     return tensor
 
 
-def _number(name: str, tensor: torch.Tensor) -> float:
-    torch_checks.check_storages(**{name: tensor})
-    return float(tensor)
-
-
 # Not where torch's default device is.
 _CPU = torch.device("cpu")
 
@@ -83,7 +78,6 @@ MEMORY = native.Memory(
     empty_like=torch.empty_like,
     readable=_readable,
     dense=_dense,
-    number=_number,
     scalar=lambda tensor: tensor,
     written=_written,
     on_graph=functools.partial(torch_calls.cross_entropy, KERNELS),
