@@ -137,7 +137,7 @@ void ask_tensor(nb::handle tensor, Facts& facts) {
     const Names& names = Names::get();
     facts.data = reinterpret_cast<char*>(number(ask(tensor, names.data_ptr)));
     facts.is_on_cpu = nb::cast<bool>(tensor.attr(names.is_cpu));
-    const std::string dtype = nb::cast<std::string>(nb::str(tensor.attr(names.dtype)));
+    const std::string dtype = nb::str(nb::object(tensor.attr(names.dtype))).c_str();
     facts.dtype = dtype.substr(dtype.rfind('.') + 1);
     facts.itemsize = int(number(nb::borrow(tensor.attr(names.itemsize))));
     for (const nb::handle size : tensor.attr(names.shape)) facts.own_shape.push_back(nb::cast<std::int64_t>(size));
