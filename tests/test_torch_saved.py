@@ -97,12 +97,53 @@ def test_hooks_that_lay_the_logits_otherwise(torch: Any) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "give_back",
+    [lambda t: t.mT.contiguous().mT if t.ndim == 2 else t, lambda t: t.clone()],
+    ids=["other strides", "copies"],
+)
+def test_hooks_that_give_back_equal_tensors(torch: Any, give_back: Callable[[Any], Any]) -> None:
+    check_hooks_that_change_nothing(torch, give_back)
+
+
+def test_hooks_that_give_back_negated_views(torch: Any) -> None:
+    def negated(tensor: Any) -> Any:
+        return torch._neg_view(-tensor) if tensor.is_floating_point() else tensor
+
+    check_hooks_that_change_nothing(torch, negated)
+
+
+def check_hooks_that_change_nothing(torch: Any, give_back: Callable[[Any], Any]) -> None:
+    for target in (torch.tensor([1, 299, 0]), torch.softmax(torch.randn(3, 300), 1)):
+        x = torch.randn(3, 300)
+        options = {"sample_weight": torch.rand(3), "normalizer": torch.tensor(2.0)}
+        want = gradient(torch, hooks(torch, lambda t: t), x, target, **options)
+        got = gradient(torch, hooks(torch, give_back), x, target, **options)
+        torch.testing.assert_close(got, want)
+
+
+def test_negated_numbers(torch: Any) -> None:
+    three = torch.complex(torch.zeros(()), torch.tensor(3.0)).conj().imag  # -3, by a view
+    x, target = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([0])
+    polyce.cross_entropy(x, target).backward(three)
+    want = polyce.cross_entropy_with_grad(x, target, grad_output=-3.0)[1]
+    torch.testing.assert_close(x.grad, want)
+    torch.testing.assert_close(
+        polyce.cross_entropy_with_grad(x, target, grad_output=three)[1], want
+    )
+    torch.testing.assert_close(
+        polyce.cross_entropy(x, target, normalizer=three),
+        polyce.cross_entropy(x, target, normalizer=-3.0),
+    )
+
+
 def test_hooks_and_the_other_functions(torch: Any) -> None:
     x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 4, 0])
     head = torch.randn(5, 4, requires_grad=True)
     hidden = torch.randn(3, 4, requires_grad=True)
     calls = {
         "log_softmax": lambda: polyce.log_softmax(x).sum(),
+        "nll_loss": lambda: polyce.nll_loss(x, target),
         "linear": lambda: polyce.linear_cross_entropy(hidden, head, target, reduction="none").sum(),
     }
     for call in calls.values():
@@ -182,6 +223,60 @@ def test_logits_freed_before_the_backward_pass(torch: Any, path: str) -> None:
                 torch.autograd.grad(loss, x, create_graph=graph)
 
 
+@pytest.mark.parametrize("name", ["target", "weight", "sample_weight"])
+def test_nll_loss_and_memory_freed_before_the_backward_pass(torch: Any, name: str) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    given = {
+        "target": torch.tensor([1, 4, 0]),
+        "weight": torch.rand(5, dtype=torch.float64),
+        "sample_weight": torch.rand(3, dtype=torch.float64),
+    }
+    loss = polyce.nll_loss(x, **given)
+    freed(torch, given[name])
+    if name == "weight":
+        loss.backward()  # the weight of each label has been taken out of it
+    else:
+        with pytest.raises(RuntimeError, match="must lie within its storage"):
+            loss.backward()
+
+
+def test_the_gradient_of_nll_loss_is_torch_s(torch: Any) -> None:
+    x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(5, (4, 3))
+    target[0, 0] = -100
+    weight = torch.rand(5, dtype=torch.float64)
+    for reduction in ("none", "sum", "mean"):
+        found = []
+        for function in (polyce.nll_loss, torch.nn.functional.nll_loss):
+            loss = function(x, target, weight, reduction=reduction).square().sum()
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            found.append([loss, grad, *torch.autograd.grad(grad.square().sum(), x)])
+        torch.testing.assert_close(*found)
+
+
+def test_memory_that_is_gone_under_transforms(torch: Any) -> None:
+    x, target = freed(torch, torch.randn(3, 5)), torch.tensor([1, 4, 0])
+    for call in (
+        lambda: torch.func.grad(lambda x: polyce.cross_entropy(x, target))(x),
+        lambda: torch.func.vmap(polyce.cross_entropy)(x, target),
+        lambda: torch.func.grad(lambda x: polyce.log_softmax(x).sum())(x),
+        lambda: torch.func.grad(lambda x: polyce.nll_loss(x, target))(x),
+    ):
+        with pytest.raises(RuntimeError, match="must lie within its storage"):
+            call()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_logits_freed_before_a_backward_pass_in_place(torch: Any, path: str) -> None:
+    x = torch.randn(3, 5, requires_grad=True) * 1.0
+    loss = polyce.torch.cross_entropy(
+        x, torch.tensor([1, 4, 0]), inplace_backward=True, implementation=path
+    )
+    freed(torch, x.detach())
+    with pytest.raises(RuntimeError, match="must lie within its storage"):
+        loss.backward()
+
+
 def test_empty_tensors_of_several_row_axes(torch: Any) -> None:
     import numpy as np
 
@@ -239,6 +334,10 @@ def test_arguments_of_the_operators(torch: Any) -> None:
             run(**changed)
     with pytest.raises(ValueError, match="an implementation that has kernels for torch"):
         run(implementation="dask")
+    meta = torch.ones((), device="meta")
+    for arguments in ({"cotangent": meta}, {"normalizer": meta}, {"rows": meta}):
+        with pytest.raises(TypeError, match="all tensors must lie on one device, but some are on"):
+            run(**arguments)
 
 
 def test_results_lie_where_the_input_does(torch: Any) -> None:

@@ -172,13 +172,12 @@ def _row_sums(problem: Problem, values: Any) -> Any:
     return arrays.cast(problem.xp, sums, problem.row_dtype)
 
 
-def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
-    """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan."""
-    if all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
-        return plan, log_probabilities
-    constant = _constant(problem, plan._replace(denominator=None))
-    plan = constant._replace(denominator=plan.denominator)
-    return targets.spoil_rows(plan, problem.xp, log_probabilities)
+def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
+    """Give the rows' losses for log-probabilities; one of a bad label has a derivative of nan."""
+    if not all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
+        plan = _constant(problem, plan._replace(denominator=None))
+        plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
+    return reference.nll(problem, plan, log_probabilities)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

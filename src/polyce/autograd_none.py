@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from polyce import reference
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -28,12 +29,9 @@ def row_losses(
     return rows, stats
 
 
-def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
-    """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan.
-
-    Here there are none.
-    """
-    return plan, log_probabilities
+def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
+    """Give the rows' losses for log-probabilities."""
+    return reference.nll(problem, plan, log_probabilities)
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:

@@ -85,11 +85,13 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
     return _LogSoftmax.apply(logits, problem, compute)
 
 
-def spoiled(problem: Problem, plan: Plan, log_probabilities: Any) -> tuple[Plan, Any]:
-    """Give the plan and log-probabilities whose rows with a bad label have a derivative of nan."""
-    if waits(log_probabilities) or _is_transformed():
-        return targets.spoil_rows(plan, problem.xp, log_probabilities)
-    return plan, log_probabilities
+def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
+    """Give the rows' losses for log-probabilities; one of a bad label has a gradient of nan."""
+    if _is_transformed() or torch.compiler.is_compiling():
+        plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
+    elif waits(log_probabilities) and not problem.is_empty:
+        return _Nll.apply(log_probabilities, problem, plan)
+    return reference.nll(problem, plan, log_probabilities)
 
 
 def _detached(stats: RowStats | None) -> RowStats | None:
@@ -161,6 +163,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         problem = ctx.problem
         torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
+        torch_checks.check_storages(grad_output=cotangent)
         logits, plan, rest = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
@@ -194,6 +197,30 @@ class _LogSoftmax(torch.autograd.Function):
         result, logits = ctx.saved_tensors
         torch_checks.check_returned(ctx.kinds, (result, logits))
         grad = reference.log_softmax_backward(ctx.problem, cotangent, logits, result)
+        return grad, None, None
+
+
+class _Nll(torch.autograd.Function):
+    # A rule, where torch could derive it, since what autograd gives back has to be looked at.
+
+    @staticmethod
+    def forward(ctx: Any, log_probabilities: Any, problem: Problem, plan: Plan) -> Any:
+        ctx.problem, ctx.dtype = problem, log_probabilities.dtype
+        kept = plan._replace(class_weight=None, denominator=None)
+        ctx.kinds = torch_checks.kinds(_keep(ctx, None, kept))
+        return reference.nll(problem, plan, log_probabilities)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
+        problem = ctx.problem
+        torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
+        _, plan, _ = _kept(ctx)
+        scale = cotangent if plan.label_weight is None else cotangent * plan.label_weight
+        scale = targets.weigh_rows(plan, problem.xp, scale)
+        at_label = arrays.cast(problem.xp, -scale, ctx.dtype)
+        grad = at_label.new_zeros(problem.shape).scatter(problem.axis, plan.label, at_label)
+        if plan.invalid is not None:
+            grad = torch.where(plan.invalid, math.nan, grad)
         return grad, None, None
 
 

@@ -25,7 +25,7 @@ def has_values(array: Any, backend: str) -> bool:
 
         return not (
             _is_traced(torch)
-            or not _is_plain(torch, array)
+            or not is_plain(torch, array)
             or torch._C._functorch.is_functorch_wrapped_tensor(array)
         )
     if backend == "jax":
@@ -75,11 +75,12 @@ def are_compiled(arrays: Iterable[Any], backend: str) -> bool:
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
         return False
     return not _is_transformed(torch) and all(
-        array is None or _is_plain(torch, array) for array in arrays
+        array is None or is_plain(torch, array) for array in arrays
     )
 
 
-def _is_plain(torch: Any, array: Any) -> bool:
+def is_plain(torch: Any, array: Any) -> bool:
+    """Tell whether something is a tensor of torch's own kinds, on a device that holds values."""
     kind = type(array)
     return kind in (torch.Tensor, torch.nn.Parameter) and array.device.type != "meta"
 

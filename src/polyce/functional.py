@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, by_rows, outputs, reference, stats, targets
+from polyce import arrays, by_rows, outputs, stats, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction, refuse_dim
 from polyce.problem import describe, describe_logits
@@ -358,8 +358,7 @@ def nll_loss(
     autograd.check(operands)
     with arrays.computing(problem.backend, operands._asdict()):
         plan = targets.plan(problem, operands)
-        plan, log_probabilities = autograd.spoiled(problem, plan, operands.logits)
-        return targets.reduce(problem, plan, reference.nll(problem, plan, log_probabilities))
+        return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))
 
 
 def log_softmax(

@@ -283,7 +283,7 @@ def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
         # The excess would be nan where an infinite coefficient has met a gap of 0.
-        excess = xp.where(others == math.inf, 0.0, state.rest_excess)
+        excess = xp.where(xp.abs(others) == math.inf, 0.0, state.rest_excess)
         rows = rows + (excess + others * (ahead + h))
     if lse_penalty is not None:
         log_sum = _lse(problem, state, s)
@@ -325,7 +325,7 @@ def gradient(
         # a label as the pivot always the first), and with infinite terms it is torch's.
         near = total * _pivot_probability(xp, s)
         # On a mesh of jax's, spread as the rows are.
-        is_nearer = total + xp.zeros_like(near) == math.inf
+        is_nearer = xp.abs(total + xp.zeros_like(near)) == math.inf
         if leads:
             size = xp.abs(near) + xp.abs(state.pivot_coefficient)
             is_nearer = is_nearer | (size < xp.abs(away) + xp.abs(others))

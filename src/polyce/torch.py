@@ -203,7 +203,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         if dim is not None:
             raise refuse_dim()
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.__module__ = LEAF
+        if type(self) is CrossEntropyLoss:
+            self.__module__ = LEAF
         self.axis = axis
         self.z_loss = z_loss
         self.logit_scale = logit_scale
@@ -296,7 +297,8 @@ class NLLLoss(torch.nn.NLLLoss):
         if dim is not None:
             raise refuse_dim()
         super().__init__(weight, size_average, ignore_index, reduce, reduction)
-        self.__module__ = LEAF
+        if type(self) is NLLLoss:
+            self.__module__ = LEAF
         self.axis = axis
         self.validate = validate
 

@@ -175,6 +175,7 @@ def planned(implementation: Implementation) -> Kernels:
         return loss, facts, Saved()
 
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
+        check_returned(problem, operands)
         plan = implementation.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         grad = implementation.backward(problem, plan, cotangent, operands.logits, None)
@@ -185,7 +186,10 @@ def planned(implementation: Implementation) -> Kernels:
 
 def check_returned(problem: Problem, operands: Operands) -> None:
     """Refuse tensors that a backward pass was given back as others, or without their memory."""
-    logits, target, weight, sample_weight, *_ = operands
+    if torch.compiler.is_compiling():
+        return
+    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    torch_checks.check_storages(normalizer=normalizer, grad_output=cotangent)
     target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
     if target.numel() == 1 and not problem.row_shape:
         target_shape = target.shape
@@ -200,8 +204,7 @@ def check_returned(problem: Problem, operands: Operands) -> None:
 
 def _plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target, whose labels a forward pass has checked if they can be."""
-    if not torch.compiler.is_compiling():
-        check_returned(problem, operands)
+    check_returned(problem, operands)
     return targets.plan(problem._replace(check_labels=False), operands)
 
 

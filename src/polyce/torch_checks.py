@@ -16,10 +16,15 @@ from polyce import eager
 
 
 def check_storages(**tensors: Any) -> None:
-    """Refuse tensors that reach beyond their storages; what holds no values now has none."""
+    """Refuse tensors that reach beyond their storages; what is no plain tensor has none."""
+    if torch.compiler.is_compiling():
+        return
     for name, tensor in tensors.items():
-        is_tensor = isinstance(tensor, torch.Tensor) and eager.has_values(tensor, "torch")
-        if not is_tensor or not tensor.numel():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)  # noqa: PLW2901
+        if not eager.is_plain(torch, tensor) or not tensor.numel():
             continue
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1

@@ -183,6 +183,7 @@ def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
     """Give results without values, as `_compute` gives them."""
     tensors, keep, options = _taken(arguments)
+    check_imagined(*tensors)
     problem, _ = _described(tensors, options)
     logits, rows = tensors[0], problem.row_shape
 
@@ -207,8 +208,20 @@ def _compute_gradient(cotangent: Any, *arguments: Any) -> Any:
     return _kernels(options).backward(problem, operands, saved, None)
 
 
-def _imagine_gradient(cotangent: Any, logits: Any, *_: Any) -> Any:
+def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
+    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
+    check_imagined(cotangent, logits, *tensors)
     return torch.empty_like(logits)
+
+
+def check_imagined(*tensors: Any) -> None:
+    """Refuse tensors with values beside one on the meta device, for which torch imagines all."""
+    plain = [tensor for tensor in tensors if type(tensor) is torch.Tensor]
+    if len({tensor.device.type == "meta" for tensor in plain}) > 1:
+        raise TypeError(
+            "all tensors must lie on one device, but some are on meta and others are not; "
+            "move them first"
+        )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -84,6 +84,7 @@ const char* name_of(std::uint8_t code, std::uint8_t bits) {
 struct Names {
     nb::object data_ptr = intern("data_ptr"), stride = intern("stride"), shape = intern("shape"),
                dtype = intern("dtype"), is_cpu = intern("is_cpu"), itemsize = intern("itemsize"),
+               is_neg = intern("is_neg"), resolve_neg = intern("resolve_neg"),
                untyped_storage = intern("untyped_storage"), nbytes = intern("nbytes"),
                storage_offset = intern("storage_offset"), exchange = intern("__dlpack_c_exchange_api__");
 
@@ -182,13 +183,16 @@ void check_storage(nb::handle tensor, const char* name, const Facts& facts) {
     }
 }
 
+// A view that negates holds its values in memory with the other sign.
+bool is_negated(nb::handle tensor) { return ask(tensor, Names::get().is_neg).is(nb::handle(Py_True)); }
+
 }  // namespace
 
 double number_of(const char* name, nb::handle value) {
     if (!PyFloat_CheckExact(value.ptr()) && nb::hasattr(value, Names::get().untyped_storage)) {
         const Facts facts = facts_of(value);
         check_storage(value, name, facts);
-        const bool is_one = facts.axes == 0 && facts.is_on_cpu;
+        const bool is_one = facts.axes == 0 && facts.is_on_cpu && !is_negated(value);
         if (is_one && facts.dtype == "float32") return double(*reinterpret_cast<const float*>(facts.data));
         if (is_one && facts.dtype == "float64") return *reinterpret_cast<const double*>(facts.data);
     }
@@ -227,7 +231,17 @@ void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
     if (facts.dtype != wanted.dtype || !is_shape(wanted, facts.axes, facts.shape)) {
         refuse(wanted, facts.dtype + " of shape " + tuple_of(facts.shape, facts.axes));
     }
-    if (!wanted.is_new) check_storage(tensor, wanted.name, facts);
+    if (!wanted.is_new) {
+        check_storage(tensor, wanted.name, facts);
+        if (is_negated(tensor)) {
+            if (wanted.is_written) refuse(wanted, "a negated view");
+            resolved_ = ask(tensor, Names::get().resolve_neg);
+            if (!resolved_.is_valid()) throw nb::python_error();
+            Wanted own = wanted;
+            own.is_new = true;
+            return open_tensor(resolved_, own);
+        }
+    }
     data_ = facts.data;
     for (int a = 0; a < facts.axes; ++a) strides_[a] = facts.strides[a] * wanted.itemsize;
 }
@@ -241,7 +255,7 @@ char* Array::open_contiguous(nb::handle array, const Wanted& wanted) {
         is_contiguous = is_contiguous && (wanted.shape[a] == 1 || strides_[a] == step);
         step *= wanted.shape[a];
     }
-    if (!is_contiguous) throw nb::value_error("an array must be C-contiguous");
+    if (!is_contiguous) refuse(wanted, "one that is not C-contiguous");
     return data();
 }
 

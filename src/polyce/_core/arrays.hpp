@@ -51,6 +51,7 @@ private:
     std::int64_t strides_[max_axes];
     Py_buffer view_;
     bool is_held_ = false;
+    nanobind::object resolved_;
 };
 
 }  // namespace polyce

@@ -163,7 +163,7 @@ public:
             job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
         }
         if (!saved.is_none()) {
-            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, true, !backward});
+            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, !backward, !backward});
             job.saved = static_cast<SavedRow*>(place);
         }
         if (by_row) {

@@ -8,6 +8,8 @@
 
 namespace polyce::POLYCE_ISA {
 
+POLYCE_INLINE double magnitude(double value) { return value < 0.0 ? -value : value; }
+
 // logit_scale and logit_softcap. Differences of two transformed logits are taken by a form in
 // which nothing cancels: see transform.py.
 template <bool capped>
@@ -141,7 +143,7 @@ POLYCE_INLINE double log_sum_exp(const Transform<capped>& x, const RowState& s, 
 POLYCE_INLINE double row_loss(const RowState& s, const RowScalars& r, double penalty, double lse) {
     const double behind = s.pivot_coefficient == 0.0 ? 0.0 : r.behind;
     const double ahead = r.below && s.rest_coefficient != 0.0 ? r.opposite : 0.0;
-    const double excess = s.rest_coefficient == infinity<double> ? 0.0 : s.rest_excess;
+    const double excess = magnitude(s.rest_coefficient) == infinity<double> ? 0.0 : s.rest_excess;
     const double loss = s.pivot_coefficient * (behind + r.h) + (excess + s.rest_coefficient * (ahead + r.h));
     return penalty == 0.0 ? loss : loss + penalty * lse * lse;
 }
@@ -163,9 +165,9 @@ POLYCE_INLINE RowGradient row_gradient(
     const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
-    const auto size = [](double value) POLYCE_INLINE_LAMBDA { return value < 0.0 ? -value : value; };
     const bool is_nearer =
-        total == infinity<double> || (at_top && size(near) + size(s.pivot_coefficient) < size(away) + size(s.rest_coefficient));
+        magnitude(total) == infinity<double> ||
+        (at_top && magnitude(near) + magnitude(s.pivot_coefficient) < magnitude(away) + magnitude(s.rest_coefficient));
     double at_pivot = is_nearer ? near - s.pivot_coefficient : s.rest_coefficient - away;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;

@@ -118,7 +118,7 @@ template <bool capped>
 POLYCE_INLINE LabelApart set_apart(
     const Job& job, const Transform<capped>& x, RowState& s, const RowTarget& target, double logit
 ) {
-    const double own = target.label_weight * (1.0 - job.smoothing);
+    const double own = job.smoothing == 1.0 ? 0.0 : target.label_weight * (1.0 - job.smoothing);
     const double gap = difference(x, s.rest_max == -infinity<double> ? 0.0 : s.rest_max, logit);
     s.rest_coefficient += own;
     if (own != 0.0) s.rest_excess += own * gap;

@@ -114,10 +114,10 @@ class Memory(NamedTuple):
     """(shape, dtype) -> array"""
     empty_like: Callable[[Any], Any]
     """An array laid out as another is, without gaps and overlaps."""
-    readable: Callable[[Any], Any]
-    """An array whose memory holds its values as they are."""
+    in_order: Callable[[Any], Any]
+    """An array with its bytes in this processor's order."""
     dense: Callable[..., Any]
-    """(name, array, dtype or None) -> a readable C-contiguous array of that dtype, or of its own"""
+    """(name, array, dtype or None) -> such an array, C-contiguous, of that dtype or of its own"""
     scalar: Callable[[Any], Any]
     """An array of no dimension as the library's own sum returns it."""
     written: Callable[[Any], object] = id
@@ -139,7 +139,7 @@ def _dense(name: str, array: Any, dtype: Any) -> Any:
 _NUMPY = Memory(
     empty=np.empty,
     empty_like=np.empty_like,
-    readable=_in_order,
+    in_order=_in_order,
     dense=_dense,
     scalar=lambda array: array[()],
 )
@@ -193,7 +193,7 @@ def run(
 ) -> tuple[Any, Stats | None]:
     """Run the kernels; the gradient, and what a backward pass needs, are written where given."""
     own = memory(problem.backend)
-    empty, readable, dense = own.empty, own.readable, own.dense
+    empty, in_order, dense = own.empty, own.in_order, own.dense
     logits, target, weight, sample_weight, normalizer, cotangent = operands
     by_rows = problem.reduction == "none"
     losses = None
@@ -207,17 +207,19 @@ def run(
         if not problem.row_shape and target.ndim:
             target = target.reshape(())  # one label for one row may have an axis
     else:
-        target = readable(target)
+        target = in_order(target)
     if weight is not None:
         weight = dense("weight", weight, problem.arithmetic_dtype)
     if sample_weight is not None:
         sample_weight = dense("sample_weight", sample_weight, problem.row_dtype)
+    if backward and saved is not None:
+        saved = dense("what was saved of the rows", saved, None)
     by_row = by_rows and cotangent is not None and type(cotangent) is not float
     by_row = by_row and cotangent.ndim > 0
     if by_row:
         cotangent = dense("grad_output", cotangent, problem.row_dtype)
     bad_row = kernel(problem).run(
-        readable(logits),
+        in_order(logits),
         target,
         weight,
         sample_weight,
@@ -240,7 +242,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)) along the class axis."""
     own = memory(problem.backend)
     result = own.empty_like(logits)
-    kernel(problem).log_softmax(own.readable(logits), result)
+    kernel(problem).log_softmax(own.in_order(logits), result)
     return result
 
 

@@ -15,18 +15,11 @@ from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
 
 
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_neg():
-        torch_checks.check_storages(input=tensor)
-        return tensor.resolve_neg()
-    return tensor
-
-
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     is_other = dtype is not None and tensor.dtype != dtype
-    if is_other or tensor.is_neg() or not tensor.is_contiguous():
+    if is_other or not tensor.is_contiguous():
         torch_checks.check_storages(**{name: tensor})
-        return tensor.to(dtype or tensor.dtype).contiguous().resolve_neg()
+        return tensor.to(dtype or tensor.dtype).contiguous()
     return tensor
 
 
@@ -76,7 +69,7 @@ KERNELS = Kernels("native", _forward, _backward, _keeps)
 MEMORY = native.Memory(
     empty=_empty,
     empty_like=torch.empty_like,
-    readable=_readable,
+    in_order=lambda tensor: tensor,
     dense=_dense,
     scalar=lambda tensor: tensor,
     written=_written,

@@ -356,14 +356,14 @@ def finish(
         rest = rest.to(DTYPE)
         ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
         # The excess would be nan where an infinite coefficient has met a gap of 0.
-        loss += tl.where(rest == float("inf"), 0.0, excess.to(DTYPE)) + rest * (ahead + h)
+        loss += tl.where(tl.abs(rest) == float("inf"), 0.0, excess.to(DTYPE)) + rest * (ahead + h)
         sum_of_r = at_pivot + rest
         pivot_grad = rest - sum_of_r * others
     else:
         pivot_grad = -at_pivot * others
     # Two forms of one number. With infinite terms this one is torch's.
     share = sum_of_r * probability
-    smaller = sum_of_r == float("inf")
+    smaller = tl.abs(sum_of_r) == float("inf")
     if LARGEST:
         # The one with the smaller terms loses fewer digits.
         sizes = tl.abs(share) + tl.abs(at_pivot), tl.abs(rest) + tl.abs(sum_of_r * others)

@@ -232,7 +232,7 @@ def conclude(
         if LARGEST:
             leads = label == pivot_class
             pivot_r = tl.where(leads, label_r, pivot_r)
-            added = tl.where(leads, 0.0, weight * kept.to(DTYPE))
+            added = tl.where(leads | (kept == 0.0), 0.0, weight * kept.to(DTYPE))
             rest, excess, label_p = count_label(
                 top, rest, excess, label_x, added, scale, cap, TRANSFORM, DTYPE
             )

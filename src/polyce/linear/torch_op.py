@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import arrays, autograd_torch
+from polyce import arrays, autograd_torch, torch_ops
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients, describe
 
@@ -143,6 +143,7 @@ def _filled(call: Call, sums: Gradients, factor: Any) -> list[Any]:
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
     """Give results without values, as `_compute` gives them."""
+    torch_ops.check_imagined(*arguments[:_COUNT])
     call, wanted = _described(arguments)
     like, whole = call.operands.logits, call.whole
     rows = math.prod(whole.row_shape)

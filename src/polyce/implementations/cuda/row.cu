@@ -305,7 +305,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   // The label is one of the other classes, unless it is the likeliest.
   const bool leads = label == state.pivot_class;
   const real at_pivot = leads ? at_label : state.pivot_r;
-  const real added = leads ? (real)0 : weight * call.kept;
+  const real added = leads || call.kept == 0 ? (real)0 : weight * call.kept;
   others_r += added;
 #else
   const real at_pivot = at_label;
@@ -331,7 +331,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   const real rest = (real)others_r;
   const real ahead = below && rest != 0 ? opposite : (real)0;
   // The excess would be nan where an infinite coefficient has met a gap of 0.
-  found.loss += (rest == infinity() ? (real)0 : excess) + rest * (ahead + h);
+  found.loss += (size_of(rest) == infinity() ? (real)0 : excess) + rest * (ahead + h);
   sum_of_r += rest;
   found.pivot_gradient = rest - sum_of_r * others;
 #else
@@ -342,9 +342,9 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if LARGEST
   // The one with the smaller terms loses fewer digits.
   const bool smaller = size_of(share) + size_of(at_pivot) < size_of(rest) + size_of(sum_of_r * others);
-  if (smaller || sum_of_r == infinity()) found.pivot_gradient = share - at_pivot;
+  if (smaller || size_of(sum_of_r) == infinity()) found.pivot_gradient = share - at_pivot;
 #else
-  if (sum_of_r == infinity()) found.pivot_gradient = share - at_pivot;
+  if (size_of(sum_of_r) == infinity()) found.pivot_gradient = share - at_pivot;
 #endif
   found.lse = transformed(call, below ? state.pivot : state.top) + h;
   const real penalty = call.z_loss == 0 ? (real)0 : weight * call.z_loss;
@@ -366,7 +366,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if STATS && !PROBABILITY
   if (!leads) {
     const Gap label_gap = exact_gap(call, found.top, state.label);
-    if (added != 0 && added != infinity()) found.loss += added * label_gap.delta + added * label_gap.error;
+    if (added != 0 && size_of(added) != infinity()) found.loss += added * label_gap.delta + added * label_gap.error;
     // The gradient has the label for the pivot, as it has without stats.
     real low_label = exp_of(-label_gap.delta);
     low_label -= low_label * label_gap.error;
