@@ -55,7 +55,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
         return call
 
-    leave_out = None if FULL or name == "native" else few(group, backend.floats)
+    leave_out = None if FULL else few(group, backend.floats)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out, wrap=elsewhere))
 
 
