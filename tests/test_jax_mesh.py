@@ -216,3 +216,40 @@ def test_a_linear_head_with_its_gradients_on_a_mesh(
     np.testing.assert_allclose(of_head, np.einsum("abc,abf->cf", grad, x), rtol=1e-4, atol=1e-6)
     assert of_input.sharding.is_equivalent_to(placed[0].sharding, 3)
     assert of_head.sharding.is_equivalent_to(placed[1].sharding, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("axis", ["rows", "classes"])
+def test_derivatives_of_a_linear_heads_losses_on_a_mesh(
+    mesh: Any, axis: str, compiled: bool
+) -> None:
+    """By one input at a time, where the others are constants of the rule, and by all."""
+    import jax
+
+    P = jax.sharding.PartitionSpec
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, 3), (8, 3), (8,))
+    x, w, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    labels, scale = rng.integers(0, 8, ROWS), rng.uniform(0.5, 2.0, ROWS).astype(np.float32)
+    by_rows, by_classes = (P("devices"), P()) if axis == "rows" else (P(), P("devices"))
+    specs = (by_rows, by_classes, by_classes, by_rows, by_rows)
+    *inputs, placed_labels, placed_scale = (
+        jax.device_put(array, jax.NamedSharding(mesh, spec))
+        for array, spec in zip((x, w, b, labels, scale), specs, strict=True)
+    )
+
+    def total(x: Any, w: Any, b: Any) -> Any:
+        options = {"linear_bias": b, "reduction": "none", "chunk_size": 3}
+        losses = polyce.linear_cross_entropy(x, w, placed_labels, **options)
+        return (placed_scale * losses).sum()
+
+    grad = np.exp(x @ w.T + b) / np.exp(x @ w.T + b).sum(1, keepdims=True) - np.eye(8)[labels]
+    grad *= scale[:, None]
+    expected = (grad @ w, grad.T @ x, grad.sum(0))
+    for chosen in ((0,), (1,), (2,), (0, 1, 2)):
+        function = jax.grad(total, chosen)
+        found = (jax.jit(function) if compiled else function)(*inputs)
+        for index, actual in zip(chosen, found, strict=True):
+            np.testing.assert_allclose(actual, expected[index], rtol=1e-4, atol=1e-6)
+            # On automatic axes the compiler chooses.
+            assert jax.typeof(actual).sharding == jax.typeof(inputs[index]).sharding
