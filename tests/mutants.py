@@ -259,7 +259,10 @@ OPTION_MUTANTS = {
         "combined", patch=(targets, "lse_penalty", lambda p, plan: p.z_loss or None)
     ),
     "z-loss-without-gradient": Mutant(
-        "combined", patch=swapped(rowstate, "gradient", lambda true, *values: true(*values[:-1]))
+        "combined",
+        patch=swapped(
+            rowstate, "gradient", lambda true, *values, **more: true(*values[:-1], **more)
+        ),
     ),
     "z-loss-inexact": Mutant("transform", patch=swapped(rowstate, "loss", inexact_lse_square)),
     "scale-dropped": Mutant("combined", call=without(logit_scale=1.0)),

@@ -50,15 +50,16 @@ EXTRAS = {
         "return_stats": False,
         "validate": None,
         "implementation": None,
+        "dim": None,
     },
-    "NLLLoss": {"axis": None, "validate": None},
+    "NLLLoss": {"axis": None, "validate": None, "dim": None},
 }
 OPTIONS = {"sample_weight": None, "normalizer": None} | EXTRAS["CrossEntropyLoss"]
 FUNCTION_EXTRAS = {
     "cross_entropy": OPTIONS,
     "cross_entropy_with_grad": OPTIONS | {"grad_output": None, "out": None},
-    "nll_loss": {"axis": None, "sample_weight": None, "normalizer": None, "validate": None},
-    "log_softmax": {"logit_scale": None, "logit_softcap": None},
+    "nll_loss": {"sample_weight": None, "normalizer": None} | EXTRAS["NLLLoss"],
+    "log_softmax": {"logit_scale": None, "logit_softcap": None, "dim": None},
 }
 
 X = np.linspace(-2, 2, 24, dtype=np.float32).reshape(2, 3, 4)

@@ -202,7 +202,7 @@ def _to_fit(
         return f"pass axis={axis} if the classes of input are there"
     is_integer = arrays.holds_integers(target)
     sized = None not in given + row_shape
-    if is_integer and len(given) == len(row_shape) and sized:
+    if is_integer and len(given) in (0, len(row_shape)) and sized:
         rows, labels = math.prod(row_shape), math.prod(given)
         if rows != labels:
             return f"there are {rows} rows, but {labels} labels: pass one label for each row"
