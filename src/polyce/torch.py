@@ -197,8 +197,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return_stats: bool | str | Sequence[str] = False,
         validate: bool | None = None,
         implementation: str | None = None,
-        inplace_backward: bool = False,
         dim: None = None,
+        inplace_backward: bool = False,
     ) -> None:
         if dim is not None:
             raise refuse_dim()

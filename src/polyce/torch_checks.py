@@ -24,7 +24,8 @@ def check_storages(**tensors: Any) -> None:
             continue
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)  # noqa: PLW2901
-        if not eager.is_plain(torch, tensor) or not tensor.numel():
+        is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+        if is_batched or not eager.is_plain(torch, tensor) or not tensor.numel():
             continue
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1
