@@ -98,7 +98,7 @@ MUTANTS = {
     "label-counted-twice": wrong(
         of_rows([[0.0, 3.0, 1.0]], [1], return_stats=True),
         ROW,
-        "added = leads ? (real)0 : weight",
+        "added = leads || call.kept == 0 ? (real)0 : weight",
         "added = weight",
     ),
     "likeliest-is-the-gradient-s-pivot": wrong(STATS, ROW, "found.factor = probability;", ""),

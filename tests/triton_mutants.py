@@ -383,7 +383,7 @@ MUTANTS = {
     ),
     "label-counted-twice": Mutant(
         TILE,
-        "added = tl.where(leads, 0.0, weight * kept.to(DTYPE))",
+        "added = tl.where(leads | (kept == 0.0), 0.0, weight * kept.to(DTYPE))",
         "added = weight * kept.to(DTYPE)",
         grid("stats", only="margins/plain/top"),
     ),
