@@ -381,8 +381,6 @@ def finish(
     if ENTROPY:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
-        # The lead may be beyond the largest number where nothing is left for the others.
-        lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
-        entropy = (factor * entropy).to(DTYPE) + lacking
+        entropy = (factor * entropy).to(DTYPE) + others * (gap_ahead + h)
         entropy += probability * (gap_behind + h)
     return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad
