@@ -103,7 +103,7 @@ MUTANTS = {
     ),
     "likeliest-is-the-gradient-s-pivot": wrong(STATS, ROW, "found.factor = probability;", ""),
     "one-form-at-the-pivot": wrong(
-        cupy_checks.flat, ROW, "found.pivot_gradient = share - at_pivot;", ""
+        cupy_checks.flat, ROW, "if (!larger) found.pivot_gradient = share - at_pivot;", ""
     ),
     "entropy-stays-behind": wrong(STATS, ROW, "state.entropy += state.total * risen;", ""),
     # whole rows
@@ -247,7 +247,7 @@ MUTANTS = {
     "device-not-entered": wrong(
         cupy_checks.elsewhere,
         LAUNCH,
-        "with arrays.computing(problem.backend, operands._asdict())",
+        "with arrays.computing(problem.backend, operands.named())",
         "with cupy.cuda.Device()",
     ),
     "unknown-order-not-copied": wrong(

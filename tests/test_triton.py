@@ -16,7 +16,7 @@ from conftest import FULL
 from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend
 from polyce.testing.selection import representative
-from triton_mutants import PARTS, TILES
+from triton_checks import PARTS, TILES
 
 pytestmark = pytest.mark.only("triton")
 

@@ -83,8 +83,8 @@ def test_compiled(
     for launch in recorder.launched:
         compiled = binary(launch, recorder.device)
         count, spilled = registers(compiled, tmp_path)
-        # Now and then ptxas keeps some numbers for after the loop, to be a few registers fewer.
-        assert spilled <= (32 if "cubin" in compiled.asm else 0), launch.name
+        # Now and then ptxas keeps a number or two for after the loop, to be a few registers fewer.
+        assert spilled <= (16 if "cubin" in compiled.asm else 0), launch.name
         if spilled:
             assert spills_in_loops(compiled, tmp_path) == []
         heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")

@@ -58,9 +58,10 @@ def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("put_back")
 def test_nothing_is_wrong_with_copies() -> None:
-    import triton_mutants as mutants
     from polyce.implementations import triton_launch
+    from triton_checks import SLOW
+    from triton_mutants import MUTANTS, kernels
 
-    triton_launch.triton_kernels = mutants.kernels()
-    for check in {mutant.check for mutant in mutants.MUTANTS.values()} - mutants.SLOW:
+    triton_launch.triton_kernels = kernels()
+    for check in {mutant.check for mutant in MUTANTS.values()} - SLOW:
         check()

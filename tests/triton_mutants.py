@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import itertools
-import math
-import mmap
 import shutil
 import sys
 import tempfile
@@ -19,205 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polyce
-from polyce.testing import Case, cases, check_implementation
-from polyce.testing.selection import representative
+from triton_checks import (
+    COMBINED,
+    EXACT,
+    IN_PARTS,
+    IN_TILES,
+    SPECIAL,
+    STATS,
+    STEP,
+    far,
+    grid,
+    ignored,
+    in_place,
+    many_rows,
+    masked,
+    ties,
+    unlikely_labels,
+    unlikely_labels_in_parts,
+    zones,
+)
 
 FILES = ("triton_row", "triton_tiles", "triton_kernels")
-# Launch tables with everything of a large problem in a small one.
-TILES = {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 8}
-PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2}
-
-
-# Names of the cases of a group that stand for it, short ones; chosen once.
-_chosen: dict[str, set[str]] = {}
-
-
-def chosen(group: str) -> set[str]:
-    if group not in _chosen:
-        short = [case for case in cases([group], ["float32"]) if case.logits.size < 300]
-        wide = [case for case in cases([group], ["float64"]) if case.logits.size < 300]
-        _chosen[group] = {c.name for c in (*representative(short, 12), *representative(wide, 6))}
-    return _chosen[group]
-
-
-def grid(*groups: str, table: dict[str, int] | None = None, only: str = "") -> Callable[[], None]:
-    """Check some cases of groups of the conformance grid, or those with a word in their names."""
-
-    def left_out(case: Case) -> str:
-        wanted = only in case.name if only else case.name in chosen(case.group)
-        return "" if wanted else "left out here"
-
-    def check() -> None:
-        with changed(table or {}):
-            check_implementation(
-                "triton",
-                "torch",
-                groups=groups,
-                dtypes=["float32", "float64"],
-                leave_out=left_out,
-            )
-
-    return check
-
-
-class changed:
-    """Change the table of launches meanwhile."""
-
-    def __init__(self, values: dict[str, int]) -> None:
-        from polyce.implementations import triton_layout
-
-        self.module, self.values = triton_layout, values
-        self.before = {name: getattr(triton_layout, name) for name in values}
-
-    def __enter__(self) -> None:
-        for name, value in self.values.items():
-            setattr(self.module, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            setattr(self.module, name, value)
-
-
-def around(values: Any, before: int) -> tuple[Any, Any]:
-    """Put a tensor's values among nans."""
-    import torch
-
-    memory = torch.full((before + values.numel() + 16,), math.nan, dtype=values.dtype)
-    inside = memory[before : before + values.numel()].view(values.shape)
-    inside.copy_(values)
-    return inside, memory
-
-
-def zones() -> None:
-    """Check that nothing beyond rows is read or written, wherever these begin."""
-    import torch
-
-    torch.manual_seed(0)
-    for shape, before in itertools.product(((2, 67), (2, 72), (3, 5), (2, 5, 3)), (0, 1, 4)):
-        x = torch.randn(shape)
-        rows = (shape[0], *shape[2:])
-        for target in (torch.randint(shape[1], rows), torch.rand(shape)):
-            want = polyce.cross_entropy_with_grad(x, target, implementation="reference")
-            inside, _ = around(x, before)
-            out, memory = around(x, 3)
-            loss, grad = polyce.cross_entropy_with_grad(
-                inside, target, implementation="triton", out=out
-            )
-            torch.testing.assert_close(loss, want[0])
-            torch.testing.assert_close(grad, want[1], rtol=1e-4, atol=1e-7)
-            assert torch.isnan(memory[:3]).all()
-            assert torch.isnan(memory[3 + x.numel() :]).all()
-
-
-def in_place() -> None:
-    """Check the gradient over its own logits, in many programs."""
-    import torch
-
-    torch.manual_seed(0)
-    with changed(TILES):
-        for label in (0, 40, 66):
-            x, t = torch.randn(2, 67), torch.tensor([label, label])
-            want = polyce.cross_entropy_with_grad(x, t, implementation="reference")[1]
-            polyce.cross_entropy_with_grad(x, t, implementation="triton", out=x)
-            torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-7)
-
-
-def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], None]:
-    """Check rows and classes more than 2^31 elements apart."""
-
-    def check() -> None:
-        import torch
-
-        torch.manual_seed(0)
-        count = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        memory = mmap.mmap(-1, 2 * count, flags=flags)
-        x = torch.frombuffer(memory, dtype=torch.float16).as_strided(shape, strides)
-        x.copy_(torch.randn(shape))
-        t = torch.randint(shape[1], (shape[0], *shape[2:]))
-        want = polyce.cross_entropy_with_grad(x.clone(), t, implementation="reference")
-        loss, grad = polyce.cross_entropy_with_grad(x, t, implementation="triton", out=x)
-        torch.testing.assert_close(loss, want[0], rtol=2e-3, atol=0.0)
-        torch.testing.assert_close(grad.clone(), want[1], rtol=2e-3, atol=1e-6)
-
-    return check
-
-
-def ignored() -> None:
-    """Check that rows which do not count have no gradient, whatever is passed on to them."""
-    import torch
-
-    x, t = torch.randn(2, 5), torch.tensor([-100, 1])
-    _, grad = polyce.cross_entropy_with_grad(
-        x, t, reduction="none", grad_output=torch.tensor([math.nan, 1.0]), implementation="triton"
-    )
-    assert torch.equal(grad[0], torch.zeros(5))
-
-
-def masked() -> None:
-    """Check a row whose target lies on a masked class, in a tile of masked classes."""
-    import torch
-
-    x, p = torch.zeros(1, 8), torch.zeros(1, 8)
-    x[0, :4], p[0, 0] = -math.inf, 1.0
-    with changed(TILES):
-        assert polyce.cross_entropy(x, p, implementation="triton") == math.inf
-
-
-def ties() -> None:
-    """Check which of several largest classes is predicted, in several tiles."""
-    import torch
-
-    with changed(TILES):
-        _, stats = polyce.cross_entropy(
-            torch.zeros(2, 19),
-            torch.tensor([18, 0]),
-            return_stats="prediction",
-            implementation="triton",
-        )
-    assert stats.prediction.tolist() == [0, 0]
-
-
-def unlikely_labels(table: dict[str, int] = TILES) -> None:
-    """Check the entropy of rows with another label than the class that leads by far."""
-    import torch
-
-    torch.manual_seed(0)
-    x, t = torch.randn(8, 19), torch.full((8,), 11)
-    x[:, 3] += 20.0
-    with changed(table):
-        _, stats = polyce.cross_entropy(x, t, return_stats="entropy", implementation="triton")
-    exact = torch.special.entr(x.double().softmax(1)).sum(1)
-    torch.testing.assert_close(stats.entropy.double(), exact, rtol=1e-6, atol=0.0)
-
-
-def unlikely_labels_in_parts() -> None:
-    """Check the same in rows that several programs read."""
-    unlikely_labels(PARTS)
-
-
-def many_rows() -> None:
-    """Check a mean over more programs than are added up at once."""
-    import torch
-
-    torch.manual_seed(0)
-    x, t = torch.randn(64, 2), torch.randint(2, (64,))
-    want = polyce.cross_entropy(x, t, implementation="reference")
-    with changed({"_SHORT_TILE": 4, "SUMS": 8}):
-        torch.testing.assert_close(polyce.cross_entropy(x, t, implementation="triton"), want)
-
-
-# A stride that 32 bits hold, but not three of them.
-STEP = 2**30 + 64
-EXACT = grid("accuracy", "options")
-SPECIAL = grid("special")
-IN_TILES = grid("options", "combined", table=TILES)
-IN_PARTS = grid("options", "combined", table=PARTS)
-STATS = grid("stats", table=TILES)
-COMBINED = grid("combined", "transform")
-# What other tests hold the kernels to as well.
-SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED}
 
 
 @dataclass(frozen=True)
@@ -395,7 +214,7 @@ MUTANTS = {
     ),
     "one-form-at-the-pivot": Mutant(
         ROW,
-        "pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)",
+        "pivot_grad = tl.where(larger, pivot_grad, share - at_pivot)",
         "pivot_grad = pivot_grad",
         grid("accuracy", only="likeliest/flat"),
     ),

@@ -348,7 +348,7 @@ def fuses(backend: str, array: Any) -> bool:
 
 
 def computing(backend: str, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Prepare for computing with the arrays of a call, the logits among them by that name.
+    """Prepare for computing with the arrays of a call, by what the caller calls them.
 
     NumPy is kept quiet, the device of CuPy's arrays made the current one, and torch's storages are
     looked at.
@@ -356,10 +356,8 @@ def computing(backend: str, operands: Mapping[str, Any]) -> contextlib.AbstractC
     if backend == "torch":
         from polyce import torch_checks
 
-        torch_checks.check_storages(
-            **{"input" if name == "logits" else name: a for name, a in operands.items()}
-        )
-    return operands["logits"].device if backend == "cupy" else quiet(backend)
+        torch_checks.check_storages(**operands)
+    return operands["input"].device if backend == "cupy" else quiet(backend)
 
 
 def quiet(backend: str) -> contextlib.AbstractContextManager[Any]:

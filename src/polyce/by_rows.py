@@ -14,7 +14,7 @@ def cross_entropy(
     implementation: Implementation, problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
     """Give the loss and the stats."""
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         plan = implementation.plan(problem, operands)
         rows, _, found = implementation.forward(problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, rows)
@@ -25,7 +25,7 @@ def cross_entropy_with_grad(
     implementation: Implementation, problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         plan = implementation.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         rows, grad, found = implementation.forward_backward(

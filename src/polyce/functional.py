@@ -165,7 +165,7 @@ def cross_entropy(
     # As `by_rows` does, but on the library's graph.
     autograd = rules(problem.backend)
     autograd.check(operands)
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         plan = chosen.plan(problem, operands)
         rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, rows)
@@ -356,7 +356,7 @@ def nll_loss(
     )
     autograd = rules(problem.backend)
     autograd.check(operands)
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))
 
@@ -406,5 +406,5 @@ def log_softmax(
         raise refuse_dim()
     problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
     compute = select_log_softmax(problem)
-    with arrays.computing(problem.backend, {"logits": logits}):
+    with arrays.computing(problem.backend, {"input": logits}):
         return rules(problem.backend).log_softmax(problem, logits, compute)

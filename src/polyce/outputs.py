@@ -103,17 +103,17 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
             f"out must not overlap itself, got shape {place.shape} with strides of "
             f"{place.strides} bytes; pass a copy of it"
         )
-    for name, operand in zip(operands._fields, operands, strict=True):
+    for name, operand in operands.named().items():
         if operand is None:
             continue
         there = _place(operand, backend)
-        if there is None or not place.meets(there) or (name == "logits" and there == place):
+        if there is None or not place.meets(there) or (name == "input" and there == place):
             continue
         if backend == "torch":
-            _check_storages(out=out, **{"input" if name == "logits" else name: operand})
+            _check_storages(out=out, **{name: operand})
         raise ValueError(
             "out may be input itself, but must share no memory with the arguments otherwise, and "
-            f"does with {'input' if name == 'logits' else name}; pass a copy of it"
+            f"does with {name}; pass a copy of it"
         )
 
 
@@ -139,8 +139,8 @@ def check_inplace(problem: Problem, operands: Operands) -> None:
             "with inplace_backward input must not overlap itself, got shape "
             f"{place.shape} with strides of {place.strides} bytes; pass a copy of it"
         )
-    for name, operand in zip(operands._fields, operands, strict=True):
-        there = None if name == "logits" else _place(operand, "torch")
+    for name, operand in operands.named().items():
+        there = None if name == "input" else _place(operand, "torch")
         if there is not None and place.meets(there):
             raise ValueError(
                 "with inplace_backward input must share no memory with the other arguments, and "

@@ -109,6 +109,10 @@ class Operands(NamedTuple):
     normalizer: Any
     grad_output: Any
 
+    def named(self) -> dict[str, Any]:
+        """Give the operands by what the caller calls them."""
+        return {"input": self.logits, **dict(zip(self._fields[1:], self[1:], strict=True))}
+
 
 # A call is described from these facts alone where its arrays are plain ones. Small calls are mostly
 # like one before, and describing them anew would take longer than computing them.

@@ -282,8 +282,8 @@ def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
     others = state.rest_coefficient
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
-        # The excess would be nan where an infinite coefficient has met a gap of 0.
-        excess = xp.where(xp.abs(others) == math.inf, 0.0, state.rest_excess)
+        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        excess = xp.where(state.rest_excess == state.rest_excess, state.rest_excess, 0.0)
         rows = rows + (excess + others * (ahead + h))
     if lse_penalty is not None:
         log_sum = _lse(problem, state, s)
@@ -321,15 +321,17 @@ def gradient(
     others = 0.0 if state.rest_coefficient is None else state.rest_coefficient
     at_pivot = others - away
     if not isinstance(total, float):
-        # R p_k - r_k is the same. Of the two, the one with the smaller terms keeps its digits (with
-        # a label as the pivot always the first), and with infinite terms it is torch's.
+        # R p_k - r_k is the same, and torch's where these are infinite. Of the two, the one with
+        # the smaller terms keeps its digits: with a label as the pivot always the first.
         near = total * _pivot_probability(xp, s)
-        # On a mesh of jax's, spread as the rows are.
-        is_nearer = xp.abs(total + xp.zeros_like(near)) == math.inf
         if leads:
-            size = xp.abs(near) + xp.abs(state.pivot_coefficient)
-            is_nearer = is_nearer | (size < xp.abs(away) + xp.abs(others))
-        at_pivot = xp.where(is_nearer, near - state.pivot_coefficient, at_pivot)
+            is_larger = xp.abs(near) + xp.abs(state.pivot_coefficient) > xp.abs(away) + xp.abs(
+                others
+            )
+        else:
+            # On a mesh of jax's, spread as the rows are.
+            is_larger = xp.isfinite(total + xp.zeros_like(near))
+        at_pivot = xp.where(is_larger, at_pivot, near - state.pivot_coefficient)
     if lse_penalty is not None:
         pull = 2.0 * lse_penalty * _lse(problem, state, s)
         total = total + pull

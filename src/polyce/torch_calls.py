@@ -175,7 +175,7 @@ def planned(implementation: Implementation) -> Kernels:
         return loss, facts, Saved()
 
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
-        check_returned(problem, operands)
+        check_operands(problem, operands)
         plan = implementation.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         grad = implementation.backward(problem, plan, cotangent, operands.logits, None)
@@ -184,7 +184,7 @@ def planned(implementation: Implementation) -> Kernels:
     return Kernels(implementation.name, forward, backward, lambda problem: Saved(False, False))
 
 
-def check_returned(problem: Problem, operands: Operands) -> None:
+def check_operands(problem: Problem, operands: Operands) -> None:
     """Refuse tensors that a backward pass was given back as others, or without their memory."""
     if torch.compiler.is_compiling():
         return
@@ -204,7 +204,7 @@ def check_returned(problem: Problem, operands: Operands) -> None:
 
 def _plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target, whose labels a forward pass has checked if they can be."""
-    check_returned(problem, operands)
+    check_operands(problem, operands)
     return targets.plan(problem._replace(check_labels=False), operands)
 
 

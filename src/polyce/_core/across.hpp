@@ -7,19 +7,17 @@
 #pragma once
 
 #include "pair.hpp"
-#include "tile.hpp"
+#include "pivots.hpp"
 
 namespace polyce::POLYCE_ISA {
 
-// Up to so many classes, a look at each is cheaper than going to the pivot of each row.
-constexpr int few = 16;
-
 template <class T, bool capped>
-struct Across : Tile<T> {
+struct Across : Pivots<T> {
     using Place = typename Lanes<T>::Place;
     using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::gaps, Tile<T>::coefficients;
     using Tile<T>::first_row, Tile<T>::rows, Tile<T>::by_labels;
     using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add;
+    using Pivots<T>::each_chunk, Pivots<T>::each_label, Pivots<T>::each_pivot, Pivots<T>::find_pivots;
 
     Transform<capped> transform;
     T scale, cap, twice_over_cap, share, kept;
@@ -29,19 +27,11 @@ struct Across : Tile<T> {
     bool plain;   // none of these, nor z_loss
 
     Across(const Job& job, char* scratch)
-        : Tile<T>(job, scratch), transform{job.scale, job.cap}, scale(T(job.scale)), cap(T(job.cap)),
+        : Pivots<T>(job, scratch), transform{job.scale, job.cap}, scale(T(job.scale)), cap(T(job.cap)),
           twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)),
           share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)), spread(has_coefficients(job)),
           at_top(pivots_on_largest(job)), apart(at_top && by_labels),
           plain(!spread && !apart && job.z_loss == 0.0) {}
-
-    // Calls f(first class, number of classes) for as many classes as a tile has room for.
-    template <class F>
-    void each_chunk(F f) {
-        for (std::int64_t start = 0; start < job.classes; start += chunk) {
-            f(start, int(job.classes - start < chunk ? job.classes - start : chunk));
-        }
-    }
 
     void fill_coefficients(std::int64_t start, int count) const {
         if (!by_labels) fill(job.probabilities, start, count, coefficients);
@@ -52,115 +42,6 @@ struct Across : Tile<T> {
             T* r = coefficients + c * width;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = coefficient(job, r[i], weight, kept, share); });
         }
-    }
-
-    // The first class with the largest logit, as each row's pivot.
-    void find_largest() {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.top[i] = -infinity<T>, lane.pivot[i] = 0; });
-        each_chunk([&](std::int64_t start, int count) {
-            fill(job.logits, start, count, logits);
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = -1; });
-            for (int c = 0; c < count; ++c) {
-                const T* x = logits + c * width;
-                each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                    const bool more = x[i] > lane.top[i];
-                    lane.top[i] = more ? x[i] : lane.top[i];
-                    lane.found[i] = more ? Place(c) : lane.found[i];
-                });
-            }
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                lane.pivot[i] = lane.found[i] < 0 ? lane.pivot[i] : start + lane.found[i];
-            });
-        });
-    }
-
-    // Keeps the labels, whose place the pivots take.
-    void keep_labels() {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.label[i] = lane.pivot[i], lane.label_logit[i] = T(0); });
-    }
-
-    // Calls f(row, its label's place in the tile) for labels among these classes.
-    template <class F>
-    void each_label(std::int64_t start, int count, F f) {
-        for (int i = 0; i < rows; ++i) {
-            const std::int64_t c = lane.label[i] - start;
-            if (!out_of_range(c, count)) f(i, c * width + i);
-        }
-    }
-
-    LabelApart set_label_apart(int i, RowState& s) const {
-        const RowTarget target{lane.label[i], true, false, lane.weight[i], lane.label_weight[i]};
-        return polyce::POLYCE_ISA::set_apart(job, transform, s, target, double(lane.label_logit[i]));
-    }
-
-    // Where in the tile the pivots are; -1 for those among other classes.
-    void find_pivots(std::int64_t start, int count) {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            const std::int64_t c = lane.pivot[i] - start;
-            lane.place[i] = Place(out_of_range(c, count) ? -1 : c);
-        });
-    }
-
-    // Calls f(row, its pivot's number in `values`) for pivots in the tile.
-    template <class F>
-    void each_pivot(T* values, F f) {
-        for (int i = 0; i < rows; ++i) {
-            if (lane.place[i] >= 0) f(i, values[lane.place[i] * width + i]);
-        }
-    }
-
-    // Takes the pivots' logits out of the logits, leaving -inf, and finds the largest of the others.
-    void set_apart(int count) {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.top[i] = -infinity<T>; });
-        if (count <= few) {
-            raise_top(count, [&](int i, int c, T& logit) POLYCE_INLINE_LAMBDA {
-                T& x = logits[c * width + i];
-                const T found = x;
-                const bool apart = lane.place[i] == Place(c);
-                logit = apart ? found : logit;
-                return x = apart ? -infinity<T> : found;
-            });
-        } else {
-            each_pivot(logits, [&](int i, T& x) { lane.pivot_logit[i] = x, x = -infinity<T>; });
-            raise_top(count, [&](int i, int c, T&) POLYCE_INLINE_LAMBDA { return logits[c * width + i]; });
-        }
-    }
-
-    // `logit_at`(row, class, the pivot's logit) gives a logit; four at a time, for fewer loads.
-    template <class F>
-    POLYCE_INLINE void raise_top(int count, F logit_at) {
-        const auto larger = [](T a, T b) POLYCE_INLINE_LAMBDA { return a > b ? a : b; };
-        int c = 0;
-        for (; c + 4 <= count; c += 4) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T logit = lane.pivot_logit[i];
-                const T one = larger(logit_at(i, c, logit), logit_at(i, c + 1, logit));
-                const T two = larger(logit_at(i, c + 2, logit), logit_at(i, c + 3, logit));
-                lane.top[i] = larger(larger(one, two), lane.top[i]);
-                lane.pivot_logit[i] = logit;
-            });
-        }
-        for (; c < count; ++c) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T logit = lane.pivot_logit[i];
-                lane.top[i] = larger(logit_at(i, c, logit), lane.top[i]);
-                lane.pivot_logit[i] = logit;
-            });
-        }
-    }
-
-    // Notes the first class of each row that has its largest logit.
-    void find_first(std::int64_t start, int count) {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = 0; });
-        for (int c = count - 1; c >= 0; --c) {
-            const T* x = logits + c * width;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                lane.found[i] = x[i] == lane.top[i] ? Place(c) : lane.found[i];
-            });
-        }
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            lane.first[i] = lane.top[i] > lane.rest_max[i] ? start + lane.found[i] : lane.first[i];
-        });
     }
 
     // Carries the sums over to a maximum that the classes in the tile have raised.
@@ -266,8 +147,8 @@ struct Across : Tile<T> {
             fill(job.logits, start, count, logits);
             if (apart) each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
             find_pivots(start, count);
-            set_apart(count);
-            if (job.stats.prediction || job.stats.correct) find_first(start, count);
+            this->set_apart(count);
+            if (job.stats.prediction || job.stats.correct) this->find_first(start, count);
             if (start) raise_to_top();
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
             refer_to(lane.rest_max);
@@ -295,7 +176,8 @@ struct Across : Tile<T> {
                 lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
             } else {
                 RowState s = state(i);
-                set_label_apart(i, s);
+                const RowTarget target{lane.label[i], true, false, lane.weight[i], lane.label_weight[i]};
+                count_label(job, transform, s, target, double(lane.label_logit[i]));
                 lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
             }
         }
@@ -416,8 +298,8 @@ struct Across : Tile<T> {
             if (job.stats.valid) sum();
             finish_pair(*this);
         } else {
-            if (apart) keep_labels();
-            if (at_top) find_largest();
+            if (apart) this->keep_labels();
+            if (at_top) this->find_largest();
             sum();
             if (job.grad.data) {
                 finish<true>();
@@ -459,7 +341,7 @@ struct Across : Tile<T> {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.weight[i] = lane.label_weight[i] = lane.counted[i] = 1.0;
         });
-        find_largest();
+        this->find_largest();
         sum();
         finish<false>();
         refer_to(lane.pivot_logit);

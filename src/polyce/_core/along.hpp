@@ -362,11 +362,10 @@ struct Along {
             }
         }
         if (!probabilities) {
-            const double whole = label_coefficient(job, target.label_weight);
             if (pivot == target.label) {
-                s.pivot_coefficient = whole;
+                s.pivot_coefficient = label_coefficient(job, target.label_weight);
             } else {
-                apart = set_apart(job, transform, s, target, double(read_one(job.logits, row, target.label)));
+                apart = count_label(job, transform, s, target, double(read_one(job.logits, row, target.label)));
             }
         }
         if (job.saved && !job.backward_only) job.saved[r] = saved_row(transform, s, apart, pivot);
@@ -377,7 +376,7 @@ struct Along {
             const RowGradient g = row_gradient(s, found, penalty, lse, at_top);
             const double factor = row_scale(job, target, r);
             write_gradient(row, probabilities, grad, s, target, pivot, factor, g);
-            if (apart.is) write_one(grad, target.label, apart.gradient(transform, s, g) * factor);
+            if (apart.exists) write_one(grad, target.label, apart.gradient(transform, s, g) * factor);
         }
         if (job.stats.valid) store_stats<T, capped>(job, transform, r, target, s, pivot, first, probabilities);
         if (job.backward_only) return 0.0;

@@ -1,6 +1,5 @@
 #include "arrays.hpp"
 
-#include <cstring>
 #include <stdexcept>
 
 namespace nb = nanobind;
@@ -98,11 +97,12 @@ struct Names {
 };
 
 nb::object ask(nb::handle object, const nb::object& method) {
-    return nb::steal(PyObject_CallMethodObjArgs(object.ptr(), method.ptr(), nullptr));
+    PyObject* const answer = PyObject_CallMethodObjArgs(object.ptr(), method.ptr(), nullptr);
+    if (!answer) throw nb::python_error();
+    return nb::steal(answer);
 }
 
-std::int64_t number(nb::object answer) {
-    if (!answer.is_valid()) throw nb::python_error();
+std::int64_t number(const nb::object& answer) {
     const std::int64_t value = PyLong_AsLongLong(answer.ptr());
     if (value == -1 && PyErr_Occurred()) throw nb::python_error();
     return value;
@@ -171,9 +171,7 @@ void check_storage(nb::handle tensor, const char* name, const Facts& facts) {
         end += (facts.shape[a] - 1) * facts.strides[a];
     }
     const Names& names = Names::get();
-    const nb::object storage = ask(tensor, names.untyped_storage);
-    if (!storage.is_valid()) throw nb::python_error();
-    const std::int64_t bytes = number(ask(storage, names.nbytes));
+    const std::int64_t bytes = number(ask(ask(tensor, names.untyped_storage), names.nbytes));
     const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * facts.itemsize;
     if (reach > bytes) {
         throw std::runtime_error(
@@ -236,7 +234,6 @@ void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
         if (is_negated(tensor)) {
             if (wanted.is_written) refuse(wanted, "a negated view");
             resolved_ = ask(tensor, Names::get().resolve_neg);
-            if (!resolved_.is_valid()) throw nb::python_error();
             Wanted own = wanted;
             own.is_new = true;
             return open_tensor(resolved_, own);

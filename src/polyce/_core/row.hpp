@@ -138,12 +138,12 @@ POLYCE_INLINE double log_sum_exp(const Transform<capped>& x, const RowState& s, 
     return transformed(x, r.below ? s.pivot_logit : s.rest_max) + r.h;
 }
 
-// Products with a coefficient that is 0 are selected: the other factor may be infinite. So is the
-// excess, which is nan where an infinite coefficient has met a gap of 0.
+// Products with a coefficient that is 0 are selected: the other factor may be infinite. The excess
+// is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
 POLYCE_INLINE double row_loss(const RowState& s, const RowScalars& r, double penalty, double lse) {
     const double behind = s.pivot_coefficient == 0.0 ? 0.0 : r.behind;
     const double ahead = r.below && s.rest_coefficient != 0.0 ? r.opposite : 0.0;
-    const double excess = magnitude(s.rest_coefficient) == infinity<double> ? 0.0 : s.rest_excess;
+    const double excess = s.rest_excess == s.rest_excess ? s.rest_excess : 0.0;
     const double loss = s.pivot_coefficient * (behind + r.h) + (excess + s.rest_coefficient * (ahead + r.h));
     return penalty == 0.0 ? loss : loss + penalty * lse * lse;
 }
@@ -155,8 +155,8 @@ struct RowGradient {
 };
 
 // `at_top`: the pivot is the class of the largest logit. With p its probability its entry is
-// R·p - r_k, and R' - R·(1 - p) as well: of the two, the one with the smaller terms keeps its digits
-// (for a label always the second), and with infinite terms the first is torch's.
+// R' - R·(1 - p), and R·p - r_k as well, which is torch's where these are infinite. Of the two, the
+// one with the smaller terms keeps its digits: for a label always the first.
 POLYCE_INLINE RowGradient row_gradient(
     const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top
 ) {
@@ -165,10 +165,10 @@ POLYCE_INLINE RowGradient row_gradient(
     const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
-    const bool is_nearer =
-        magnitude(total) == infinity<double> ||
-        (at_top && magnitude(near) + magnitude(s.pivot_coefficient) < magnitude(away) + magnitude(s.rest_coefficient));
-    double at_pivot = is_nearer ? near - s.pivot_coefficient : s.rest_coefficient - away;
+    const double near_size = magnitude(near) + magnitude(s.pivot_coefficient);
+    const double away_size = magnitude(away) + magnitude(s.rest_coefficient);
+    const bool is_larger = at_top ? near_size > away_size : magnitude(total) < infinity<double>;
+    double at_pivot = is_larger ? s.rest_coefficient - away : near - s.pivot_coefficient;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;
     return {(total + pull) * factor, at_pivot};

@@ -102,7 +102,7 @@ POLYCE_INLINE bool pivots_on_largest(const Job& job) {
 // A label that is not the pivot is one of the other classes, with a coefficient of its own beside
 // what smoothing gives it.
 struct LabelApart {
-    bool is = false;
+    bool exists = false;
     double logit = 0, coefficient = 0;
 
     // The label's entry of the gradient of a row's loss.
@@ -115,7 +115,7 @@ struct LabelApart {
 
 // Adds the label's own coefficient to the sums.
 template <bool capped>
-POLYCE_INLINE LabelApart set_apart(
+POLYCE_INLINE LabelApart count_label(
     const Job& job, const Transform<capped>& x, RowState& s, const RowTarget& target, double logit
 ) {
     const double own = job.smoothing == 1.0 ? 0.0 : target.label_weight * (1.0 - job.smoothing);
@@ -131,7 +131,7 @@ template <bool capped>
 POLYCE_INLINE SavedRow saved_row(
     const Transform<capped>& x, const RowState& s, const LabelApart& apart, std::int64_t pivot
 ) {
-    if (!apart.is) return {s.rest_max, s.rest_sum, s.rest_coefficient, double(pivot)};
+    if (!apart.exists) return {s.rest_max, s.rest_sum, s.rest_coefficient, double(pivot)};
     const double below = exp_negative_full(difference(x, s.rest_max, s.pivot_logit));
     const double label = exp_negative_full(difference(x, apart.logit, s.pivot_logit));
     const double others = (s.rest_sum == 0.0 ? 0.0 : s.rest_sum * below) - label;

@@ -31,7 +31,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
     """Give the loss and the stats."""
     if problem.is_empty:
         return by_rows.cross_entropy(registry.find("reference"), problem, operands)
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         return _forward(_call(problem, operands))
 
 
@@ -41,7 +41,7 @@ def cross_entropy_with_grad(
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
     if problem.is_empty:
         return by_rows.cross_entropy_with_grad(registry.find("reference"), problem, operands, out)
-    with arrays.computing(problem.backend, operands._asdict()):
+    with arrays.computing(problem.backend, operands.named()):
         grad = cupy.empty_like(operands.logits) if out is None else out
         call = _call(problem, operands, grad)
         loss, found = _forward_backward(call)

@@ -355,20 +355,21 @@ def finish(
     if SPREAD:
         rest = rest.to(DTYPE)
         ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
-        # The excess would be nan where an infinite coefficient has met a gap of 0.
-        loss += tl.where(tl.abs(rest) == float("inf"), 0.0, excess.to(DTYPE)) + rest * (ahead + h)
+        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        excess = excess.to(DTYPE)
+        loss += tl.where(excess == excess, excess, 0.0) + rest * (ahead + h)
         sum_of_r = at_pivot + rest
         pivot_grad = rest - sum_of_r * others
     else:
         pivot_grad = -at_pivot * others
-    # Two forms of one number. With infinite terms this one is torch's.
+    # Another form of the same number, which is torch's where the terms are infinite.
     share = sum_of_r * probability
-    smaller = tl.abs(sum_of_r) == float("inf")
     if LARGEST:
         # The one with the smaller terms loses fewer digits.
-        sizes = tl.abs(share) + tl.abs(at_pivot), tl.abs(rest) + tl.abs(sum_of_r * others)
-        smaller = smaller | (sizes[0] < sizes[1])
-    pivot_grad = tl.where(smaller, share - at_pivot, pivot_grad)
+        larger = tl.abs(share) + tl.abs(at_pivot) > tl.abs(rest) + tl.abs(sum_of_r * others)
+    else:
+        larger = tl.abs(sum_of_r) < float("inf")
+    pivot_grad = tl.where(larger, pivot_grad, share - at_pivot)
     lse = h
     if LSE or PENALTY:
         largest = tl.where(below, pivot, top)
@@ -381,6 +382,8 @@ def finish(
     if ENTROPY:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
-        entropy = (factor * entropy).to(DTYPE) + others * (gap_ahead + h)
+        # The lead may be beyond the largest number where nothing is left for the others.
+        lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
+        entropy = (factor * entropy).to(DTYPE) + lacking
         entropy += probability * (gap_behind + h)
     return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad

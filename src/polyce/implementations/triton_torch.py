@@ -23,7 +23,7 @@ def forward(
     """Give the loss, the stats, and what a backward pass wants where there will be one."""
     if problem.is_empty:
         return _OF_NOTHING.forward(problem, operands, keep)
-    _check_storages(operands)
+    torch_checks.check_storages(**operands.named())
     device = operands.logits.device
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -52,7 +52,7 @@ def backward(
     logits = operands.logits.detach()
     if problem.is_empty:
         return _OF_NOTHING.backward(problem, operands, saved, out)
-    torch_calls.check_returned(problem, operands)
+    torch_calls.check_operands(problem, operands)
     if saved.rows is None:
         _, _, saved = forward(problem, operands, keep=True)
     _check_saved(problem, saved)
@@ -70,20 +70,11 @@ def backward(
     return grad if place is grad else grad.copy_(place)
 
 
-def _check_storages(operands: Operands) -> None:
-    logits, *others = operands
-    torch_checks.check_storages(
-        input=logits, **dict(zip(operands._fields[1:], others, strict=True))
-    )
-
-
 def _check_saved(problem: Problem, saved: Saved) -> None:
-    """Refuse what a forward pass has not saved so."""
-    rows = torch.Size((math.prod(problem.row_shape), 4))
-    kinds = [(rows, torch.float64), None]
-    if problem.reduction == "mean":
-        kinds[1] = (torch.Size(()), torch.float64)
-    torch_checks.check_returned(kinds, saved)
+    """Refuse what no forward pass of this call has saved."""
+    rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
+    denominator = (torch.Size(()), torch.float64) if problem.reduction == "mean" else None
+    torch_checks.check_returned((rows, denominator), saved)
 
 
 def cross_entropy_with_grad(

@@ -16,9 +16,8 @@ def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]
 
 
 def _computing(call: Call) -> Any:
-    operands = call.operands._asdict()
-    operands |= {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
-    return arrays.computing(call.whole.backend, operands)
+    head = {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
+    return arrays.computing(call.whole.backend, call.operands.named() | head)
 
 
 def _writes(call: Call) -> bool:

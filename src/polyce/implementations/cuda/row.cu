@@ -330,22 +330,22 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if SPREAD || LARGEST
   const real rest = (real)others_r;
   const real ahead = below && rest != 0 ? opposite : (real)0;
-  // The excess would be nan where an infinite coefficient has met a gap of 0.
-  found.loss += (size_of(rest) == infinity() ? (real)0 : excess) + rest * (ahead + h);
+  // The excess is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+  found.loss += (excess == excess ? excess : (real)0) + rest * (ahead + h);
   sum_of_r += rest;
   found.pivot_gradient = rest - sum_of_r * others;
 #else
   found.pivot_gradient = -at_pivot * others;
 #endif
-  // Two forms of one number. With infinite terms this one is torch's.
+  // Another form of the same number, which is torch's where the terms are infinite.
   const real share = sum_of_r * probability;
 #if LARGEST
   // The one with the smaller terms loses fewer digits.
-  const bool smaller = size_of(share) + size_of(at_pivot) < size_of(rest) + size_of(sum_of_r * others);
-  if (smaller || size_of(sum_of_r) == infinity()) found.pivot_gradient = share - at_pivot;
+  const bool larger = size_of(share) + size_of(at_pivot) > size_of(rest) + size_of(sum_of_r * others);
 #else
-  if (size_of(sum_of_r) == infinity()) found.pivot_gradient = share - at_pivot;
+  const bool larger = size_of(sum_of_r) < infinity();
 #endif
+  if (!larger) found.pivot_gradient = share - at_pivot;
   found.lse = transformed(call, below ? state.pivot : state.top) + h;
   const real penalty = call.z_loss == 0 ? (real)0 : weight * call.z_loss;
   if (penalty != 0) {
