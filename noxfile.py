@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nox>=2025.5.1"]
 # ///
-"""The checks of polyce: `nox -l` lists them, plain `nox` runs the starred ones."""
+"""The checks of polyce: `nox -l` lists them, plain `nox` runs the starred, `nox -t ci` the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ nox.needs_version = ">=2025.5.1"
 # pip, not uv: both name the same packages, but the pinned CPU wheel of torch is found by pip alone
 # where pip is configured to look for it.
 nox.options.default_venv_backend = "virtualenv"
+# What a change must pass before it is shown to others.
+nox.options.sessions = ["lint", "types", "build", "tests(numpy)", "tests(torch)", "doctest", "docs"]
+# What else must hold.
+CI = ["ci"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -149,6 +153,8 @@ def run_tests(session: nox.Session, backend: str, **env: str) -> None:
     folder = Path(session.create_tmp()).resolve()
     env["TRITON_CACHE_DIR"] = str(folder / "triton")
     env["POLYCE_EMULATION_CACHE"] = str(folder / "emulation")
+    # Large exact answers, which the runs have in common and which take longer than the runs.
+    env["POLYCE_ANSWERS"] = str(Path(session.cache_dir).resolve() / "answers")
     # Two at once: the least that a machine has today. Another `-n` after `--` goes before this one.
     session.run("pytest", f"--backend={backend}", "-n", "2", *session.posargs, env=env)
 
@@ -173,7 +179,7 @@ def types(session: nox.Session) -> None:
         session.error(f"{STUB} is not what the core looks like: `nox -s stub` writes it anew")
 
 
-@nox.session(default=False)
+@nox.session
 def stub(session: nox.Session) -> None:
     """Write the types of the compiled core, src/polyce/_core.pyi, anew."""
     install(session, "types")
@@ -227,7 +233,7 @@ def check_without_core(session: nox.Session, folder: Path) -> None:
         session.run("python", "-m", "polyce", "demo")
 
 
-@nox.session
+@nox.session(tags=CI)
 def sanitize(session: nox.Session) -> None:
     """Run the compiled kernels without Python, as they are and under three sanitizers."""
     install(session, "numpy", "native")
@@ -244,14 +250,20 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
+@nox.parametrize(
+    "backend",
+    [
+        nox.param(name, id=name, tags=[] if f"tests({name})" in nox.options.sessions else CI)
+        for name in BACKENDS
+    ],
+)
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests on one array library."""
     install(session, BACKENDS[backend][0])
     run_tests(session, backend)
 
 
-@nox.session(python=["3.12", "3.13"])
+@nox.session(python=["3.12", "3.13"], tags=CI)
 @nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
 def tests_other(session: nox.Session, backend: str) -> None:
     """Run the tests on another Python, with a few cases that stand for the grid."""
@@ -259,7 +271,7 @@ def tests_other(session: nox.Session, backend: str) -> None:
     run_tests(session, backend, POLYCE_FEW="1")
 
 
-@nox.session(python="3.11")
+@nox.session(python="3.11", tags=CI)
 @nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
 def minimums(session: nox.Session, backend: str) -> None:
     """Run the tests on the oldest Python, NumPy and array-api-compat that polyce takes."""
@@ -287,7 +299,7 @@ def docs(session: nox.Session) -> None:
     session.run(*build, "-b", "html", "docs", "docs/_build/html")
 
 
-@nox.session(default=False)
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time the native path, draw what came out, and measure errors; arguments follow `--`.
 
@@ -316,7 +328,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/accuracy.py")
 
 
-@nox.session(default=False)
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Test, check and time polyce on a CUDA or ROCm device, and fail where there is none.
 
@@ -349,10 +361,12 @@ def gpu(session: nox.Session) -> None:
         session.error(f"failed: {', '.join(failed)}")
 
 
-@nox.session(default=False, python=False)
+@nox.session(python=False)
 def full(session: nox.Session) -> None:
-    """Run what plain `nox` runs, each test with all of its cases (POLYCE_FULL=1)."""
-    session.run(sys.executable, "-m", "nox", env={"POLYCE_FULL": "1"}, external=True)
+    """Run what plain `nox` and `nox -t ci` run, each test with all of its cases (POLYCE_FULL=1)."""
+    for sessions in ((), ("-t", *CI)):
+        command = (sys.executable, "-m", "nox", *sessions)
+        session.run(*command, env={"POLYCE_FULL": "1"}, external=True)
 
 
 if __name__ == "__main__":

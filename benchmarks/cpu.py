@@ -1,6 +1,6 @@
 """Time polyce on a CPU against torch, jax and scipy, on shapes that occur.
 
-python benchmarks/cpu.py run --out results.json [--quick] [--shapes NAME ...]
+python benchmarks/cpu.py run --out results.json [--quick | --tiny] [--shapes NAME ...]
 python benchmarks/cpu.py table results.json
 python benchmarks/cpu.py plot results.json --out docs/_static
 
@@ -30,8 +30,6 @@ from measure import Row
 from shapes import SHAPES, element_type
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-# Malloc keeps freed blocks of up to 32 MiB, which would hide that a call takes as much again.
-MEMORY = "1024x32000"
 
 
 class Size(NamedTuple):
@@ -39,6 +37,8 @@ class Size(NamedTuple):
 
     shapes: tuple[str, ...]
     dtypes: tuple[str, ...]
+    memory: str
+    """Logits during whose loss and gradient memory is measured."""
     one_thread: bool
     """Whether to measure one thread beside all."""
     visits: int
@@ -49,8 +49,12 @@ class Size(NamedTuple):
     """Rounds of one visit at least."""
 
 
-FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), True, 2, 0.4, 4)
-QUICK = Size(("8x10", "4096x1000", "65536x10"), ("float32",), False, 1, 0.1, 3)
+# Malloc keeps freed blocks of up to 32 MiB, which would hide that a call takes as much again.
+MEMORY = "1024x32000"
+FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), MEMORY, True, 2, 0.4, 4)
+QUICK = Size(("8x10", "4096x1000", "65536x10"), ("float32",), MEMORY, False, 1, 0.1, 3)
+TINY = Size(("8x10",), ("float32",), "8x10", False, 1, 0.0, 1)
+TINY_HELP = "run in seconds; the numbers mean nothing"
 
 
 @contextlib.contextmanager
@@ -89,7 +93,7 @@ def run(size: Size) -> dict[str, Any]:
                         found["errors"] += call(plain, "errors", shape, dtype)
                     seconds = time.perf_counter() - start
                     say(f"{seconds:4.0f} s: {shape} {dtype}, threads: {threads}")
-    found["memory"] = memory(MEMORY)
+    found["memory"] = memory(size.memory)
     found["ratios"] = ratios(found["times"])
     say(f"{time.perf_counter() - start:4.0f} s in all")
     return found
@@ -195,6 +199,7 @@ def main() -> None:
     runs = commands.add_parser("run", help="measure")
     runs.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     runs.add_argument("--quick", action="store_true", help="take two minutes, not ten")
+    runs.add_argument("--tiny", action="store_true", help=TINY_HELP)
     runs.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=" ".join(SHAPES))
     tables = commands.add_parser("table", help="print Markdown tables of a run")
     tables.add_argument("results", type=Path)
@@ -204,7 +209,7 @@ def main() -> None:
     plots.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        size = QUICK if arguments.quick else FULL
+        size = TINY if arguments.tiny else QUICK if arguments.quick else FULL
         if arguments.shapes:
             size = size._replace(shapes=tuple(arguments.shapes))
         arguments.out.write_text(json.dumps(run(size), indent=1) + "\n")

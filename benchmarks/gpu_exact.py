@@ -66,8 +66,11 @@ def exact(logits: np.ndarray, target: np.ndarray, g: np.ndarray, options: Option
     grad = total[:, None] * p - r
     grad[each, pivot] = others - total * besides
     softmax_part, coefficient_part = total[:, None] * p, np.abs(r)
-    softmax_part[each, pivot] = total * besides
-    coefficient_part[each, pivot] = others
+    # The likeliest class has the form with the smaller terms, a label always this one.
+    plain = softmax_part[each, pivot] + coefficient_part[each, pivot] < total * besides + others
+    taken = each[~plain] if target.ndim > 1 else each
+    softmax_part[taken, pivot[taken]] = (total * besides)[taken]
+    coefficient_part[taken, pivot[taken]] = others[taken]
     without = np.where(at, -np.inf, logits)
     gap = np.where(at, 0.0, without.max(axis=1, keepdims=True) - logits)
     share = np.where(kept, g, 0.0)[:, None]

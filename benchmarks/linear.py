@@ -1,6 +1,6 @@
 """Time polyce.linear_cross_entropy on a CPU against torch, NumPy and jax, and measure its memory.
 
-python benchmarks/linear.py run --out results.json [--quick] [--shapes NAME ...]
+python benchmarks/linear.py run --out results.json [--quick | --tiny] [--shapes NAME ...]
 python benchmarks/linear.py table results.json
 python benchmarks/linear.py plot results.json --out docs/_static
 
@@ -42,8 +42,9 @@ class Shape(NamedTuple):
     source: str
 
 
-SMALLEST = "512x64x8000"
+TINIEST, SMALLEST = "8x4x10", "512x64x8000"
 SHAPES = {
+    TINIEST: Shape((8, 4, 10), "one that shows nothing, for a look at the benchmark itself"),
     SMALLEST: Shape((512, 64, 8000), "small enough for a first look"),
     "8192x64x10000": Shape((8192, 64, 10000), "a recommender's ten thousand items"),
     "2048x256x32000": Shape((2048, 256, 32000), "the vocabulary of Llama 2, a small model"),
@@ -69,7 +70,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    tuple(name for name in SHAPES if name != SMALLEST),
+    tuple(name for name in SHAPES if name not in (TINIEST, SMALLEST)),
     ("float32", "bfloat16"),
     tuple(WHATS),
     seconds=6.0,
@@ -78,6 +79,7 @@ FULL = Size(
     numpy_bfloat16=False,
 )
 QUICK = FULL._replace(shapes=(SMALLEST,), dtypes=("float32",), seconds=1.0, memory_compiled=False)
+TINY = QUICK._replace(shapes=(TINIEST,), whats=("gradient",), seconds=0.0, rounds=1)
 
 
 def run(size: Size, out: Path) -> None:
@@ -268,6 +270,7 @@ def main() -> None:
     runs = commands.add_parser("run", help="measure")
     runs.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     runs.add_argument("--quick", action="store_true", help="take a minute, not half an hour")
+    runs.add_argument("--tiny", action="store_true", help=cpu.TINY_HELP)
     runs.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=" ".join(SHAPES))
     runs.add_argument("--dtypes", nargs="+", choices=FULL.dtypes)
     runs.add_argument("--whats", nargs="+", choices=FULL.whats)
@@ -281,7 +284,7 @@ def main() -> None:
     drawing.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        size = QUICK if arguments.quick else FULL
+        size = TINY if arguments.tiny else QUICK if arguments.quick else FULL
         size = size._replace(
             shapes=tuple(arguments.shapes or size.shapes),
             dtypes=tuple(arguments.dtypes or size.dtypes),

@@ -1,6 +1,6 @@
 """Time polyce.torch.CrossEntropyLoss against torch's own module on a CPU, eager and compiled.
 
-python benchmarks/torch_modules.py run --out results.json [--quick] [--shapes NAME ...]
+python benchmarks/torch_modules.py run --out results.json [--quick | --tiny] [--shapes NAME ...]
 python benchmarks/torch_modules.py table results.json
 python benchmarks/torch_modules.py plot results.json --out docs/_static
 
@@ -51,6 +51,7 @@ class Size(NamedTuple):
 MEMORY = ("1024x32000", "4x21x512x512")
 FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), MEMORY, True, 3, 0.4, 5)
 QUICK = Size(("8x10", "4096x1000"), ("float32",), MEMORY[1:], False, 1, 0.1, 3)
+TINY = Size(("8x10",), ("float32",), ("8x10",), False, 1, 0.0, 1)
 
 # Column of the tables: what is compared, and which two contenders.
 COLUMNS = {
@@ -198,6 +199,7 @@ def main() -> None:
     runs = commands.add_parser("run", help="measure")
     runs.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
     runs.add_argument("--quick", action="store_true", help="take half a minute, not four")
+    runs.add_argument("--tiny", action="store_true", help=cpu.TINY_HELP)
     runs.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help=" ".join(SHAPES))
     printing = commands.add_parser("table", help="print Markdown tables of a run")
     printing.add_argument("results", type=Path)
@@ -207,7 +209,7 @@ def main() -> None:
     drawing.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        size = QUICK if arguments.quick else FULL
+        size = TINY if arguments.tiny else QUICK if arguments.quick else FULL
         if arguments.shapes:
             size = size._replace(shapes=tuple(arguments.shapes))
         arguments.out.write_text(json.dumps(run(size), indent=1) + "\n")

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ FULL = os.environ.get("POLYCE_FULL") == "1"
 ANY_WIDTH = ("jax-x32", "jax-x64") if FULL else ("jax-x32",)
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
+
+
+def one_of_each(names: Mapping[str, Any], kind: Callable[[Any], Any]) -> list[str]:
+    """Choose the first name of each kind of thing; all with POLYCE_FULL=1."""
+    first = {kind(thing): name for name, thing in reversed(names.items())}
+    return [name for name, thing in names.items() if FULL or first[kind(thing)] == name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

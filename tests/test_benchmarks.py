@@ -37,19 +37,19 @@ def run(script: str, *arguments: str) -> str:
 @pytest.mark.only("numpy")
 def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
     results = str(tmp_path / "results.json")
-    run("cpu.py", "run", "--quick", "--shapes", "8x10", "--out", results)
+    run("cpu.py", "run", "--tiny", "--out", results)
     assert "polyce NumPy" in run("cpu.py", "table", results)
 
 
 @pytest.mark.only("torch")
 def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
     results = str(tmp_path / "results.json")
-    run("torch_modules.py", "run", "--quick", "--shapes", "8x10", "--out", results)
+    run("torch_modules.py", "run", "--tiny", "--out", results)
     assert "polyce in place" in run("torch_modules.py", "table", results)
 
 
 @pytest.mark.only("torch")
 def test_benchmark_of_linear_cross_entropy_runs(tmp_path: Path) -> None:
     results = str(tmp_path / "results.json")
-    run("linear.py", "run", "--quick", "--whats", "gradient", "--out", results)
+    run("linear.py", "run", "--tiny", "--out", results)
     assert "polyce numpy" in run("linear.py", "table", results)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import one_of_each
+
 pytestmark = [pytest.mark.only("triton"), pytest.mark.tests_of_tests]
 
 
@@ -16,7 +18,8 @@ def names(crashes: bool) -> list[str]:
     # Without an import of Triton, which other runs may lack.
     from triton_mutants import MUTANTS
 
-    return [name for name, mutant in MUTANTS.items() if mutant.crashes == crashes]
+    chosen = one_of_each(MUTANTS, lambda mutant: (mutant.file, mutant.check))
+    return [name for name in chosen if MUTANTS[name].crashes == crashes]
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from triton_checks import (
     in_place,
     many_rows,
     masked,
+    masked_in_parts,
     ties,
     unlikely_labels,
     unlikely_labels_in_parts,
@@ -161,7 +162,10 @@ MUTANTS = {
         SPECIAL,
     ),
     "merge-without-guard": Mutant(
-        ROW, 'reference = tl.where(new == float("-inf"), 0.0, new)', "reference = new", SPECIAL
+        ROW,
+        'reference = tl.where(new == float("-inf"), 0.0, new)',
+        "reference = new",
+        masked_in_parts,
     ),
     "merge-without-rest": Mutant(ROW, "excess + rest * risen", "excess", IN_TILES),
     "merge-without-decay": Mutant(

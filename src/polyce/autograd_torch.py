@@ -10,13 +10,13 @@ the whole call; torch.export, which keeps no rule, the operations themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from polyce import arrays, reference, sums, targets, torch_checks, transform
+from polyce import arrays, reference, sums, targets, torch_checks, torch_state, transform
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import RowStats
@@ -31,8 +31,8 @@ def detach(operands: Operands) -> Operands:
 def check(operands: Operands) -> None:
     """Refuse tensors that wait for a gradient which polyce does not give."""
     # Under transforms this attribute does not tell all, so the rules below refuse them again.
-    weight = waits(operands.weight) and not operands.target.is_floating_point()
-    _refuse(weight, waits(operands.sample_weight))
+    weight = torch_state.waits(operands.weight) and not operands.target.is_floating_point()
+    _refuse(weight, torch_state.waits(operands.sample_weight))
 
 
 def _refuse(weight: bool, sample_weight: bool) -> None:
@@ -48,93 +48,48 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
         )
 
 
-def waits(tensor: Any) -> bool:
-    """Tell whether a tensor, if there is one, waits for a gradient."""
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
 def row_losses(
     implementation: Implementation, problem: Problem, plan: Plan, logits: Any
 ) -> tuple[Any, RowStats | None]:
     """Give the rows' losses and stats, the losses with their gradient on torch's graph."""
-    if _is_traced_without_rules():
+    if torch_state.is_traced_without_rules():
         rows, _, stats = reference.forward(problem, plan, readable(problem, plan, logits))
         return rows, _detached(stats)
-    if _is_transformed():
+    if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
-    probabilities, class_weight = plan.probabilities, plan.class_weight
-    if not (waits(logits) or waits(probabilities) or waits(class_weight)):
+    if not any(map(torch_state.waits, (logits, plan.probabilities, plan.class_weight))):
         rows, _, stats = implementation.forward(problem, plan, logits)
         return rows, stats
     rows, *found = _RowLosses.apply(
-        logits, probabilities, class_weight, implementation, problem, plan
+        logits, plan.probabilities, plan.class_weight, implementation, problem, plan
     )
     return rows, RowStats(*found) if found else None
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
     """Give log(softmax(logits)) as `compute` does, with its gradient on torch's graph."""
-    if problem.is_empty or _is_traced_without_rules():
+    if problem.is_empty or torch_state.is_traced_without_rules():
         return reference.log_softmax(problem, logits)
-    if _is_transformed():
+    if torch_state.is_transformed():
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
         return arrays.cast(problem.xp, result, problem.logits_dtype)
-    if not waits(logits):
+    if not torch_state.waits(logits):
         return compute(problem, logits)
     return _LogSoftmax.apply(logits, problem, compute)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     """Give the rows' losses for log-probabilities; one of a bad label has a gradient of nan."""
-    if _is_transformed() or torch.compiler.is_compiling():
+    if torch_state.is_transformed() or torch.compiler.is_compiling():
         plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
-    elif waits(log_probabilities) and not problem.is_empty:
+    elif torch_state.waits(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
     return reference.nll(problem, plan, log_probabilities)
 
 
 def _detached(stats: RowStats | None) -> RowStats | None:
     return stats and RowStats(*(a if a is None else a.detach() for a in stats))
-
-
-def _is_traced_without_rules() -> bool:
-    return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _is_transformed())
-
-
-def _is_transformed() -> bool:
-    """Tell whether a torch.func transform or a level of forward mode is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def asked_for(ctx: Any) -> Sequence[bool]:
-    """Tell which gradients a backward pass is for: logits, target and class weights.
-
-    What torch says by itself is which there could be.
-    """
-    if torch.compiler.is_compiling():
-        return ctx.needs_input_grad
-    nodes = [node for node, _ in ctx.next_functions]
-    return [node is not None and _is_run(node) for node in (*nodes, None)]
-
-
-def _is_run(node: Any) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:
-        return True  # what it says of leaves that torch.autograd.grad is asked for
-
-
-def wants_operations(cotangent: Any) -> bool:
-    """Tell whether a gradient will be differentiated or is batched, which no kernel knows of."""
-    return torch.is_grad_enabled() or _is_transformed() or _is_batched(cotangent)
-
-
-def _is_batched(cotangent: Any) -> bool:
-    """Tell whether is_grads_batched is on, whose vmap is older than that of torch.func."""
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))
 
 
 class _RowLosses(torch.autograd.Function):
@@ -167,9 +122,9 @@ class _RowLosses(torch.autograd.Function):
         logits, plan, rest = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
-            needs = asked_for(ctx)
+            needs = torch_state.asked_for(ctx)
         grad = None
-        if needs[0] and wants_operations(cotangent):
+        if needs[0] and torch_state.wants_operations(cotangent):
             logits = readable(problem, plan, logits)
             grad = reference.differentiable_gradient(problem, plan, cotangent, logits)
         elif needs[0]:

@@ -59,7 +59,7 @@ def cross_entropy(
         Deprecated, as in torch: either one overrides `reduction`.
     ignore_index : int, default -100
         Rows with this class index lose 0, have gradient 0 and are not counted. It need not be a
-        class. Must be negative with probabilities, which it does not concern.
+        class, and must be negative with probabilities, where it means nothing.
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
         are not ignored (their number, without `weight`); for probabilities it is the sum divided
@@ -136,13 +136,12 @@ def cross_entropy(
     """
     if dim is not None:
         raise refuse_dim()
-    reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
         target,
         weight,
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction=current_reduction(size_average, reduce, reduction),
         label_smoothing=label_smoothing,
         axis=axis,
         sample_weight=sample_weight,
@@ -191,9 +190,9 @@ def cross_entropy_with_grad(
     return_stats: bool | str | Sequence[str] = False,
     validate: bool | None = None,
     implementation: str | None = None,
+    dim: None = None,
     grad_output: Any = None,
     out: Any = None,
-    dim: None = None,
 ) -> tuple[Any, ...]:
     r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
 
@@ -211,26 +210,22 @@ def cross_entropy_with_grad(
         As for `cross_entropy`.
     axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
         As for `cross_entropy`.
-    validate, implementation
+    validate, implementation, dim
         As for `cross_entropy`.
     grad_output : array or float, optional
         g, the gradient with respect to the loss: an array of the rows' shape for reduction
         'none', else a number or a 0-d array. 1 by default, so that reduction 'none' gives the
         gradient of the sum.
     out : array, optional
-        Where the gradient goes: an array of input's shape and dtype that can be written, on its
-        device. It may be `input` itself, which then holds the gradient, or memory that none of the
-        arguments lies in. All labels are checked before anything is written.
-    dim : None
-        Not an argument, as for `cross_entropy`.
+        Where the gradient goes: a writable array of input's shape and dtype, on its device; `input`
+        itself, or memory that none of the arguments lies in. All labels are checked before that.
 
     Returns
     -------
     loss : array
         As `cross_entropy` gives it.
     grad : array
-        Of input's shape and dtype, `out` if that is given. Neither result is part of a torch or jax
-        graph.
+        Of input's shape and dtype; `out`, if given. Neither result is on a torch or jax graph.
     stats : Stats
         Only with `return_stats`.
 
@@ -253,13 +248,12 @@ def cross_entropy_with_grad(
     """
     if dim is not None:
         raise refuse_dim()
-    reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
         target,
         weight,
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction=current_reduction(size_average, reduce, reduction),
         label_smoothing=label_smoothing,
         axis=axis,
         sample_weight=sample_weight,
@@ -279,8 +273,7 @@ def cross_entropy_with_grad(
         from polyce import torch_ops
 
         loss, grad, facts = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
-        return (loss, grad) if facts is None else (loss, grad, facts)
-    if chosen.cross_entropy_with_grad is not None:
+    elif chosen.cross_entropy_with_grad is not None:
         loss, grad, facts = chosen.cross_entropy_with_grad(problem, operands, out)
     else:
         loss, grad, facts = by_rows.cross_entropy_with_grad(chosen, problem, operands, out)
@@ -341,13 +334,12 @@ def nll_loss(
     """
     if dim is not None:
         raise refuse_dim()
-    reduction = current_reduction(size_average, reduce, reduction)
     problem, operands = describe(
         input,
         target,
         weight,
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction=current_reduction(size_average, reduce, reduction),
         axis=axis,
         sample_weight=sample_weight,
         normalizer=normalizer,
@@ -380,10 +372,8 @@ def log_softmax(
         Logits, in float16, bfloat16, float32 or float64.
     axis : int, optional
         The class axis; 1 by default, or 0 if there is only one, as for `cross_entropy`.
-    logit_scale, logit_softcap : float, optional
-        As for `cross_entropy`: x is what they make of the logits.
-    dim : None
-        Not an argument, as for `cross_entropy`.
+    logit_scale, logit_softcap, dim
+        As for `cross_entropy`: x is what the first two make of the logits.
 
     Returns
     -------

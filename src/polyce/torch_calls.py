@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import autograd_torch, by_rows, reference, targets, torch_checks
+from polyce import autograd_torch, by_rows, reference, targets, torch_checks, torch_state
 from polyce.problem import Operands, Problem
 from polyce.registry import Implementation
 from polyce.stats import Stats
@@ -110,8 +110,8 @@ class _Loss(torch.autograd.Function):
         # torch's compiled autograd traces what is done here, the only time that this is traced.
         traced = torch.compiler.is_dynamo_compiling()
         if needs[1] or needs[2]:
-            needs = autograd_torch.asked_for(ctx)
-        by_operations = traced or autograd_torch.wants_operations(cotangent)
+            needs = torch_state.asked_for(ctx)
+        by_operations = traced or torch_state.wants_operations(cotangent)
         in_place = problem.inplace_backward and needs[0]
         if in_place:
             _check_written(ctx, by_operations)

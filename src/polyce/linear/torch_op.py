@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import arrays, autograd_torch, torch_ops
+from polyce import arrays, autograd_torch, torch_ops, torch_state
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients, describe
 
@@ -52,7 +52,7 @@ def loss(call: Call) -> Any:
     given = (call.operands.logits, *call.head)
     wanted = NONE
     if call.whole.reduction != "none":
-        wanted = Gradients(*map(autograd_torch.waits, given))
+        wanted = Gradients(*map(torch_state.waits, given))
     return _operator(*_arguments(call, wanted))[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polyce import autograd_torch, torch_calls, torch_checks
+from polyce import autograd_torch, torch_calls, torch_checks, torch_state
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, Gradients
 from polyce.problem import Head, Operands
@@ -21,7 +21,7 @@ from polyce.problem import Head, Operands
 def loss(call: Call) -> Any:
     """Give the loss, on torch's graph if something waits for a gradient."""
     normalizer = call.operands.normalizer
-    if isinstance(normalizer, torch.Tensor) and autograd_torch.waits(normalizer):
+    if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
         # torch divides, and so differentiates by the normalizer.
         whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
         total = loss(replace(call, whole=whole, operands=operands))
@@ -31,7 +31,7 @@ def loss(call: Call) -> Any:
 
         return torch_op.loss(call)
     arrays = (call.operands.logits, *call.head)
-    if not any(map(autograd_torch.waits, arrays)):
+    if not any(map(torch_state.waits, arrays)):
         with _own_dtypes(call):
             return compute.loss(_detached(call))
     return _Loss.apply(*arrays, call)
@@ -52,7 +52,7 @@ def check(call: Call) -> None:
     operands = call.operands
     for name in ("target", "weight", "sample_weight"):
         tensor = getattr(operands, name)
-        if autograd_torch.waits(tensor):
+        if torch_state.waits(tensor):
             raise TypeError(
                 "linear_cross_entropy has gradients of input, linear_weight and linear_bias, but "
                 f"{name} requires grad; pass {name}.detach(), or give the logits to cross_entropy"
@@ -104,7 +104,7 @@ class _Loss(torch.autograd.Function):
             head=Head(weight, bias),
         )
         wanted = Gradients(*ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling() or autograd_torch.wants_operations(cotangent):
+        if torch.compiler.is_compiling() or torch_state.wants_operations(cotangent):
             return *_differentiable(call, wanted), None
         # It is handed on, for nobody else to hold: a second pass makes its own.
         waiting, ctx.waiting = ctx.waiting, None

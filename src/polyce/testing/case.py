@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from .answers import exact_answer
 from .dtypes import Array, is_float
-from .oracle import Answer, exact_answer
+from .oracle import Answer
 
 STATS = ("lse", "entropy", "prediction", "correct")
 """What `return_stats` may name."""

@@ -1,0 +1,58 @@
+"""Exact answers kept in a folder, where test runs name one: the large ones take long."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import pickle
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import oracle, oracle_row
+from .oracle import Answer
+
+VARIABLE = "POLYCE_ANSWERS"
+"""The environment variable that names the folder."""
+LARGE = 1000
+"""How many logits a call has at least whose answer is kept."""
+
+
+def exact_answer(logits: Any, *arguments: Any, **options: Any) -> Answer:
+    """Return what `oracle.exact_answer` does, found in the folder if it lies there."""
+    folder = os.environ.get(VARIABLE)
+    if not folder or logits.size < LARGE:
+        return oracle.exact_answer(logits, *arguments, **options)
+    path = Path(folder) / f"{_key((logits, *arguments), options)}.pickle"
+    if path.exists():
+        kept: Answer = pickle.loads(path.read_bytes())
+        return kept
+    answer = oracle.exact_answer(logits, *arguments, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes see the whole file or none.
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        pickle.dump(answer, file)
+    os.replace(file.name, path)
+    return answer
+
+
+def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """Tell calls apart, and the oracles that answered them."""
+    key = hashlib.sha256(_oracle())
+    for name, value in (*enumerate(arguments), *sorted(options.items())):
+        facts = (name, value)
+        if isinstance(value, np.ndarray):
+            facts = (name, value.dtype.name, value.shape)
+            key.update(value.tobytes())
+        key.update(repr(facts).encode())
+    return key.hexdigest()
+
+
+@cache
+def _oracle() -> bytes:
+    sources = "".join(inspect.getsource(module) for module in (oracle, oracle_row))
+    return f"{np.__version__} {sources}".encode()

@@ -1,0 +1,54 @@
+"""What torch is doing around a call: compiling, transforming, and which tensors need gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def waits(tensor: Any) -> bool:
+    """Tell whether a tensor, if there is one, waits for a gradient."""
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def is_traced_without_rules() -> bool:
+    """Tell whether what is traced keeps no rule: an export, or transforms under torch.compile."""
+    return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or is_transformed())
+
+
+def is_transformed() -> bool:
+    """Tell whether a torch.func transform or a level of forward mode is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def asked_for(ctx: Any) -> Sequence[bool]:
+    """Tell which gradients a backward pass is for: logits, target and class weights.
+
+    What torch says by itself is which there could be.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.needs_input_grad
+    nodes = [node for node, _ in ctx.next_functions]
+    return [node is not None and _is_run(node) for node in (*nodes, None)]
+
+
+def _is_run(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True  # what it says of leaves that torch.autograd.grad is asked for
+
+
+def wants_operations(cotangent: Any) -> bool:
+    """Tell whether a gradient will be differentiated or is batched, which no kernel knows of."""
+    return torch.is_grad_enabled() or is_transformed() or _is_batched(cotangent)
+
+
+def _is_batched(cotangent: Any) -> bool:
+    """Tell whether is_grads_batched is on, whose vmap is older than that of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))
