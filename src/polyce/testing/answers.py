@@ -44,7 +44,7 @@ def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Tell calls apart, and the oracles that answered them."""
     key = hashlib.sha256(_oracle())
     for name, value in (*enumerate(arguments), *sorted(options.items())):
-        facts = (name, value)
+        facts: tuple[Any, ...] = (name, value)
         if isinstance(value, np.ndarray):
             facts = (name, value.dtype.name, value.shape)
             key.update(value.tobytes())
