@@ -33,6 +33,8 @@ def gradient(torch: Any, context: Any, x: Any, target: Any, **options: Any) -> A
 def test_hooks_that_keep_small_floats_as_bfloat16(torch: Any, classes: int, kind: str) -> None:
     x = torch.randn(4, classes)
     x[:, classes - 1] = 9.0
+    # Where a class number that is rounded up points to.
+    x[1::2, 0] = 20.0
     target = torch.tensor([classes - 1, 299, 0, classes - 1])
     if kind == "probabilities":
         target = torch.softmax(torch.randn(4, classes), 1)
