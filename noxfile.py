@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -79,28 +81,45 @@ dump(folder, cases() if everything == "1" else representative(cases(), 100))
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 
 STUB = Path("src/polyce/_core.pyi")
+NEEDED = {"polyce/py.typed", "polyce/_core.pyi", "polyce/data/digits.npz"}
 
-_built: dict[str, Path] = {}
+# What a wheel is made of.
+SOURCES = ("src", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
+
 _earlier: list[str] = []
 
 
 def wheel(session: nox.Session) -> str:
-    """Path of the wheel of this nox run for the session's Python, built by the first that asks."""
+    """Path of the wheel of these sources for the session's Python, built by the first that asks."""
     version = session.python or f"{sys.version_info.major}.{sys.version_info.minor}"
     # From 3.12 on all share the stable ABI.
     kind = "cp311" if version == "3.11" else "abi3"
-    if kind not in _built:
-        out = Path(session.cache_dir) / "dist" / kind
-        shutil.rmtree(out, ignore_errors=True)
+    out = Path(session.cache_dir) / "dist" / kind / fingerprint(Path())
+    if not any(out.glob("*.whl")):
+        shutil.rmtree(out.parent, ignore_errors=True)
         pip_wheel(session, ".", out)
-        for path in out.glob("*.whl"):
-            _built[kind] = path
-    if kind not in _built:
+    built = next(out.glob("*.whl"), None)
+    if built is None:
         session.error("no wheel was built: `nox -R` skips that, `nox -r` does not")
-    if not any(map(is_core, contents(_built[kind]))):
+    if not any(map(is_core, contents(built))):
+        shutil.rmtree(out)
         # What is wrong with the compiled part, pip hides: it builds a wheel without it instead.
         session.error("the wheel lacks polyce._core: `pip wheel -v .` tells why")
-    return str(_built[kind])
+    return str(built)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tell states of the sources in a folder apart, by names and contents."""
+    found = hashlib.sha256()
+    for name in SOURCES:
+        path = folder / name
+        files = path.rglob("*") if path.is_dir() else [path]
+        for file in sorted(file for file in files if file.is_file()):
+            # What an editable install, or running from the checkout, leaves there.
+            if file.suffix not in (".pyc", ".so", ".pyd"):
+                found.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode())
+                found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def pip_wheel(session: nox.Session, source: str | Path, out: Path, **env: str) -> None:
@@ -162,11 +181,14 @@ def run_tests(session: nox.Session, backend: str, **env: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format and public docstrings."""
-    install(session, "lint")
+    requirements = nox.project.dependency_groups(PYPROJECT, "lint")
+    session.install(*PYPROJECT["project"]["dependencies"], *requirements)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     left_out = PYPROJECT["tool"]["numpydoc_validation"]["checks"]
-    session.run("python", "-c", PUBLIC_DOCSTRINGS, *left_out)
+    # Not the wheel, which takes minutes to build.
+    env = {"PYTHONPATH": "src"}
+    session.run("python", "-c", PUBLIC_DOCSTRINGS, *left_out, env=env)
 
 
 @nox.session
@@ -207,26 +229,29 @@ def build(session: nox.Session) -> None:
         session.install(*nox.project.dependency_groups(PYPROJECT, "build"))
         session.run("python", "-m", "build", "--sdist", "--outdir", elsewhere, silent=True)
         (sdist,) = Path(elsewhere).glob("*.tar.gz")
-        pip_wheel(session, sdist, Path(elsewhere))
-        (from_sdist,) = Path(elsewhere).glob("*.whl")
-        ours, theirs = contents(wheel(session)), contents(from_sdist)
-        check_without_core(session, Path(elsewhere) / "pure")
-    if missing := {"polyce/py.typed", "polyce/_core.pyi", "polyce/data/digits.npz"} - ours.keys():
+        with tarfile.open(sdist) as archive:
+            archive.extractall(elsewhere, filter="data")
+        (unpacked,) = (path for path in Path(elsewhere).iterdir() if path.is_dir())
+        check_without_core(session, unpacked, Path(elsewhere) / "pure")
+    if missing := NEEDED - contents(wheel(session)).keys():
         session.error(f"the wheel lacks {sorted(missing)}")
-    # Two builds of one binary need not be the same, nor RECORD, which has its checksum.
-    alike = {n for n in ours if (is_core(n) or n.endswith("/RECORD")) and n in theirs}
-    if differing := {name for name, _ in ours.items() ^ theirs.items()} - alike:
-        session.error(f"the wheels of checkout and sdist differ in {sorted(differing)}")
+    # The core takes minutes to compile: of the same sources it is the same.
+    if fingerprint(unpacked) != fingerprint(Path()):
+        session.error(f"the sdist has other files than the checkout in {SOURCES}")
 
 
-def check_without_core(session: nox.Session, folder: Path) -> None:
+def check_without_core(session: nox.Session, source: Path, folder: Path) -> None:
     """Check that what is built without a compiler is the same polyce less its core, and runs."""
-    pip_wheel(session, ".", folder, POLYCE_BUILD_CORE="0")
+    pip_wheel(session, source, folder, POLYCE_BUILD_CORE="0")
     (pure,) = folder.glob("*.whl")
     if not pure.name.endswith("-py3-none-any.whl"):
         session.error(f"the wheel without the core is {pure.name}")
-    files = {name for name in contents(wheel(session)) if not is_core(name)}
-    if differing := files ^ contents(pure).keys():
+    # RECORD has the core's checksum, WHEEL says for which Pythons it is.
+    ours, theirs = (
+        {n: text for n, text in contents(path).items() if not n.endswith(("/RECORD", "/WHEEL"))}
+        for path in (wheel(session), pure)
+    )
+    if differing := {n for n, _ in ours.items() ^ theirs.items() if not is_core(n)}:
         session.error(f"besides the core, the wheel without it differs in {sorted(differing)}")
     session.install("--force-reinstall", "--no-deps", str(pure))
     with session.chdir(folder):
