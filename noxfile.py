@@ -232,12 +232,12 @@ def build(session: nox.Session) -> None:
         with tarfile.open(sdist) as archive:
             archive.extractall(elsewhere, filter="data")
         (unpacked,) = (path for path in Path(elsewhere).iterdir() if path.is_dir())
+        # The core takes minutes to compile: of the same sources it is the same.
+        if fingerprint(unpacked) != fingerprint(Path()):
+            session.error(f"the sdist has other files than the checkout in {SOURCES}")
         check_without_core(session, unpacked, Path(elsewhere) / "pure")
     if missing := NEEDED - contents(wheel(session)).keys():
         session.error(f"the wheel lacks {sorted(missing)}")
-    # The core takes minutes to compile: of the same sources it is the same.
-    if fingerprint(unpacked) != fingerprint(Path()):
-        session.error(f"the sdist has other files than the checkout in {SOURCES}")
 
 
 def check_without_core(session: nox.Session, source: Path, folder: Path) -> None:
