@@ -23,8 +23,9 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "virtualenv"
 # What a change must pass before it is shown to others.
 nox.options.sessions = ["lint", "types", "build", "tests(numpy)", "tests(torch)", "doctest", "docs"]
-# What else must hold.
-CI = ["ci"]
+# What else must hold; and what is so much like it that it runs beside all cases of all tests only.
+CI, FULL = ["ci"], ["full"]
+STRICT = nox.param("strict", id="strict", tags=FULL)
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -288,16 +289,16 @@ def tests(session: nox.Session, backend: str) -> None:
     run_tests(session, backend)
 
 
-@nox.session(python=["3.12", "3.13"], tags=CI)
-@nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
+@nox.session(python=["3.12", "3.13"])
+@nox.parametrize("backend", [nox.param("numpy", id="numpy", tags=CI), STRICT])
 def tests_other(session: nox.Session, backend: str) -> None:
     """Run the tests on another Python, with a few cases that stand for the grid."""
     install(session, BACKENDS[backend][0])
     run_tests(session, backend, POLYCE_FEW="1")
 
 
-@nox.session(python="3.11", tags=CI)
-@nox.parametrize("backend", [nox.param(name, id=name) for name in ("numpy", "strict")])
+@nox.session(python="3.11")
+@nox.parametrize("backend", [nox.param("numpy", id="numpy", tags=CI), STRICT])
 def minimums(session: nox.Session, backend: str) -> None:
     """Run the tests on the oldest Python, NumPy and array-api-compat that polyce takes."""
     install(session, "minimums")
@@ -388,8 +389,8 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def full(session: nox.Session) -> None:
-    """Run what plain `nox` and `nox -t ci` run, each test with all of its cases (POLYCE_FULL=1)."""
-    for sessions in ((), ("-t", *CI)):
+    """Run every session of tests and checks, each test with all of its cases (POLYCE_FULL=1)."""
+    for sessions in ((), ("-t", *CI, *FULL)):
         command = (sys.executable, "-m", "nox", *sessions)
         session.run(*command, env={"POLYCE_FULL": "1"}, external=True)
 

@@ -59,8 +59,10 @@ MARKED_ONLY = (
     *TIER_2,
 )
 FULL = os.environ.get("POLYCE_FULL") == "1"
-# For jax's tests that say what they are made of, and know no 64-bit types.
+# jax compiles each case anew. What is the same with and without its 64-bit types runs without; what
+# holds more digits to account runs with them.
 ANY_WIDTH = ("jax-x32", "jax-x64") if FULL else ("jax-x32",)
+BY_DIGITS = ("jax-x32", "jax-x64") if FULL else ("jax-x64",)
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
 FEW = os.environ.get("POLYCE_FEW") == "1" and not FULL
 
@@ -114,13 +116,14 @@ def add_tiles_up_by_halves() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--backend")
+    marked_only = MARKED_ONLY if FULL else (*MARKED_ONLY, "jax-x64")
     kept, left_out = [], []
     for item in items:
         if FEW and any(map(item.get_closest_marker, ("tests_of_tests", "same_everywhere"))):
             left_out.append(item)
             continue
         marker = item.get_closest_marker("only")
-        wanted = name not in MARKED_ONLY if marker is None else name in marker.args
+        wanted = name not in marked_only if marker is None else name in marker.args
         (kept if wanted else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import polyce
+from conftest import BY_DIGITS
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*BY_DIGITS)
 
 
 @pytest.fixture

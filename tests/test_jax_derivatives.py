@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import polyce
+from conftest import BY_DIGITS
 from hessians import ROWS, hessian
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*BY_DIGITS)
 
 OPTIONS = {
     "plain": {},

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import polyce
-from conftest import FULL
+from conftest import BY_DIGITS, FULL
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*BY_DIGITS)
 
 N, F, C = 7, 3, 5
 ALL = (0, 1, 2)

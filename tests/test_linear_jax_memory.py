@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import polyce
-from conftest import ANY_WIDTH
+from conftest import ANY_WIDTH, BY_DIGITS
 
-pytestmark = pytest.mark.only("jax-x32", "jax-x64")
+pytestmark = pytest.mark.only(*BY_DIGITS)
 
 
 def stored(function: Any, rows: int, features: int, classes: int, dtype: str = "float32") -> float:
