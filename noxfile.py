@@ -289,8 +289,17 @@ def tests(session: nox.Session, backend: str) -> None:
     run_tests(session, backend)
 
 
-@nox.session(python=["3.12", "3.13"])
-@nox.parametrize("backend", [nox.param("numpy", id="numpy", tags=CI), STRICT])
+@nox.session
+@nox.parametrize(
+    ("python", "backend"),
+    [
+        nox.param("3.13", "numpy", id="3.13-numpy", tags=CI),
+        *(
+            nox.param(python, backend, id=f"{python}-{backend}", tags=FULL)
+            for python, backend in (("3.12", "numpy"), ("3.12", "strict"), ("3.13", "strict"))
+        ),
+    ],
+)
 def tests_other(session: nox.Session, backend: str) -> None:
     """Run the tests on another Python, with a few cases that stand for the grid."""
     install(session, BACKENDS[backend][0])
