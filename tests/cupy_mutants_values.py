@@ -56,7 +56,8 @@ MUTANTS = {
         PARTS_LIKELY, ROW, "state.pivot_class = c;", "state.pivot_class = NONE;"
     ),
     "masked-excess": wrong(
-        of_rows([[0.0, -INF, 1.0]], [[0.5, 0.0, 0.5]], **LOSS),
+        # As many as one thread takes at once, which has other classes beside the masked ones.
+        of_rows([[0.0, -INF, 1.0, 0.5] * 2], [[0.25, 0.0, 0.25, 0.0] * 2], **LOSS),
         CLASSES,
         "rest[i] == 0 ? (real)0 : rest[i] * -gap",
         "rest[i] * -gap",
