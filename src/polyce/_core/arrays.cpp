@@ -127,7 +127,7 @@ const ExchangeApi* exchange_of(PyTypeObject* type) {
     }
     for (auto& one : known) {
         if (one.type) continue;
-        Py_INCREF(type);
+        Py_INCREF(reinterpret_cast<PyObject*>(type));
         one = {type, api};
         break;
     }
