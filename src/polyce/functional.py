@@ -218,7 +218,7 @@ def cross_entropy_with_grad(
         gradient of the sum.
     out : array, optional
         Where the gradient goes: a writable array of input's shape and dtype, on its device; `input`
-        itself, or memory that no argument lies in. All labels are checked before anything is written.
+        itself, or memory that no argument lies in. Labels are checked before anything is written.
 
     Returns
     -------
