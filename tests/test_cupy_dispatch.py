@@ -91,7 +91,9 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(cupy, "empty_like", lambda like: empty(like.shape, like.dtype))
     monkeypatch.setattr(cupy.cuda, "Device", Device)
     # An array's own device is a class of C that nobody can stand in for.
-    monkeypatch.setattr(arrays, "computing", lambda _, logits: Device(logits.data.device_id))
+    monkeypatch.setattr(
+        arrays, "computing", lambda _, operands: Device(operands["input"].data.device_id)
+    )
     monkeypatch.setattr(cupy.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: entered[-1])
     return done
