@@ -29,7 +29,8 @@ def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
         # Nothing is widened, which would be right for all orders.
         if backend == "dask":
             return _chunk_by_chunk(values, axis, dtype)
-        if backend in _ONE_BY_ONE and not _innermost(values, axis):
+        # mparray does along the innermost too: its numbers are objects.
+        if backend == "mparray" or (backend in _ONE_BY_ONE and not _innermost(values, axis)):
             return _by_blocks(xp, values, axis)
     add = np.add.reduce if backend == "numpy" else xp.sum
     return add(values, axis=axis, dtype=dtype, keepdims=True)

@@ -180,7 +180,7 @@ def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> 
     at_label, everywhere = coefficients(problem, plan)
     if plan.label is None:
         return everywhere
-    if at_label is None or isinstance(at_label, float):
+    if plan.label_weight is None:  # then it is a number, the library's own for mparray
         at_label = xp.full_like(rows, 1.0 if at_label is None else at_label)
     at_label = arrays.cast(xp, at_label, problem.arithmetic_dtype)
     return xp.where(is_label, at_label, 0.0 if everywhere is None else everywhere)
