@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyce import arrays, reference, registry, rowstate, stats, sums, targets, transform
+from polyce import arrays, registry, rows, rowstate, stats, sums, targets, transform, whole
+from polyce.implementations.contract import Implementation
 from polyce.problem import Problem
-from polyce.registry import Implementation
 from polyce.stats import RowStats
 from polyce.targets import Plan
 
 ONE = np.float32(1.0)
+RIGHT = rows.forward_backward
 Patch = tuple[Any, str, Callable[..., Any]]
 
 
@@ -24,8 +25,8 @@ class Mutant:
     """The reference with something wrong, and the group of the grid that has to notice."""
 
     group: str
-    rows: Callable[..., Any] | None = None
-    """What it does to the rows' losses: rows(problem, plan, logits, losses)."""
+    losses: Callable[..., Any] | None = None
+    """What it does to the rows' losses: losses(problem, plan, logits, losses)."""
     grad: Callable[..., Any] | None = None
     """What it does to the gradient: grad(problem, plan, logits, gradient)."""
     call: Callable[[Problem, Plan], tuple[Problem, Plan]] | None = None
@@ -37,28 +38,33 @@ class Mutant:
     dtype: str = "float32"
     """Of the logits of the cases that have to notice."""
 
-    def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any, Any]:
+    def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
-        rows, state, found = reference.forward(*call, logits)
-        rows = self.rows(problem, plan, logits, rows) if self.rows else rows
-        return rows, state, self.changed(found)
+        losses, found = rows.forward(*call, logits)
+        losses = self.losses(problem, plan, logits, losses) if self.losses else losses
+        return losses, self.changed(found)
 
     def forward_backward(
         self, problem: Problem, plan: Plan, cotangent: Any, logits: Any
     ) -> tuple[Any, Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
-        rows, grad, found = reference.forward_backward(*call, cotangent, logits)
-        rows = self.rows(problem, plan, logits, rows) if self.rows else rows
+        losses, grad, found = RIGHT(*call, cotangent, logits)
+        losses = self.losses(problem, plan, logits, losses) if self.losses else losses
         grad = self.grad(problem, plan, logits, grad) if self.grad else grad
-        return rows, grad, self.changed(found)
+        return losses, grad, self.changed(found)
 
     def changed(self, found: RowStats | None) -> RowStats | None:
         return self.stats(found) if self.stats and found else found
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put it before the reference, under the name mutant."""
-        row = Implementation("mutant", self.forward, reference.backward, self.forward_backward)
+
+        def cross_entropy(*call: Any) -> Any:
+            return whole.cross_entropy(*call, self.forward)
+
+        row = Implementation("mutant", cross_entropy, whole.cross_entropy_with_grad)
         monkeypatch.setattr(registry, "TABLE", (row, *registry.TABLE))
+        monkeypatch.setattr(rows, "forward_backward", self.forward_backward)
         if self.patch is not None:
             monkeypatch.setattr(*self.patch)
 
@@ -116,10 +122,10 @@ def reduce(problem: Problem, plan: Plan, rows: Any, *, true: Any = targets.reduc
 
 
 MUTANTS = {
-    "loss-off-by-2e-6": Mutant("options", rows=lambda p, plan, x, rows: rows * (1 + 2e-6)),
+    "loss-off-by-2e-6": Mutant("options", losses=lambda p, plan, x, rows: rows * (1 + 2e-6)),
     "label-gradient-off": Mutant("options", grad=at_label(lambda g: g * np.float32(1.00001))),
     "softmax-minus-one": Mutant("accuracy", grad=at_label(lambda g: (g + ONE) - ONE)),
-    "textbook-formula": Mutant("accuracy", rows=textbook),
+    "textbook-formula": Mutant("accuracy", losses=textbook),
     "ignored-rows-kept": Mutant("options", call=lambda p, plan: (p, plan._replace(counted=None))),
     "smoothing-dropped": Mutant(
         "options", call=lambda p, plan: (p._replace(label_smoothing=0.0), plan)
@@ -136,12 +142,12 @@ MUTANTS = {
     "gradient-shape": Mutant("shapes", grad=lambda p, plan, x, g: g.reshape(-1)),
     "gradient-sign": Mutant("cotangent", grad=lambda p, plan, x, g: -g),
     "memory-order-read": Mutant(
-        "layouts", rows=lambda p, plan, x, rows: rows if x.flags.c_contiguous else rows[::-1]
+        "layouts", losses=lambda p, plan, x, rows: rows if x.flags.c_contiguous else rows[::-1]
     ),
-    "argument-changed": Mutant("layouts", rows=spoil),
+    "argument-changed": Mutant("layouts", losses=spoil),
     "bad-labels-answered": Mutant("targets", call=lambda p, plan: (p, plan._replace(invalid=None))),
-    "nan-hidden": Mutant("special", rows=lambda p, plan, x, rows: np.fmax(rows, 0.0)),
-    "infinity-capped": Mutant("special", rows=lambda p, plan, x, rows: np.minimum(rows, 3e38)),
+    "nan-hidden": Mutant("special", losses=lambda p, plan, x, rows: np.fmax(rows, 0.0)),
+    "infinity-capped": Mutant("special", losses=lambda p, plan, x, rows: np.minimum(rows, 3e38)),
     "classes-added-one-by-one": Mutant("accuracy", patch=(sums, "class_sum", class_sum)),
     "apart-classes-added-one-by-one": Mutant(
         "accuracy",

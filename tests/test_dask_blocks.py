@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import reference, registry
-from polyce.registry import Implementation
+from polyce import registry
+from polyce.implementations.contract import Implementation
+from polyce.implementations.reference import PATH as reference
 
 pytestmark = pytest.mark.only("dask")
 
@@ -90,9 +91,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     row = Implementation(
         name="numpy-only",
-        forward=noted("forward", reference.forward),
-        backward=noted("backward", reference.backward),
-        forward_backward=noted("forward_backward", reference.forward_backward),
+        cross_entropy=noted("loss", reference.cross_entropy),
+        cross_entropy_with_grad=noted("gradient", reference.cross_entropy_with_grad),
         backends=frozenset({"numpy"}),
     )
     monkeypatch.setattr(registry, "TABLE", (row, *registry.TABLE))
@@ -102,11 +102,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_block_runs_the_first_path_of_the_table_for_its_chunk(da: Any, ran: list[str]) -> None:
     logits, target = example(da, (24, 40))
     polyce.cross_entropy(logits, target).compute()
-    assert ran == ["forward"] * 4
+    assert ran == ["loss"] * 4
     ran.clear()
     loss, grad = polyce.cross_entropy_with_grad(logits, target)
     da.compute(loss, grad)
-    assert ran == ["forward_backward"] * 4
+    assert ran == ["gradient"] * 4
 
 
 def test_what_forces_the_call_does_not_force_the_blocks(
@@ -116,7 +116,7 @@ def test_what_forces_the_call_does_not_force_the_blocks(
     monkeypatch.setenv("POLYCE_IMPLEMENTATION", "dask")
     with polyce.use("dask"):
         polyce.cross_entropy(logits, target).compute(scheduler="synchronous")
-    assert ran == ["forward"] * 4
+    assert ran == ["loss"] * 4
     ran.clear()
     polyce.cross_entropy(logits, target, implementation="reference").compute()
     assert ran == []
@@ -386,11 +386,15 @@ def test_a_cluster_gives_the_same_bits(da: Any) -> None:
 def test_blocks_run_what_a_call_on_one_would(da: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
 
-    def spy(problem: Any) -> Implementation:
-        chosen.append(registry._unforced(problem, None).name)
-        return registry._unforced(problem, None)
+    choose = registry._unforced
 
-    monkeypatch.setattr(registry, "select_within", spy)
+    def spy(problem: Any, preferred: Any) -> Implementation:
+        found = choose(problem, preferred)
+        if problem.backend == "numpy":
+            chosen.append(found.name)
+        return found
+
+    monkeypatch.setattr(registry, "_unforced", spy)
     logits, target = example(da, ROWS)
     polyce.cross_entropy(logits, target, return_stats="correct")[0].compute(scheduler="sync")
     block = polyce.explain(np.zeros(ROWS, np.float32), np.zeros(ROWS[:1], np.int64))

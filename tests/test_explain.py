@@ -19,7 +19,7 @@ import polyce
 from polyce import registry
 from polyce.explain import versions
 from polyce.implementations import native
-from polyce.registry import Implementation
+from polyce.implementations.contract import Implementation
 
 pytestmark = pytest.mark.only("numpy")
 
@@ -53,7 +53,7 @@ def fails(*args: Any) -> Any:
 
 def fake(name: str, **declared: Any) -> Implementation:
     """Make an implementation that must not run."""
-    return Implementation(name, fails, fails, fails, **declared)
+    return Implementation(name, fails, fails, **declared)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_an_exception_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) 
     def fail(*args: Any) -> Any:
         raise NotImplementedError("not today")
 
-    Mutant("", rows=fail).install(monkeypatch)
+    Mutant("", losses=fail).install(monkeypatch)
     message = (
         r"(?s)56 of 56 cases fail\n  cotangent/.*: NotImplementedError: not today\n.* and 36 m"
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import reference
+from polyce import rows
 
 pytestmark = pytest.mark.only("torch")
 
@@ -66,13 +66,13 @@ def test_what_will_be_differentiated_again_goes_by_the_reference(
     torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = []
-    gradient = reference.differentiable_gradient
+    gradient = rows.differentiable_gradient
 
     def noted(*arguments: Any) -> Any:
         ran.append("reference")
         return gradient(*arguments)
 
-    monkeypatch.setattr(reference, "differentiable_gradient", noted)
+    monkeypatch.setattr(rows, "differentiable_gradient", noted)
     x, t = data(torch)
     polyce.cross_entropy(x, t).backward()
     assert ran == []

@@ -5,6 +5,7 @@ The implementations here are the reference under other names, with a list of wha
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import reference, registry
+from polyce import registry
+from polyce.implementations import reference
+from polyce.implementations.contract import Implementation
 from polyce.problem import describe
-from polyce.registry import Implementation
 from polyce.testing.backends import Backend
 
 PACKAGE = Path(polyce.__file__).parent
@@ -47,13 +49,12 @@ def fake(
 
         return run
 
-    steps = {
-        "forward": reference.forward,
-        "backward": reference.backward,
-        "forward_backward": reference.forward_backward,
-    }
-    wrappers = {step: wrapped(step, function) for step, function in steps.items()}
-    return Implementation(name=name, **wrappers, **declared)
+    return Implementation(
+        name=name,
+        cross_entropy=wrapped("loss", reference.PATH.cross_entropy),
+        cross_entropy_with_grad=wrapped("gradient", reference.PATH.cross_entropy_with_grad),
+        **declared,
+    )
 
 
 @pytest.fixture
@@ -100,10 +101,10 @@ def test_the_first_row_that_can_serve_runs(
     )
     logits, labels = backend.asarray(LOGITS), backend.asarray(LABELS.astype(np.int32))
     polyce.cross_entropy(logits, labels)
-    assert ran == ["first.forward"]
+    assert ran == ["first.loss"]
     ran.clear()
     polyce.cross_entropy_with_grad(logits, labels)
-    assert ran == ["first.forward_backward"]
+    assert ran == ["first.gradient"]
 
 
 # Reasons
@@ -174,7 +175,7 @@ def test_a_declaration_gives_its_reason_and_the_call_goes_on_to_the_next_row(
     assert limited.reasons(problem) == reasons
     table(limited, fake("next", ran))
     polyce.cross_entropy(LOGITS, **{"target": LABELS} | options)
-    assert ran == ["next.forward"]
+    assert ran == ["next.loss"]
 
 
 @NUMPY
@@ -213,9 +214,9 @@ def test_an_exception_in_a_kernel_reaches_the_caller(
         raise error(f"broken in {step}")
 
     table(fake("broken", ran, fail), fake("next", ran))
-    with pytest.raises(error, match=r"^broken in forward$"):
+    with pytest.raises(error, match=r"^broken in loss$"):
         call()
-    with pytest.raises(error, match=r"^broken in forward_backward$"):
+    with pytest.raises(error, match=r"^broken in gradient$"):
         polyce.cross_entropy_with_grad(LOGITS, LABELS)
     assert ran == []
 
@@ -245,12 +246,12 @@ def test_argument_before_use_before_variable_before_table(
         call(implementation="a")
     call()
     assert choices == [
-        "a.forward",
-        "b.forward",
-        "c.forward",
-        "c.forward_backward",
-        "a.forward",
-        "b.forward",
+        "a.loss",
+        "b.loss",
+        "c.loss",
+        "c.gradient",
+        "a.loss",
+        "b.loss",
     ]
 
 
@@ -261,7 +262,7 @@ def test_the_innermost_use_wins_and_each_ends_with_its_block(choices: list[str])
             call()
         call()
     call()
-    assert choices == ["c.forward", "b.forward", "a.forward"]
+    assert choices == ["c.loss", "b.loss", "a.loss"]
 
 
 @NUMPY
@@ -269,7 +270,7 @@ def test_use_ends_with_an_exception(choices: list[str]) -> None:
     with pytest.raises(ZeroDivisionError), polyce.use("b"), polyce.use("c"):
         raise ZeroDivisionError
     call()
-    assert choices == ["a.forward"]
+    assert choices == ["a.loss"]
 
 
 @NUMPY
@@ -279,7 +280,7 @@ def test_use_concerns_its_own_thread_alone(choices: list[str]) -> None:
         thread.start()
         thread.join()
         call()
-    assert choices == ["a.forward", "b.forward"]
+    assert choices == ["a.loss", "b.loss"]
 
 
 @NUMPY
@@ -290,7 +291,7 @@ def test_the_variable_is_passed_over_where_it_cannot_serve(
     call()
     monkeypatch.setenv("POLYCE_IMPLEMENTATION", "")
     call()
-    assert choices == ["a.forward", "a.forward"]
+    assert choices == ["a.loss", "a.loss"]
 
 
 STRICT = (
@@ -307,7 +308,7 @@ def test_argument_and_use_raise_with_all_reasons(choices: list[str]) -> None:
         call()
     with polyce.use("picky"):
         call(implementation="b")
-    assert choices == ["b.forward"]
+    assert choices == ["b.loss"]
 
 
 @NUMPY
@@ -359,14 +360,31 @@ def test_at_most_three_frames_above_the_kernel(backend: Backend, depths: dict[st
     logits, labels = backend.asarray(LOGITS), backend.asarray(LABELS.astype(np.int32))
     polyce.cross_entropy(logits, labels)
     polyce.cross_entropy_with_grad(logits, labels)
-    assert depths.keys() == {"forward", "forward_backward"}
+    assert depths.keys() == {"loss", "gradient"}
     assert max(depths.values()) <= 3
 
 
 @pytest.mark.only("torch")
-def test_at_most_three_frames_above_the_kernel_under_autograd(depths: dict[str, int]) -> None:
+def test_at_most_three_frames_above_the_kernel_under_autograd(table: Callable[..., None]) -> None:
     import torch
 
+    from polyce import torch_calls
+
+    depths = {}
+
+    def noted(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            depths[step] = frames_of_polyce()
+            return function(*args)
+
+        return run
+
+    right = torch_calls.REFERENCE
+    kernels = right._replace(
+        forward=noted("forward", right.forward), backward=noted("backward", right.backward)
+    )
+    whole = functools.partial(torch_calls.cross_entropy, kernels)
+    table(Implementation("hops", whole, reference.PATH.cross_entropy_with_grad))
     logits = torch.tensor(LOGITS, requires_grad=True)
     polyce.cross_entropy(logits, torch.tensor(LABELS)).backward()
     assert depths.keys() == {"forward", "backward"}

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from polyce import arrays, reference, rowstate, targets
+from polyce import arrays, rowstate, targets
+from polyce import rows as formula
 from polyce.problem import Problem, describe
 from polyce.rowstate import RowState
 from polyce.testing import accuracy, compare, exact_answer, loss_tolerance
@@ -345,9 +346,9 @@ def test_backward_from_the_saved_state_is_the_gradient_of_both_in_one(
         with arrays.quiet(problem.backend):
             plan = targets.plan(problem, operands)
             cotangent = targets.cotangent(problem, plan, None)
-            losses, state, _ = reference.forward(problem, plan, operands.logits)
-            grad = reference.backward(problem, plan, cotangent, operands.logits, state)
-            *both, _ = reference.forward_backward(problem, plan, cotangent, operands.logits)
+            losses, _ = formula.forward(problem, plan, operands.logits)
+            grad = formula.backward(problem, plan, cotangent, operands.logits)
+            *both, _ = formula.forward_backward(problem, plan, cotangent, operands.logits)
         runs.append([backend.to_numpy(array).tobytes() for array in (losses, grad, *both)])
     first, second = runs
     assert first[:2] == first[2:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -287,26 +289,28 @@ def test_labels_that_have_no_values_are_not_checked(torch: Any) -> None:
 def test_a_kernel_is_never_asked_under_a_transform(
     torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polyce import reference, registry
+    from polyce import registry, torch_calls
+    from polyce.implementations import native
 
     called: list[str] = []
+    right = torch_calls.REFERENCE
 
     def forward(*arguments: Any) -> Any:
         called.append("forward")
-        return reference.forward(*arguments)
+        return right.forward(*arguments)
 
     def backward(problem: Any, *arguments: Any) -> Any:
         called.append("backward")
         assert problem.stats is None  # nobody takes them from here
-        return reference.backward(problem, *arguments)
+        return right.backward(problem, *arguments)
 
-    kernel = registry.Implementation(
+    kernels = right._replace(forward=forward, backward=backward)
+    path = dataclasses.replace(
+        native.PATH,
         name="kernel",
-        forward=forward,
-        backward=backward,
-        forward_backward=reference.forward_backward,
+        cross_entropy=functools.partial(torch_calls.cross_entropy, kernels),
     )
-    monkeypatch.setattr(registry, "TABLE", (kernel, *registry.TABLE))
+    monkeypatch.setattr(registry, "TABLE", (path, *registry.TABLE))
     arrays = Arrays(torch, "index")
     torch.func.vmap(torch.func.grad(polyce.cross_entropy))(arrays.xs, arrays.ys)
     torch.func.jacfwd(polyce.cross_entropy)(arrays.x, arrays.y)

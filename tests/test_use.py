@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import reference, registry
-from polyce.registry import Implementation
+from polyce import registry
+from polyce.implementations import reference
+from polyce.implementations.contract import Implementation
 
 LOGITS = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=np.float32)
 LABELS = np.array([2, 0], dtype=np.int32)
@@ -29,11 +31,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     def fake(name: str) -> Implementation:
-        def forward(*args: Any) -> Any:
+        def cross_entropy(*args: Any) -> Any:
             found.append(name)
-            return reference.forward(*args)
+            return reference.cross_entropy(*args)
 
-        return Implementation(name, forward, reference.backward, reference.forward_backward)
+        return dataclasses.replace(reference.PATH, name=name, cross_entropy=cross_entropy)
 
     monkeypatch.setattr(registry, "TABLE", (*map(fake, "abc"), *registry.TABLE))
     return found

@@ -1,20 +1,53 @@
-"""Which derivative rules a backend has: one module each, all with the same five functions."""
+"""Which derivative rules a backend has."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from polyce import autograd_none
+from polyce import rows
+from polyce.problem import Operands, Problem
+from polyce.stats import RowStats
 
 
-def rules(backend: str) -> ModuleType:
-    """Give the module with a backend's derivative rules; importing it imports the library."""
+def _check(operands: Operands) -> None:
+    pass
+
+
+def _detach(operands: Operands) -> Operands:
+    return operands
+
+
+def _log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
+    return compute(problem, logits)
+
+
+class Rules(NamedTuple):
+    """How a library's derivatives are served; by default it has none."""
+
+    check: Callable[[Operands], None] = _check
+    """Refuses arrays that wait for a gradient which polyce does not give."""
+    detach: Callable[[Operands], Operands] = _detach
+    """Cuts the operands from any derivative."""
+    row_losses: Callable[..., tuple[Any, RowStats | None]] = rows.forward
+    """(problem, plan, logits) -> (losses, stats), the losses with their derivatives"""
+    nll: Callable[..., Any] = rows.nll
+    """(problem, plan, log_probabilities) -> losses"""
+    log_softmax: Callable[..., Any] = _log_softmax
+    """(problem, logits, compute) -> log(softmax(logits)) as compute(problem, logits) gives it"""
+
+
+_NONE = Rules()
+
+
+def rules(backend: str) -> Rules:
+    """Return a backend's derivative rules; importing them imports the library."""
     if backend == "torch":
         from polyce import autograd_torch
 
-        return autograd_torch
+        return autograd_torch.RULES
     if backend == "jax":
         from polyce import autograd_jax
 
-        return autograd_jax
-    return autograd_none
+        return autograd_jax.RULES
+    return _NONE

@@ -14,15 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from polyce import arrays, eager, reference, targets, transform
+from polyce import arrays, eager, rows, targets, transform
+from polyce.autograd import Rules
 from polyce.problem import Operands, Problem
-from polyce.registry import Implementation
 from polyce.stats import RowStats
 from polyce.targets import Plan
-
-
-def check(operands: Operands) -> None:
-    """Refuse nothing yet: which arrays are being differentiated shows in the rule below."""
 
 
 def detach(operands: Operands) -> Operands:
@@ -31,66 +27,56 @@ def detach(operands: Operands) -> Operands:
     return Operands(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in operands))
 
 
-def row_losses(
-    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, RowStats | None]:
-    """Give the rows' losses and stats, the losses with their derivative rule."""
+def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    """Compute the rows' losses and stats, the losses with their derivative rule."""
     # The rule asks for a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
     problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
     # What the mean divides by plays no part in a row and is differentiated where it divides.
     plan = plan._replace(denominator=None)
-    return _row_losses(implementation, problem, plan, logits)
+    return _row_losses(problem, plan, logits)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _row_losses(
-    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, RowStats | None]:
-    # Not the state: what is differentiated starts from the logits, and a result has to be arrays.
-    rows, _, stats = implementation.forward(problem, plan, logits)
-    return rows, stats
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    return rows.forward(problem, plan, logits)
 
 
 @partial(_row_losses.defjvp, symbolic_zeros=True)
-def _row_losses_jvp(
-    implementation: Implementation, problem: Problem, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
+def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     plan, logits = primals
     plan_tangent, tangent = tangents
     _refuse(problem, plan_tangent)
     # Through the rule once more: the losses' own derivative, of a higher order, is not jax's.
-    result = _row_losses(implementation, problem, plan, logits)
-    rows, stats = result
-    rows_tangent = jnp.zeros_like(rows)
+    result = _row_losses(problem, plan, logits)
+    losses, stats = result
+    losses_tangent = jnp.zeros_like(losses)
     if not _is_zero(tangent):
-        grad = _gradient(implementation, problem, plan, logits)
+        grad = _gradient(problem, plan, logits)
         tangent = arrays.cast(problem.xp, tangent, grad.dtype)
-        rows_tangent = _row_sums(problem, grad * tangent)
+        losses_tangent = _row_sums(problem, grad * tangent)
     if problem.kind == "probability":
         along = _along_target(problem, plan, plan_tangent, logits)
         if along is not None:
-            rows_tangent = rows_tangent + along
+            losses_tangent = losses_tangent + along
     if plan.counted is not None:
         # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
-        rows_tangent = jnp.where(plan.counted, rows_tangent, 0.0)
-    return result, (rows_tangent, jax.tree.map(no_tangent, stats))
+        losses_tangent = jnp.where(plan.counted, losses_tangent, 0.0)
+    return result, (losses_tangent, jax.tree.map(no_tangent, stats))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _gradient(implementation: Implementation, problem: Problem, plan: Plan, logits: Any) -> Any:
-    return implementation.backward(problem, plan, 1.0, logits, None)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradient(problem: Problem, plan: Plan, logits: Any) -> Any:
+    return rows.backward(problem, plan, 1.0, logits)
 
 
 @_gradient.defjvp
-def _gradient_jvp(
-    implementation: Implementation, problem: Problem, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
+def _gradient_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # By another form, which is no faster, but whose own derivatives keep their digits.
     def gradient(plan: Plan, logits: Any) -> Any:
-        return reference.differentiable_gradient(problem, plan, 1.0, logits)
+        return rows.differentiable_gradient(problem, plan, 1.0, logits)
 
     _, tangent = jax.jvp(gradient, primals, tangents)
-    return _gradient(implementation, problem, *primals), tangent
+    return _gradient(problem, *primals), tangent
 
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:
@@ -177,7 +163,7 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     if not all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
         plan = _constant(problem, plan._replace(denominator=None))
         plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
-    return reference.nll(problem, plan, log_probabilities)
+    return rows.nll(problem, plan, log_probabilities)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -202,7 +188,7 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _log_softmax(problem: Problem, logits: Any) -> Any:
-    return reference.log_softmax(problem, logits)
+    return rows.log_softmax(problem, logits)
 
 
 @_log_softmax.defjvp
@@ -230,3 +216,7 @@ def _is_zero(tangent: Any) -> bool:
 def is_constant(tangent: Any) -> bool:
     """Tell whether a tangent is not there, or is known to be 0."""
     return tangent is None or _is_zero(tangent)
+
+
+# Which arrays are being differentiated shows in the rules alone, which refuse what has none.
+RULES = Rules(detach=detach, row_losses=row_losses, nll=nll, log_softmax=log_softmax)

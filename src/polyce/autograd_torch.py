@@ -1,7 +1,7 @@
 """torch's autograd: the analytic gradient of the rows' losses, never torch's own of the formula.
 
 A call comes in by one of three doors. Plain eager calls use an old-style `autograd.Function`, the
-kind that starts soonest, with any implementation. Under a torch.func transform, or at a level of
+kind that starts soonest. Under a torch.func transform, or at a level of
 forward mode, a new-style one goes through the reference, whose operations torch can batch and
 differentiate again. torch.compile traces the old-style one, where no operator of `torch_ops` takes
 the whole call; torch.export, which keeps no rule, the operations themselves.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from polyce import arrays, reference, sums, targets, torch_checks, torch_state, transform
+from polyce import arrays, rows, sums, targets, torch_checks, torch_state, transform
+from polyce.autograd import Rules
 from polyce.problem import Operands, Problem
-from polyce.registry import Implementation
 from polyce.stats import RowStats
 from polyce.targets import Plan
 
@@ -48,28 +48,23 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
         )
 
 
-def row_losses(
-    implementation: Implementation, problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, RowStats | None]:
-    """Give the rows' losses and stats, the losses with their gradient on torch's graph."""
+def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    """Compute the rows' losses and stats, the losses with their gradient on torch's graph."""
     if torch_state.is_traced_without_rules():
-        rows, _, stats = reference.forward(problem, plan, readable(problem, plan, logits))
-        return rows, _detached(stats)
+        losses, stats = rows.forward(problem, plan, readable(problem, plan, logits))
+        return losses, _detached(stats)
     if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
     if not any(map(torch_state.waits, (logits, plan.probabilities, plan.class_weight))):
-        rows, _, stats = implementation.forward(problem, plan, logits)
-        return rows, stats
-    rows, *found = _RowLosses.apply(
-        logits, plan.probabilities, plan.class_weight, implementation, problem, plan
-    )
-    return rows, RowStats(*found) if found else None
+        return rows.forward(problem, plan, logits)
+    losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
+    return losses, RowStats(*found) if found else None
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
     """Give log(softmax(logits)) as `compute` does, with its gradient on torch's graph."""
     if problem.is_empty or torch_state.is_traced_without_rules():
-        return reference.log_softmax(problem, logits)
+        return rows.log_softmax(problem, logits)
     if torch_state.is_transformed():
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
@@ -85,7 +80,7 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
         plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
     elif torch_state.waits(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
-    return reference.nll(problem, plan, log_probabilities)
+    return rows.nll(problem, plan, log_probabilities)
 
 
 def _detached(stats: RowStats | None) -> RowStats | None:
@@ -101,40 +96,36 @@ class _RowLosses(torch.autograd.Function):
         logits: Any,
         probabilities: Any,
         class_weight: Any,
-        implementation: Implementation,
         problem: Problem,
         plan: Plan,
     ) -> tuple[Any, ...]:
-        rows, state, stats = implementation.forward(problem, plan, logits)
-        if stats is not None:
-            problem = problem._replace(stats=None)
-        ctx.implementation, ctx.problem, ctx.state_type = implementation, problem, type(state)
-        ctx.kinds = torch_checks.kinds(_keep(ctx, logits, (*plan, *(state or ()))))
+        losses, stats = rows.forward(problem, plan, logits)
+        ctx.problem = problem if stats is None else problem._replace(stats=None)
+        ctx.kinds = torch_checks.kinds(_keep(ctx, logits, plan))
         found = stats or ()
         ctx.mark_non_differentiable(*(array for array in found if array is not None))
-        return rows, *found
+        return losses, *found
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         problem = ctx.problem
         torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
         torch_checks.check_storages(grad_output=cotangent)
-        logits, plan, rest = _kept(ctx)
+        logits, plan = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
         grad = None
         if needs[0] and torch_state.wants_operations(cotangent):
             logits = readable(problem, plan, logits)
-            grad = reference.differentiable_gradient(problem, plan, cotangent, logits)
+            grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
         elif needs[0]:
-            state = ctx.state_type(*rest) if rest else None
-            grad = ctx.implementation.backward(problem, plan, cotangent, logits, state)
+            grad = rows.backward(problem, plan, cotangent, logits)
         of_probabilities = of_weight = None
         if needs[1] or needs[2]:
             found = target_gradients(problem, plan, cotangent, logits, (needs[1], needs[2]))
             of_probabilities, of_weight = found
-        return grad, of_probabilities, of_weight, None, None, None
+        return grad, of_probabilities, of_weight, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -151,7 +142,7 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         result, logits = ctx.saved_tensors
         torch_checks.check_returned(ctx.kinds, (result, logits))
-        grad = reference.log_softmax_backward(ctx.problem, cotangent, logits, result)
+        grad = rows.log_softmax_backward(ctx.problem, cotangent, logits, result)
         return grad, None, None
 
 
@@ -163,13 +154,13 @@ class _Nll(torch.autograd.Function):
         ctx.problem, ctx.dtype = problem, log_probabilities.dtype
         kept = plan._replace(class_weight=None, denominator=None)
         ctx.kinds = torch_checks.kinds(_keep(ctx, None, kept))
-        return reference.nll(problem, plan, log_probabilities)
+        return rows.nll(problem, plan, log_probabilities)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         problem = ctx.problem
         torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
-        _, plan, _ = _kept(ctx)
+        _, plan = _kept(ctx)
         scale = cotangent if plan.label_weight is None else cotangent * plan.label_weight
         scale = targets.weigh_rows(plan, problem.xp, scale)
         at_label = arrays.cast(problem.xp, -scale, ctx.dtype)
@@ -187,14 +178,13 @@ def _keep(ctx: Any, logits: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tensors
 
 
-def _kept(ctx: Any) -> tuple[Any, Plan, list[Any]]:
+def _kept(ctx: Any) -> tuple[Any, Plan]:
     logits, *tensors = ctx.saved_tensors
-    values = [
+    values = (
         number if tensor is None else tensor
         for tensor, number in zip(tensors, ctx.numbers, strict=True)
-    ]
-    count = len(Plan._fields)
-    return logits, Plan(*values[:count]), values[count:]
+    )
+    return logits, Plan(*values)
 
 
 def target_gradients(
@@ -210,7 +200,7 @@ def target_gradients(
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Give lse - x_c, the derivative of a row's loss with respect to its coefficients."""
     problem, logits = _widened(problem, readable(problem, plan, logits))
-    return -log_softmax(problem, logits, reference.log_softmax)
+    return -log_softmax(problem, logits, rows.log_softmax)
 
 
 def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
@@ -232,7 +222,7 @@ def _transformed_row_losses(
 ) -> tuple[Any, RowStats | None]:
     stats = None
     if problem.stats is not None:
-        _, _, stats = reference.forward(problem, plan, logits)
+        _, stats = rows.forward(problem, plan, logits)
     wide, logits = _widened(problem, readable(problem, plan, logits))
     # The rows do not depend on what they will be divided by.
     plan = plan._replace(denominator=None)
@@ -242,8 +232,8 @@ def _transformed_row_losses(
 class _TransformedRowLosses(torch.autograd.Function):
     @staticmethod
     def forward(logits: Any, problem: Problem, *plan: Any) -> Any:
-        rows, _, _ = reference.forward(problem, Plan(*plan), logits)
-        return rows
+        losses, _ = rows.forward(problem, Plan(*plan), logits)
+        return losses
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -259,12 +249,12 @@ class _TransformedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-        logits, plan, _ = _kept(ctx)
+        logits, plan = _kept(ctx)
         problem, needs = ctx.problem, Plan(*ctx.needs_input_grad[2:])
         _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
         grad, grads = None, Plan(*(None,) * len(plan))
         if ctx.needs_input_grad[0]:
-            grad = reference.differentiable_gradient(problem, plan, cotangent, logits)
+            grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
         wanted = (needs.probabilities, needs.class_weight)
         if any(wanted):
             found = target_gradients(problem, plan, cotangent, logits, wanted)
@@ -273,7 +263,7 @@ class _TransformedRowLosses(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, problem: None, *tangents: Any) -> Any:
-        logits, plan, _ = _kept(ctx)
+        logits, plan = _kept(ctx)
         moved = Plan(*tangents)
         _refuse(
             plan.label is not None and moved.class_weight is not None,
@@ -286,18 +276,18 @@ class _TransformedRowLosses(torch.autograd.Function):
 
 def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved: Plan) -> Any:
     xp, backend, axis = problem.xp, problem.backend, problem.axis
-    rows = []
+    terms = []
     if tangent is not None:
-        product = tangent * reference.differentiable_gradient(problem, plan, 1.0, logits)
-        rows.append(sums.class_sum(xp, backend, product, axis, problem.row_dtype))
+        product = tangent * rows.differentiable_gradient(problem, plan, 1.0, logits)
+        terms.append(sums.class_sum(xp, backend, product, axis, problem.row_dtype))
     coefficients = _coefficients_tangent(problem, plan, moved)
     if coefficients is not None:
         gaps = _gaps(problem, plan, logits)
         # A class that stays at coefficient 0 takes no part, not even at a logit of -inf.
         gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
         product = sums.class_sum(xp, backend, coefficients * gaps, axis, problem.row_dtype)
-        rows.append(targets.weigh_rows(plan, xp, product))
-    return sum(rows)
+        terms.append(targets.weigh_rows(plan, xp, product))
+    return sum(terms)
 
 
 def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
@@ -316,7 +306,7 @@ def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
 class _TransformedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(logits: Any, problem: Problem) -> Any:
-        return reference.log_softmax(problem, logits)
+        return rows.log_softmax(problem, logits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -333,7 +323,7 @@ class _TransformedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
         result, logits = ctx.saved_tensors
-        return reference.log_softmax_backward(ctx.problem, cotangent, logits, result), None
+        return rows.log_softmax_backward(ctx.problem, cotangent, logits, result), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Any, problem: None) -> Any:
@@ -372,3 +362,6 @@ def _primal(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return forward_ad.unpack_dual(value).primal
     return value
+
+
+RULES = Rules(check, detach, row_losses, nll, log_softmax)

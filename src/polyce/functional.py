@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, by_rows, outputs, stats, targets
+from polyce import arrays, outputs, targets
 from polyce.autograd import rules
 from polyce.options import current_reduction, refuse_dim
 from polyce.problem import describe, describe_logits
@@ -153,22 +153,13 @@ def cross_entropy(
         validate=validate,
     )
     chosen = select(problem, implementation)
-    whole = chosen.cross_entropy
     if problem.is_compiling and chosen.torch_kernels is not None:
         from polyce import torch_ops
 
-        whole = torch_ops.whole_call(chosen)
-    if whole is not None:
-        loss, facts = whole(problem, operands)
-        return loss if facts is None else (loss, facts)
-    # As `by_rows` does, but on the library's graph.
-    autograd = rules(problem.backend)
-    autograd.check(operands)
-    with arrays.computing(problem.backend, operands.named()):
-        plan = chosen.plan(problem, operands)
-        rows, found = autograd.row_losses(chosen, problem, plan, operands.logits)
-        loss = targets.reduce(problem, plan, rows)
-        return loss if found is None else (loss, stats.finish(problem, plan, found))
+        loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
+    else:
+        loss, stats = chosen.cross_entropy(problem, operands)
+    return loss if stats is None else (loss, stats)
 
 
 def cross_entropy_with_grad(
@@ -272,12 +263,10 @@ def cross_entropy_with_grad(
     if problem.is_compiling and chosen.torch_kernels is not None:
         from polyce import torch_ops
 
-        loss, grad, facts = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
-    elif chosen.cross_entropy_with_grad is not None:
-        loss, grad, facts = chosen.cross_entropy_with_grad(problem, operands, out)
+        loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
     else:
-        loss, grad, facts = by_rows.cross_entropy_with_grad(chosen, problem, operands, out)
-    return (loss, grad) if facts is None else (loss, grad, facts)
+        loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
+    return (loss, grad) if stats is None else (loss, grad, stats)
 
 
 def nll_loss(

@@ -1,6 +1,6 @@
 """The implementations, in order of preference, and which of them serves a problem.
 
-To add one, write `implementations/<name>.py` and put its row into `TABLE`.
+To add one, write `implementations/<name>.py`, which ends in its `PATH`, and put that into `TABLE`.
 """
 
 from __future__ import annotations
@@ -11,150 +11,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
-from polyce import reference, targets
-from polyce.implementations import cupy, dask, native, triton
+from polyce import rows
+from polyce.implementations import cupy, dask, native, reference, triton
+from polyce.implementations.contract import Implementation
 from polyce.problem import Problem
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
 
 
-def _available() -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A code path that computes the rows' losses and the gradient, and what it declares.
-
-    None stands for no restriction.
-    """
-
-    name: str
-    forward: Callable[..., tuple[Any, Any, Any]]
-    """(problem, plan, logits) -> (rows, state, stats)"""
-    backward: Callable[..., Any]
-    """(problem, plan, cotangent, logits, state) -> gradient"""
-    forward_backward: Callable[..., tuple[Any, Any, Any]]
-    """(problem, plan, cotangent, logits) -> (rows, gradient, stats)"""
-    plan: Callable[..., targets.Plan] = targets.plan
-    """(problem, operands) -> plan"""
-    backends: frozenset[str] | None = None
-    devices: frozenset[str] | None = None
-    dtypes: frozenset[str] | None = None
-    kinds: frozenset[str] | None = None
-    options: frozenset[str] | None = None
-    unavailable: Callable[[], str | None] = _available
-    """Why it cannot run at all here ("not installed", "not built"), or None."""
-    refuses: Callable[[Problem], str | None] | None = None
-    """Any other reason against a problem, or None."""
-    by_name_only: Callable[[Problem], bool] | None = None
-    """Whether it takes a problem, if at all, only where it is asked for by name."""
-    cross_entropy: Callable[..., tuple[Any, Any]] | None = None
-    """(problem, operands) -> (loss, stats), for a path that plans and reduces itself"""
-    cross_entropy_with_grad: Callable[..., tuple[Any, Any, Any]] | None = None
-    """(problem, operands, out) -> (loss, gradient, stats)"""
-    torch_kernels: Callable[[], Any] | None = None
-    """() -> `torch_calls.Kernels`, for a path that torch.compile may put into its graph"""
-    log_softmax: Callable[..., Any] | None = None
-    """(problem, logits) -> log(softmax(logits)), for a path that has one of its own"""
-
-    def reasons(self, problem: Problem) -> tuple[str, ...]:
-        """Give all reasons against running this problem; none means that it can."""
-        found = []
-        missing = self.unavailable()
-        if missing is not None:
-            found.append(missing)
-        facts = (
-            ("arrays", "backend", self.backends),
-            ("device", "device", self.devices),
-            ("dtype", "logits_dtype_name", self.dtypes),
-            ("target", "kind", self.kinds),
-        )
-        for fact, attribute, served in facts:
-            if served is not None and (value := getattr(problem, attribute)) not in served:
-                found.append(f"{fact} {value} is not served ({', '.join(sorted(served))})")
-        if self.options is not None:
-            for option in problem.options:
-                if option not in self.options:
-                    found.append(f"option {option} is not served")
-        if not found and self.refuses is not None and (reason := self.refuses(problem)):
-            found.append(reason)
-        return tuple(found)
-
-    def serves(self, problem: Problem) -> bool:
-        """Tell whether it can be chosen unasked, soon for another library's arrays."""
-        if self.backends is not None and problem.backend not in self.backends:
-            return False
-        if self.by_name_only is not None and self.by_name_only(problem):
-            return False
-        return not self.reasons(problem)
+def select_within(problem: Problem) -> Implementation:
+    """Choose the implementation of a part of a call, which `use` was not meant for."""
+    return _unforced(problem, preference())
 
 
 TABLE: tuple[Implementation, ...] = (
-    Implementation(
-        name="dask",
-        forward=dask.forward,
-        backward=dask.backward,
-        forward_backward=dask.forward_backward,
-        plan=dask.plan,
-        backends=frozenset({"dask"}),
-        unavailable=dask.unavailable,
-    ),
-    Implementation(
-        name="native",
-        forward=native.forward,
-        backward=native.backward,
-        forward_backward=native.forward_backward,
-        plan=native.plan,
-        backends=native.BACKENDS,
-        devices=frozenset({"cpu"}),
-        unavailable=native.unavailable,
-        refuses=native.refuses,
-        by_name_only=native.is_left_to_the_compiler,
-        cross_entropy=native.cross_entropy,
-        cross_entropy_with_grad=native.cross_entropy_with_grad,
-        torch_kernels=native.torch_kernels,
-        log_softmax=native.log_softmax,
-    ),
-    Implementation(
-        name="triton",
-        # Its kernels take whole calls. Rows alone are wanted of dask's chunks, no torch tensors.
-        forward=reference.forward,
-        backward=reference.backward,
-        forward_backward=reference.forward_backward,
-        backends=triton.BACKENDS,
-        devices=triton.DEVICES,
-        dtypes=triton.DTYPES,
-        unavailable=triton.unavailable,
-        refuses=triton.refuses,
-        by_name_only=triton.is_emulated,
-        cross_entropy=triton.cross_entropy,
-        cross_entropy_with_grad=triton.cross_entropy_with_grad,
-        torch_kernels=triton.torch_kernels,
-    ),
-    Implementation(
-        name="cupy",
-        # Its kernels take whole calls too.
-        forward=reference.forward,
-        backward=reference.backward,
-        forward_backward=reference.forward_backward,
-        backends=cupy.BACKENDS,
-        devices=cupy.DEVICES,
-        unavailable=cupy.unavailable,
-        refuses=cupy.refuses,
-        cross_entropy=cupy.cross_entropy,
-        cross_entropy_with_grad=cupy.cross_entropy_with_grad,
-    ),
-    Implementation(
-        name="reference",
-        forward=reference.forward,
-        backward=reference.backward,
-        forward_backward=reference.forward_backward,
-        log_softmax=reference.log_softmax,
-    ),
+    dask.path(select_within),
+    native.PATH,
+    triton.PATH,
+    cupy.PATH,
+    reference.PATH,
 )
 
 _forced: ContextVar[str | None] = ContextVar("polyce.use", default=None)
@@ -268,11 +145,6 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
     return chosen
 
 
-def select_within(problem: Problem) -> Implementation:
-    """Choose the implementation of a part of a call, which `use` was not meant for."""
-    return _unforced(problem, preference())
-
-
 def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     """Choose what computes log(softmax(logits)): of the rows that have it, the first that serves.
 
@@ -285,7 +157,7 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     for row in sorted(TABLE, key=lambda row: row.name != wanted):
         if row.log_softmax is not None and row.serves(problem):
             return row.log_softmax
-    return reference.log_softmax
+    return rows.log_softmax
 
 
 def preference() -> Implementation | None:

@@ -47,8 +47,6 @@ class Plan(NamedTuple):
     """Target probabilities, of the logits' shape, in the arithmetic dtype; None for labels."""
     denominator: Any
     """What reduction mean divides by; None for the other reductions."""
-    operands: Any = None
-    """The `Operands` it was read from, for a path that reads them again in parts; else None."""
 
 
 def plan(problem: Problem, operands: Operands) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from polyce import functional, outputs, torch_calls
+from polyce import functional, outputs
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
 from polyce.options import current_reduction, refuse_dim, shown
 from polyce.problem import describe
@@ -121,9 +121,8 @@ def cross_entropy(
     outputs.check_inplace(problem, operands)
     problem = problem._replace(inplace_backward=True)
     chosen = select(problem, implementation)
-    compute = chosen.cross_entropy or torch_calls.whole_call(chosen)
-    loss, facts = compute(problem, operands)
-    return loss if facts is None else (loss, facts)
+    loss, stats = chosen.cross_entropy(problem, operands)
+    return loss if stats is None else (loss, stats)
 
 
 def _check(input: Any) -> None:

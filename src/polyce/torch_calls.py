@@ -7,15 +7,13 @@ operations of torch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from polyce import autograd_torch, by_rows, reference, targets, torch_checks, torch_state
+from polyce import autograd_torch, rows, targets, torch_checks, torch_state, whole
 from polyce.problem import Operands, Problem
-from polyce.registry import Implementation
 from polyce.stats import Stats
 from polyce.targets import Plan
 
@@ -48,28 +46,34 @@ class Kernels(NamedTuple):
     """
 
 
-def cross_entropy(
-    kernels: Kernels, problem: Problem, operands: Operands
-) -> tuple[Any, Stats | None]:
-    """Give the loss, on torch's graph if something waits for a gradient, and the stats."""
+def needs_graph(problem: Problem, operands: Operands) -> bool:
+    """Tell whether something waits for a gradient; refuse what waits for one that is not given."""
     logits, target, weight, sample_weight, normalizer, _ = operands
     if weight is not None or sample_weight is not None:
         autograd_torch.check(operands)
-    if not torch.is_grad_enabled():
-        return kernels.forward(problem, operands, False)[:2]
+    return torch.is_grad_enabled() and (
+        logits.requires_grad
+        or (problem.kind == "probability" and target.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or (isinstance(normalizer, torch.Tensor) and normalizer.requires_grad)
+    )
+
+
+def cross_entropy(
+    kernels: Kernels, problem: Problem, operands: Operands
+) -> tuple[Any, Stats | None]:
+    """Compute the loss, on torch's graph if something waits for a gradient, and the stats."""
+    if not needs_graph(problem, operands):
+        loss, found, _ = kernels.forward(problem, operands, False)
+        return loss, found
+    logits, target, weight, _, normalizer, _ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, and so differentiates by the normalizer.
         summed, operands = without_normalizer(problem, operands)
         total, found = cross_entropy(kernels, summed, operands)
         return (total / normalizer).to(problem.result_dtype), found
-    if (
-        logits.requires_grad
-        or (problem.kind == "probability" and target.requires_grad)
-        or (weight is not None and weight.requires_grad)
-    ):
-        loss, *facts = _Loss.apply(logits, target, weight, (kernels, problem, operands))
-        return loss, Stats(*facts) if facts else None
-    return kernels.forward(problem, operands, False)[:2]
+    loss, *entries = _Loss.apply(logits, target, weight, (kernels, problem, operands))
+    return loss, Stats(*entries) if entries else None
 
 
 def without_normalizer(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
@@ -103,10 +107,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
-        logits, target, weight, sample_weight, divisor, rows, denominator = ctx.saved_tensors
+        logits, target, weight, sample_weight, divisor, *saved_rows = ctx.saved_tensors
         normalizer = number if divisor is None else divisor
         operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
-        saved = Saved(rows, denominator)
+        saved = Saved(*saved_rows)
         # torch's compiled autograd traces what is done here, the only time that this is traced.
         traced = torch.compiler.is_dynamo_compiling()
         if needs[1] or needs[2]:
@@ -160,28 +164,20 @@ def _write(ctx: Any, kernels: Kernels, problem: Problem, operands: Operands, sav
     return out
 
 
-def whole_call(implementation: Implementation) -> Callable[..., tuple[Any, Stats | None]]:
-    """Give the whole calls of a path that has a plan made for it and its rows reduced."""
-    return functools.partial(cross_entropy, planned(implementation))
+def _forward(problem: Problem, operands: Operands, keep: bool) -> tuple[Any, Stats | None, Saved]:
+    return *whole.cross_entropy(problem, operands), Saved()
 
 
-def planned(implementation: Implementation) -> Kernels:
-    """Give such a path as if its kernels planned and reduced themselves."""
+def _backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
+    check_operands(problem, operands)
+    plan = targets.plan(problem, operands)
+    cotangent = targets.cotangent(problem, plan, operands.grad_output)
+    grad = rows.backward(problem, plan, cotangent, operands.logits)
+    return grad if out is None else out.copy_(grad)
 
-    def forward(
-        problem: Problem, operands: Operands, keep: bool
-    ) -> tuple[Any, Stats | None, Saved]:
-        loss, facts = by_rows.cross_entropy(implementation, problem, operands)
-        return loss, facts, Saved()
 
-    def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
-        check_operands(problem, operands)
-        plan = implementation.plan(problem, operands)
-        cotangent = targets.cotangent(problem, plan, operands.grad_output)
-        grad = implementation.backward(problem, plan, cotangent, operands.logits, None)
-        return grad if out is None else out.copy_(grad)
-
-    return Kernels(implementation.name, forward, backward, lambda problem: Saved(False, False))
+REFERENCE = Kernels("reference", _forward, _backward, lambda problem: Saved(False, False))
+"""The rows' formula as kernels: for calls in place, and for those without logits."""
 
 
 def check_operands(problem: Problem, operands: Operands) -> None:
@@ -213,7 +209,7 @@ def gradient(problem: Problem, operands: Operands) -> Any:
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     readable = autograd_torch.readable(problem, plan, operands.logits)
-    return reference.differentiable_gradient(problem, plan, cotangent, readable)
+    return rows.differentiable_gradient(problem, plan, cotangent, readable)
 
 
 def target_gradients(
@@ -224,8 +220,8 @@ def target_gradients(
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     zeros = torch.zeros(problem.row_shape, dtype=problem.row_dtype, device=logits.device)
-    rows = cotangent + zeros.unsqueeze(problem.axis)
-    of_target, of_weight = autograd_torch.target_gradients(problem, plan, rows, logits, needs)
+    by_row = cotangent + zeros.unsqueeze(problem.axis)
+    of_target, of_weight = autograd_torch.target_gradients(problem, plan, by_row, logits, needs)
     if of_target is not None:
         of_target = of_target.to(target.dtype)
     if of_weight is not None:

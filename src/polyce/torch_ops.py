@@ -7,16 +7,13 @@ logits. What is not there is an empty tensor, for an operator gives as many as i
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from polyce import autograd_torch, registry, stats, torch_calls
 from polyce.problem import Operands, Problem, describe
-from polyce.registry import Implementation
 from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
 
@@ -47,11 +44,6 @@ _OPERANDS = (
 )
 _COUNT = 5
 _FOUND = "Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct, Tensor valid"
-
-
-def whole_call(implementation: Implementation) -> Callable[..., tuple[Any, Stats | None]]:
-    """Give an implementation's whole calls, as parts of a graph."""
-    return functools.partial(cross_entropy, implementation.name)
 
 
 def cross_entropy(

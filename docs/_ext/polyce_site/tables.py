@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from polyce import registry
+from polyce.implementations.contract import Implementation
 from polyce.testing import ACCURACY, BACKENDS, get_backend
 
 
@@ -22,7 +23,7 @@ def support() -> str:
     return rows(head, map(_support_row, registry.TABLE))
 
 
-def _support_row(row: registry.Implementation) -> list[str]:
+def _support_row(row: Implementation) -> list[str]:
     declared = (row.backends, row.devices, row.dtypes, row.kinds, row.options)
     cells = ["all" if served is None else ", ".join(sorted(served)) for served in declared]
     return [f"`{row.name}`", *cells, row.unavailable() or "yes"]

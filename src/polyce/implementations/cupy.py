@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from polyce import arrays
+from polyce.implementations.contract import Implementation
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 
@@ -57,3 +58,14 @@ def cross_entropy_with_grad(
     from polyce.implementations import cupy_launch
 
     return cupy_launch.cross_entropy_with_grad(problem, operands, out)
+
+
+PATH = Implementation(
+    name="cupy",
+    cross_entropy=cross_entropy,
+    cross_entropy_with_grad=cross_entropy_with_grad,
+    backends=BACKENDS,
+    devices=DEVICES,
+    unavailable=unavailable,
+    refuses=refuses,
+)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from polyce import arrays, by_rows, labels, registry, stats
+from polyce import arrays, labels, stats, whole
 from polyce.implementations import cupy_plan
 from polyce.implementations.cupy_plan import Facts, Layout, Plan
 from polyce.problem import Operands, Problem
@@ -30,7 +30,7 @@ _kernels: dict[tuple[str, ...], Any] = {}
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Give the loss and the stats."""
     if problem.is_empty:
-        return by_rows.cross_entropy(registry.find("reference"), problem, operands)
+        return whole.cross_entropy(problem, operands)
     with arrays.computing(problem.backend, operands.named()):
         return _forward(_call(problem, operands))
 
@@ -40,7 +40,7 @@ def cross_entropy_with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
     if problem.is_empty:
-        return by_rows.cross_entropy_with_grad(registry.find("reference"), problem, operands, out)
+        return whole.cross_entropy_with_grad(problem, operands, out)
     with arrays.computing(problem.backend, operands.named()):
         grad = cupy.empty_like(operands.logits) if out is None else out
         call = _call(problem, operands, grad)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce import arrays, labels
-from polyce.implementations.rows import Rows, cdiv, cut, power_of_two, rows_of
+from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
 from polyce.problem import Problem
 
 FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")

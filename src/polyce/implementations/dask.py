@@ -8,15 +8,16 @@ are merged, and a second task gives the block's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
-from polyce import arrays, sums, targets
+from polyce import arrays, stats, sums, targets
 from polyce.implementations import dask_blocks as blocks
+from polyce.implementations.contract import Implementation
 from polyce.problem import Operands, Problem
-from polyce.stats import RowStats
+from polyce.stats import RowStats, Stats
 from polyce.targets import Plan
 
 FAN_IN = 16
@@ -28,47 +29,70 @@ def unavailable() -> str | None:
     return None if arrays.installed("dask") else "dask is not installed (pip install dask[array])"
 
 
-def plan(problem: Problem, operands: Operands) -> Plan:
-    """Leave the target to the blocks, and add up the mean's denominator block by block.
+def path(select: Callable[[Problem], Implementation]) -> Implementation:
+    """Return the path; `select` chooses that of a block, among the table that this stands in."""
+    return Implementation(
+        name="dask",
+        cross_entropy=partial(cross_entropy, select),
+        cross_entropy_with_grad=partial(cross_entropy_with_grad, select),
+        backends=frozenset({"dask"}),
+        unavailable=unavailable,
+    )
 
-    The other arrays of the plan are there for whoever asks; dask makes none that nobody uses.
+
+def cross_entropy(
+    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands
+) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, all of them lazy."""
+    with arrays.quiet(problem.backend):
+        pieces, plan = _read(problem, operands)
+        losses, _, found = _run(select, problem, pieces, None)
+        return _finish(problem, plan, losses, found)
+
+
+def cross_entropy_with_grad(
+    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands, out: None
+) -> tuple[Any, Any, Stats | None]:
+    """Compute the loss, the gradient, cut as the logits are, and the stats, all of them lazy."""
+    with arrays.quiet(problem.backend):
+        pieces, plan = _read(problem, operands)
+        cotangent = targets.cotangent(problem, plan, operands.grad_output)
+        losses, grad, found = _run(select, problem, pieces, cotangent)
+        loss, stats = _finish(problem, plan, losses, found)
+        return loss, _recut(grad, operands.logits.chunks), stats
+
+
+def _read(problem: Problem, operands: Operands) -> tuple[Operands, Plan]:
+    """Cut the operands, leave the target to the blocks, and add up the mean's denominator.
+
+    The other arrays of the plan are there for the stats; dask makes none that nobody uses.
     """
     target = operands.target
-    operands = _cut(problem, operands)
+    pieces = _cut(problem, operands)
     # NumPy's labels are checked now, while they can be looked at.
-    whole = targets.plan(problem, operands._replace(target=target))
-    denominator = whole.denominator
-    if problem.kind == "index" and not problem.normalized and hasattr(denominator, "dask"):
-        denominator = total_weight(problem, operands)
-    return whole._replace(denominator=denominator, operands=operands)
+    plan = targets.plan(problem, pieces._replace(target=target))
+    if problem.kind == "index" and not problem.normalized and hasattr(plan.denominator, "dask"):
+        plan = plan._replace(denominator=total_weight(problem, pieces))
+    return pieces, plan
 
 
-def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, None, RowStats | None]:
-    """Give the rows' losses, no state, and the rows' stats."""
-    rows, _, stats = _run(problem, plan, logits, None)
-    return rows, None, stats
-
-
-def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: None) -> Any:
-    """Give the gradient with respect to the logits; it needs no state."""
-    return forward_backward(problem, plan, cotangent, logits)[1]
-
-
-def forward_backward(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any
-) -> tuple[Any, Any, RowStats | None]:
-    """Give the rows' losses, the gradient, cut as the logits are, and the rows' stats."""
-    return _run(problem, plan, logits, cotangent)
+def _finish(
+    problem: Problem, plan: Plan, losses: Any, found: RowStats | None
+) -> tuple[Any, Stats | None]:
+    loss = targets.reduce(problem, plan, losses)
+    return loss, None if found is None else stats.finish(problem, plan, found)
 
 
 def _run(
-    problem: Problem, plan: Plan, logits: Any, cotangent: Any
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    pieces: Operands,
+    cotangent: Any,
 ) -> tuple[Any, Any, RowStats | None]:
-    """Give losses, gradient (None without a cotangent) and stats."""
-    pieces = _recut(logits, _cuts(problem, logits))
-    run = _whole_rows if pieces.numblocks[problem.axis] == 1 else _parts
-    rows, grad, stats = run(problem, plan.operands, pieces, cotangent)
-    return rows, grad if grad is None else _recut(grad, logits.chunks), stats
+    """Return losses, gradient (None without a cotangent) and stats."""
+    if pieces.logits.numblocks[problem.axis] == 1:
+        return _whole_rows(select, problem, pieces, cotangent)
+    return _parts(problem, pieces, cotangent)
 
 
 def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
@@ -86,42 +110,45 @@ def _recut(array: Any, chunks: Any) -> Any:
 
 
 def _whole_rows(
-    problem: Problem, operands: Operands, logits: Any, cotangent: Any
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    operands: Operands,
+    cotangent: Any,
 ) -> tuple[Any, Any, RowStats | None]:
-    axes, axis = _axes(problem), problem.axis
+    axes, axis, logits = _axes(problem), problem.axis, operands.logits
     results = _blockwise(
-        blocks.whole_rows,
+        partial(blocks.whole_rows, select),
         problem,
         axes,
-        *_inputs(problem, operands, logits),
+        *_inputs(problem, operands),
         *scale(problem, cotangent, logits),
         adjust_chunks={axis: 1},
         meta=logits._meta,
     )
     # What will be added up comes as one number for each block.
     cuts = results.chunks if problem.reduction == "none" else (1,) * len(axes)
-    rows = take(problem, results, 0, problem.row_dtype, cuts)
-    stats = _stats(problem, results, 2)
+    losses = take(problem, results, 0, problem.row_dtype, cuts)
+    found = _stats(problem, results, 2)
     grad = None
     if cotangent is not None:
         # A block's result stays until all is taken. Were the gradient not taken last, dask could
         # put it off in favour of the losses, block after block, until the memory is full.
-        small = [array for array in (rows, *(stats or ())) if array is not None]
+        small = [array for array in (losses, *(found or ())) if array is not None]
         grad = take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
     if problem.reduction != "none":
-        rows = rows.rechunk(dict.fromkeys(axes, FAN_IN))
-    return rows, grad, stats
+        losses = losses.rechunk(dict.fromkeys(axes, FAN_IN))
+    return losses, grad, found
 
 
 def _parts(
-    problem: Problem, operands: Operands, logits: Any, cotangent: Any
+    problem: Problem, operands: Operands, cotangent: Any
 ) -> tuple[Any, Any, RowStats | None]:
     import dask.array as da
 
-    axes, axis = _axes(problem), problem.axis
+    axes, axis, logits = _axes(problem), problem.axis, operands.logits
     sizes = logits.chunks[axis]
     starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
-    inputs = (*_inputs(problem, operands, logits), starts, (axis,))
+    inputs = (*_inputs(problem, operands), starts, (axis,))
     parts = _blockwise(
         blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
     )
@@ -188,7 +215,7 @@ def _blockwise(
         out,
         *pairs,
         align_arrays=False,
-        token=f"polyce-{function.__name__.replace('_', '-')}",
+        token=f"polyce-{getattr(function, 'func', function).__name__.replace('_', '-')}",
         meta=meta,
         **options,
     )
@@ -256,11 +283,11 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
     )
 
 
-def _inputs(problem: Problem, operands: Operands, logits: Any) -> tuple[Any, ...]:
+def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """Pair what every block reads with its axes; the class weights, without, come whole."""
     axes, row_axes = _axes(problem), _row_axes(problem)
     return (
-        *(logits, axes),
+        *(operands.logits, axes),
         *(operands.target, axes if problem.kind == "probability" else row_axes),
         *in_one(operands.weight),
         *paired(operands.sample_weight, row_axes),

@@ -8,9 +8,11 @@ know what the caller's thread has set.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from polyce import arrays, eager, labels, libraries, reference, rowstate, sums, targets, transform
+from polyce import arrays, eager, labels, libraries, rows, rowstate, sums, targets, transform
+from polyce.implementations.contract import Implementation
 from polyce.problem import Operands, Problem
 from polyce.rowstate import RowState
 from polyce.stats import RowStats
@@ -31,30 +33,52 @@ def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any)
 
 
 def whole_rows(
-    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, cotangent: Any
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    cotangent: Any,
 ) -> tuple[Any, ...]:
-    """Run the call on a block of whole rows, by the first implementation that serves its arrays.
+    """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
 
     The result is the losses, or their sum where the call adds them up, the gradient, None without
     a cotangent, and the stats' entries.
     """
-    from polyce import registry  # its table lists the caller of this
-
-    summed, dtype = problem.reduction != "none", problem.logits_dtype
+    summed, dtype, axis = problem.reduction != "none", problem.logits_dtype, problem.axis
     problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
-    chosen = registry.select_within(problem)
+    problem = problem._replace(result_dtype=problem.row_dtype, stats=_reported(problem))
+    xp, grad = problem.xp, None
+    operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
+    chosen = select(problem)
     with arrays.quiet(problem.backend):
-        plan = chosen.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
-        grad = None
         if cotangent is None:
-            rows, _, stats = chosen.forward(problem, plan, logits)
+            losses, found = chosen.cross_entropy(problem, operands)
         else:
-            rows, grad, stats = chosen.forward_backward(problem, plan, cotangent, logits)
-            grad = arrays.cast(problem.xp, grad, dtype)
+            losses, grad, found = chosen.cross_entropy_with_grad(problem, operands, None)
+            grad = arrays.cast(xp, grad, dtype)
+        losses = arrays.expand(losses, axis)
         if summed:
-            rows = sums.total(problem.xp, problem.backend, rows)
-            rows = problem.xp.reshape(rows, (1,) * logits.ndim)
-    return rows, grad, *(stats or ())
+            losses = xp.reshape(sums.total(xp, problem.backend, losses), (1,) * logits.ndim)
+    entries = () if found is None else (found.lse, found.entropy, found.prediction)
+    return losses, grad, *(a if a is None else arrays.expand(a, axis) for a in entries)
+
+
+def _reported(problem: Problem) -> tuple[str, ...] | None:
+    """Return the stats that a block has to report, from which the call's are made."""
+    if problem.stats is None:
+        return None
+    predicts = problem.asks("prediction", "correct")
+    return ("lse", *["entropy"] * problem.asks("entropy"), *["prediction"] * predicts)
+
+
+def _by_row(problem: Problem, cotangent: Any) -> Any:
+    """Return the cotangent as a call takes it: a number, or an array of the rows' shape."""
+    if cotangent is None or isinstance(cotangent, float):
+        return cotangent
+    rows = problem.xp.squeeze(cotangent, axis=problem.axis) if cotangent.ndim else cotangent
+    return problem.xp.broadcast_to(rows, problem.row_shape)
 
 
 def itself(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
@@ -80,7 +104,7 @@ class Part(NamedTuple):
 class Whole(NamedTuple):
     """What the parts of rows tell together."""
 
-    rows: Any
+    losses: Any
     lse: Any
     entropy: Any
     prediction: Any
@@ -134,10 +158,10 @@ def join(problem: Problem, parts: list[Part]) -> Whole:
                 joining = rowstate.demote(problem, joining, other.pivot, ~passed)
                 pivot = xp.where(passed, other.pivot, pivot)
             state = rowstate.merge(problem, state, joining)
-        rows = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
-        stats = reference.row_stats(problem, state, pivot) or RowStats(None, None, None)
-        rows = targets.weigh_rows(plan, xp, rows)
-    return Whole(rows, stats.lse, stats.entropy, stats.prediction, state, pivot)
+        losses = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
+        stats = rows.row_stats(problem, state, pivot) or RowStats(None, None, None)
+        losses = targets.weigh_rows(plan, xp, losses)
+    return Whole(losses, stats.lse, stats.entropy, stats.prediction, state, pivot)
 
 
 def part_gradient(

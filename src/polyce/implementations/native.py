@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays, labels, stats, targets
+from polyce import arrays, labels, stats
+from polyce.implementations.contract import Implementation
 from polyce.problem import Operands, Problem
-from polyce.stats import RowStats, Stats
-from polyce.targets import Plan
+from polyce.stats import Stats
 
 BACKENDS = frozenset({"numpy", "torch"})
 ISA_VARIABLE = "POLYCE_ISA"
@@ -122,8 +122,8 @@ class Memory(NamedTuple):
     """An array of no dimension as the library's own sum returns it."""
     written: Callable[[Any], object] = id
     """Says that the kernels have written an array of the caller's, where somebody keeps count."""
-    on_graph: Callable[..., tuple[Any, Stats | None]] | None = None
-    """(problem, operands) -> (loss, stats), for a library that differentiates"""
+    on_graph: Callable[..., tuple[Any, Stats | None] | None] | None = None
+    """(problem, operands) -> (loss, stats), or None where no gradient waits for the loss"""
 
 
 def _in_order(array: Any) -> Any:
@@ -165,9 +165,10 @@ def torch_kernels() -> Any:
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Give the loss as the caller gets it, on torch's graph where it needs to be, and the stats."""
+    """Compute the loss, on torch's graph where something waits for a gradient, and the stats."""
     on_graph = memory(problem.backend).on_graph
-    return run(problem, operands) if on_graph is None else on_graph(problem, operands)
+    found = None if on_graph is None else on_graph(problem, operands)
+    return run(problem, operands) if found is None else found
 
 
 def cross_entropy_with_grad(
@@ -279,51 +280,15 @@ def _kernel(problem: Problem) -> Any:
     )
 
 
-# For a caller that has rows to itself, as a block of a dask array has.
-
-
-def plan(problem: Problem, operands: Operands) -> Plan:
-    """Read the target; the kernels will do so again, from the operands."""
-    return targets.plan(problem, operands)._replace(operands=operands)
-
-
-def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, None, RowStats | None]:
-    """Give the rows' losses, no state, and the rows' stats."""
-    rows, _, found = _rows(problem, plan, None, logits)
-    return rows, None, found
-
-
-def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: None) -> Any:
-    """Give the gradient with respect to the logits."""
-    return forward_backward(problem, plan, cotangent, logits)[1]
-
-
-def forward_backward(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any
-) -> tuple[Any, Any, RowStats | None]:
-    """Give the rows' losses, the gradient and the rows' stats in one pass over the logits."""
-    return _rows(problem, plan, cotangent, logits)
-
-
-def _rows(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any
-) -> tuple[Any, Any, RowStats | None]:
-    problem = problem._replace(
-        reduction="none", normalized=False, result_dtype=problem.row_dtype, check_labels=False
-    )
-    if problem.asks("correct"):
-        # Whether it is will be told from the prediction.
-        problem = problem._replace(stats=(*(problem.stats or ()), "prediction"))
-    grad = None
-    if cotangent is not None:
-        grad = memory(problem.backend).empty_like(logits)
-        if type(cotangent) is not float and cotangent.ndim:
-            cotangent = cotangent.reshape(problem.row_shape)
-    operands = plan.operands._replace(logits=logits, grad_output=cotangent, normalizer=None)
-    rows, found = run(problem, operands, grad, fresh=True)
-
-    def expand(array: Any) -> Any:
-        return None if array is None else arrays.expand(array, problem.axis)
-
-    of_rows = found and RowStats(*map(expand, (found.lse, found.entropy, found.prediction)))
-    return expand(rows), grad, of_rows
+PATH = Implementation(
+    name="native",
+    cross_entropy=cross_entropy,
+    cross_entropy_with_grad=cross_entropy_with_grad,
+    backends=BACKENDS,
+    devices=frozenset({"cpu"}),
+    unavailable=unavailable,
+    refuses=refuses,
+    by_name_only=is_left_to_the_compiler,
+    torch_kernels=torch_kernels,
+    log_softmax=log_softmax,
+)

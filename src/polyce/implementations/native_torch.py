@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -66,6 +65,12 @@ def _backward(
 KERNELS = Kernels("native", _forward, _backward, _keeps)
 
 
+def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] | None:
+    if torch_calls.needs_graph(problem, operands):
+        return torch_calls.cross_entropy(KERNELS, problem, operands)
+    return None
+
+
 MEMORY = native.Memory(
     empty=_empty,
     empty_like=torch.empty_like,
@@ -73,5 +78,5 @@ MEMORY = native.Memory(
     dense=_dense,
     scalar=lambda tensor: tensor,
     written=_written,
-    on_graph=functools.partial(torch_calls.cross_entropy, KERNELS),
+    on_graph=_on_graph,
 )

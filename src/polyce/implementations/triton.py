@@ -13,6 +13,7 @@ import shutil
 import sys
 from typing import Any
 
+from polyce.implementations.contract import Implementation
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
 
@@ -91,3 +92,17 @@ def cross_entropy_with_grad(
     from polyce.implementations import triton_torch
 
     return triton_torch.cross_entropy_with_grad(problem, operands, out)
+
+
+PATH = Implementation(
+    name="triton",
+    cross_entropy=cross_entropy,
+    cross_entropy_with_grad=cross_entropy_with_grad,
+    backends=BACKENDS,
+    devices=DEVICES,
+    dtypes=DTYPES,
+    unavailable=unavailable,
+    refuses=refuses,
+    by_name_only=is_emulated,
+    torch_kernels=torch_kernels,
+)

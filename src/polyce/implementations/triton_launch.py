@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from polyce import labels
 from polyce.implementations import triton_kernels, triton_layout
-from polyce.implementations.rows import Rows, cdiv, cut, rows_of
+from polyce.implementations.strides import Rows, cdiv, cut, rows_of
 from polyce.implementations.triton_layout import Tile
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats

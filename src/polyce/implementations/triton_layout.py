@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from polyce.implementations.rows import Rows, power_of_two
+from polyce.implementations.strides import Rows, power_of_two
 
 # The launch parameters. None has met a GPU yet: they keep 4 to 16 numbers of a thread in flight and
 # the registers low enough for two programs or more to share a multiprocessor.

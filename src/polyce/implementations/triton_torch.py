@@ -6,15 +6,12 @@ import math
 
 import torch
 
-from polyce import registry, stats, torch_calls, torch_checks
+from polyce import stats, torch_calls, torch_checks
 from polyce.implementations import triton_launch
 from polyce.implementations.triton_launch import Results
 from polyce.problem import Operands, Problem
 from polyce.stats import Stats
-from polyce.torch_calls import Kernels, Saved
-
-# What serves calls without logits, for which nothing is launched.
-_OF_NOTHING = torch_calls.planned(registry.find("reference"))
+from polyce.torch_calls import REFERENCE, Kernels, Saved
 
 
 def forward(
@@ -22,7 +19,7 @@ def forward(
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
     """Give the loss, the stats, and what a backward pass wants where there will be one."""
     if problem.is_empty:
-        return _OF_NOTHING.forward(problem, operands, keep)
+        return REFERENCE.forward(problem, operands, keep)
     torch_checks.check_storages(**operands.named())
     device = operands.logits.device
 
@@ -51,7 +48,7 @@ def backward(
     """Give the gradient, in `out` where that is given, which may be the logits."""
     logits = operands.logits.detach()
     if problem.is_empty:
-        return _OF_NOTHING.backward(problem, operands, saved, out)
+        return REFERENCE.backward(problem, operands, saved, out)
     torch_calls.check_operands(problem, operands)
     if saved.rows is None:
         _, _, saved = forward(problem, operands, keep=True)

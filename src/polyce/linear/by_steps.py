@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyce import arrays
-from polyce.linear import call as calls
 from polyce.linear.call import Call, Gradients
 from polyce.problem import Operands
 
@@ -68,13 +67,14 @@ def step(
         logits = logits + arrays.cast(xp, bias, logits.dtype)
     operands = Operands(logits, target, call.operands.weight, sample_weight, None, cotangent)
     if not any(wanted):
-        return calls.losses(call.implementation, part, operands), Gradients(None, None, None)
-    rows, grad = calls.losses_and_gradient(call.implementation, part, operands)
+        losses, _ = call.implementation.cross_entropy(part, operands)
+        return losses, Gradients(None, None, None)
+    losses, grad, _ = call.implementation.cross_entropy_with_grad(part, operands, None)
     of_bias = xp.sum(grad, axis=0) if wanted.linear_bias else None
     if call.rounds_gradient:
         grad = arrays.cast(xp, grad, hidden.dtype)
     of_weight = of_weight or (lambda grad, hidden: product(call, grad.T, hidden))
-    return rows, Gradients(
+    return losses, Gradients(
         product(call, grad, weight) if wanted.input else None,
         of_weight(grad, hidden) if wanted.linear_weight else None,
         of_bias,

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from polyce import arrays, by_rows, registry, targets
+from polyce import arrays, registry, targets
+from polyce.implementations.contract import Implementation
 from polyce.linear import chunks
 from polyce.linear.chunks import Chunks
 from polyce.problem import Head, Operands, Problem, describe_anew
-from polyce.registry import Implementation
 
 
 class Gradients(NamedTuple):
@@ -211,19 +211,3 @@ def check_wrt(wrt: Any) -> Gradients:
                 "or correct it"
             )
     return Gradients(*(name in names for name in Gradients._fields))
-
-
-def losses(implementation: Implementation, problem: Problem, operands: Operands) -> Any:
-    """Give the losses of a chunk's rows."""
-    if implementation.cross_entropy is not None:
-        return implementation.cross_entropy(problem, operands)[0]
-    return by_rows.cross_entropy(implementation, problem, operands)[0]
-
-
-def losses_and_gradient(
-    implementation: Implementation, problem: Problem, operands: Operands, out: Any = None
-) -> tuple[Any, Any]:
-    """Give the losses of a chunk's rows and the gradient of its logits."""
-    if implementation.cross_entropy_with_grad is not None:
-        return implementation.cross_entropy_with_grad(problem, operands, out)[:2]
-    return by_rows.cross_entropy_with_grad(implementation, problem, operands, out)[:2]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce import arrays
-from polyce.linear import call as calls
 from polyce.linear.call import Call, Gradients
 from polyce.problem import Operands
 
@@ -149,11 +148,11 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
             part = call.part(chunk.hidden.shape[0])
             operands = chunk.operands._replace(logits=logits(chunk))
             if any(wanted):
-                rows[chunk.places], grad = calls.losses_and_gradient(
-                    implementation, part, operands, operands.logits
+                rows[chunk.places], grad, _ = implementation.cross_entropy_with_grad(
+                    part, operands, operands.logits
                 )
             else:
-                rows[chunk.places] = calls.losses(implementation, part, operands)
+                rows[chunk.places], _ = implementation.cross_entropy(part, operands)
         if grad is None and ahead is None:
             continue
         for block in cut.blocks(classes):

@@ -1,7 +1,6 @@
-"""The implementation: loss and gradient of every row, on any library of the array API standard.
+"""Loss and gradient of every row, in operations of the array API standard.
 
 What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
-Every other implementation takes and gives what these functions take and give.
 """
 
 from __future__ import annotations
@@ -16,25 +15,17 @@ from polyce.stats import RowStats
 from polyce.targets import Plan
 
 
-def forward(
-    problem: Problem, plan: Plan, logits: Any
-) -> tuple[Any, RowState | None, RowStats | None]:
-    """Give the rows' losses, in the row dtype, the state for `backward`, and the rows' stats."""
+def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    """Compute the rows' losses, in the row dtype, and the rows' stats."""
     if problem.is_empty:
-        rows = _empty_rows(problem, plan, logits)
-        return rows, None, _empty_stats(problem, rows)
+        losses = _empty_rows(problem, plan, logits)
+        return losses, _empty_stats(problem, losses)
     read = _read(problem, plan, logits, targets.pivot_leads(problem))
-    return (
-        _losses(problem, plan, read.state),
-        read.state,
-        row_stats(problem, read.state, read.pivot),
-    )
+    return _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
 
 
-def backward(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any, state: RowState | None
-) -> Any:
-    """Give the gradient with respect to the logits, for a cotangent of the rows' losses."""
+def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
+    """Compute the gradient with respect to the logits, for a cotangent of the rows' losses."""
     if problem.is_empty:
         return logits * 0.0  # on the graph of a library that will differentiate it
     leads = targets.pivot_leads(problem)
@@ -42,7 +33,7 @@ def backward(
 
 
 def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
-    """Give what `backward` gives, in operations whose derivatives keep their digits as well.
+    """Compute what `backward` does, in operations whose derivatives keep their digits as well.
 
     With the largest class as the pivot no derivative is a difference of nearly equal numbers: that
     of p_c by x_c is p_c (1 - p_c), where p_c is at most 1/2 for all classes but the pivot, and for
@@ -56,13 +47,13 @@ def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits
 def forward_backward(
     problem: Problem, plan: Plan, cotangent: Any, logits: Any
 ) -> tuple[Any, Any, RowStats | None]:
-    """Give the rows' losses, the gradient and the rows' stats in one pass over the logits."""
+    """Compute the rows' losses, the gradient and the rows' stats in one pass over the logits."""
     if problem.is_empty:
-        rows = _empty_rows(problem, plan, logits)
-        return rows, problem.xp.zeros_like(logits), _empty_stats(problem, rows)
+        losses = _empty_rows(problem, plan, logits)
+        return losses, problem.xp.zeros_like(logits), _empty_stats(problem, losses)
     read = _read(problem, plan, logits, targets.pivot_leads(problem))
-    rows, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
-    return rows, _gradient(problem, plan, cotangent, read), stats
+    losses, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
+    return losses, _gradient(problem, plan, cotangent, read), stats
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:

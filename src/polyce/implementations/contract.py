@@ -1,0 +1,76 @@
+"""What a path is: how it computes a whole call, and what it declares that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from polyce.problem import Problem
+
+
+def _available() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A path that computes the loss of a call, and the gradient of its logits.
+
+    None stands for no restriction, and for what a path does not have.
+    """
+
+    name: str
+    cross_entropy: Callable[..., tuple[Any, Any]]
+    """(problem, operands) -> (loss, stats), the loss on the library's graph where it has one"""
+    cross_entropy_with_grad: Callable[..., tuple[Any, Any, Any]]
+    """(problem, operands, out) -> (loss, gradient, stats), of operands cut from any graph
+
+    The gradient lies in `out` where that is given.
+    """
+    backends: frozenset[str] | None = None
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[str] | None = None
+    kinds: frozenset[str] | None = None
+    options: frozenset[str] | None = None
+    unavailable: Callable[[], str | None] = _available
+    """Why it cannot run at all here ("not installed", "not built"), or None."""
+    refuses: Callable[[Problem], str | None] | None = None
+    """Any other reason against a problem, or None."""
+    by_name_only: Callable[[Problem], bool] | None = None
+    """Whether it takes a problem, if at all, only where it is asked for by name."""
+    torch_kernels: Callable[[], Any] | None = None
+    """() -> `torch_calls.Kernels`, which torch.compile may put into its graph"""
+    log_softmax: Callable[..., Any] | None = None
+    """(problem, logits) -> log(softmax(logits))"""
+
+    def reasons(self, problem: Problem) -> tuple[str, ...]:
+        """Return all reasons against running this problem; none means that it can."""
+        found = []
+        missing = self.unavailable()
+        if missing is not None:
+            found.append(missing)
+        declared = (
+            ("arrays", "backend", self.backends),
+            ("device", "device", self.devices),
+            ("dtype", "logits_dtype_name", self.dtypes),
+            ("target", "kind", self.kinds),
+        )
+        for what, attribute, served in declared:
+            if served is not None and (value := getattr(problem, attribute)) not in served:
+                found.append(f"{what} {value} is not served ({', '.join(sorted(served))})")
+        if self.options is not None:
+            for option in problem.options:
+                if option not in self.options:
+                    found.append(f"option {option} is not served")
+        if not found and self.refuses is not None and (reason := self.refuses(problem)):
+            found.append(reason)
+        return tuple(found)
+
+    def serves(self, problem: Problem) -> bool:
+        """Tell whether it can be chosen unasked, soon for another library's arrays."""
+        if self.backends is not None and problem.backend not in self.backends:
+            return False
+        if self.by_name_only is not None and self.by_name_only(problem):
+            return False
+        return not self.reasons(problem)

@@ -1,0 +1,29 @@
+"""reference: the formula in operations of the array API standard, on any library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyce import autograd, rows, whole
+from polyce.implementations.contract import Implementation
+from polyce.problem import Operands, Problem
+from polyce.stats import Stats
+
+
+def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
+    """Compute the loss, on the library's graph, and the stats."""
+    if problem.inplace_backward:
+        from polyce import torch_calls
+
+        return torch_calls.cross_entropy(torch_calls.REFERENCE, problem, operands)
+    rules = autograd.rules(problem.backend)
+    rules.check(operands)
+    return whole.cross_entropy(problem, operands, rules.row_losses)
+
+
+PATH = Implementation(
+    name="reference",
+    cross_entropy=cross_entropy,
+    cross_entropy_with_grad=whole.cross_entropy_with_grad,
+    log_softmax=rows.log_softmax,
+)
