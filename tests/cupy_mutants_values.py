@@ -186,7 +186,7 @@ MUTANTS = {
         labels([1, 156], "uint8", [1]),
         PLAN,
         "labels.ignored_as_signed(problem)",
-        "problem.ignore_index",
+        "problem.options.ignore_index",
         CLASSES,
         "label == call.ignore_index",
         "(target)label == (target)call.ignore_index",
@@ -195,7 +195,7 @@ MUTANTS = {
         labels(UINT64, "uint64", [0, 2]),
         PLAN,
         "labels.ignored_as_signed(problem)",
-        "problem.ignore_index",
+        "problem.options.ignore_index",
     ),
     "large-labels-in-32-bits": wrong(
         labels(UINT64, "uint64", [0, 2]),

@@ -71,7 +71,7 @@ class Mutant:
 
 def textbook(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
     """Give log Σ exp(x) - x_y where the target is a plain label."""
-    if problem.kind != "index" or problem.options or problem.is_empty:
+    if problem.kind != "index" or problem.used_options or problem.is_empty:
         return rows
     lse = np.log(np.sum(np.exp(logits), axis=problem.axis, keepdims=True))
     wrong = lse - np.take_along_axis(logits, plan.label, axis=problem.axis)
@@ -116,7 +116,7 @@ def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
 
 
 def reduce(problem: Problem, plan: Plan, rows: Any, *, true: Any = targets.reduce) -> Any:
-    if problem.reduction == "none" or rows.size == 0:
+    if problem.options.reduction == "none" or rows.size == 0:
         return true(problem, plan, rows)
     return true(problem, plan, one_by_one(rows.reshape(-1), 0).astype(rows.dtype))
 
@@ -128,7 +128,7 @@ MUTANTS = {
     "textbook-formula": Mutant("accuracy", losses=textbook),
     "ignored-rows-kept": Mutant("options", call=lambda p, plan: (p, plan._replace(counted=None))),
     "smoothing-dropped": Mutant(
-        "options", call=lambda p, plan: (p._replace(label_smoothing=0.0), plan)
+        "options", call=lambda p, plan: (p.with_options(label_smoothing=0.0), plan)
     ),
     "weight-dropped": Mutant(
         "options",
@@ -166,19 +166,19 @@ def swapped(module: Any, name: str, change: Callable[..., Any]) -> Patch:
 
 def without(**values: Any) -> Callable[[Problem, Plan], tuple[Problem, Plan]]:
     """Take the call to be one with other options."""
-    return lambda problem, plan: (problem._replace(**values), plan)
+    return lambda problem, plan: (problem.with_options(**values), plan)
 
 
 def scaled_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
     """Subtract after the scale, where a large offset has taken the digits."""
-    if problem.logit_softcap < np.inf:
+    if transform.is_capped(problem):
         return true(problem, logits, reference, **options)
-    return logits * problem.logit_scale - reference * problem.logit_scale
+    return logits * transform.scale_of(problem) - reference * transform.scale_of(problem)
 
 
 def capped_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
     """Subtract after the softcap, where tanh has taken the digits."""
-    if problem.logit_softcap == np.inf:
+    if not transform.is_capped(problem):
         return true(problem, logits, reference, **options)
     inexact = transform.value(problem, logits) - transform.value(problem, reference)
     finite = np.isfinite(logits) & np.isfinite(reference)
@@ -186,10 +186,10 @@ def capped_first(true: Any, problem: Problem, logits: Any, reference: Any, **opt
 
 
 def slope_by_tanh(true: Any, problem: Problem, logits: Any) -> Any:
-    if problem.logit_softcap == np.inf:
+    if not transform.is_capped(problem):
         return true(problem, logits)
-    tanh = np.tanh(logits * (problem.logit_scale / problem.logit_softcap))
-    return problem.logit_scale * (1.0 - tanh * tanh)
+    tanh = np.tanh(logits * transform.scale_and_cap(problem)[0])
+    return transform.scale_of(problem) * (1.0 - tanh * tanh)
 
 
 def masked_is_capped(
@@ -197,7 +197,7 @@ def masked_is_capped(
 ) -> Any:
     """Make of -inf what tanh does: -cap."""
     finite = np.where(logits == -np.inf, np.float32(-3e38), logits)
-    if problem.logit_softcap == np.inf:
+    if not transform.is_capped(problem):
         return true(problem, logits, reference, **options)
     return true(problem, finite, reference, **options)
 
@@ -262,7 +262,7 @@ OPTION_MUTANTS = {
     ),
     "z-loss-dropped": Mutant("combined", call=without(z_loss=0.0)),
     "z-loss-without-weight": Mutant(
-        "combined", patch=(targets, "lse_penalty", lambda p, plan: p.z_loss or None)
+        "combined", patch=(targets, "lse_penalty", lambda p, plan: p.options.z_loss or None)
     ),
     "z-loss-without-gradient": Mutant(
         "combined",
@@ -271,12 +271,12 @@ OPTION_MUTANTS = {
         ),
     ),
     "z-loss-inexact": Mutant("transform", patch=swapped(rowstate, "loss", inexact_lse_square)),
-    "scale-dropped": Mutant("combined", call=without(logit_scale=1.0)),
+    "scale-dropped": Mutant("combined", call=without(logit_scale=None)),
     "scale-first": Mutant("transform", patch=swapped(transform, "difference", scaled_first)),
     "scale-not-in-the-gradient": Mutant(
-        "combined", grad=lambda p, plan, x, g: g / np.float32(p.logit_scale)
+        "combined", grad=lambda p, plan, x, g: g / np.float32(transform.scale_of(p))
     ),
-    "softcap-dropped": Mutant("combined", call=without(logit_softcap=np.inf)),
+    "softcap-dropped": Mutant("combined", call=without(logit_softcap=None)),
     "softcap-first": Mutant("transform", patch=swapped(transform, "difference", capped_first)),
     "softcap-slope-by-tanh": Mutant("transform", patch=swapped(transform, "slope", slope_by_tanh)),
     "softcap-on-masked-classes": Mutant(
@@ -288,7 +288,9 @@ OPTION_MUTANTS = {
         patch=swapped(
             rowstate,
             "lse",
-            lambda true, p, state: true(p._replace(logit_scale=1.0, logit_softcap=np.inf), state),
+            lambda true, p, state: true(
+                p.with_options(logit_scale=None, logit_softcap=None), state
+            ),
         ),
     ),
     "entropy-absolute": Mutant(

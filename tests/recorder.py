@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from polyce.implementations import triton_kernels, triton_torch
+from polyce.options import Options
 from polyce.problem import describe
 
 TARGETS = {
@@ -105,7 +106,7 @@ def record(name: str) -> Recorder:
 
 def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any) -> Any:
     """Run a call's own code for the triton path, forward and backward; validate=False."""
-    problem, operands = describe(*arrays, validate=False, **options)
+    problem, operands = describe(*arrays, options=Options(validate=False, **options))
     loss, _, saved = triton_torch.forward(problem, operands, keep)
     if not backward:
         return None

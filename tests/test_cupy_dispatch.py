@@ -14,6 +14,7 @@ import pytest
 import polyce
 from polyce import arrays, problem, registry
 from polyce.implementations import cupy_plan
+from polyce.options import Options
 from polyce.testing.dtypes import dtype as named
 
 pytestmark = pytest.mark.only("cupy-dispatch")
@@ -115,7 +116,9 @@ def test_facts_of_a_call(shell: Any, dtype: str) -> None:
 
 
 def test_validate_true_checks_on_the_device(shell: Any) -> None:
-    facts, _ = problem.describe(shell((4, 5), np.float32), shell((4,), np.int64), validate=True)
+    facts, _ = problem.describe(
+        shell((4, 5), np.float32), shell((4,), np.int64), options=Options(validate=True)
+    )
     assert facts.check_labels
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from polyce.implementations import cupy_plan
 from polyce.implementations.cupy_plan import Facts, Layout, Plan
+from polyce.options import Options
 from polyce.problem import Problem, describe
 from polyce.testing.dtypes import dtype
 
@@ -28,7 +29,9 @@ def problem(
     axis = options.setdefault("axis", min(1, len(shape) - 1)) % len(shape)
     is_float = target in DTYPES
     labels = np.zeros(few if is_float else few[1:], dtype(target) if is_float else target)
-    found, _ = describe(np.zeros(few, dtype(name)), labels, validate=False, **options)
+    found, _ = describe(
+        np.zeros(few, dtype(name)), labels, options=Options(validate=False, **options)
+    )
     return found._replace(shape=shape, row_shape=shape[:axis] + shape[axis + 1 :])
 
 

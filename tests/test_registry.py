@@ -19,6 +19,7 @@ import polyce
 from polyce import registry
 from polyce.implementations import reference
 from polyce.implementations.contract import Implementation
+from polyce.options import Options
 from polyce.problem import describe
 from polyce.testing.backends import Backend
 
@@ -71,6 +72,11 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(registry, "TABLE", (*rows, *registry.TABLE))
 
     return put
+
+
+def described(target: Any = LABELS, weight: Any = None, **given: Any) -> Any:
+    options = Options.taken_from(given)
+    return describe(LOGITS, target, weight, **given, options=options)
 
 
 def call(**options: Any) -> Any:
@@ -171,7 +177,7 @@ def test_a_declaration_gives_its_reason_and_the_call_goes_on_to_the_next_row(
 ) -> None:
     declared, options, reasons = DECLARATIONS[name]
     limited = fake("limited", ran, **declared)
-    problem, _ = describe(LOGITS, **{"target": LABELS} | options)
+    problem, _ = described(**{"target": LABELS} | options)
     assert limited.reasons(problem) == reasons
     table(limited, fake("next", ran))
     polyce.cross_entropy(LOGITS, **{"target": LABELS} | options)
@@ -188,13 +194,13 @@ def test_a_declaration_that_the_call_meets_gives_no_reason() -> None:
         kinds=frozenset({"index"}),
         options=frozenset({"weight", "label_smoothing"}),
     )
-    problem, _ = describe(LOGITS, LABELS, WEIGHT, label_smoothing=0.1)
+    problem, _ = describe(LOGITS, LABELS, WEIGHT, options=Options(label_smoothing=0.1))
     assert row.reasons(problem) == ()
 
 
 @NUMPY
 def test_a_smoothing_of_0_is_not_an_option_that_is_on() -> None:
-    problem, _ = describe(LOGITS, LABELS, label_smoothing=0.0)
+    problem, _ = describe(LOGITS, LABELS, options=Options(label_smoothing=0.0))
     assert fake("limited", options=frozenset()).reasons(problem) == ()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from polyce import arrays, rowstate, targets
 from polyce import rows as formula
+from polyce.options import Options
 from polyce.problem import Problem, describe
 from polyce.rowstate import RowState
 from polyce.testing import accuracy, compare, exact_answer, loss_tolerance
@@ -65,7 +66,7 @@ def draw_rows(generator: np.random.Generator, kind: str, dtype: str) -> Rows:
 def problem_of(backend: Backend, rows: Rows) -> Problem:
     logits = backend.asarray(rows.logits.copy())
     target = backend.asarray(rows.coefficients.copy())
-    return describe(logits, target, reduction="none")[0]
+    return describe(logits, target, options=Options(reduction="none"))[0]
 
 
 def identity(backend: Backend, *, only_pivot: bool = False) -> RowState:
@@ -280,7 +281,7 @@ def test_a_pivot_that_another_part_passes_counts_among_the_rest(backend: Backend
     generator = np.random.default_rng(11)
     for dtype in ("float32", "float64"):
         rows = draw_rows(generator, "probability", dtype)
-        problem = problem_of(backend, rows)._replace(stats=("prediction",))
+        problem = problem_of(backend, rows).with_options(stats=("prediction",))
         merged = None
         for classes in np.array_split(np.arange(CLASSES), 4):
             own = classes[np.argmax(rows.logits[:, classes], axis=1)]
@@ -338,8 +339,7 @@ def test_backward_from_the_saved_state_is_the_gradient_of_both_in_one(
     weight = generator.uniform(0.5, 2.0, CLASSES).astype(np.float32)
     problem, operands = describe(
         *(backend.asarray(array) for array in (rows.logits, target, weight)),
-        reduction=reduction,
-        label_smoothing=0.1,
+        options=Options(reduction=reduction, label_smoothing=0.1),
     )
     runs = []
     for _ in range(2):

@@ -301,7 +301,7 @@ def test_a_kernel_is_never_asked_under_a_transform(
 
     def backward(problem: Any, *arguments: Any) -> Any:
         called.append("backward")
-        assert problem.stats is None  # nobody takes them from here
+        assert problem.options.stats is None  # nobody takes them from here
         return right.backward(problem, *arguments)
 
     kernels = right._replace(forward=forward, backward=backward)

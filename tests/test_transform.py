@@ -12,6 +12,7 @@ import pytest
 
 import polyce
 from polyce import arrays, rowstate, transform
+from polyce.options import Options
 from polyce.problem import Problem, describe
 from polyce.testing.backends import Backend
 
@@ -24,7 +25,12 @@ def problem_of(backend: Backend, shape: tuple[int, int], **options: Any) -> Prob
     dtype = "float64" if "float64" in backend.floats else "float32"
     logits = backend.asarray(np.zeros(shape, dtype))
     target = backend.asarray(np.full(shape, 1.0 / shape[1], dtype))
-    return describe(logits, target, reduction="none", **options)[0]
+    return describe(logits, target, options=Options(reduction="none", **options))[0]
+
+
+def finite(cap: float) -> float | None:
+    """Return a softcap as a call takes it, None for infinity."""
+    return None if cap == INF else cap
 
 
 def exact_difference(a: float, b: float, scale: float, cap: float) -> float:
@@ -50,9 +56,7 @@ def test_a_difference_keeps_its_digits(backend: Backend, scale: float, cap: floa
     b = a + generator.normal(0.0, 1.0, 200) * generator.choice([1e-6, 1e-2, 1.0, 30.0], 200)
     a[:4], b[:4] = [0.0, 0.0, 1.0, 700.0], [0.0, -1.0, 0.0, 699.0]
     a, b = a.astype(dtype), b.astype(dtype)
-    problem = problem_of(backend, (1, 2), logit_scale=scale)
-    if cap != INF:
-        problem = problem._replace(logit_softcap=cap)
+    problem = problem_of(backend, (1, 2), logit_scale=scale, logit_softcap=finite(cap))
     found = backend.to_numpy(
         transform.difference(problem, backend.asarray(a), backend.asarray(b))
     ).astype(np.float64)
@@ -68,7 +72,7 @@ def test_a_difference_keeps_its_digits(backend: Backend, scale: float, cap: floa
 
 @pytest.mark.parametrize("cap", CAPS)
 def test_infinities_and_nans(backend: Backend, cap: float) -> None:
-    problem = problem_of(backend, (1, 2), logit_scale=2.0)._replace(logit_softcap=cap)
+    problem = problem_of(backend, (1, 2), logit_scale=2.0, logit_softcap=finite(cap))
     dtype = problem_dtype(backend)
     rows = np.array([-INF, 1.0, -INF, INF, math.nan, 1.0], dtype)
     reference = np.array([1.0, -INF, -INF, INF, 1.0, math.nan], dtype)
@@ -118,8 +122,9 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
     logits = logits.astype(problem_dtype(backend))
     coefficients = generator.dirichlet(np.ones(classes), rows).astype(logits.dtype)
     pivot = np.argmax(logits, axis=1)[:, None]
-    problem = problem_of(backend, (rows, classes), return_stats=True, logit_scale=scale)
-    problem = problem._replace(logit_softcap=cap)
+    problem = problem_of(
+        backend, (rows, classes), stats=True, logit_scale=scale, logit_softcap=finite(cap)
+    )
 
     def part(start: int, stop: int) -> rowstate.RowState:
         mine = np.arange(start, stop)

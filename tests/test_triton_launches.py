@@ -258,9 +258,12 @@ def test_nothing_waits_and_nothing_large_is_made(
 
 def test_a_look_at_the_labels_would_be_noticed(torch: Any, watched: dict[str, Any]) -> None:
     from polyce.implementations import triton_launch
+    from polyce.options import Options
     from polyce.problem import describe
 
-    problem, operands = describe(torch.zeros(3, 5), labels(torch, 3), validate=True)
+    problem, operands = describe(
+        torch.zeros(3, 5), labels(torch, 3), options=Options(validate=True)
+    )
     triton_launch.call(problem, operands)
     assert watched["waits"]
 

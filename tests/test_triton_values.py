@@ -74,11 +74,12 @@ def test_stats_leave_the_gradient_alone(
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -1.0, 70.0, 1e300])
 def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> None:
     from polyce.implementations import triton_torch
+    from polyce.options import Options
     from polyce.problem import describe
 
     x = torch.randn(3, 70)
     t = torch.randint(70, (3,)) if kind == "index" else torch.rand(3, 70)
-    problem, operands = describe(x, t, reduction="sum")
+    problem, operands = describe(x, t, options=Options(reduction="sum"))
     _, _, saved = triton_torch.forward(problem, operands, keep=True)
     want = triton_torch.backward(problem, operands, saved, None)
     saved.rows[:, 3] = garbage

@@ -111,7 +111,7 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
         # A row that does not count may hold anything, but 0 times it must be 0.
         logits = jnp.where(plan.counted, logits, 0.0)
     logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
-    surprise = -_log_softmax(problem._replace(stats=None), logits)
+    surprise = -_log_softmax(problem.with_options(stats=None), logits)
     parts = []
     for name, tangent in tangents.items():
 

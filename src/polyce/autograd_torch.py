@@ -100,7 +100,7 @@ class _RowLosses(torch.autograd.Function):
         plan: Plan,
     ) -> tuple[Any, ...]:
         losses, stats = rows.forward(problem, plan, logits)
-        ctx.problem = problem if stats is None else problem._replace(stats=None)
+        ctx.problem = problem if stats is None else problem.with_options(stats=None)
         ctx.kinds = torch_checks.kinds(_keep(ctx, logits, plan))
         found = stats or ()
         ctx.mark_non_differentiable(*(array for array in found if array is not None))
@@ -133,7 +133,7 @@ class _LogSoftmax(torch.autograd.Function):
     def forward(ctx: Any, logits: Any, problem: Problem, compute: Callable[..., Any]) -> Any:
         result = compute(problem, logits)
         ctx.problem = problem
-        tensors = result, logits if problem.logit_softcap != math.inf else None
+        tensors = result, logits if transform.is_capped(problem) else None
         ctx.save_for_backward(*tensors)
         ctx.kinds = torch_checks.kinds(tensors)
         return result
@@ -214,14 +214,14 @@ def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
 def _widened(problem: Problem, logits: Any) -> tuple[Problem, Any]:
     """Widen the logits outside of a rule, so that what it gives is rounded once; drop the stats."""
     logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
-    return problem._replace(logits_dtype=logits.dtype, stats=None), logits
+    return problem.with_options(stats=None)._replace(logits_dtype=logits.dtype), logits
 
 
 def _transformed_row_losses(
     problem: Problem, plan: Plan, logits: Any
 ) -> tuple[Any, RowStats | None]:
     stats = None
-    if problem.stats is not None:
+    if problem.options.stats is not None:
         _, stats = rows.forward(problem, plan, logits)
     wide, logits = _widened(problem, readable(problem, plan, logits))
     # The rows do not depend on what they will be divided by.
@@ -294,8 +294,8 @@ def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
     """Give the tangent of r, which is linear in the class weights and in the probabilities."""
     terms = []
     if moved.probabilities is not None:
-        share = moved.probabilities * (1.0 - problem.label_smoothing)
-        unsmoothed = problem._replace(label_smoothing=0.0)
+        share = moved.probabilities * (1.0 - problem.options.label_smoothing)
+        unsmoothed = problem.with_options(label_smoothing=0.0)
         terms.append(targets.coefficients(unsmoothed, plan._replace(probabilities=share))[1])
     if moved.class_weight is not None:
         weighted = plan._replace(class_weight=moved.class_weight)
@@ -311,7 +311,7 @@ class _TransformedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         logits, ctx.problem = inputs
-        tensors = (output, logits if ctx.problem.logit_softcap != math.inf else None)
+        tensors = (output, logits if transform.is_capped(ctx.problem) else None)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 

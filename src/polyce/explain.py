@@ -20,7 +20,7 @@ from polyce.linear.functional import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
-from polyce.options import current_reduction, refuse_dim
+from polyce.options import Options, current_reduction, refuse_dim
 from polyce.problem import Operands, Problem, describe
 
 # Import name and the distributions that bring it, of all that polyce works with.
@@ -147,12 +147,12 @@ def _of_logits(
     function: Callable[..., Any],
     *,
     implementation: str | None,
-    reduction: str,
     out: Any = None,
     inplace_backward: bool = False,
     **given: Any,
 ) -> Explanation:
-    problem, operands = describe(reduction=reduction, **given)
+    options = Options.taken_from(given)
+    problem, operands = describe(options=options, **given)
     if function is cross_entropy:
         rules(problem.backend).check(operands)
     if inplace_backward:
@@ -171,7 +171,8 @@ def _of_head(
     function: Callable[..., Any], *, wrt: str | Sequence[str] = (), **given: Any
 ) -> Explanation:
     check_wrt(wrt)
-    call = linear_call.describe(**given)
+    options = Options.taken_from(given)
+    call = linear_call.describe(options=options, **given)
     check(call, on_graph=function is linear_cross_entropy)
     whole, head, hidden = call.whole, call.head, call.operands.logits
     parts = [
@@ -200,11 +201,11 @@ def _call(
         parts.append(f"weight {arrays.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:
         parts.append(f"sample_weight {arrays.dtype_name(operands.sample_weight)}")
-    for option in ("label_smoothing", "z_loss", "logit_scale", "logit_softcap"):
-        if option in problem.options:
-            parts.append(f"{option} {getattr(problem, option):g}")
-    if problem.stats is not None:
-        parts.append(f"stats {', '.join(problem.stats)}")
+    for option in problem.options.used:
+        if option != "return_stats":
+            parts.append(f"{option} {getattr(problem.options, option):g}")
+    if problem.options.stats is not None:
+        parts.append(f"stats {', '.join(problem.options.stats)}")
     return f"{function.__name__} on {problem.backend} / {problem.device}: {', '.join(parts)}"
 
 

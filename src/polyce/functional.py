@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from polyce import arrays, outputs, targets
 from polyce.autograd import rules
-from polyce.options import current_reduction, refuse_dim
+from polyce.options import Options, current_reduction, refuse_dim
 from polyce.problem import describe, describe_logits
 from polyce.registry import select, select_log_softmax
 
@@ -136,22 +136,18 @@ def cross_entropy(
     """
     if dim is not None:
         raise refuse_dim()
-    problem, operands = describe(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=current_reduction(size_average, reduce, reduction),
-        label_smoothing=label_smoothing,
-        axis=axis,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        return_stats=return_stats,
-        validate=validate,
+    options = Options(
+        axis,
+        ignore_index,
+        current_reduction(size_average, reduce, reduction),
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        logit_softcap,
+        return_stats,
+        validate,
     )
+    problem, operands = describe(input, target, weight, sample_weight, normalizer, options)
     chosen = select(problem, implementation)
     if problem.is_compiling and chosen.torch_kernels is not None:
         from polyce import torch_ops
@@ -239,22 +235,19 @@ def cross_entropy_with_grad(
     """
     if dim is not None:
         raise refuse_dim()
+    options = Options(
+        axis,
+        ignore_index,
+        current_reduction(size_average, reduce, reduction),
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        logit_softcap,
+        return_stats,
+        validate,
+    )
     problem, operands = describe(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=current_reduction(size_average, reduce, reduction),
-        label_smoothing=label_smoothing,
-        axis=axis,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        return_stats=return_stats,
-        validate=validate,
-        grad_output=grad_output,
+        input, target, weight, sample_weight, normalizer, options, grad_output=grad_output
     )
     chosen = select(problem, implementation)
     operands = rules(problem.backend).detach(operands)
@@ -323,17 +316,10 @@ def nll_loss(
     """
     if dim is not None:
         raise refuse_dim()
+    reduction = current_reduction(size_average, reduce, reduction)
+    options = Options(axis, ignore_index, reduction, validate=validate)
     problem, operands = describe(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=current_reduction(size_average, reduce, reduction),
-        axis=axis,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        validate=validate,
-        probabilities=False,
+        input, target, weight, sample_weight, normalizer, options, probabilities=False
     )
     autograd = rules(problem.backend)
     autograd.check(operands)
@@ -383,7 +369,9 @@ def log_softmax(
     """
     if dim is not None:
         raise refuse_dim()
-    problem, logits = describe_logits(input, axis, logit_scale, logit_softcap)
+    problem, logits = describe_logits(
+        input, Options(axis, logit_scale=logit_scale, logit_softcap=logit_softcap)
+    )
     compute = select_log_softmax(problem)
     with arrays.computing(problem.backend, {"input": logits}):
         return rules(problem.backend).log_softmax(problem, logits, compute)

@@ -74,7 +74,8 @@ def ignored_label(problem: Problem) -> int | None:
     Compared as numbers: a cast to the target's dtype could turn it into another label.
     """
     lowest, highest = arrays.INTEGERS[problem.target_dtype]
-    return problem.ignore_index if lowest <= problem.ignore_index <= highest else None
+    ignored = problem.options.ignore_index
+    return ignored if lowest <= ignored <= highest else None
 
 
 def ignored_as_signed(problem: Problem) -> int | None:

@@ -1,4 +1,4 @@
-"""Options that are no arrays: what each may be, and torch's deprecated ones."""
+"""The options of a call that are no arrays: one record, what each may be, torch's old ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,64 @@ import math
 import numbers
 import operator
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 REDUCTIONS = ("none", "mean", "sum")
 # Of logit_scale and logit_softcap, whatever the dtype: their quotient and what the formula makes of
 # both stay far from where float32 ends.
 SMALLEST, LARGEST = 1e-15, 1e15
 STATS = ("lse", "entropy", "prediction", "correct")
+
+
+class Options(NamedTuple):
+    """What a call is asked for besides its arrays: as given, or as `checked` returns it."""
+
+    axis: int | None = None
+    """The class axis as given; a problem counts it from the front."""
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    logit_scale: float | None = None
+    """None for no scale, and for 1 once checked."""
+    logit_softcap: float | None = None
+    stats: Any = False
+    """As return_stats is given; once checked the names of what is asked for, None for nothing."""
+    validate: bool | None = None
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> Options:
+        """Take the options out of a call's arguments by name."""
+        names = {name: "return_stats" if name == "stats" else name for name in cls._fields}
+        return cls(**{own: given.pop(name) for own, name in names.items() if name in given})
+
+    def checked(self) -> Options:
+        """Return the options in one form each; refuse those that are none."""
+        check_reduction(self.reduction)
+        scale = check_positive("logit_scale", self.logit_scale)
+        return Options(
+            axis=self.axis,
+            ignore_index=check_ignore_index(self.ignore_index),
+            reduction=self.reduction,
+            label_smoothing=check_smoothing(self.label_smoothing),
+            z_loss=check_z_loss(self.z_loss),
+            logit_scale=None if scale == 1.0 else scale,
+            logit_softcap=check_positive("logit_softcap", self.logit_softcap),
+            stats=check_stats(self.stats),
+            validate=check_validate(self.validate),
+        )
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The options that are on and that an implementation may lack, as callers name them."""
+        on = {
+            "label_smoothing": self.label_smoothing > 0.0,
+            "z_loss": self.z_loss > 0.0,
+            "logit_scale": self.logit_scale is not None,
+            "logit_softcap": self.logit_softcap is not None,
+            "return_stats": self.stats is not None,
+        }
+        return tuple(name for name, is_on in on.items() if is_on)
 
 
 def check_reduction(reduction: object) -> None:
@@ -88,20 +139,23 @@ def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
     return position % len(shape)
 
 
-def check_ignore_index(ignore_index: Any, kind: str) -> int:
-    """Refuse an ignore_index that is no integer, or one that probabilities would not heed."""
+def check_ignore_index(ignore_index: Any) -> int:
+    """Refuse an ignore_index that is no integer."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
             f"ignore_index must be an integer, got {ignore_index!r}; "
             "leave it at -100 to ignore no class"
         )
-    value = int(ignore_index)
-    if kind == "probability" and value >= 0:
+    return int(ignore_index)
+
+
+def check_heeded(ignore_index: int, kind: str) -> None:
+    """Refuse an ignore_index that probabilities would not heed."""
+    if kind == "probability" and ignore_index >= 0:
         raise ValueError(
-            f"ignore_index is for class indices, got {value} with a target of class "
+            f"ignore_index is for class indices, got {ignore_index} with a target of class "
             "probabilities; leave it negative"
         )
-    return value
 
 
 def check_smoothing(label_smoothing: Any) -> float:
@@ -128,10 +182,10 @@ def check_z_loss(z_loss: Any) -> float:
     return value
 
 
-def check_positive(name: str, option: Any, default: float) -> float:
+def check_positive(name: str, option: Any) -> float | None:
     """Refuse a logit_scale or logit_softcap out of range; None is for none."""
     if option is None:
-        return default
+        return None
     value = _real(name, option, "a scale that is learned multiplies the logits before the call")
     if not SMALLEST <= value <= LARGEST:
         raise ValueError(f"{name} must lie between 1e-15 and 1e15, got {option}; None turns it off")
@@ -144,6 +198,13 @@ def _real(name: str, option: Any, advice: str) -> float:
     if isinstance(option, bool) or not isinstance(option, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(option).__qualname__}; {advice}")
     return float(option)
+
+
+def check_validate(validate: Any) -> bool | None:
+    """Refuse a validate that is neither a bool nor None."""
+    if validate is not None and not isinstance(validate, bool):
+        raise TypeError(f"validate must be True, False or None, got {validate!r}; None is usual")
+    return validate
 
 
 def check_stats(return_stats: Any) -> tuple[str, ...] | None:

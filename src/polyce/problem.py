@@ -6,11 +6,10 @@ traced or lazy call takes the same way as an eager one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from polyce import arrays, checks, eager, libraries, options
+from polyce import arrays, checks, eager, libraries
+from polyce.options import Options, check_heeded
 
 
 class Problem(NamedTuple):
@@ -35,22 +34,14 @@ class Problem(NamedTuple):
     """float64 for float64, else float32: what is computed for every logit."""
     row_dtype: Any
     """What is computed for every row: float64 where the library has it."""
-    weighted: bool
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    check_labels: bool
+    options: Options
     is_concrete: bool
     """Whether the arrays are memory that can be read now: not traced, lazy, transformed or meta."""
+    check_labels: bool = False
+    weighted: bool = False
     sample_weighted: bool = False
     normalized: bool = False
     """Whether the call brings what the mean divides by."""
-    z_loss: float = 0.0
-    logit_scale: float = 1.0
-    logit_softcap: float = math.inf
-    """inf for none."""
-    stats: tuple[str, ...] | None = None
-    """What to report of each row beside its loss; None for nothing at all."""
     inplace_backward: bool = False
     """Whether torch's backward pass writes the gradient over the logits."""
     is_compiling: bool = False
@@ -71,23 +62,20 @@ class Problem(NamedTuple):
         """The dtype of the logits, as the standard names it."""
         return arrays.name_of(self.logits_dtype)
 
+    @property
+    def used_options(self) -> tuple[str, ...]:
+        """What the call uses that an implementation may lack, as callers name it."""
+        weights = {"weight": self.weighted, "sample_weight": self.sample_weighted}
+        return (*(name for name, is_there in weights.items() if is_there), *self.options.used)
+
     def asks(self, *names: str) -> bool:
         """Tell whether the caller wants to know one of these of each row."""
-        return self.stats is not None and any(name in self.stats for name in names)
+        stats = self.options.stats
+        return stats is not None and any(name in stats for name in names)
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """The options that are on and that an implementation may lack."""
-        on = {
-            "weight": self.weighted,
-            "label_smoothing": self.label_smoothing > 0.0,
-            "sample_weight": self.sample_weighted,
-            "z_loss": self.z_loss > 0.0,
-            "logit_scale": self.logit_scale != 1.0,
-            "logit_softcap": self.logit_softcap != math.inf,
-            "return_stats": self.stats is not None,
-        }
-        return tuple(name for name, is_on in on.items() if is_on)
+    def with_options(self, **changed: Any) -> Problem:
+        """Return the problem with some of its options changed."""
+        return self._replace(options=self.options._replace(**changed))
 
 
 class Head(NamedTuple):
@@ -119,27 +107,21 @@ class Operands(NamedTuple):
 _MOST_KNOWN = 1024
 _known: dict[tuple[Any, ...], Problem] = {}
 
+DEFAULTS = Options()
+
 
 def describe(
     input: Any,
     target: Any,
     weight: Any = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    axis: int | None = None,
     sample_weight: Any = None,
     normalizer: Any = None,
-    z_loss: float = 0.0,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
-    return_stats: bool | str | Sequence[str] = False,
-    validate: bool | None = None,
+    options: Options = DEFAULTS,
+    *,
     grad_output: Any = None,
     probabilities: bool = True,
 ) -> tuple[Problem, Operands]:
-    """Check the arguments of a call and state its static facts.
+    """Check the arguments of a call, its options as given, and state its static facts.
 
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
@@ -147,22 +129,9 @@ def describe(
     if normalizer is None and (grad_output is None or type(grad_output) is float):
         facts = eager.plain_facts(input, target, weight, sample_weight)
     if facts is not None:
-        values = (
-            ignore_index,
-            reduction,
-            label_smoothing,
-            axis,
-            z_loss,
-            logit_scale,
-            logit_softcap,
-            return_stats,
-            validate,
-            probabilities,
-            grad_output is None,
-        )
         try:
             # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
-            key = (facts, values, *map(type, values))
+            key = (facts, options, probabilities, grad_output is None, *map(type, options))
             problem = _known.get(key)
         except TypeError:  # an option that has no hash, such as a list
             facts = None
@@ -174,17 +143,9 @@ def describe(
         input,
         target,
         weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        axis=axis,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        return_stats=return_stats,
-        validate=validate,
+        sample_weight,
+        normalizer,
+        options,
         grad_output=grad_output,
         probabilities=probabilities,
     )
@@ -200,27 +161,20 @@ def describe_anew(
     input: Any,
     target: Any,
     weight: Any,
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    axis: int | None,
     sample_weight: Any,
     normalizer: Any,
-    z_loss: float,
-    logit_scale: float | None,
-    logit_softcap: float | None,
-    return_stats: bool | str | Sequence[str],
-    validate: bool | None,
-    grad_output: Any,
-    probabilities: bool,
+    options: Options,
+    *,
+    grad_output: Any = None,
+    probabilities: bool = True,
 ) -> tuple[Problem, Operands, Head]:
     """Describe a call whatever has been described before.
 
     With a head, the problem is that of the logits that it makes of `input`, in the dtype that
     products are computed in; in the operands `input` stands in their place.
     """
-    options.check_reduction(reduction)
+    options = options.checked()
+    reduction = options.reduction
     _check_given(head, input, target)
     if normalizer is not None and reduction != "mean":
         raise ValueError(
@@ -246,7 +200,7 @@ def describe_anew(
     if backend == "cupy":
         checks.byte_order(dict(zip(given, values, strict=True)))
     if head is None:
-        shape, axis = checks.logits_shape(logits, axis, target)
+        shape, axis = checks.logits_shape(logits, options.axis, target)
         logits_dtype = given_dtype = logits.dtype
     else:
         head = Head(*parameters)
@@ -256,8 +210,7 @@ def describe_anew(
         logits_dtype = arrays.product_dtype(xp, backend, given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
-    ignore_index = options.check_ignore_index(ignore_index, kind)
-    label_smoothing = options.check_smoothing(label_smoothing)
+    check_heeded(options.ignore_index, kind)
     if weight is not None:
         checks.weight(weight, shape[axis])
     if sample_weight is not None:
@@ -280,19 +233,13 @@ def describe_anew(
         logits_dtype=logits_dtype,
         target_dtype=arrays.dtype_name(target),
         **_dtypes(xp, backend, logits, result_dtype),
-        weighted=weight is not None,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        check_labels=_checks_labels(kind, target, backend, validate),
+        options=options,
         is_concrete=eager.are_concrete(values, backend),
-        is_compiling=eager.are_compiled(values, backend),
+        check_labels=_checks_labels(kind, target, backend, options.validate),
+        weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
-        z_loss=options.check_z_loss(z_loss),
-        logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
-        logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
-        stats=options.check_stats(return_stats),
+        is_compiling=eager.are_compiled(values, backend),
     )
     if number is not None:
         if reduction == "none" and row_shape:
@@ -322,17 +269,13 @@ def _check_given(head: Head | None, input: Any, target: Any) -> None:
         raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
 
 
-def describe_logits(
-    input: Any,
-    axis: int | None,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
-) -> tuple[Problem, Any]:
+def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
     """Check the arguments of a function of logits alone and state its static facts."""
+    options = options.checked()
     if input is None:
         raise TypeError("input must be an array, got None; pass the logits")
     xp, backend, (logits,) = libraries.of(input=input)
-    shape, axis = checks.logits_shape(logits, axis)
+    shape, axis = checks.logits_shape(logits, options.axis)
     problem = Problem(
         xp=xp,
         backend=backend,
@@ -344,22 +287,17 @@ def describe_logits(
         logits_dtype=logits.dtype,
         target_dtype="none",
         **_dtypes(xp, backend, logits, logits.dtype),
-        weighted=False,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        reduction="none",
-        check_labels=False,
+        options=options._replace(reduction="none"),
         is_concrete=eager.are_concrete([logits], backend),
-        logit_scale=options.check_positive("logit_scale", logit_scale, 1.0),
-        logit_softcap=options.check_positive("logit_softcap", logit_softcap, math.inf),
     )
     return (_with_exact_options(problem) if backend == "mparray" else problem), logits
 
 
 def _with_exact_options(problem: Problem) -> Problem:
     """Let what is computed from the options alone have as many digits as the arrays."""
-    names = ("label_smoothing", "logit_scale", "logit_softcap")
-    return problem._replace(**{name: arrays.exact(getattr(problem, name)) for name in names})
+    given = problem.options._asdict()
+    floats = {name: arrays.exact(value) for name, value in given.items() if type(value) is float}
+    return problem.with_options(**floats)
 
 
 def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, Any]:
@@ -373,8 +311,6 @@ def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, 
 
 
 def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:
-    if validate is not None and not isinstance(validate, bool):
-        raise TypeError(f"validate must be True, False or None, got {validate!r}; None is usual")
     if validate is False or kind != "index":
         return False
     if not eager.has_values(target, backend):

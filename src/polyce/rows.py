@@ -100,7 +100,7 @@ def log_softmax_backward(
     wide = arrays.cast(xp, cotangent, problem.arithmetic_dtype)
     softmax = xp.exp(arrays.cast(xp, log_probabilities, problem.arithmetic_dtype))
     grad = wide - softmax * xp.sum(wide, axis=problem.axis, keepdims=True)
-    if problem.logit_softcap != math.inf:
+    if transform.is_capped(problem):
         logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
     grad = grad * transform.slope(problem, logits)
     return arrays.cast(xp, grad, problem.logits_dtype)
@@ -171,7 +171,7 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
 
 def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
     """Give what the problem asks for of whole rows, of which `pivot` is the pivot's class."""
-    if problem.stats is None:
+    if problem.options.stats is None:
         return None
     return RowStats(
         lse=rowstate.lse(problem, state),
@@ -193,7 +193,7 @@ def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
 
 def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
     """Of no classes there is no softmax, and no prediction."""
-    if problem.stats is None:
+    if problem.options.stats is None:
         return None
     xp = problem.xp
     undefined = xp.full_like(rows, math.nan)

@@ -336,8 +336,8 @@ def gradient(
         pull = 2.0 * lse_penalty * _lse(problem, state, s)
         total = total + pull
         at_pivot = at_pivot + pull * _pivot_probability(xp, s)
-    if problem.logit_scale != 1.0 and problem.logit_softcap == math.inf:
-        scale = scale * problem.logit_scale
+    if not transform.is_capped(problem) and transform.scale_of(problem) != 1.0:
+        scale = scale * transform.scale_of(problem)
 
     def narrow(rows: Any) -> Any:
         return arrays.cast(xp, rows, problem.arithmetic_dtype)
@@ -350,7 +350,7 @@ def gradient(
         grad = arrays.overwrite(backend, xp.subtract, grad, coefficients)
         grad = arrays.overwrite(backend, xp.multiply, grad, narrow(scale))
     at_pivot = scale * at_pivot
-    if problem.logit_softcap != math.inf:
+    if transform.is_capped(problem):
         grad = arrays.overwrite(backend, xp.multiply, grad, transform.slope(problem, logits))
         at_pivot = at_pivot * transform.slope(problem, state.pivot_logit)
     if counted is not None:

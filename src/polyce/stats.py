@@ -66,7 +66,7 @@ class RowStats(NamedTuple):
 
 def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> Stats | None:
     """Give arrays for what the caller asked for, from empty(shape, dtype), for a kernel to fill."""
-    if problem.stats is None:
+    if problem.options.stats is None:
         return None
     xp, arithmetic = problem.xp, problem.arithmetic_dtype
 
@@ -85,7 +85,7 @@ def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> 
 
 def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
     """Give what the caller asked for, in the rows' shape."""
-    xp, asked = problem.xp, problem.stats or ()
+    xp, asked = problem.xp, problem.options.stats or ()
     valid = plan.counted
     if valid is None:
         valid = xp.zeros_like(found.lse) == 0.0

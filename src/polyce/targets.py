@@ -118,7 +118,7 @@ def plan_rows(problem: Problem, operands: Operands) -> Plan:
 def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight: Any) -> Any:
     """Give what the mean divides by; a Python float where it is known without looking."""
     xp = problem.xp
-    if problem.reduction != "mean":
+    if problem.options.reduction != "mean":
         return None
     if problem.normalized:
         if isinstance(operands.normalizer, float):
@@ -142,7 +142,7 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     For labels, (label's coefficient per row, what smoothing gives every class); for probabilities,
     (None, the coefficient of every class). None stands for 1 at the label and for 0 elsewhere.
     """
-    smoothing = problem.label_smoothing
+    smoothing = problem.options.label_smoothing
     share = smoothing / max(problem.classes, 1)
     if plan.probabilities is not None:
         everywhere = plan.probabilities
@@ -194,7 +194,7 @@ def coefficients_backward(
     xp = problem.xp
     of_probabilities = of_class_weight = None
     if needs[0]:
-        of_probabilities = gradient * (1.0 - problem.label_smoothing)
+        of_probabilities = gradient * (1.0 - problem.options.label_smoothing)
         if plan.class_weight is not None:
             of_probabilities = of_probabilities * plan.class_weight
     if needs[1] and plan.class_weight is not None:
@@ -209,9 +209,10 @@ def coefficients_backward(
 
 def lse_penalty(problem: Problem, plan: Plan) -> Any:
     """Give λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
-    if not problem.z_loss:
+    z_loss = problem.options.z_loss
+    if not z_loss:
         return None
-    return problem.z_loss if plan.label_weight is None else plan.label_weight * problem.z_loss
+    return z_loss if plan.label_weight is None else plan.label_weight * z_loss
 
 
 def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
@@ -242,9 +243,9 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
     scale: Any = 1.0 if grad_output is None else grad_output
     if not isinstance(scale, float):
         scale = arrays.cast(xp, scale, problem.row_dtype)
-        if problem.reduction == "none":
+        if problem.options.reduction == "none":
             scale = arrays.expand(scale, problem.axis)
-    if problem.reduction == "mean":
+    if problem.options.reduction == "mean":
         if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
             # Python's own division by 0 would raise.
             return scale * math.copysign(math.inf, plan.denominator)
@@ -255,10 +256,10 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
 def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
     """Reduce the rows' losses; the result is rounded once, to the result dtype."""
     xp = problem.xp
-    if problem.reduction == "none":
+    if problem.options.reduction == "none":
         rows = xp.squeeze(rows, axis=problem.axis)
         return arrays.cast(xp, rows, problem.result_dtype)
     total = sums.total(xp, problem.backend, rows)
-    if problem.reduction == "mean":
+    if problem.options.reduction == "mean":
         total = arrays.divide(problem.backend, total, plan.denominator)
     return arrays.cast(xp, total, problem.result_dtype)

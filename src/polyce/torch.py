@@ -12,7 +12,7 @@ import torch
 
 from polyce import functional, outputs
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
-from polyce.options import current_reduction, refuse_dim, shown
+from polyce.options import Options, current_reduction, refuse_dim, shown
 from polyce.problem import describe
 from polyce.registry import select
 
@@ -117,7 +117,8 @@ def cross_entropy(
         return functional.cross_entropy(
             input, target, weight, implementation=implementation, **options
         )
-    problem, operands = describe(input, target, weight, **options)
+    asked = Options.taken_from(options)
+    problem, operands = describe(input, target, weight, sample_weight, normalizer, asked)
     outputs.check_inplace(problem, operands)
     problem = problem._replace(inplace_backward=True)
     chosen = select(problem, implementation)

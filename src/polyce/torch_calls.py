@@ -78,7 +78,9 @@ def cross_entropy(
 
 def without_normalizer(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
     """Give the call whose loss, divided by the normalizer, is that of this one."""
-    summed = problem._replace(reduction="sum", normalized=False, result_dtype=problem.row_dtype)
+    summed = problem.with_options(reduction="sum")._replace(
+        normalized=False, result_dtype=problem.row_dtype
+    )
     return summed, operands._replace(normalizer=None)
 
 
@@ -95,7 +97,7 @@ class _Loss(torch.autograd.Function):
         divisor = number if isinstance(number, torch.Tensor) else None
         ctx.save_for_backward(logits, target, weight, operands.sample_weight, divisor, *saved)
         if found is not None:
-            problem = problem._replace(stats=None)
+            problem = problem.with_options(stats=None)
         ctx.call = kernels, problem, number if divisor is None else None
         if problem.inplace_backward:
             ctx.address, ctx.is_written = logits.data_ptr(), False

@@ -13,32 +13,53 @@ from typing import Any, NamedTuple
 import torch
 
 from polyce import autograd_torch, registry, stats, torch_calls
+from polyce.options import Options
 from polyce.problem import Operands, Problem, describe
 from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
 
+# The options as a schema writes them, less the last: labels are not looked at in a graph.
+_TYPES = {
+    "int": "int",
+    "str": "str",
+    "float": "float",
+    "int | None": "int?",
+    "float | None": "float?",
+    "Any": "str?",  # the stats, with commas between their names
+}
+_KINDS = list(Options.__annotations__.items())[:-1]
+OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _KINDS)
+OPTION_COUNT = len(_KINDS)
 
-class _Options(NamedTuple):
-    """What both operators take beside tensors, in the order of their schemas."""
 
-    axis: int
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    z_loss: float
-    logit_scale: float
-    logit_softcap: float | None
-    stats: str | None
-    """Names with commas between them."""
+def flat(problem: Problem) -> tuple[Any, ...]:
+    """Return a problem's options as operators take them."""
+    options = problem.options
+    stats = None if options.stats is None else ",".join(options.stats)
+    return options._replace(axis=problem.axis, stats=stats)[:-1]
+
+
+def options_of(given: tuple[Any, ...]) -> Options:
+    """Return the options that an operator was given."""
+    options = Options(*given)._replace(validate=False)
+    stats = options.stats
+    return options._replace(stats=stats is not None and tuple(filter(None, stats.split(","))))
+
+
+class _Asked(NamedTuple):
+    """What both operators take beside tensors."""
+
+    options: tuple[Any, ...]
+    """As `flat` returns them."""
     result_dtype: Any
     implementation: str
 
+    def values(self) -> tuple[Any, ...]:
+        """Return it in the order of the schemas."""
+        return *self.options, self.result_dtype, self.implementation
 
-_OPTIONS = (
-    "int axis, int ignore_index, str reduction, float label_smoothing, "
-    "float z_loss, float logit_scale, float? logit_softcap, str? stats, ScalarType result_dtype, "
-    "str implementation"
-)
+
+_ASKED = f"{OPTIONS}, ScalarType result_dtype, str implementation"
 _OPERANDS = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
 )
@@ -70,93 +91,70 @@ def cross_entropy_with_grad(
     if cotangent is None or isinstance(cotangent, float):
         ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
         cotangent = ones if cotangent is None else ones * cotangent
-    tensors, options = _arguments(implementation, problem._replace(stats=None), operands)
-    grad = _backward_operator(cotangent, *tensors, rows, denominator, *options)
+    tensors, asked = _arguments(implementation, problem.with_options(stats=None), operands)
+    grad = _backward_operator(cotangent, *tensors, rows, denominator, *asked)
     return loss, grad, facts
 
 
 def _forward(
     implementation: str, problem: Problem, operands: Operands, keep: bool
 ) -> tuple[Any, Stats | None, Any, Any]:
-    tensors, options = _arguments(implementation, problem, operands)
-    loss, *found, rows, denominator = _operator(*tensors, keep, *options)
-    if problem.stats is None:
+    tensors, asked = _arguments(implementation, problem, operands)
+    loss, *found, rows, denominator = _operator(*tensors, keep, *asked)
+    if problem.options.stats is None:
         return loss, None, rows, denominator
-    wanted = (*(name in problem.stats for name in Stats._fields[:-1]), True)
+    wanted = (*(name in problem.options.stats for name in Stats._fields[:-1]), True)
     facts = Stats(*(a if is_wanted else None for a, is_wanted in zip(found, wanted, strict=True)))
     return loss, facts, rows, denominator
 
 
 def _arguments(
     implementation: str, problem: Problem, operands: Operands
-) -> tuple[tuple[Any, ...], _Options]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     logits, target, weight, sample_weight, normalizer, _ = operands
     if isinstance(normalizer, float):
         # It may change with every batch: a number that goes into a product does not become a
         # constant of the graph, but one of an operator's arguments does.
         one = torch.ones((), dtype=problem.row_dtype, device=logits.device)
         normalizer = one * normalizer
-    options = _Options(
-        axis=problem.axis,
-        ignore_index=problem.ignore_index,
-        reduction=problem.reduction,
-        label_smoothing=problem.label_smoothing,
-        z_loss=problem.z_loss,
-        logit_scale=problem.logit_scale,
-        logit_softcap=None if problem.logit_softcap == math.inf else problem.logit_softcap,
-        stats=None if problem.stats is None else ",".join(problem.stats),
-        result_dtype=problem.result_dtype,
-        implementation=implementation,
-    )
-    return (logits, target, weight, sample_weight, normalizer), options
+    asked = _Asked(flat(problem), problem.result_dtype, implementation)
+    return (logits, target, weight, sample_weight, normalizer), asked.values()
 
 
 def _described(
-    tensors: tuple[Any, ...], options: _Options, cotangent: Any = None
+    tensors: tuple[Any, ...], asked: _Asked, cotangent: Any = None
 ) -> tuple[Problem, Operands]:
     """Describe the call that the arguments of an operator are of."""
     logits, target, weight, sample_weight, normalizer = tensors
-    asked: Any = False
-    if options.stats is not None:
-        asked = tuple(name for name in options.stats.split(",") if name)
-    problem, operands = describe(
-        logits,
-        target,
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-        axis=options.axis,
-        sample_weight=sample_weight,
-        z_loss=options.z_loss,
-        logit_scale=options.logit_scale,
-        logit_softcap=options.logit_softcap,
-        return_stats=asked,
-        validate=False,
-    )
+    options = options_of(asked.options)
+    problem, operands = describe(logits, target, weight, sample_weight, options=options)
     # The autocast that was on when the call was traced need not be on now.
-    problem = problem._replace(result_dtype=options.result_dtype, normalized=normalizer is not None)
+    problem = problem._replace(result_dtype=asked.result_dtype, normalized=normalizer is not None)
     return problem, operands._replace(normalizer=normalizer, grad_output=cotangent)
 
 
-def _kernels(options: _Options) -> Kernels:
-    kernels = registry.find(options.implementation).torch_kernels
+def _kernels(asked: _Asked) -> Kernels:
+    kernels = registry.find(asked.implementation).torch_kernels
     if kernels is None:
         raise ValueError(
             "the operators of polyce run an implementation that has kernels for torch, got "
-            f"{options.implementation!r}; call polyce.cross_entropy instead"
+            f"{asked.implementation!r}; call polyce.cross_entropy instead"
         )
     return kernels()
 
 
-def _taken(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool, _Options]:
-    return arguments[:_COUNT], arguments[_COUNT], _Options(*arguments[_COUNT + 1 :])
+def _asked(values: tuple[Any, ...]) -> _Asked:
+    return _Asked(values[:OPTION_COUNT], *values[OPTION_COUNT:])
+
+
+def _taken(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool, _Asked]:
+    return arguments[:_COUNT], arguments[_COUNT], _asked(arguments[_COUNT + 1 :])
 
 
 def _compute(*arguments: Any) -> tuple[Any, ...]:
-    tensors, keep, options = _taken(arguments)
-    problem, operands = _described(tensors, options)
-    loss, found, saved = _kernels(options).forward(problem, operands, keep)
+    tensors, keep, asked = _taken(arguments)
+    problem, operands = _described(tensors, asked)
+    loss, found, saved = _kernels(asked).forward(problem, operands, keep)
     return _filled(tensors[0], loss, found, saved)
 
 
@@ -174,18 +172,18 @@ def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
     """Give results without values, as `_compute` gives them."""
-    tensors, keep, options = _taken(arguments)
+    tensors, keep, asked = _taken(arguments)
     check_imagined(*tensors)
-    problem, _ = _described(tensors, options)
+    problem, _ = _described(tensors, asked)
     logits, rows = tensors[0], problem.row_shape
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
         return logits.new_empty(shape, dtype=dtype)
 
-    loss = empty(rows if problem.reduction == "none" else (), problem.result_dtype)
+    loss = empty(rows if problem.options.reduction == "none" else (), problem.result_dtype)
     saved = Saved()
     if keep:
-        keeps = _kernels(options).keeps(problem)
+        keeps = _kernels(asked).keeps(problem)
         saved = Saved(
             rows=empty((math.prod(rows), 4), torch.float64) if keeps.rows else None,
             denominator=empty((), torch.float64) if keeps.denominator else None,
@@ -194,10 +192,10 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _compute_gradient(cotangent: Any, *arguments: Any) -> Any:
-    tensors, options = arguments[:_COUNT], _Options(*arguments[_COUNT + 2 :])
-    problem, operands = _described(tensors, options, cotangent)
+    tensors, asked = arguments[:_COUNT], _asked(arguments[_COUNT + 2 :])
+    problem, operands = _described(tensors, asked, cotangent)
     saved = Saved(*(a if a.numel() else None for a in arguments[_COUNT : _COUNT + 2]))
-    return _kernels(options).backward(problem, operands, saved, None)
+    return _kernels(asked).backward(problem, operands, saved, None)
 
 
 def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
@@ -221,23 +219,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(*found, rows, denominator)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_COUNT], rows, denominator)
-    ctx.options = _Options(*inputs[_COUNT + 1 :])._replace(stats=None)
+    asked = _asked(inputs[_COUNT + 1 :])
+    without_stats = options_of(asked.options)._replace(stats=None)[:-1]
+    ctx.asked = asked._replace(options=without_stats)
 
 
 def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-    needs, saved, options = ctx.needs_input_grad, ctx.saved_tensors, ctx.options
+    needs, saved, asked = ctx.needs_input_grad, ctx.saved_tensors, ctx.asked
     grad = of_target = of_weight = None
     if needs[0]:
-        grad = _backward_operator(cotangent, *saved, *options)
+        grad = _backward_operator(cotangent, *saved, *asked.values())
     if needs[1] or needs[2]:
-        problem, operands = _described(saved[:_COUNT], options, cotangent)
+        problem, operands = _described(saved[:_COUNT], asked, cotangent)
         of_target, of_weight = torch_calls.target_gradients(problem, operands, needs[1:3])
-    return grad, of_target, of_weight, *(None,) * (_COUNT - 2 + len(options))
+    return grad, of_target, of_weight, *(None,) * (_COUNT - 2 + len(asked.values()))
 
 
 def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[: _COUNT + 1])
-    ctx.options = _Options(*inputs[_COUNT + 3 :])
+    ctx.asked = _asked(inputs[_COUNT + 3 :])
 
 
 def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
@@ -248,25 +248,25 @@ def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     ]
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        problem, operands = _described(tuple(tensors), ctx.options, first)
+        problem, operands = _described(tuple(tensors), ctx.asked, first)
         grad = torch_calls.gradient(problem, operands)
         found = iter(
             torch.autograd.grad(grad, wanted, cotangent, create_graph=graph, allow_unused=True)
         )
     grads = [next(found) if needed else None for needed in ctx.needs_input_grad[: _COUNT + 1]]
-    return *grads, *(None,) * (2 + len(ctx.options))
+    return *grads, *(None,) * (2 + len(ctx.asked.values()))
 
 
 # What `torch.library.custom_op` does is done here by hand, less its checks at each call: they take
 # as long as describing the call and half of a small kernel's time.
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")
 _LIBRARY.define(
-    f"cross_entropy({_OPERANDS}, bool keep, {_OPTIONS}) "
+    f"cross_entropy({_OPERANDS}, bool keep, {_ASKED}) "
     f"-> ({_FOUND}, Tensor rows, Tensor denominator)"
 )
 _LIBRARY.define(
     f"cross_entropy_backward(Tensor cotangent, {_OPERANDS}, Tensor rows, Tensor denominator, "
-    f"{_OPTIONS}) -> Tensor"
+    f"{_ASKED}) -> Tensor"
 )
 for _name, _run, _fake, _rule, _save in (
     ("cross_entropy", _compute, _imagine, _differentiate, _keep),

@@ -20,20 +20,37 @@ from polyce import arrays
 from polyce.problem import Problem
 
 
+def scale_of(problem: Problem) -> Any:
+    """Return s, 1 where the logits are not scaled."""
+    scale = problem.options.logit_scale
+    return 1.0 if scale is None else scale
+
+
+def is_capped(problem: Problem) -> bool:
+    """Tell whether there is a softcap; without one, x and its derivative are linear."""
+    return problem.options.logit_softcap is not None
+
+
+def scale_and_cap(problem: Problem) -> tuple[float, float]:
+    """Return a and b such that x is b·tanh(a·logits) with a softcap, and a·logits without."""
+    scale, cap = scale_of(problem), problem.options.logit_softcap
+    return (scale, 1.0) if cap is None else (scale / cap, cap)
+
+
 def difference(problem: Problem, logits: Any, reference: Any, *, owned: bool = False) -> Any:
     """Give x(logits) - x(reference); the logits, where they are `owned`, may be overwritten."""
-    xp, backend, cap = problem.xp, problem.backend, problem.logit_softcap
-    if cap == math.inf:
+    xp, backend, cap = problem.xp, problem.backend, problem.options.logit_softcap
+    if cap is None:
         gap = _subtract(problem, logits, reference, owned)
-        if problem.logit_scale == 1.0:
+        if problem.options.logit_scale is None:
             return gap
-        return arrays.overwrite(backend, xp.multiply, gap, problem.logit_scale)
+        return arrays.overwrite(backend, xp.multiply, gap, problem.options.logit_scale)
     p, q = _decay(problem, logits), _decay(problem, reference)
     share = xp.where((logits < 0.0) == (reference < 0.0), p + q, 1.0 + p * q)
     share = share * (2.0 * cap) / ((1.0 + p) * (1.0 + q))
     masked = (logits == -math.inf) | (reference == -math.inf)
     gap = _subtract(problem, logits, reference, owned)
-    return xp.where(masked, gap, share * xp.tanh(gap * (problem.logit_scale / cap)))
+    return xp.where(masked, gap, share * xp.tanh(gap * (scale_of(problem) / cap)))
 
 
 def _subtract(problem: Problem, logits: Any, reference: Any, owned: bool) -> Any:
@@ -44,8 +61,8 @@ def _subtract(problem: Problem, logits: Any, reference: Any, owned: bool) -> Any
 
 def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
     """Give what rounding took from `difference`, where that can be told: without a softcap."""
-    xp, scale = problem.xp, problem.logit_scale
-    if problem.logit_softcap != math.inf:
+    xp, scale = problem.xp, scale_of(problem)
+    if is_capped(problem):
         return xp.zeros_like(reference)
     gap = logits - reference
     # In two steps for where's derivative: what is not finite must not be computed with at all.
@@ -78,22 +95,22 @@ def _rounded(number: float, digits: int) -> float:
 
 def value(problem: Problem, logits: Any) -> Any:
     """Give x itself."""
-    xp, scale, cap = problem.xp, problem.logit_scale, problem.logit_softcap
-    if cap == math.inf:
+    xp, scale, cap = problem.xp, scale_of(problem), problem.options.logit_softcap
+    if cap is None:
         return logits if scale == 1.0 else logits * scale
     return xp.where(logits == -math.inf, logits, cap * xp.tanh(logits * (scale / cap)))
 
 
 def slope(problem: Problem, logits: Any) -> Any:
     """Give dx/dlogits: a number without a softcap, and 0 where a softcap meets -inf."""
-    if problem.logit_softcap == math.inf:
-        return problem.logit_scale
+    if not is_capped(problem):
+        return scale_of(problem)
     e = _decay(problem, logits)
-    return (4.0 * problem.logit_scale) * e / ((1.0 + e) * (1.0 + e))
+    return (4.0 * scale_of(problem)) * e / ((1.0 + e) * (1.0 + e))
 
 
 def _decay(problem: Problem, logits: Any) -> Any:
     """Give exp(-2|u|)."""
-    twice = logits * (2.0 * problem.logit_scale / problem.logit_softcap)
+    twice = logits * (2.0 * scale_of(problem) / problem.options.logit_softcap)
     # Not abs: at 0 its derivative would be wrong, and so the second derivative of the loss.
     return problem.xp.exp(problem.xp.where(twice < 0.0, twice, -twice))

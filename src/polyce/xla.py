@@ -30,8 +30,8 @@ def from_logits(
 ) -> tuple[rowstate.RowState, Any]:
     """Give what `rowstate.from_logits` gives."""
     axis, row_dtype = problem.axis, problem.row_dtype
-    scale = 1.0 if problem.logit_softcap != math.inf else problem.logit_scale
-    unscaled = problem if scale == 1.0 else problem._replace(logit_scale=1.0)
+    scale = 1.0 if transform.is_capped(problem) else transform.scale_of(problem)
+    unscaled = problem if scale == 1.0 else problem.with_options(logit_scale=None)
 
     def class_sum(values: Any) -> Any:
         return jnp.sum(values, axis=axis, dtype=row_dtype, keepdims=True)

@@ -60,7 +60,7 @@ class Implementation:
             if served is not None and (value := getattr(problem, attribute)) not in served:
                 found.append(f"{what} {value} is not served ({', '.join(sorted(served))})")
         if self.options is not None:
-            for option in problem.options:
+            for option in problem.used_options:
                 if option not in self.options:
                     found.append(f"option {option} is not served")
         if not found and self.refuses is not None and (reason := self.refuses(problem)):

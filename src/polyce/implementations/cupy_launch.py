@@ -80,7 +80,7 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
     if weight is not None:
         weight = _in_order(weight, problem.arithmetic_dtype)
     sample, normalizer, cotangent = map(_readable, (sample, normalizer, cotangent))
-    by_row = problem.reduction == "none" and hasattr(cotangent, "dtype")
+    by_row = problem.options.reduction == "none" and hasattr(cotangent, "dtype")
     rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row)
     plan = _plan(problem, logits, target if probability else None, grad, rest)
     if any(plan.copies):
@@ -120,7 +120,7 @@ def _plan(problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any
 def _forward(call: _Call) -> tuple[Any, Stats | None]:
     """Read the rows once, and reduce their losses."""
     plan = call.plan
-    reduced = call.problem.reduction != "none"
+    reduced = call.problem.options.reduction != "none"
     loss, found, written = _results(call.problem)
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
@@ -139,7 +139,7 @@ def _forward(call: _Call) -> tuple[Any, Stats | None]:
 def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
     """Write the gradient, and reduce the losses."""
     plan = call.plan
-    reduced = call.problem.reduction != "none"
+    reduced = call.problem.options.reduction != "none"
     loss, found, written = _results(call.problem)
     result = loss if reduced else _NULL
     read = (call.logits, *call.targets)
@@ -165,7 +165,7 @@ def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
 
 def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
     """Give places for the loss and the stats, and of these what kernels write for each row."""
-    by_row = problem.reduction == "none"
+    by_row = problem.options.reduction == "none"
     loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
     found = stats.unfilled(problem, cupy.empty)
     facts = (None,) * 5 if found is None else found

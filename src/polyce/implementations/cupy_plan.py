@@ -9,12 +9,11 @@ known to a kernel when it runs. CuPy keeps what it has compiled, in memory and o
 from __future__ import annotations
 
 import importlib.resources
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays, labels
+from polyce import arrays, labels, transform
 from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
 from polyce.problem import Problem
 
@@ -119,14 +118,12 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     threads = _threads(problem, x, rows[1:], facts.logits.itemsize)
     probability = problem.kind == "probability"
     real = arrays.name_of(problem.arithmetic_dtype)
-    capped = problem.logit_softcap != math.inf
-    scale = problem.logit_scale / (problem.logit_softcap if capped else 1.0)
-    cap = problem.logit_softcap if capped else 1.0
+    scale, cap = transform.scale_and_cap(problem)
     ignored = None if probability else labels.ignored_as_signed(problem)
     count = x.outer * x.inner
     weighing = min(MOST_WEIGHING, cdiv(count, WEIGHED))
     mean = 0
-    if problem.reduction == "mean":
+    if problem.options.reduction == "mean":
         # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the text.
         mean = {None: 1, "number": 2}.get(facts.normalizer, 3)
     call = np.zeros(1, _CALL[real])
@@ -158,14 +155,14 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "exact_cap": cap,
         "scale": scale,
         "cap": cap,
-        "kept": 1.0 - problem.label_smoothing,
-        "share": problem.label_smoothing / problem.classes,
-        "z_loss": problem.z_loss,
+        "kept": 1.0 - problem.options.label_smoothing,
+        "share": problem.options.label_smoothing / problem.classes,
+        "z_loss": problem.options.z_loss,
     }.items():
         call[name] = value
     return Plan(
         call=call,
-        options=_options(problem, real, capped, threads.width > 1),
+        options=_options(problem, real, threads.width > 1),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
         parts=threads.parts,
         rows=count,
@@ -218,9 +215,9 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
         # As `cuda/classes.cu` has it.
-        probability, capped = problem.kind == "probability", problem.logit_softcap != math.inf
+        probability, capped = problem.kind == "probability", transform.is_capped(problem)
         most = 4 if probability or capped else 8
-        if probability and (capped or problem.stats is not None):
+        if probability and (capped or problem.options.stats is not None):
             most = 2
         width = min(16 // itemsize, most)
     team = min(BLOCK, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
@@ -236,14 +233,14 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     return _Threads(lanes, not along, width, parts, chunk)
 
 
-def _options(problem: Problem, real: str, capped: bool, vector: bool) -> dict[str, tuple[str, ...]]:
+def _options(problem: Problem, real: str, vector: bool) -> dict[str, tuple[str, ...]]:
     target = problem.target_dtype
     of_rows = {
         "REAL": real.upper(),
         "TARGET": target.upper(),
-        "SPREAD": int(problem.kind == "probability" or problem.label_smoothing > 0.0),
-        "SOFTCAP": int(capped),
-        "STATS": int(problem.stats is not None),
+        "SPREAD": int(problem.kind == "probability" or problem.options.label_smoothing > 0.0),
+        "SOFTCAP": int(transform.is_capped(problem)),
+        "STATS": int(problem.options.stats is not None),
     }
     plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "VECTOR": 0}
     macros: dict[str, dict[str, Any]] = {

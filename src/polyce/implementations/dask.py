@@ -126,7 +126,7 @@ def _whole_rows(
         meta=logits._meta,
     )
     # What will be added up comes as one number for each block.
-    cuts = results.chunks if problem.reduction == "none" else (1,) * len(axes)
+    cuts = results.chunks if problem.options.reduction == "none" else (1,) * len(axes)
     losses = take(problem, results, 0, problem.row_dtype, cuts)
     found = _stats(problem, results, 2)
     grad = None
@@ -135,7 +135,7 @@ def _whole_rows(
         # put it off in favour of the losses, block after block, until the memory is full.
         small = [array for array in (losses, *(found or ())) if array is not None]
         grad = take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
-    if problem.reduction != "none":
+    if problem.options.reduction != "none":
         losses = losses.rechunk(dict.fromkeys(axes, FAN_IN))
     return losses, grad, found
 
@@ -246,7 +246,7 @@ def take(
 
 
 def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
-    if problem.stats is None:
+    if problem.options.stats is None:
         return None
 
     def entry(index: int, dtype: Any) -> Any:

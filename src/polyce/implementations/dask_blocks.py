@@ -23,7 +23,7 @@ def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any)
     """Give what the rows of one block add to the mean's denominator, from their labels alone."""
     shape = list(target.shape)
     shape.insert(problem.axis, problem.classes)
-    problem = of_chunk(problem, target, shape)._replace(reduction="mean")
+    problem = of_chunk(problem, target, shape).with_options(reduction="mean")
     problem = with_labels(problem, target)
     operands = Operands(None, target, weight, sample_weight, None, None)
     with arrays.quiet(problem.backend):
@@ -46,9 +46,10 @@ def whole_rows(
     The result is the losses, or their sum where the call adds them up, the gradient, None without
     a cotangent, and the stats' entries.
     """
-    summed, dtype, axis = problem.reduction != "none", problem.logits_dtype, problem.axis
+    summed, dtype, axis = problem.options.reduction != "none", problem.logits_dtype, problem.axis
     problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
-    problem = problem._replace(result_dtype=problem.row_dtype, stats=_reported(problem))
+    problem = problem._replace(result_dtype=problem.row_dtype)
+    problem = problem.with_options(stats=_reported(problem))
     xp, grad = problem.xp, None
     operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
     chosen = select(problem)
@@ -67,7 +68,7 @@ def whole_rows(
 
 def _reported(problem: Problem) -> tuple[str, ...] | None:
     """Return the stats that a block has to report, from which the call's are made."""
-    if problem.stats is None:
+    if problem.options.stats is None:
         return None
     predicts = problem.asks("prediction", "correct")
     return ("lse", *["entropy"] * problem.asks("entropy"), *["prediction"] * predicts)
@@ -244,8 +245,8 @@ def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
         device=arrays.device_kind(chunk, backend),
         shape=shape,
         row_shape=shape[: problem.axis] + shape[problem.axis + 1 :],
+        options=problem.options._replace(reduction="none"),
         check_labels=False,
-        reduction="none",
         normalized=False,
         is_concrete=eager.are_concrete([chunk], backend),
     )

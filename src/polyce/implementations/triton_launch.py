@@ -6,7 +6,6 @@ known on the host.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import triton.language as tl
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from polyce import labels
+from polyce import labels, transform
 from polyce.implementations import triton_kernels, triton_layout
 from polyce.implementations.strides import Rows, cdiv, cut, rows_of
 from polyce.implementations.triton_layout import Tile
@@ -90,7 +89,7 @@ class Call(NamedTuple):
     def tile(self) -> Tile:
         """What a program reads at once."""
         shares = triton_layout.SHARES[self.logits.element_size()]
-        share = shares[self.problem.logit_softcap != math.inf]
+        share = shares[transform.is_capped(self.problem)]
         return triton_layout.tile(self.rows, self.problem.classes, share)
 
     @property
@@ -163,7 +162,8 @@ def _labels(problem: Problem, target: torch.Tensor, *, check: bool) -> torch.Ten
 def _options(call: Call) -> dict[str, Any]:
     """Give the arguments that all kernels of rows have."""
     problem = call.problem
-    capped = problem.logit_softcap != math.inf
+    scale, cap = transform.scale_and_cap(problem)
+    form = "none" if scale == 1.0 else "scale"
     ignored = labels.ignored_as_signed(problem) if problem.kind == "index" else None
     return {
         "x_ptr": call.logits,
@@ -174,16 +174,16 @@ def _options(call: Call) -> dict[str, Any]:
         "blocks": call.blocks,
         **_named("x", call.rows),
         "ignore_index": 0 if ignored is None else ignored,
-        "kept": 1.0 - problem.label_smoothing,
-        "share": problem.label_smoothing / problem.classes,
-        "scale": problem.logit_scale / (problem.logit_softcap if capped else 1.0),
-        "cap": problem.logit_softcap if capped else 1.0,
-        "TRANSFORM": "softcap" if capped else "scale" if problem.logit_scale != 1.0 else "none",
+        "kept": 1.0 - problem.options.label_smoothing,
+        "share": problem.options.label_smoothing / problem.classes,
+        "scale": scale,
+        "cap": cap,
+        "TRANSFORM": "softcap" if transform.is_capped(problem) else form,
         "DTYPE": tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
         "PROBABILITY": problem.kind == "probability",
         "WEIGHTED": call.weight is not None,
         "SAMPLED": call.sample_weight is not None,
-        "SMOOTHED": problem.label_smoothing > 0.0,
+        "SMOOTHED": problem.options.label_smoothing > 0.0,
         "IGNORES": ignored is not None,
         "LANES": call.tile.lanes,
         "EMULATED": EMULATED,
@@ -232,7 +232,7 @@ def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
 
 def forward(call: Call, results: Results) -> list[Launch]:
     """Plan the launches that read the rows once, and reduce their losses."""
-    problem, asked = call.problem, call.problem.stats or ()
+    problem, asked = call.problem, call.problem.options.stats or ()
     programs, classes = call.programs, problem.classes
     parts, chunk = 1, classes
     if classes > triton_layout.LONG and programs < triton_layout.FEW_PROGRAMS:
@@ -255,8 +255,8 @@ def forward(call: Call, results: Results) -> list[Launch]:
         "correct_ptr": dummy if found is None else place(_bytes(found.correct)),
         "valid_ptr": dummy if found is None else place(_bytes(found.valid)),
         "rows": call.row_count,
-        "z_loss": problem.z_loss,
-        "PENALTY": problem.z_loss > 0.0,
+        "z_loss": problem.options.z_loss,
+        "PENALTY": problem.options.z_loss > 0.0,
         "REDUCED": results.sums is not None,
         "KEEP": results.rows is not None,
         "STATS": found is not None,
@@ -295,7 +295,7 @@ def forward(call: Call, results: Results) -> list[Launch]:
                     "normalizer_ptr": dummy if is_number or normalizer is None else normalizer,
                     "programs": programs,
                     "normalizer": normalizer if is_number else 1.0,
-                    "MEAN": problem.reduction == "mean",
+                    "MEAN": problem.options.reduction == "mean",
                     "NORMALIZER": given,
                     "TILE": triton_layout.SUMS,
                     "EMULATED": EMULATED,
@@ -330,7 +330,7 @@ def backward(
         "cotangent_ptr": cotangent.contiguous() if by_row else cotangent,
         "grad_ptr": grad,
         "chunk": chunk,
-        "MEAN": problem.reduction == "mean",
+        "MEAN": problem.options.reduction == "mean",
         "BY_ROW": by_row,
     }
     return [Launch("backward", (call.programs, parts), arguments, call.tile.warps)]

@@ -27,8 +27,8 @@ def forward(
         return torch.empty(shape, dtype=dtype, device=device)
 
     call = triton_launch.call(problem, operands)
-    reduced = problem.reduction != "none"
-    divided = problem.reduction == "mean"
+    reduced = problem.options.reduction != "none"
+    divided = problem.options.reduction == "mean"
     results = Results(
         loss=empty(() if reduced else problem.row_shape, problem.result_dtype),
         stats=stats.unfilled(problem, empty),
@@ -70,7 +70,7 @@ def backward(
 def _check_saved(problem: Problem, saved: Saved) -> None:
     """Refuse what no forward pass of this call has saved."""
     rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
-    denominator = (torch.Size(()), torch.float64) if problem.reduction == "mean" else None
+    denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
     torch_checks.check_returned((rows, denominator), saved)
 
 
@@ -86,7 +86,7 @@ def keeps(problem: Problem) -> Saved:
     """Tell what a forward pass saves."""
     if problem.is_empty:
         return Saved(rows=False, denominator=False)
-    return Saved(rows=True, denominator=problem.reduction == "mean")
+    return Saved(rows=True, denominator=problem.options.reduction == "mean")
 
 
 KERNELS = Kernels("triton", forward, backward, keeps)

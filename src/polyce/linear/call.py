@@ -11,6 +11,7 @@ from polyce import arrays, registry, targets
 from polyce.implementations.contract import Implementation
 from polyce.linear import chunks
 from polyce.linear.chunks import Chunks
+from polyce.options import Options
 from polyce.problem import Head, Operands, Problem, describe_anew
 
 
@@ -113,7 +114,7 @@ class Call:
     @property
     def scales_sums(self) -> bool:
         """Whether what the mean divides by comes in after the gradients are added up."""
-        return self.rounds_gradient and self.whole.reduction != "none"
+        return self.rounds_gradient and self.whole.options.reduction != "none"
 
     def _flat(self, array: Any, *rest: int) -> Any:
         shape = (math.prod(self.whole.row_shape), *rest)
@@ -156,7 +157,7 @@ class Call:
             shape=(rows, self.whole.classes),
             axis=1,
             row_shape=(rows,),
-            reduction="none",
+            options=self.whole.options._replace(reduction="none"),
             check_labels=False,
             normalized=False,
             result_dtype=self.whole.row_dtype,
@@ -176,10 +177,12 @@ def describe(
     *,
     linear_bias: Any,
     weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
     chunk_size: int | None,
     implementation: str | None,
     grad_output: Any = None,
-    **options: Any,
 ) -> Call:
     """Check the arguments of a call."""
     size = chunks.check_chunk_size(chunk_size)
@@ -188,11 +191,10 @@ def describe(
         input,
         target,
         weight,
-        axis=None,
-        return_stats=False,
+        sample_weight,
+        normalizer,
+        options,
         grad_output=grad_output,
-        probabilities=True,
-        **options,
     )
     return Call(whole, operands, head, size, implementation)
 

@@ -161,7 +161,7 @@ def advice(problem: Problem, cut: Chunks) -> str:
     """Say when the loss of all logits at once would be the better choice."""
     if cut.count <= 1:
         return "no more than the loss of all logits at once, which is as fast"
-    if problem.reduction == "none":
+    if problem.options.reduction == "none":
         return (
             "a gradient of reduction 'none' makes them a second time: with memory for all logits, "
             "cross_entropy is faster"

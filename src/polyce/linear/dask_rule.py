@@ -57,7 +57,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
         token="polyce-linear",
         meta=hidden._meta,
     )
-    summed = whole.reduction != "none"
+    summed = whole.options.reduction != "none"
     cuts = (1,) * len(axes) if summed else results.chunks
     # A block's result stays until all is taken. The head's parts are as large as the head, and are
     # taken last, to be added up at once: else dask could keep those of many blocks.
@@ -81,7 +81,7 @@ def _plan(call: Call, operands: Operands) -> Plan:
     # Of the class weights the blocks take those of their labels.
     found = targets.plan_rows(whole, given._replace(weight=None))
     denominator = found.denominator
-    if whole.kind == "index" and whole.reduction == "mean" and not whole.normalized:
+    if whole.kind == "index" and whole.options.reduction == "mean" and not whole.normalized:
         denominator = dask.total_weight(whole, operands)
     return found._replace(denominator=denominator)
 
@@ -127,7 +127,7 @@ def _block(
     bias: Any,
 ) -> tuple[Any, ...]:
     """Give a block's losses, or their sum, and its parts of the gradients wanted."""
-    summed = facts.whole.reduction != "none"
+    summed = facts.whole.options.reduction != "none"
     whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
     xp, backend = whole.xp, whole.backend
     # As what dask says they are, chunks have one dtype.

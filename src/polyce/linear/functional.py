@@ -8,6 +8,7 @@ from typing import Any
 
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, check_wrt, describe
+from polyce.options import Options
 
 
 def linear_cross_entropy(
@@ -100,22 +101,25 @@ def linear_cross_entropy(
     >>> print(round(polyce.cross_entropy(hidden @ head.T, labels), 6))
     0.4289
     """
+    options = Options(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        validate=validate,
+    )
     call = describe(
         input,
         linear_weight,
         target,
         linear_bias=linear_bias,
         weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
         sample_weight=sample_weight,
         normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
+        options=options,
         chunk_size=chunk_size,
-        validate=validate,
         implementation=implementation,
     )
     check(call)
@@ -194,22 +198,25 @@ def linear_cross_entropy_with_grad(
      [ 0.5  1. ]]
     """
     wanted = check_wrt(wrt)
+    options = Options(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        validate=validate,
+    )
     call = describe(
         input,
         linear_weight,
         target,
         linear_bias=linear_bias,
         weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
         sample_weight=sample_weight,
         normalizer=normalizer,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
+        options=options,
         chunk_size=chunk_size,
-        validate=validate,
         implementation=implementation,
         grad_output=grad_output,
     )

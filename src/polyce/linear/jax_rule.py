@@ -27,7 +27,7 @@ def loss(call: Call) -> Any:
     plan, whole = call.planned().plan, call.whole
     call = _with_plain_labels(call, plan)
     facts = call.without_arrays()
-    if whole.reduction == "none":
+    if whole.options.reduction == "none":
 
         def rows(hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
             losses = _rows(facts, rest._replace(logits=hidden), Head(weight, bias))
@@ -38,7 +38,7 @@ def loss(call: Call) -> Any:
         )
         return arrays.cast(jnp, result, whole.result_dtype)
     total = jax_mesh.automatically(partial(_total, facts), P(), *_inputs(call), _rest(call))
-    if whole.reduction == "mean":
+    if whole.options.reduction == "mean":
         total = total / plan.denominator
     return arrays.cast(jnp, total, whole.result_dtype)
 
@@ -60,7 +60,8 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
 
 def _rows_spec(call: Call) -> Any:
     """Tell how a loss is spread over a mesh: that of each row as the row is."""
-    return P(*jax_mesh.spec(call.operands.logits)[:-1]) if call.whole.reduction == "none" else P()
+    by_row = call.whole.options.reduction == "none"
+    return P(*jax_mesh.spec(call.operands.logits)[:-1]) if by_row else P()
 
 
 def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
@@ -82,9 +83,8 @@ def _with_plain_labels(call: Call, plan: Plan) -> Call:
         label = jnp.where(plan.invalid, whole.classes, label)
     if plan.counted is not None:
         label = jnp.where(plan.counted, label, -1)
-    whole = whole._replace(
-        ignore_index=-1, target_dtype=arrays.dtype_name(label), check_labels=False
-    )
+    whole = whole.with_options(ignore_index=-1)
+    whole = whole._replace(target_dtype=arrays.dtype_name(label), check_labels=False)
     label = jnp.reshape(label, whole.row_shape)
     return replace(call, whole=whole, operands=call.operands._replace(target=label))
 
@@ -100,7 +100,7 @@ def _slice(array: Any, start: Any, rows: int) -> Any:
 
 def _call(facts: Call, operands: Operands, head: Head) -> Call:
     """Give a call whose rows are not reduced, with what its target means."""
-    whole = facts.whole._replace(reduction="none", normalized=False)
+    whole = facts.whole.with_options(reduction="none")._replace(normalized=False)
     return replace(facts, whole=whole, operands=operands, head=head).planned()
 
 

@@ -18,28 +18,31 @@ from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients, describe
 
 
-class _Options(NamedTuple):
+class _Asked(NamedTuple):
     """What the operator takes beside tensors, in the order of its schema."""
 
-    wants_input: bool
-    wants_weight: bool
-    wants_bias: bool
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    logit_scale: float
-    logit_softcap: float | None
+    wanted: Gradients
+    options: tuple[Any, ...]
     result_dtype: Any
     chunk_size: int | None
     implementation: str | None
+
+    @classmethod
+    def of(cls, values: tuple[Any, ...]) -> _Asked:
+        """Read what stands in the arguments behind the tensors."""
+        wanted, rest = values[:_PARAMETERS], values[_PARAMETERS:]
+        options, rest = rest[: torch_ops.OPTION_COUNT], rest[torch_ops.OPTION_COUNT :]
+        return cls(Gradients(*wanted), options, *rest)
+
+    def values(self) -> tuple[Any, ...]:
+        """Return what `of` reads."""
+        return *self.wanted, *self.options, *self[2:]
 
 
 _SCHEMA = (
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     "Tensor? weight, Tensor? sample_weight, Tensor? normalizer, Tensor? grad_output, "
-    "bool wants_input, bool wants_weight, bool wants_bias, str reduction, int ignore_index, "
-    "float label_smoothing, float z_loss, float logit_scale, float? logit_softcap, "
+    f"bool wants_input, bool wants_weight, bool wants_bias, {torch_ops.OPTIONS}, "
     "ScalarType result_dtype, int? chunk_size, str? implementation) "
     "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor)"
 )
@@ -51,7 +54,7 @@ def loss(call: Call) -> Any:
     """Give the loss of a call as part of a graph."""
     given = (call.operands.logits, *call.head)
     wanted = NONE
-    if call.whole.reduction != "none":
+    if call.whole.options.reduction != "none":
         wanted = Gradients(*map(torch_state.waits, given))
     return _operator(*_arguments(call, wanted))[0]
 
@@ -73,20 +76,9 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     normalizer, cotangent = (
         _tensor(number, call) for number in (operands.normalizer, operands.grad_output)
     )
-    options = _Options(
-        *wanted,
-        reduction=whole.reduction,
-        ignore_index=whole.ignore_index,
-        label_smoothing=whole.label_smoothing,
-        z_loss=whole.z_loss,
-        logit_scale=whole.logit_scale,
-        logit_softcap=None if whole.logit_softcap == math.inf else whole.logit_softcap,
-        result_dtype=whole.result_dtype,
-        chunk_size=call.chunk_size,
-        implementation=call.name,
-    )
+    asked = _Asked(wanted, torch_ops.flat(whole), whole.result_dtype, call.chunk_size, call.name)
     rest = (operands.target, operands.weight, operands.sample_weight, normalizer, cotangent)
-    return *parameters, *rest, *options
+    return *parameters, *rest, *asked.values()
 
 
 def _tensor(number: Any, call: Call) -> Any:
@@ -101,28 +93,22 @@ def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
     """Describe the call that the arguments of the operator are of."""
     hidden, linear_weight, linear_bias, target, *rest = arguments[:_COUNT]
     weight, sample_weight, normalizer, cotangent = rest
-    options = _Options(*arguments[_COUNT:])
+    asked = _Asked.of(arguments[_COUNT:])
     call = describe(
         hidden,
         linear_weight,
         target,
         linear_bias=linear_bias,
         weight=weight,
-        reduction=options.reduction,
-        ignore_index=options.ignore_index,
-        label_smoothing=options.label_smoothing,
         sample_weight=sample_weight,
         normalizer=normalizer,
-        z_loss=options.z_loss,
-        logit_scale=options.logit_scale,
-        logit_softcap=options.logit_softcap,
-        chunk_size=options.chunk_size,
-        validate=False,
-        implementation=options.implementation,
+        options=torch_ops.options_of(asked.options),
+        chunk_size=asked.chunk_size,
+        implementation=asked.implementation,
         grad_output=cotangent,
     )
-    call = replace(call, whole=call.whole._replace(result_dtype=options.result_dtype))
-    return call, Gradients(*options[:_PARAMETERS])
+    call = replace(call, whole=call.whole._replace(result_dtype=asked.result_dtype))
+    return call, asked.wanted
 
 
 def _compute(*arguments: Any) -> tuple[Any, ...]:
@@ -156,7 +142,7 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
     )
     is_scaled = any(wanted) and call.scales_sums
     factor = like.new_empty((), dtype=whole.row_dtype) if is_scaled else None
-    shape = whole.row_shape if whole.reduction == "none" else ()
+    shape = whole.row_shape if whole.options.reduction == "none" else ()
     return like.new_empty(shape, dtype=whole.result_dtype), *_filled(call, sums, factor)
 
 
@@ -184,24 +170,24 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(*sums)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_COUNT], *sums)
-    ctx.options = _Options(*inputs[_COUNT:])
+    ctx.asked = _Asked.of(inputs[_COUNT:])
 
 
 def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
     arguments, (*sums, factor) = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
-    options, given = ctx.options, arguments[:_PARAMETERS]
+    asked, given = ctx.asked, arguments[:_PARAMETERS]
     wanted = Gradients(*ctx.needs_input_grad[:_PARAMETERS])
-    if options.reduction == "none":
+    if torch_ops.options_of(asked.options).reduction == "none":
         # Made anew, each row's with its own gradient.
         arguments = (*arguments[: _COUNT - 1], cotangent)
-        _, *sums, factor = _operator(*arguments, *wanted, *options[_PARAMETERS:])
+        _, *sums, factor = _operator(*arguments, *asked._replace(wanted=wanted).values())
         cotangent = None
     found = _finished(wanted, given, sums, factor, cotangent)
     if found.input is not None:
         found = found._replace(
-            input=compute.select_counted(_described((*arguments, *options))[0], found.input)
+            input=compute.select_counted(_described((*arguments, *asked.values()))[0], found.input)
         )
-    return *found, *(None,) * (_COUNT - _PARAMETERS + len(options))
+    return *found, *(None,) * (_COUNT - _PARAMETERS + len(asked.values()))
 
 
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")

@@ -86,7 +86,7 @@ class _Loss(torch.autograd.Function):
         wanted = Gradients(*ctx.needs_input_grad[:3])
         ctx.waiting = None
         with _own_dtypes(call):
-            if call.whole.reduction == "none":
+            if call.whole.options.reduction == "none":
                 return compute.loss(call)
             result, sums, factor = compute.loss_and_sums(call, wanted)
         ctx.waiting = sums, factor

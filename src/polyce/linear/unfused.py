@@ -6,13 +6,13 @@ under its transforms, in forward mode, for export, and to differentiate a gradie
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from polyce import arrays, functional, targets
+from polyce import arrays, targets
 from polyce.autograd import rules
 from polyce.linear.call import Call, Gradients
-from polyce.problem import Problem
+from polyce.problem import Operands, Problem, describe
+from polyce.registry import select
 
 _BACKENDS = ("cubed", "ndonnx")
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
@@ -27,19 +27,36 @@ def is_wanted(problem: Problem) -> bool:
 
 
 def loss(call: Call) -> Any:
-    """Give the loss, on the library's graph where it has one."""
-    result = functional.cross_entropy(logits(call), *_arguments(call), **_options(call))
+    """Compute the loss, on the library's graph where it has one."""
+    problem, operands = _described(call)
+    result, _ = select(problem, call.name).cross_entropy(problem, operands)
     return arrays.cast(call.whole.xp, result, call.whole.result_dtype)
 
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted."""
+    """Compute the loss and the gradients wanted."""
     call = call.detached(rules(call.whole.backend).detach)
-    result, grad = functional.cross_entropy_with_grad(
-        logits(call), *_arguments(call), **_options(call), grad_output=call.operands.grad_output
-    )
+    problem, operands = _described(call)
+    path = select(problem, call.name)
+    result, grad, _ = path.cross_entropy_with_grad(problem, operands, None)
     result = arrays.cast(call.whole.xp, result, call.whole.result_dtype)
     return result, gradients(call, wanted, grad)
+
+
+def _described(call: Call) -> tuple[Problem, Operands]:
+    """Describe the call on all logits."""
+    whole, given = call.whole, call.operands
+    # Whether there are labels to look at has been decided.
+    options = whole.options._replace(axis=-1, stats=False, validate=whole.check_labels or None)
+    return describe(
+        logits(call),
+        given.target,
+        given.weight,
+        given.sample_weight,
+        given.normalizer,
+        options,
+        grad_output=given.grad_output,
+    )
 
 
 def logits(call: Call) -> Any:
@@ -53,7 +70,7 @@ def logits(call: Call) -> Any:
 
 def _states(call: Call) -> Any:
     """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
-    whole = call.whole._replace(check_labels=False, reduction="none")
+    whole = call.whole.with_options(reduction="none")._replace(check_labels=False)
     states = arrays.cast(whole.xp, call.operands.logits, whole.logits_dtype)
     counted = targets.plan_rows(whole, call.operands._replace(weight=None)).counted
     return states if counted is None else whole.xp.where(counted, states, 0.0)
@@ -74,25 +91,3 @@ def gradients(call: Call, wanted: Gradients, grad: Any) -> Gradients:
     if wanted.linear_bias:
         of_bias = arrays.cast(xp, xp.sum(grad, axis=axes) if axes else grad, head.bias.dtype)
     return Gradients(of_input, of_weight, of_bias)
-
-
-def _arguments(call: Call) -> tuple[Any, ...]:
-    return call.operands.target, call.operands.weight
-
-
-def _options(call: Call) -> dict[str, Any]:
-    whole, operands = call.whole, call.operands
-    return {
-        "axis": -1,
-        "ignore_index": whole.ignore_index,
-        "reduction": whole.reduction,
-        "label_smoothing": whole.label_smoothing,
-        "sample_weight": operands.sample_weight,
-        "normalizer": operands.normalizer,
-        "z_loss": whole.z_loss,
-        "logit_scale": whole.logit_scale,
-        "logit_softcap": None if whole.logit_softcap == math.inf else whole.logit_softcap,
-        # Whether there is something to look at has been decided.
-        "validate": whole.check_labels or None,
-        "implementation": call.name,
-    }
