@@ -11,6 +11,8 @@ import pytest
 
 import polyce
 from conftest import FULL
+from polyce.linear.call import Gradients
+from polyce.options import Options
 from test_linear_torch import CASES, C, F, N, answer, data, errors, fused, of, pick, unfused, widen
 from torch_graphs import Graphs, compiled
 
@@ -214,23 +216,19 @@ def test_torchs_own_checks_of_operators(torch: Any) -> None:
     for number, (kind, reduction) in enumerate(itertools.product(kinds, reductions)):
         dtype = ("float64", "bfloat16")[number // 2 % 2]
         leaves, target = data(torch, kind, dtype, bias=number % 2 == 0)
-        options = torch_op._Options(
-            *(reduction != "none" and leaf is not None for leaf in leaves),
+        options = Options(
             reduction=reduction,
-            ignore_index=-100,
             label_smoothing=0.1 * (number % 3),
-            z_loss=0.0,
-            logit_scale=1.0,
             logit_softcap=None if number % 2 else 4.0,
-            result_dtype=leaves[0].dtype,
-            chunk_size=3,
-            implementation=None,
+            stats=None,
         )
+        wanted = Gradients(*(reduction != "none" and leaf is not None for leaf in leaves))
+        asked = torch_op._Asked(wanted, options[:-1], leaves[0].dtype, 3, None)
         weight = torch.rand(C, dtype=leaves[0].dtype) if number % 3 else None
         normalizer = torch.tensor(3.0) if reduction == "mean" and number % 2 else None
         tensors = (*leaves, target, weight, torch.rand(N), normalizer, None)
         close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bfloat16" else {}
-        torch.library.opcheck(torch_op._operator, (*tensors, *options), **close)
+        torch.library.opcheck(torch_op._operator, (*tensors, *asked.values()), **close)
 
 
 # As a module

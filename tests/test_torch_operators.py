@@ -9,6 +9,7 @@ import pytest
 
 from conftest import FULL
 from polyce.implementations import native
+from polyce.options import Options
 from polyce.problem import describe
 
 pytestmark = pytest.mark.only("torch")
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.only("torch")
 
 def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
     """Give arguments of the first operator, and whether their digits are few."""
-    from polyce.torch_ops import _Options
+    from polyce.torch_ops import _Asked
 
     cases = []
     for kind in ("index", "probability"):
@@ -32,22 +33,20 @@ def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
                 if number > 1:
                     weight = torch.rand(classes).to(dtype)
                     weight.requires_grad_(grad and kind == "probability")
-                options = _Options(
+                options = Options(
                     axis=1,
-                    ignore_index=-100,
                     reduction=("mean", "none", "mean", "sum")[number],
                     label_smoothing=(0.0, 0.1)[number // 2],
                     z_loss=(0.0, 0.1)[number // 2],
                     logit_scale=(1.0, 0.5)[number % 2],
                     logit_softcap=(None, 4.0)[number % 2],
                     stats=(None, "lse,entropy,prediction,correct", "", "correct")[number],
-                    result_dtype=dtype,
-                    implementation="native",
                 )
+                asked = _Asked(options[:-1], dtype, "native")
                 sample_weight = torch.rand(5) if number % 2 else None
                 normalizer = torch.tensor(3.0) if number == 2 else None
                 tensors = (x, target, weight, sample_weight, normalizer)
-                cases.append(((*tensors, grad, *options), dtype == torch.bfloat16))
+                cases.append(((*tensors, grad, *asked.values()), dtype == torch.bfloat16))
     return cases
 
 

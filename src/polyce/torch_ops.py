@@ -8,7 +8,7 @@ logits. What is not there is an empty tensor, for an operator gives as many as i
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -19,15 +19,15 @@ from polyce.stats import Stats
 from polyce.torch_calls import Kernels, Saved
 
 # The options as a schema writes them, less the last: labels are not looked at in a graph.
-_TYPES = {
-    "int": "int",
-    "str": "str",
-    "float": "float",
-    "int | None": "int?",
-    "float | None": "float?",
-    "Any": "str?",  # the stats, with commas between their names
+_TYPES: dict[Any, str] = {
+    int: "int",
+    str: "str",
+    float: "float",
+    int | None: "int?",
+    float | None: "float?",
+    Any: "str?",  # the stats, with commas between their names
 }
-_KINDS = list(Options.__annotations__.items())[:-1]
+_KINDS = list(get_type_hints(Options).items())[:-1]
 OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _KINDS)
 OPTION_COUNT = len(_KINDS)
 
