@@ -51,7 +51,7 @@ def worker(threads: int, huge_pages: bool = False) -> Iterator[ProcessPoolExecut
 
 
 def begin(threads: int) -> None:
-    """Give this process so many threads, before it imports a library that counts processors."""
+    """Set the number of this process's threads, before a library counts processors."""
     import polyce
 
     if threads == 1 and hasattr(os, "sched_setaffinity"):

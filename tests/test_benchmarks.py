@@ -115,6 +115,22 @@ def test_benchmark_on_a_gpu_is_rehearsed(backend_name: str, tmp_path: Path) -> N
     assert "nothing is wrong" in printed("gpu", "--table", str(out))
 
 
+SPOILT = """
+import runpy, sys, polyce
+loss = polyce.cross_entropy
+polyce.cross_entropy = lambda *operands, **options: loss(*operands, **options) * 1.02
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+@pytest.mark.only("cupy-emulated")
+def test_a_wrong_loss_fails_the_benchmark_on_a_gpu() -> None:
+    command = [sys.executable, "-c", SPOILT, "--rehearse", "--library", "cupy"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "polyce gives the loss" in done.stdout.partition("Wrong")[2]
+
+
 @pytest.mark.only(*LIBRARIES)
 def test_a_gpu_that_is_missing_ends_the_benchmark(backend_name: str) -> None:
     library = LIBRARIES[backend_name]
