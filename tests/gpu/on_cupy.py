@@ -129,7 +129,7 @@ def _normal(array: Any, scale: float, seed: int) -> Any:
     step = max(1, _TOGETHER // max(1, inner))
     for start in range(0, array.shape[0], step):
         part = array[start : start + step]
-        # Two seeds in a row, as callers leave room for.
+        # A seed stands for two of these, since a normal number takes two.
         angle = _uniform(start * inner, part.size, 2 * seed + 1) * (2.0 * math.pi)
         length = cupy.sqrt(-2.0 * cupy.log(_uniform(start * inner, part.size, 2 * seed)))
         drawn = length * cupy.cos(angle) * scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -220,7 +221,9 @@ def _side_stream() -> Iterator[None]:
 def _without_waiting(call: Call) -> None:
     # It compiles what it needs.
     call()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     finally:

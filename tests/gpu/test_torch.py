@@ -34,6 +34,8 @@ def test_a_graph_s_gradient_takes_the_place_of_the_logits(
     same(device, (loss.detach(), hidden.detach()), want, "the memory of the logits")
 
 
+# Inductor's advice for the model's own product.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_a_compiled_step(device: Device, size: Size, torch: Any) -> None:
     rows, classes = size.dims
     inputs = device.normal(device.full((rows, 16), 0.0, "float32"), 1.0, 0)
