@@ -336,7 +336,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the native path, draw what came out, and measure errors; arguments follow `--`.
+    """Time polyce on a CPU, draw what came out, and measure errors; arguments follow `--`.
 
     `--reference` times the reference and the dask path instead.
     """
@@ -344,30 +344,24 @@ def bench(session: nox.Session) -> None:
     arguments = list(session.posargs)
     if "--reference" in arguments:
         arguments.remove("--reference")
-        session.run("python", "benchmarks/reference.py", *arguments)
+        session.run("python", "-m", "benchmarks.cpu.reference", *arguments)
         return
-    results = str(Path(session.create_tmp()) / "results.json")
-    session.run("python", "benchmarks/cpu.py", "run", "--out", results, *arguments)
-    session.run("python", "benchmarks/cpu.py", "table", results)
-    session.run("python", "benchmarks/cpu.py", "plot", results, "--out", "docs/_static")
-    modules = str(Path(session.create_tmp()) / "modules.json")
-    session.run("python", "benchmarks/torch_modules.py", "run", "--out", modules, *arguments)
-    session.run("python", "benchmarks/torch_modules.py", "table", modules)
-    session.run("python", "benchmarks/torch_modules.py", "plot", modules, "--out", "docs/_static")
-    linear = str(Path(session.create_tmp()) / "linear.json")
     # Other arguments name shapes of logits.
     quick = [argument for argument in arguments if argument == "--quick"]
-    session.run("python", "benchmarks/linear.py", "run", "--out", linear, *quick)
-    session.run("python", "benchmarks/linear.py", "table", linear)
-    session.run("python", "benchmarks/linear.py", "plot", linear, "--out", "docs/_static")
-    session.run("python", "benchmarks/accuracy.py")
+    for name, given in (("cpu", arguments), ("torch", arguments), ("linear", quick)):
+        command = ("python", "-m", f"benchmarks.{name}")
+        results = str(Path(session.create_tmp()) / f"{name}.json")
+        session.run(*command, "run", "--out", results, *given)
+        session.run(*command, "table", results)
+        session.run(*command, "plot", results, "--out", "docs/_static")
+    session.run("python", "-m", "benchmarks.cpu.accuracy")
 
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Test, check and time polyce on a CUDA or ROCm device, and fail where there is none.
+    """Test and time polyce on a CUDA or ROCm device, and fail where there is none.
 
-    Arguments go to benchmarks/gpu.py, whose results lie in benchmarks/results afterwards.
+    Arguments go to the benchmark, whose results lie in benchmarks/results afterwards.
     """
     install(session, "cupy", "triton")
     code = "import torch; print(torch.cuda.is_available(), torch.version.hip is not None)"
@@ -376,7 +370,7 @@ def gpu(session: nox.Session) -> None:
         session.error("torch finds no CUDA or ROCm device")
     commands = [
         ("pytest", "--backend=torch-cuda"),
-        ("python", "benchmarks/gpu.py", *session.posargs),
+        ("python", "-m", "benchmarks.gpu", *session.posargs),
     ]
     # The CuPy that is installed is CUDA's.
     if found[1:] == ["False"]:
@@ -384,7 +378,7 @@ def gpu(session: nox.Session) -> None:
         if session.run("python", "-c", code, silent=True) != "True\n":
             session.error("cupy finds no CUDA device")
         commands.insert(0, ("pytest", "--backend=cupy"))
-        commands.append(("python", "benchmarks/gpu.py", "--library", "cupy", *session.posargs))
+        commands.append(("python", "-m", "benchmarks.gpu", "--library", "cupy", *session.posargs))
     # A device is not at hand every day: what one of them finds does not keep the others from it.
     failed = []
     for command in commands:

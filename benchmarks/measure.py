@@ -1,7 +1,7 @@
-"""How the benchmarks measure: interleaved timing, peak memory, fresh processes, tables.
+"""How the benchmarks measure: calls in turn, peak memory, fresh processes, what it depends on.
 
-Run as a program it is the fresh process: `python measure.py module:function '{"argument": 1}'`
-calls the function and prints what it returns as JSON.
+Run as a program it is the fresh process: `python -m benchmarks.measure module:function
+'{"argument": 1}'` calls the function and prints what it returns as JSON.
 """
 
 from __future__ import annotations
@@ -19,42 +19,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
-LIBRARIES = ("polyce", "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "optax", "dask")
+ROOT = Path(__file__).parents[1]
+LIBRARIES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "optax", "dask", "scipy")
 # A sample this long is not disturbed by the clock's own cost.
 _SAMPLE_SECONDS = 1e-3
 _MEBIBYTE = 2**20
 
 
-def interleave(
-    contenders: Mapping[str, Callable[[], Any]], budget: float, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Time the contenders in turn, so that a busy machine disturbs all of them alike.
+def take_turns(
+    names: Sequence[str], take: Callable[[str], float], budget: float, rounds: int
+) -> dict[str, list[float]]:
+    """Take samples of contenders in turn, so that a busy machine disturbs all of them alike.
 
     Each round takes one sample of every contender, starting with another one each time. Rounds go
     on until `budget` seconds are spent, but there are at least `rounds`.
-
-    Returns
-    -------
-    dict
-        Median and best seconds of one call, by contender.
     """
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    order = list(names)
+    done, end = 0, time.perf_counter() + budget
+    while order and (done < rounds or time.perf_counter() < end):
+        for name in order:
+            samples[name].append(take(name))
+        order.append(order.pop(0))
+        done += 1
+    return samples
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], Any]], budget: float, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Time contenders in turn, and return the median and best seconds of one call of each."""
     repeats = {name: _repeats(call) for name, call in contenders.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
     gc.collect()
     gc.disable()
     try:
-        end = time.perf_counter() + budget
-        while len(samples[order[0]]) < rounds or time.perf_counter() < end:
-            for name in order:
-                samples[name].append(_sample(contenders[name], repeats[name]))
-            order.append(order.pop(0))
+        samples = take_turns(
+            list(contenders), lambda name: sample(contenders[name], repeats[name]), budget, rounds
+        )
     finally:
         gc.enable()
     return {
@@ -63,7 +70,8 @@ def interleave(
     }
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> float:
+def sample(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Take the seconds of one call, of several in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -74,9 +82,16 @@ def _repeats(call: Callable[[], Any]) -> int:
     """Warm a contender up and count how many of its calls make a sample."""
     call()
     repeats = 1
-    while repeats < 1000 and _sample(call, repeats) * repeats < _SAMPLE_SECONDS:
+    while repeats < 1000 and sample(call, repeats) * repeats < _SAMPLE_SECONDS:
         repeats *= 2
     return repeats
+
+
+def check_losses(case: str, losses: Mapping[str, float], expected: float, tolerance: float) -> None:
+    """Check that all contenders compute the same loss."""
+    for name, loss in losses.items():
+        if not math.isclose(loss, expected, rel_tol=tolerance):
+            raise RuntimeError(f"{case}: the losses differ ({name}): {dict(losses)}")
 
 
 def against(
@@ -89,9 +104,7 @@ def against(
     """Time polyce against its peers, each given with the target for the ratio or None."""
     calls = {"polyce": polyce} | {name: call for name, (call, _) in peers.items()}
     losses = {name: loss_of(call()) for name, call in calls.items()}
-    for name, loss in losses.items():
-        if not math.isclose(loss, losses["polyce"], rel_tol=1e-4):
-            raise RuntimeError(f"{case}: the losses differ ({name}): {losses}")
+    check_losses(case, losses, losses["polyce"], 1e-4)
     times = interleave(calls, budget, rounds)
     ours = times["polyce"]
     rows: list[Row] = [{"case": case, "contender": "polyce", **ours}]
@@ -103,14 +116,14 @@ def against(
     return rows
 
 
-def loss_of(answer: Any) -> float:
-    """Give the loss of an answer that may have a gradient beside it."""
-    return float(answer[0] if isinstance(answer, tuple) else answer)
-
-
 def judge(value: float, target: float | None) -> Row:
     """Say what a number should not exceed, and whether it does."""
     return {} if target is None else {"target": target, "met": value <= target}
+
+
+def loss_of(answer: Any) -> float:
+    """Return the loss of an answer that may have a gradient beside it."""
+    return float(answer[0] if isinstance(answer, tuple) else answer)
 
 
 def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
@@ -132,8 +145,18 @@ def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
     return {"bytes": after["VmHWM"] - before["VmRSS"], "seconds": seconds}
 
 
+def settled_growth(call: Callable[[], Any]) -> dict[str, float] | None:
+    """Tell the same of a process that has called before, once it has freed what it returned."""
+    time.sleep(0.5)  # jax frees it a moment later
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        # The system counts the peak from now on.
+        clear.write_text("5")
+    return peak_growth(call)
+
+
 def memory() -> dict[str, int] | None:
-    """Give this process's memory, now and at its peak, where the system tells."""
+    """Return this process's memory, now and at its peak, where the system tells."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -141,11 +164,19 @@ def memory() -> dict[str, int] | None:
     return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0].startswith("Vm")}
 
 
-def fresh(function: str, /, variables: Mapping[str, str] | None = None, **arguments: Any) -> Any:
-    """Call `module:function` of this folder in a fresh process."""
-    command = [sys.executable, __file__, function, json.dumps(arguments)]
+def fresh(
+    function: Callable[..., Any], /, variables: Mapping[str, str] | None = None, **arguments: Any
+) -> Any:
+    """Call a function of the benchmarks in a fresh process, by way of JSON."""
+    module = sys.modules[function.__module__].__spec__
+    if module is None:
+        raise ValueError(f"{function} is in no module that a process can import")
+    name = f"{module.name}:{function.__name__}"
+    command = [sys.executable, "-m", "benchmarks.measure", name, json.dumps(arguments)]
     environment = os.environ | dict(variables or {})
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -164,45 +195,32 @@ def fresh_source(source: str, times: int) -> list[Any]:
 
 
 def installed(*modules: str) -> list[str]:
-    """Give those of the modules that can be imported."""
+    """Return those of the modules that can be imported."""
     return [name for name in modules if importlib.util.find_spec(name) is not None]
 
 
-def show(rows: list[Row]) -> None:
-    """Print rows as a table, with units for people."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [[column.removesuffix("_s").replace("_", " ") for column in columns]]
-    table += [[text(column, row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    print()
-
-
-def text(column: str, value: Any) -> str:
-    """Write a cell."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if column.endswith("_s"):
-        for unit, factor in (("s", 1.0), ("ms", 1e3)):
-            if value * factor >= 1.0:
-                return f"{value * factor:.3g} {unit}"
-        return f"{value * 1e6:.3g} µs"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of packages, of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def environment() -> dict[str, Any]:
     """Tell what the numbers depend on: versions, processor, number of threads."""
     import polyce
 
-    versions = {"python": platform.python_version(), "polyce": polyce.__version__}
-    for name in installed(*LIBRARIES[1:]):
-        versions[name] = importlib.metadata.version(name)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            "polyce": polyce.__version__,
+            **versions(*LIBRARIES),
+        },
         "processor": _processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "processors usable": threads,
@@ -219,6 +237,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+def say(text: str) -> None:
+    """Tell how far it is, beside what is printed."""
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Draw a run of a CPU benchmark: time, bandwidth, memory and error, as SVG and PNG."""
+"""What the benchmarks draw in the same way: styles, times and memory, as SVG and PNG."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
-import tables
-from cpu_peers import ROOFS
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from measure import Row
+
+from . import tables
+from .measure import Row
 
 Styles = Mapping[str, tuple[str, str]]
 # The colours of Okabe and Ito, which the colour-blind tell apart; the markers differ too.
@@ -26,44 +25,8 @@ STYLES = {
     "jax jit": ("#CC79A7", "X"),
     "scipy": ("#000000", "*"),
 }
-MODULES = {
-    "torch": STYLES["torch eager"],
-    "polyce": STYLES["polyce torch"],
-    "polyce in place": ("#56B4E9", "D"),
-    "torch compiled": STYLES["torch compiled"],
-    "polyce compiled": ("#CC79A7", "X"),
-}
 UNIT = "torch eager"
-ROOF = "roof: one read of the logits, or one copy"
 TITLES = {"forward": "loss", "gradient": "loss and gradient"}
-# Fewer logits stay in a core's own cache, so they say nothing about memory.
-FEWEST = 2**19
-
-
-def draw(found: dict[str, Any], folder: Path) -> None:
-    """Draw all figures into a folder."""
-    begin(folder)
-    times = tables.by_case(found)
-    for dtype, threads in tables.settings(found):
-        name = f"{dtype}-{threads}"
-        save(time(times, found["shapes"], dtype, threads), folder / f"cpu-time-{name}")
-        figure = bandwidth(found, dtype, threads)
-        if figure is not None:
-            save(figure, folder / f"cpu-bandwidth-{name}")
-    if found["memory"]:
-        save(memory(found["memory"]), folder / "cpu-memory")
-    save(error(found), folder / "cpu-error")
-
-
-def draw_modules(found: dict[str, Any], folder: Path) -> None:
-    """Draw the figures of the benchmark of torch's and polyce's modules."""
-    begin(folder)
-    times = tables.by_case(found)
-    for dtype, threads in tables.settings(found):
-        figure = time(times, found["shapes"], dtype, threads, MODULES, "torch")
-        save(figure, folder / f"torch-modules-time-{dtype}-{threads}")
-    if found["memory"]:
-        save(memory(found["memory"], MODULES), folder / "torch-modules-memory")
 
 
 def begin(folder: Path) -> None:
@@ -94,6 +57,13 @@ def save(figure: Any, path: Path) -> None:
 def plain(value: float, _: Any = None) -> str:
     """Write a tick of a logarithmic axis."""
     return f"{value:g}"
+
+
+def mark(axis: Any) -> None:
+    """Put ticks at round numbers of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def name_shapes(axis: Any, shapes: Iterable[str]) -> None:
@@ -154,9 +124,7 @@ def time(
                 )  # fmt: skip
         axis.axvline(1.0, color=colour_of_unit, linewidth=1)
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-        axis.xaxis.set_major_formatter(FuncFormatter(plain))
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        mark(axis.xaxis)
         axis.tick_params(axis="x", rotation=45)
         axis.set_title(f"{title}, {dtype}, {tables.count(threads)}")
         axis.set_xlabel(f"time / time of {unit} (left is faster)")
@@ -165,71 +133,14 @@ def time(
     return figure
 
 
-def bandwidth(found: dict[str, Any], dtype: str, threads: int) -> Any:
-    """Draw the bandwidth of each contender against the classes, under what memory gives."""
-    points: dict[tuple[str, str], list[tuple[int, float, str]]] = {}
-    for row in found["times"]:
-        dims = found["shapes"][row["shape"]]["dims"]
-        setting = (row["dtype"], row["threads"], row["huge_pages"])
-        if setting == (dtype, threads, False) and math.prod(dims) >= FEWEST:
-            point = (dims[1], row["gb_per_s"], row["shape"])
-            points.setdefault((row["what"], row["contender"]), []).append(point)
-    if not points:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
-    for axis, (what, title) in zip(axes, TITLES.items(), strict=True):
-        roof = highest(
-            [sorted(points[what, name]) for name in ROOFS[what] if (what, name) in points]
-        )
-        classes = [point[0] for point in roof]
-        rates = [point[1] for point in roof]
-        axis.plot(classes, rates, color="#444444", linestyle="--", marker="_", label=ROOF)
-        axis.fill_between(classes, rates, color="#eeeeee", zorder=0)
-        for name, (colour, marker) in STYLES.items():
-            line = sorted(points.get((what, name), []))
-            if line:
-                axis.plot(
-                    [point[0] for point in line], [point[1] for point in line], color=colour,
-                    marker=marker, label=name, linewidth=1, markersize=7,
-                )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(plain))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.set_xticks(
-            classes,
-            [f"{point[0]} ({point[2]})" for point in roof],
-            rotation=40,
-            ha="right",
-            fontsize=8,
-        )
-        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axis.set_xlabel("classes (of which logits)")
-        axis.set_title(f"{title}, {dtype}, {tables.count(threads)}")
-    axes[0].set_ylabel("GB/s of logits read and gradient written")
-    axes[0].tick_params(labelleft=True)
-    legend(figure, axes)
-    return figure
-
-
-def highest(lines: list[list[tuple[int, float, str]]]) -> list[tuple[int, float, str]]:
-    """Give the highest point of several lines at each place."""
-    return [max(points, key=lambda point: point[1]) for points in zip(*lines, strict=True)]
-
-
 def memory(rows: list[Row], styles: Styles = STYLES) -> Any:
     """Draw the growth of the process by contender, each case in a panel of its own."""
     names = [name for name in styles if any(row["contender"] == name for row in rows)]
     cases = list(dict.fromkeys((row["what"], row["shape"]) for row in rows))
-    figure, axes = plt.subplots(
-        1,
-        len(cases),
-        figsize=(10, 1.2 + 0.33 * len(names)),
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
+    figure, ((*axes,),) = plt.subplots(
+        1, len(cases), figsize=(10, 1.2 + 0.33 * len(names)), squeeze=False, sharex=True,
+        sharey=True, layout="constrained",
+    )  # fmt: skip
     for axis, (what, shape) in zip(axes, cases, strict=True):
         for row in rows:
             if (row["what"], row["shape"]) == (what, shape):
@@ -248,33 +159,4 @@ def memory(rows: list[Row], styles: Styles = STYLES) -> Any:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].margins(x=0.1)
-    return figure
-
-
-def error(found: dict[str, Any]) -> Any:
-    """Draw the largest error of a row's loss on each shape."""
-    shapes = list(found["shapes"])
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 1.2 + 0.5 * len(shapes)), sharey=True, layout="constrained"
-    )
-    titles = {"random": "random rows", "confident": "confident rows, loss about 0.0005"}
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for name, (colour, marker) in STYLES.items():
-            rows = [
-                row
-                for row in found["errors"]
-                if (row["rows"], row["contender"], row["dtype"]) == (kind, name, "float32")
-            ]
-            if rows:
-                values = [row["max_ulp"] for row in rows]
-                places = [shapes.index(row["shape"]) for row in rows]
-                axis.scatter(
-                    values, places, s=60, c=colour, marker=marker, label=name, zorder=3, alpha=0.9
-                )
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(FuncFormatter(plain))
-        axis.set_title(f"{title}, float32")
-        axis.set_xlabel("largest error of a row's loss, in units in the last place")
-    name_shapes(axes[0], shapes)
-    legend(figure, axes)
     return figure

@@ -1,8 +1,7 @@
-"""The shapes that the CPU benchmark measures, where each occurs, and the arrays it is run on."""
+"""The shapes that the CPU benchmarks measure, where each occurs, and the arrays they are run on."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +12,6 @@ class Shape(NamedTuple):
 
     dims: tuple[int, ...]
     source: str
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.dims[1]
 
 
 SHAPES = {
@@ -42,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def element_type(dtype: str) -> Any:
-    """Give NumPy's dtype of a name, bfloat16 among them."""
+    """Return NumPy's dtype of a name, bfloat16 among them."""
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -50,45 +44,20 @@ def element_type(dtype: str) -> Any:
     return np.dtype(dtype)
 
 
-def problem(dims: tuple[int, ...], dtype: str, confident: bool = False) -> Problem:
-    """Make normal logits, in little more memory than they take, and labels.
-
-    In confident rows the label is ahead of all other classes together by about 8.
-    """
-    rng = np.random.default_rng(0)
-    logits = np.empty(dims, element_type(dtype))
-    flat = logits.reshape(-1)
+def normal(
+    rng: np.random.Generator, dims: tuple[int, ...], dtype: str, scale: float = 1.0
+) -> np.ndarray:
+    """Make normal numbers, in little more memory than they take."""
+    array = np.empty(dims, element_type(dtype))
+    flat = array.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
         part = flat[start : start + _BLOCK]
-        part[:] = rng.standard_normal(part.size, dtype=np.float32)
-    labels = rng.integers(0, dims[1], (dims[0], *dims[2:]))
-    if confident:
-        ahead = np.full_like(labels[:, None], math.log(dims[1]) + 8.0, dtype=logits.dtype)
-        np.put_along_axis(logits, labels[:, None], ahead, axis=1)
-    return Problem(logits, labels)
+        part[:] = scale * rng.standard_normal(part.size, dtype=np.float32)
+    return array
 
 
-def exact_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Give the row losses in float64, from a formula that loses no digits to cancellation."""
-    losses = np.empty(labels.shape)
-    step = max(1, _BLOCK * len(logits) // logits.size)
-    for start in range(0, len(logits), step):
-        block = slice(start, start + step)
-        rest, picked = logits[block].astype(np.float64), labels[block, None]
-        label = np.take_along_axis(rest, picked, axis=1)
-        # The label's class stays out of the sum, so that a loss near 0 keeps its digits.
-        np.put_along_axis(rest, picked, -np.inf, axis=1)
-        top = rest.max(axis=1, keepdims=True)
-        total = np.exp(rest - top).sum(axis=1, keepdims=True)
-        behind = top - label
-        decay = np.exp(-np.abs(behind))
-        excess = np.where(behind > 0, (total - 1.0) + decay, total * decay)
-        losses[block] = (np.maximum(behind, 0.0) + np.log1p(excess))[:, 0]
-    return losses
-
-
-def ulps(got: np.ndarray, exact: np.ndarray, dtype: str) -> np.ndarray:
-    """Give errors in units in the last place of the exact values."""
-    digits = {"float32": 23, "bfloat16": 7}[dtype]
-    spacing = np.exp2(np.floor(np.log2(np.abs(exact))) - digits)
-    return np.abs(got.astype(np.float64) - exact) / spacing
+def problem(dims: tuple[int, ...], dtype: str = "float32") -> Problem:
+    """Make normal logits, and labels."""
+    rng = np.random.default_rng(0)
+    logits = normal(rng, dims, dtype)
+    return Problem(logits, rng.integers(0, dims[1], (dims[0], *dims[2:])))

@@ -2,54 +2,152 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.only("numpy")
-@pytest.mark.parametrize("question", ["small", "large", "memory"])
-def test_benchmark_runs(question: str) -> None:
-    run_tiny(question)
+def run(module: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    return subprocess.run(
+        command,
+        env=os.environ | env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
-@pytest.mark.only("dask")
-@pytest.mark.parametrize("question", ["dask-cluster", "dask-tasks"])
-def test_benchmark_of_dask_runs(question: str) -> None:
-    run_tiny(question)
-
-
-def run_tiny(question: str) -> None:
-    assert "loss" in run("reference.py", "--tiny", "--only", question)
-
-
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def printed(module: str, *arguments: str) -> str:
+    done = run(module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize("question", ["small", "large", "memory"])
+def test_benchmark_of_the_reference_runs(question: str) -> None:
+    assert "loss" in printed("cpu.reference", "--tiny", "--only", question)
+
+
+@pytest.mark.only("dask")
+@pytest.mark.parametrize("question", ["dask-cluster", "dask-tasks"])
+def test_benchmark_of_dask_runs(question: str) -> None:
+    assert "loss" in printed("cpu.reference", "--tiny", "--only", question)
+
+
+@pytest.mark.only("numpy")
 def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
-    results = str(tmp_path / "results.json")
-    run("cpu.py", "run", "--tiny", "--out", results)
-    assert "polyce NumPy" in run("cpu.py", "table", results)
+    assert "polyce NumPy" in run_and_print("cpu", tmp_path)
 
 
 @pytest.mark.only("torch")
 def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
-    results = str(tmp_path / "results.json")
-    run("torch_modules.py", "run", "--tiny", "--out", results)
-    assert "polyce in place" in run("torch_modules.py", "table", results)
+    assert "polyce in place" in run_and_print("torch", tmp_path)
 
 
 @pytest.mark.only("torch")
 def test_benchmark_of_linear_cross_entropy_runs(tmp_path: Path) -> None:
-    results = str(tmp_path / "results.json")
-    run("linear.py", "run", "--tiny", "--out", results)
-    assert "polyce numpy" in run("linear.py", "table", results)
+    assert "polyce numpy" in run_and_print("linear", tmp_path)
+
+
+def run_and_print(module: str, folder: Path) -> str:
+    results = str(folder / "results.json")
+    printed(module, "run", "--tiny", "--out", results)
+    return printed(module, "table", results)
+
+
+LIBRARIES = {"triton": "torch", "cupy-emulated": "cupy"}
+# What polyce and what always runs beside it is timed in.
+WHATS = {
+    "torch": {
+        "polyce": {"forward", "backward", "forward and backward"},
+        "polyce in place": {"in-place backward"},
+        "torch eager": {"forward", "backward", "forward and backward"},
+        "torch compiled": {"forward", "backward", "forward and backward"},
+    },
+    "cupy": {
+        "polyce": {"forward", "loss and gradient"},
+        "polyce in place": {"loss and gradient in place"},
+        "reference": {"forward", "loss and gradient"},
+    },
+}
+
+
+@pytest.mark.only(*LIBRARIES)
+def test_benchmark_on_a_gpu_is_rehearsed(backend_name: str, tmp_path: Path) -> None:
+    library, out = LIBRARIES[backend_name], tmp_path / "found.json"
+    shown = printed("gpu", "--rehearse", "--library", library, "--sweep", "--out", str(out))
+    assert "nothing is wrong" in shown
+    found: dict[str, Any] = json.loads(out.read_text())
+    sweep = ["sweep"] if library == "torch" else []
+    assert list(found["parts"]) == ["times", "first calls", *sweep]
+
+    header = found["header"]
+    assert header["rehearsal"]
+    assert {"date", "versions", "commit", "copy", "took_s"} < header.keys()
+    for fact in ("device", "clocks and power", "clocks and power afterwards"):
+        assert header[fact].keys() == {"not here"}
+
+    times = [row for row in found["parts"]["times"] if row["check"] == "times"]
+    timed: dict[str, set[str]] = {}
+    for row in times:
+        timed.setdefault(row["contender"], set()).add(row["what"])
+    assert timed == WHATS[library]
+    keys = {"median_s", "p10_s", "p90_s", "moved_bytes", "gb_per_s", "of_copy", "launches"}
+    assert all(keys | {"extra_bytes"} < row.keys() for row in times)
+    hosts = [row for row in found["parts"]["times"] if row["check"] == "host"]
+    assert {row["contender"] for row in hosts if "median_s" in row} == {
+        name for name in WHATS[library] if "in place" not in name
+    }
+    assert len([row for row in found["parts"]["first calls"] if "second forward_s" in row]) == 2
+    if sweep:
+        assert any(row["best"] for row in found["parts"]["sweep"] if "best" in row)
+    assert "nothing is wrong" in printed("gpu", "--table", str(out))
+
+
+SPOILT = """
+import runpy, sys, polyce
+loss = polyce.cross_entropy
+polyce.cross_entropy = lambda *operands, **options: loss(*operands, **options) * 1.02
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+@pytest.mark.only("cupy-emulated")
+def test_a_wrong_loss_fails_the_benchmark_on_a_gpu() -> None:
+    command = [sys.executable, "-c", SPOILT, "--rehearse", "--library", "cupy"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "polyce gives the loss" in done.stdout.partition("Wrong")[2]
+
+
+@pytest.mark.only(*LIBRARIES)
+def test_a_gpu_that_is_missing_ends_the_benchmark(backend_name: str) -> None:
+    library = LIBRARIES[backend_name]
+    if library == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a device")
+        done = run("gpu", TRITON_INTERPRET="1")
+        assert done.returncode == 1
+        assert "TRITON_INTERPRET=1 runs kernels on a CPU" in done.stderr
+    paths = os.pathsep.join(sys.path)
+    done = run("gpu", "--library", library, TRITON_INTERPRET="0", PYTHONPATH=paths)
+    assert done.returncode == 1
+    assert "device; --rehearse does without a device" in done.stderr
+
+
+@pytest.mark.only("cupy-dispatch")
+def test_benchmark_of_the_host_s_part_on_cupy_runs() -> None:
+    assert "with gradient" in printed("gpu.cupy_host", "--calls", "3")

@@ -70,11 +70,12 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out, wrap=elsewhere))
 
 
-@pytest.mark.only("triton")
+@pytest.mark.only("triton", "torch-cuda")
 @pytest.mark.parametrize("group", GROUPS)
-def test_grid_on_triton(backend: Backend, group: str) -> None:
+def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and for long rows seconds.
-    leave_out = None if FULL else few(group, backend.floats, largest=10_000)
+    everything = FULL or backend_name == "torch-cuda"
+    leave_out = None if everything else few(group, backend.floats, largest=10_000)
     print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
 
 

@@ -36,7 +36,7 @@ print(json.dumps(peak() - before))
 """
 NUMPY = {"prepare": "whole = x, t; x, t = x[:32].copy(), t[:32]", "whole": "whole"}
 TORCH = {
-    "prepare": "import torch; whole = torch.from_numpy(x), torch.from_numpy(t); "
+    "prepare": "import torch, polyce.torch; whole = torch.from_numpy(x), torch.from_numpy(t); "
     "x, t = whole[0][:32].clone(), whole[1][:32]",
     "whole": "whole[0].requires_grad_(GRAD), whole[1]",
 }
@@ -67,8 +67,13 @@ def test_nothing_of_the_logits_size_but_the_gradient(
 
 
 @pytest.mark.only("torch")
-def test_backward_makes_the_gradient_alone() -> None:
-    call = (
-        "polyce.cross_entropy(x, t).backward() if x.requires_grad else polyce.cross_entropy(x, t)"
-    )
-    assert growth(call, "torch", grad=True) < LOGITS + 2 * MEBIBYTE
+@pytest.mark.parametrize(("options", "arrays"), [("", 1), (", inplace_backward=True", 0)])
+@pytest.mark.parametrize("function", ["cross_entropy", "CrossEntropyLoss"])
+def test_backward_makes_the_gradient_alone(function: str, options: str, arrays: int) -> None:
+    loss = f"polyce.torch.cross_entropy(x, t{options})"
+    if function == "CrossEntropyLoss":
+        loss = f"polyce.torch.CrossEntropyLoss({options.removeprefix(', ')})(x, t)"
+    call = f"{loss}.backward() if x.requires_grad else polyce.cross_entropy(x, t)"
+    grown = growth(call, "torch", grad=True)
+    assert (arrays - 0.1) * LOGITS < grown + 4 * MEBIBYTE
+    assert grown < arrays * LOGITS + 2 * MEBIBYTE

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -120,21 +118,6 @@ def test_half_gradient_is_rounded_once(torch: Any) -> None:
     torch.testing.assert_close(logits.grad, exact.grad.half(), rtol=2**-10, atol=0)
 
 
-def test_saves_logits_and_rows_only(torch: Any) -> None:
-    logits = torch.randn((64, 1000), requires_grad=True)
-    sizes: list[int] = []
-
-    def pack(tensor: Any) -> Any:
-        if tensor.data_ptr() != logits.data_ptr():
-            sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = polyce.cross_entropy(logits, torch.zeros(64, dtype=torch.int64))
-    loss.backward()
-    assert max(sizes) == 4 * 64
-
-
 def test_with_grad_carries_no_graph(torch: Any) -> None:
     logits = torch.zeros((2, 3), requires_grad=True)
     loss, grad = polyce.cross_entropy_with_grad(logits, torch.tensor([0, 1]))
@@ -142,62 +125,8 @@ def test_with_grad_carries_no_graph(torch: Any) -> None:
     assert not grad.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["sparse", "nested", "quantized"])
-def test_tensors_that_are_not_dense_are_refused(torch: Any, kind: str) -> None:
-    dense = torch.zeros((2, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls two of these prototypes
-        if kind == "sparse":
-            odd = dense.to_sparse()
-        elif kind == "nested":
-            odd = torch.nested.nested_tensor([dense[0], dense[1]])
-        else:
-            odd = torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match=r"input must be (a dense tensor|real floating point)"):
-        polyce.cross_entropy(odd, torch.tensor([0, 1]))
-
-
-def test_threads_may_share_the_loss(torch: Any) -> None:
-    # As DataParallel does: one module, a thread for each replica, one backward through all.
-    loss = polyce.CrossEntropyLoss(label_smoothing=0.1)
-    shards = [problem(torch, (64, 5), "index", torch.float64) for _ in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        losses = list(pool.map(lambda shard: loss(*shard), shards))
-        torch.stack(losses).sum().backward()
-        gradients = list(pool.map(lambda shard: gradient_of(torch, loss, *shard), shards))
-    for (logits, _), gradient in zip(shards, gradients, strict=True):
-        torch.testing.assert_close(logits.grad, gradient, rtol=0.0, atol=0.0)
-
-
 def gradient_of(torch: Any, loss: Any, logits: Any, target: Any) -> Any:
     return torch.autograd.grad(loss(logits, target), logits)[0]
-
-
-@pytest.mark.parametrize("kind", ["index", "probability"])
-def test_modes_without_a_gradient(torch: Any, kind: str) -> None:
-    logits, target = problem(torch, (4, 5), kind, torch.float64)
-    expected = polyce.cross_entropy(logits, target).detach()
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            loss = polyce.cross_entropy(logits, target)
-            log_probabilities = polyce.log_softmax(logits)
-        assert not loss.requires_grad
-        assert not log_probabilities.requires_grad
-        assert loss == expected
-    with torch.inference_mode():
-        made = logits.clone()
-    assert polyce.cross_entropy(made, target) == expected
-
-
-def test_backward_twice_needs_retain_graph(torch: Any) -> None:
-    logits, target = problem(torch, (4, 5), "index", torch.float64)
-    loss = polyce.cross_entropy(logits, target)
-    loss.backward(retain_graph=True)
-    once = logits.grad.clone()
-    loss.backward()
-    torch.testing.assert_close(logits.grad, 2 * once, rtol=0.0, atol=0.0)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
 
 
 def test_logits_that_are_no_leaf_and_hooks(torch: Any) -> None:

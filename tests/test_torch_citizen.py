@@ -1,15 +1,9 @@
-"""A loss among torch's own: graphs, hooks, modes, layouts, processes and memory."""
+"""A loss among torch's own: graphs, hooks, modes, layouts, and the programs around it."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,27 +177,23 @@ def saved_by(torch: Any, call: Callable[[], Any]) -> list[tuple[int, ...]]:
     return sizes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("classes", [10, 300])
-def test_nothing_of_the_logits_size_is_saved_but_the_logits(
-    torch: Any, loss: Loss, classes: int
-) -> None:
+def test_what_is_saved(torch: Any, loss: Loss, classes: int, dtype: str) -> None:
     x, target = data(torch, shape=(6, classes))
+    x = x.detach().to(getattr(torch, dtype)).requires_grad_()
     weight, large = torch.rand(classes), (6, classes)
+    if loss is not WAYS["reference"]:
+        # Where a row is long, four numbers of it.
+        want = [large, (6,), *([(6, 4)] if classes > 64 else [])]
+        assert saved_by(torch, lambda: loss(x, target)) == want
+        assert saved_by(torch, lambda: by_module(x, target, inplace_backward=True)) == want
     for options in ({}, {"weight": weight}, {"label_smoothing": 0.1, "reduction": "none"}):
         sizes = saved_by(torch, lambda o=options: loss(x, target, **o))
         assert sizes.count(large) == 1
         assert all(math.prod(size) <= max(24, classes) for size in sizes if size != large)
     target = torch.softmax(torch.randn(large), 1)
     assert saved_by(torch, lambda: loss(x, target)).count(large) == 2
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_a_module_saves_the_logits_and_a_few_numbers(torch: Any, inplace: bool) -> None:
-    import polyce.torch
-
-    x, target = data(torch, shape=(6, 300))
-    module = polyce.torch.CrossEntropyLoss(inplace_backward=inplace)
-    assert saved_by(torch, lambda: module(x, target)) == [(6, 300), (6,), (6, 4)]
 
 
 @KINDS
@@ -215,7 +205,9 @@ def test_modes_without_a_gradient(torch: Any, loss: Loss, kind: str) -> None:
             value = loss(x, target)
             made = x * 1
             assert loss(made, target) == want
+            log_probabilities = polyce.log_softmax(x)
         assert not value.requires_grad
+        assert not log_probabilities.requires_grad
         assert value == want
         assert value.is_inference() == (mode is torch.inference_mode)
     assert loss(made, target) == want
@@ -250,116 +242,108 @@ def test_layouts_of_the_logits(torch: Any, loss: Loss, kind: str) -> None:
             torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_data_parallel_without_devices(torch: Any, loss: Loss) -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(4, 5)
-
-        def forward(self, features: Any, target: Any) -> Any:
-            return loss(self.linear(features), target)
-
-    model = Model()
-    features, target = torch.randn(6, 4), torch.randint(5, (6,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls it superseded
-        value = torch.nn.DataParallel(model)(features, target)
-    value.backward()
-    want = torch.nn.functional.cross_entropy(model.linear(features), target)
-    torch.testing.assert_close(value, want)
-    torch.testing.assert_close(
-        model.linear.weight.grad, torch.autograd.grad(want, model.linear.weight)[0]
-    )
+# The programs that people write around torch's loss, with polyce in its place.
+ANYWHERE = pytest.mark.only("torch", "torch-cuda")
 
 
-WORKER = """
-import datetime, json, os, sys, torch, torch.distributed as dist, polyce.torch
-rank, path, inplace = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
-torch.manual_seed(0)
-features, target = torch.randn(8, 4, dtype=torch.float64), torch.randint(70, (8,))
-model = torch.nn.Linear(4, 70).double()
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-criterion = polyce.torch.CrossEntropyLoss(inplace_backward=inplace)
-optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
-own = slice(4 * rank, 4 * rank + 4)
-for _ in range(2):
-    optimiser.zero_grad()
-    criterion(parallel(features[own]), target[own]).backward()
-    optimiser.step()
-if rank == 0:
-    print(json.dumps([parameter.tolist() for parameter in model.parameters()]), flush=True)
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # torch's threads abort one interpreter in ten that ends by itself, whatever the loss
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the name of the loopback differs elsewhere")
-@pytest.mark.parametrize("inplace", [False, True])
-def test_two_processes_step_as_one(torch: Any, tmp_path: Path, inplace: bool) -> None:
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), str(inplace)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        found = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], found
-    torch.manual_seed(0)
-    features, target = torch.randn(8, 4, dtype=torch.float64), torch.randint(70, (8,))
-    model = torch.nn.Linear(4, 70).double()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
-    for _ in range(2):
+def train(torch: Any, cross_entropy: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Fit a linear classifier to three clouds; return the losses and the parameters."""
+    torch.manual_seed(1)
+    labels = torch.arange(90) % 3
+    features = torch.randn((90, 4)) + 2 * torch.eye(3, 4)[labels]
+    labels[::10] = -100
+    model = torch.nn.Linear(4, 3)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)  # the first gradient is that of a tie
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    losses = []
+    for _ in range(30):
         optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(features), target).backward()
+        loss = cross_entropy(model(features), labels, **options)
+        loss.backward()
         optimiser.step()
-    got = [torch.tensor(values, dtype=torch.float64) for values in json.loads(found[0][0])]
-    want = [parameter.detach() for parameter in model.parameters()]
-    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+        losses.append(loss.detach())
+    return torch.stack(losses), [parameter.detach() for parameter in model.parameters()]
 
 
-MEBIBYTE = 2**20
-LOGITS = 32 * MEBIBYTE
-PEAK = """
-import json, sys, torch, polyce.torch
+@ANYWHERE
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_classifier_trains_to_the_same_parameters(
+    torch: Any, weighted: bool, smoothing: float
+) -> None:
+    from torch.nn.functional import cross_entropy
 
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    options = {"label_smoothing": smoothing}
+    if weighted:
+        options["weight"] = torch.tensor([1.0, 2.0, 0.5])
+    theirs, their_parameters = train(torch, cross_entropy, options)
 
-def step(x, t):
-    criterion(x, t).backward()
+    from polyce import cross_entropy
 
-criterion = polyce.torch.CrossEntropyLoss(inplace_backward=sys.argv[1] == "True")
-x, t = torch.ones(1024, 8192), torch.zeros(1024, dtype=torch.int64)
-step(x[:64].clone().requires_grad_(), t[:64])  # what is loaded or started once is there now
-x.requires_grad_()
-before = peak()
-step(x, t)
-print(json.dumps(peak() - before))
-"""
+    ours, our_parameters = train(torch, cross_entropy, options)
+    assert ours[-1] < 0.7 * ours[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(our_parameters, their_parameters, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.same_everywhere
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="this system does not tell of peak memory"
-)
-@pytest.mark.parametrize(("inplace", "arrays"), [(False, 1), (True, 0)])
-def test_peak_memory_of_a_step(inplace: bool, arrays: int) -> None:
-    command = [sys.executable, "-c", PEAK, str(inplace)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    growth = float(json.loads(done.stdout))
-    assert (arrays - 0.1) * LOGITS < growth + 4 * MEBIBYTE
-    assert growth < arrays * LOGITS + 4 * MEBIBYTE
+@ANYWHERE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_next_tokens_with_padding(torch: Any, dtype: str) -> None:
+    batch, length, vocabulary, padding = 3, 7, 11, 0
+    tokens = torch.randint(1, vocabulary, (batch, length))
+    tokens[0, 4:] = tokens[1, 6:] = padding
+    logits = torch.randn((batch, length, vocabulary)).to(getattr(torch, dtype)).requires_grad_()
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def gradient(loss: Any) -> Any:
+        return loss.float(), *torch.autograd.grad(loss, logits)
+
+    ours = gradient(
+        polyce.cross_entropy(logits[:, :-1], tokens[:, 1:], axis=-1, ignore_index=padding)
+    )
+    flat = gradient(
+        cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=padding
+        )
+    )
+    transposed = gradient(
+        cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], ignore_index=padding)
+    )
+    rounding = {"rtol": 1e-6, "atol": 1e-7} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-7}
+    torch.testing.assert_close(ours, flat, **rounding)
+    torch.testing.assert_close(ours, transposed, **rounding)
+    assert ours[1][:, -1].count_nonzero() == 0
+    assert ours[1][0, 3:].count_nonzero() == 0
+
+
+@ANYWHERE
+@pytest.mark.parametrize("weighted", [False, True])
+def test_micro_batches_add_up_to_the_batch(torch: Any, weighted: bool) -> None:
+    features, labels = torch.randn((12, 4)).double(), torch.randint(0, 3, (12,))
+    labels[:5] = -100  # so that the parts count differently
+    weight = torch.rand(3, dtype=torch.float64) if weighted else None
+    model = torch.nn.Linear(4, 3).double()
+    whole = torch.nn.functional.cross_entropy(model(features), labels, weight)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+
+    counted = labels[labels != -100]
+    total = counted.numel() if weight is None else weight[counted].sum()
+    losses = []
+    for part in (slice(0, 4), slice(4, 5), slice(5, 12)):
+        loss = polyce.cross_entropy(model(features[part]), labels[part], weight, normalizer=total)
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(sum(losses), whole.detach(), rtol=1e-13, atol=0.0)
+    got = [parameter.grad for parameter in model.parameters()]
+    torch.testing.assert_close(got, list(expected), rtol=1e-12, atol=1e-15)
+
+
+@ANYWHERE
+def test_distillation_trains_the_teacher_too(torch: Any) -> None:
+    student, teacher = torch.randn((2, 5, 6), dtype=torch.float64).requires_grad_()
+    answers = []
+    for cross_entropy in (torch.nn.functional.cross_entropy, polyce.cross_entropy):
+        loss = cross_entropy(student, torch.softmax(teacher, 1))
+        answers.append(torch.autograd.grad(loss, (student, teacher)))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-12, atol=1e-15)

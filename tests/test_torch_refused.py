@@ -26,6 +26,7 @@ def test_tensors_that_are_not_dense_are_refused_wherever_they_are(
         "normalizer": torch.tensor(2.0),
     }
     dense = given[name]
+    rule = "must be real" if odd == "quantised" else "must be a dense tensor"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls two of these prototypes
         given[name] = {
@@ -34,7 +35,9 @@ def test_tensors_that_are_not_dense_are_refused_wherever_they_are(
             "quantised": lambda: torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
         }[odd]()
         for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.explain):
-            with pytest.raises(TypeError, match=f"^({name}|a target of the logits' shape)"):
+            with pytest.raises(
+                TypeError, match=f"^(a target of the logits' shape|{name}).* {rule}"
+            ):
                 function(**given)
 
 
@@ -95,13 +98,6 @@ def test_sharded_heads_are_refused(torch: Any, one_process: Any) -> None:
     for function in (polyce.linear_cross_entropy, polyce.linear_cross_entropy_with_grad):
         with pytest.raises(TypeError, match=r"^linear_weight must .*linear_weight.full_tensor..$"):
             function(hidden, head, target)
-
-
-def test_the_losses_of_parts_of_the_rows_add_up_with_one_normalizer(torch: Any) -> None:
-    """What the error of a sharded tensor says."""
-    x, target = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, -100, 2, 2, 1, 0])
-    parts = [polyce.cross_entropy(x[i], target[i], normalizer=6) for i in (slice(2), slice(2, 7))]
-    torch.testing.assert_close(sum(parts), torch.nn.functional.cross_entropy(x, target))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")

@@ -1,0 +1,228 @@
+"""The contenders on a GPU: polyce and what one would call in its place, with torch or CuPy.
+
+Each computes the mean loss of logits and labels, and is timed in one or several ways.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import polyce
+from gpu.device import Device, NotHereError, Timed
+
+from ..measure import installed
+
+# Logits and labels to the loss, or to a tuple that begins with it.
+Loss = Callable[[Any, Any], Any]
+# Logits and labels to a call to time.
+Way = Callable[[Any, Any], Timed]
+
+
+class Made(NamedTuple):
+    """A contender that is there."""
+
+    loss: Loss
+    ways: dict[str, Way]
+
+
+class Contender(NamedTuple):
+    """A way to compute the loss."""
+
+    make: Callable[[], Made]
+    images: bool = True
+    """Whether it takes more than two dimensions."""
+    spoils: bool = False
+    """Whether a call writes over its logits, which are brought back before the next one."""
+
+
+def contenders(device: Device) -> dict[str, Contender]:
+    """Return polyce's and its peers, for the arrays of a device."""
+    return for_cupy() if device.library == "cupy" else for_torch(device)
+
+
+def for_torch(device: Device) -> dict[str, Contender]:
+    """Return those for torch tensors."""
+    import torch
+
+    import polyce.torch
+
+    ours = functools.partial(polyce.cross_entropy, implementation=device.path)
+    in_place = functools.partial(
+        polyce.torch.cross_entropy, implementation=device.path, inplace_backward=True
+    )
+    whole = ("forward", "backward", "forward and backward")
+    written = ("in-place backward",)
+    liger = functools.partial(found, "liger_kernel.transformers", "liger-kernel")
+    quack = functools.partial(found, "quack.cross_entropy", "quack-kernels")
+    return {
+        "polyce": Contender(lambda: through_autograd(ours, whole)),
+        "polyce in place": Contender(lambda: through_autograd(in_place, written), spoils=True),
+        "torch eager": Contender(
+            lambda: through_autograd(torch.nn.functional.cross_entropy, whole)
+        ),
+        "torch compiled": Contender(lambda: through_autograd(compiled(device), whole)),
+        # It computes the gradient in its forward pass, where the logits were.
+        "liger": Contender(
+            lambda: through_autograd(liger().LigerCrossEntropyLoss(), whole[-1:], True),
+            images=False,
+            spoils=True,
+        ),
+        "quack": Contender(lambda: through_autograd(quack().cross_entropy, whole), images=False),
+        "quack in place": Contender(
+            lambda: through_autograd(
+                functools.partial(quack().cross_entropy, inplace_backward=True), written
+            ),
+            images=False,
+            spoils=True,
+        ),
+    }
+
+
+def compiled(device: Device) -> Loss:
+    """Compile torch's own loss, for one shape alone."""
+    import torch
+
+    # What was compiled for other shapes would count towards torch's limit of recompilations.
+    torch.compiler.reset()
+    backend = "aot_eager" if device.rehearses else "inductor"
+    function: Loss = torch.compile(
+        torch.nn.functional.cross_entropy, dynamic=False, backend=backend
+    )
+    return function
+
+
+def found(name: str, package: str) -> Any:
+    """Import a module of a package that may not be installed."""
+    if not installed(name.partition(".")[0]):
+        raise NotHereError(f"not installed (pip install {package})")
+    return importlib.import_module(name)
+
+
+def through_autograd(loss: Loss, whats: tuple[str, ...], writes: bool = False) -> Made:
+    """Return the ways of a loss on torch's graph; `writes` says that its forward pass does so."""
+    return Made(loss, {what: graph_way(loss, what, writes) for what in whats})
+
+
+def graph_way(loss: Loss, what: str, writes: bool) -> Way:
+    """Return one of them; what writes over its logits has some of its own."""
+    import torch
+
+    spoils = writes or what == "in-place backward"
+
+    def way(logits: Any, labels: Any) -> Timed:
+        leaf = logits.detach().clone() if spoils else logits.detach()
+        leaf.requires_grad_(what != "forward")
+
+        def bring_back() -> Any:
+            if spoils:
+                with torch.no_grad():
+                    leaf.copy_(logits)
+            return leaf
+
+        def gradient(value: Any) -> Any:
+            return torch.autograd.grad(value, leaf)
+
+        if what == "forward":
+            return Timed(bring_back, lambda leaf: loss(leaf, labels))
+        if what == "forward and backward":
+            return Timed(bring_back, lambda leaf: gradient(loss(leaf, labels)))
+        return Timed(lambda: loss(bring_back(), labels), gradient)
+
+    return way
+
+
+def for_cupy() -> dict[str, Contender]:
+    """Return those for CuPy arrays."""
+    ours, reference = (
+        [
+            functools.partial(function, implementation=name)
+            for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad)
+        ]
+        for name in ("cupy", "reference")
+    )
+    return {
+        "polyce": Contender(lambda: of_two(*ours)),
+        "polyce in place": Contender(
+            lambda: Made(ours[1], {"loss and gradient in place": written_way(ours[1])}),
+            spoils=True,
+        ),
+        "reference": Contender(lambda: of_two(*reference)),
+        "cupyx log_softmax": Contender(cupyx_log_softmax),
+        "torch eager": Contender(torch_eager),
+    }
+
+
+def of_two(loss: Loss, both: Loss) -> Made:
+    """Return the ways of a function for the loss and one for loss and gradient."""
+    return Made(loss, {"forward": plain_way(loss), "loss and gradient": plain_way(both)})
+
+
+def plain_way(function: Loss) -> Way:
+    """Return the way that calls a function on logits that stay."""
+    return lambda logits, labels: Timed(lambda: logits, lambda x: function(x, labels))
+
+
+def written_way(function: Callable[..., Any]) -> Way:
+    """Return the way that calls a function on logits that its gradient is written over."""
+
+    def way(logits: Any, labels: Any) -> Timed:
+        place = logits.copy()
+
+        def bring_back() -> Any:
+            place[...] = logits
+            return place
+
+        return Timed(bring_back, lambda x: function(x, labels, out=x))
+
+    return way
+
+
+def cupyx_log_softmax() -> Made:
+    """Return what a user of CuPy writes by hand."""
+    if not installed("cupyx"):
+        raise NotHereError("cupyx is not installed")
+    import cupy
+    from cupyx.scipy.special import log_softmax
+
+    def picked(logits: Any, labels: Any) -> tuple[Any, Any, Any]:
+        logs = log_softmax(logits, axis=1)
+        where = cupy.expand_dims(labels, 1)
+        return -cupy.take_along_axis(logs, where, axis=1).mean(), logs, where
+
+    def both(logits: Any, labels: Any) -> tuple[Any, Any]:
+        loss, logs, where = picked(logits, labels)
+        grad = cupy.exp(logs)
+        classes = cupy.arange(logits.shape[1]).reshape(1, -1, *(1,) * (logits.ndim - 2))
+        grad -= classes == where
+        grad /= labels.size
+        return loss, grad
+
+    return of_two(lambda x, t: picked(x, t)[0], both)
+
+
+def torch_eager() -> Made:
+    """Return torch's own loss, its tensors over CuPy's memory."""
+    if not installed("torch"):
+        raise NotHereError("torch is not installed")
+    import cupy
+    import torch
+
+    if not torch.cuda.is_available():
+        raise NotHereError(f"torch {torch.__version__} finds no device")
+    loss_of = torch.nn.functional.cross_entropy
+
+    def forward(logits: Any, labels: Any) -> Any:
+        with torch.no_grad():
+            loss = loss_of(torch.from_dlpack(logits), torch.from_dlpack(labels))
+        return cupy.from_dlpack(loss)
+
+    def both(logits: Any, labels: Any) -> tuple[Any, Any]:
+        leaf = torch.from_dlpack(logits).requires_grad_()
+        loss = loss_of(leaf, torch.from_dlpack(labels))
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return cupy.from_dlpack(loss.detach()), cupy.from_dlpack(grad)
+
+    return of_two(forward, both)

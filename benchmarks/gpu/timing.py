@@ -1,0 +1,147 @@
+"""How calls are timed on a device: sizes, calls in turn, and a row for what came of each.
+
+No time is ever wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from gpu.cases import FULL as COMPARED
+from gpu.device import Device, NotHereError, Timed
+
+from ..measure import Row, take_turns
+
+RIGHT, WRONG, NOT_HERE = "right", "wrong", "not here"
+# What is timed: how often it reads and writes the logits' size at least.
+PASSES = {
+    "forward": 1,
+    "backward": 2,
+    "forward and backward": 3,
+    "in-place backward": 2,
+    "loss and gradient": 2,
+    "loss and gradient in place": 2,
+}
+# What the host takes is timed of these.
+WHOLE = ("forward", "forward and backward", "loss and gradient")
+# What a kernel that waits for nothing but memory should reach, where rows are long enough.
+TARGET, TARGET_CLASSES = 0.85, 4096
+
+
+class Size(NamedTuple):
+    """How much is timed."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    rounds: int
+    seconds: float
+    copies: int
+    """How often the copy is timed that all else is compared with."""
+    calls: int
+    """Calls in a row for the host's share."""
+    sweep_logits: int
+    sweep_classes: tuple[int, ...]
+    sweep_tiles: tuple[int, ...]
+    sweep_warps: tuple[int, ...]
+
+
+FULL = Size(
+    shapes=COMPARED.large,
+    dtypes=("bfloat16", "float32"),
+    rounds=20,
+    seconds=0.3,
+    copies=50,
+    calls=100,
+    # Enough to keep every multiprocessor busy for long.
+    sweep_logits=2**28,
+    sweep_classes=(1000, 4096, 32000, 50257, 128256, 262144),
+    sweep_tiles=(1024, 2048, 4096, 8192, 16384, 32768),
+    sweep_warps=(4, 8, 16, 32),
+)
+QUICK = FULL._replace(shapes=((4096, 1000), (4096, 32000)), rounds=10, seconds=0.0)
+REHEARSAL = Size(
+    shapes=((4, 100), (1, 3, 2, 5)),
+    dtypes=("bfloat16",),
+    rounds=2,
+    seconds=0.0,
+    copies=5,
+    calls=2,
+    sweep_logits=400,
+    sweep_classes=(100,),
+    sweep_tiles=(64, 128),
+    sweep_warps=(4, 8),
+)
+
+
+def attempt(name: str, run: Callable[[], Row], **facts: object) -> Row:
+    """Run something, and return its facts with how it went and how long it took."""
+    row: Row = {"check": name, "status": RIGHT} | facts
+    start = time.perf_counter()
+    try:
+        row |= run()
+    except NotHereError as reason:
+        row |= {"status": NOT_HERE, "reason": str(reason)}
+    except Exception as error:  # noqa: BLE001  (one contender's failure, not the run's)
+        # torch and CuPy have an exception of this name each.
+        if type(error).__name__ == "OutOfMemoryError":
+            row |= {"status": NOT_HERE, "reason": f"out of memory: {str(error).splitlines()[0]}"}
+        else:
+            row |= {"status": WRONG, "wrong": f"{type(error).__name__}: {error}"}
+            row["traceback"] = traceback.format_exc()
+    return row | {"took_s": time.perf_counter() - start}
+
+
+def at_most_a_note(name: str, row: Row) -> Row:
+    """Keep a peer's failure from being polyce's."""
+    if row["status"] == WRONG and not name.startswith("polyce"):
+        return row | {"status": NOT_HERE, "reason": f"it failed: {row.pop('wrong')}"}
+    return row
+
+
+def in_turn(device: Device, calls: Mapping[str, Timed], size: Size) -> dict[str, dict[str, float]]:
+    """Time calls in turn, so that a clock that changes does so for all of them alike."""
+    for timed in calls.values():
+        device.seconds(timed)
+    taken = take_turns(
+        list(calls), lambda name: device.seconds(calls[name]), size.seconds, size.rounds
+    )
+    return {name: summary(samples) for name, samples in taken.items()}
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Return the median, and where the middle four fifths of the samples end."""
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return {"median_s": statistics.median(samples), "p10_s": tenths[0], "p90_s": tenths[-1]}
+
+
+def time_what(
+    device: Device, size: Size, what: str, calls: Mapping[str, Timed], nbytes: int, copy: float
+) -> list[Row]:
+    """Time one thing of all contenders in turn, after what takes no clock."""
+    rows: dict[str, Row] = {}
+    for name, timed in calls.items():
+        row = attempt("times", functools.partial(once, device, timed, nbytes))
+        rows[name] = at_most_a_note(name, row) | {"what": what, "contender": name}
+    alive = {name: timed for name, timed in calls.items() if rows[name]["status"] == RIGHT}
+    moved = nbytes * PASSES[what]
+    for name, times in in_turn(device, alive, size).items():
+        speed = moved / times["median_s"] / 1e9
+        rows[name] |= times | {"moved_bytes": moved, "gb_per_s": speed, "of_copy": speed / copy}
+    return list(rows.values())
+
+
+def once(device: Device, timed: Timed, nbytes: int) -> Row:
+    """Call once, and tell the memory that it takes and the kernels that it launches."""
+    device.seconds(timed)
+    kernels = device.launches(timed)
+    return {
+        "extra_bytes": device.extra_bytes(timed),
+        "logits_bytes": nbytes,
+        "launches": None if kernels is None else len(kernels),
+        "kernels": kernels,
+    }

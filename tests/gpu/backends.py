@@ -1,0 +1,18 @@
+"""Which runs of the tests take the tests of this folder, and through which array library."""
+
+from __future__ import annotations
+
+import pytest
+
+# --backend: the library, and whether a CPU stands in for a device.
+BACKENDS = {
+    "torch-cuda": ("torch", False),
+    "cupy": ("cupy", False),
+    "triton": ("torch", True),
+    "cupy-emulated": ("cupy", True),
+}
+EVERY = pytest.mark.only(*BACKENDS)
+ON_TORCH = pytest.mark.only(
+    *(name for name, (library, _) in BACKENDS.items() if library == "torch")
+)
+REHEARSED = pytest.mark.only(*(name for name, (_, rehearses) in BACKENDS.items() if rehearses))

@@ -1,0 +1,74 @@
+"""The device under test; what a machine lacks is skipped, with the reason.
+
+Without a GPU the same tests run on a stand-in, on tiny arrays: `--backend=triton` in Triton's
+interpreter, `--backend=cupy-emulated` in the CuPy of tests/emulation. Runs of other backends leave
+them out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .backends import BACKENDS
+from .cases import FULL, REHEARSAL, Size
+from .device import Device, NotHereError, find
+
+MEASURED = ("loss_ulp", "label_ulp", "entry_ulp", "loss_of_allowed", "grad_of_allowed")
+
+
+@pytest.fixture(scope="session")
+def device(backend_name: str) -> Device:
+    """The device as the library under test shows it; a missing one is a failure, not a skip."""
+    try:
+        return find(*BACKENDS[backend_name])
+    except NotHereError as reason:
+        missing = str(reason)
+    pytest.fail(f"{missing}; --backend=triton and --backend=cupy-emulated do without", False)
+
+
+@pytest.fixture(scope="session")
+def size(device: Device) -> Size:
+    """How much is compared."""
+    return REHEARSAL if device.rehearses else FULL
+
+
+def planned(config: pytest.Config) -> Size:
+    """Return how much will be compared, before there is a device."""
+    _, rehearses = BACKENDS.get(config.getoption("--backend"), ("", True))
+    return REHEARSAL if rehearses else FULL
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    try:
+        return (yield)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
+    except Exception as error:
+        # torch and CuPy have an exception of this name each.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the largest errors that a device made, by dtype."""
+    if BACKENDS.get(config.getoption("--backend"), ("", True))[1]:
+        return
+    largest: dict[str, dict[str, float]] = {}
+    for report in terminalreporter.getreports("passed"):
+        facts = dict(report.user_properties)
+        if MEASURED[0] in facts:
+            row = largest.setdefault(facts["dtype"], {})
+            # Where parts of a gradient cancel, it has no errors in units.
+            row |= {name: max(row.get(name, 0.0), facts.get(name, 0.0)) for name in MEASURED}
+    if largest:
+        terminalreporter.section(
+            "largest errors, in units in the last place and of what is allowed"
+        )
+        for name, row in largest.items():
+            terminalreporter.line(
+                f"{name}: {', '.join(f'{what} {value:.2g}' for what, value in row.items())}"
+            )

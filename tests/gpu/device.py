@@ -1,0 +1,164 @@
+"""A GPU as one array library shows it: all that the tests here, and the benchmarks, ask of it.
+
+Each library has a file that fills in the record: `on_torch.py` and `on_cupy.py`. Without a GPU the
+same record is that of a stand-in, on tiny arrays: Triton's interpreter, or the emulated CuPy. What
+a machine lacks raises `NotHereError`, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from polyce.testing import Backend
+
+EMULATION = Path(__file__).parents[1] / "emulation"
+LIBRARIES = ("torch", "cupy")
+# Set for a process that a memory checker watches: of a pool's large blocks pieces are handed out,
+# which the checker takes for one.
+UNPOOLED = "POLYCE_GPU_UNPOOLED"
+# What a stand-in says it has, so that arrays stay tiny.
+REHEARSED_BYTES = 2**24
+
+
+class NotHereError(Exception):
+    """What was to be checked or measured cannot be, for the reason that is the message."""
+
+
+class Timed(NamedTuple):
+    """A call to time."""
+
+    prepare: Callable[[], Any]
+    """What goes before, untimed; it returns what the call takes."""
+    call: Callable[[Any], Any]
+
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, or what stands in for one.
+
+    Attributes
+    ----------
+    library, path : str
+        The array library, and the implementation that runs its kernels.
+    rehearses, is_rocm : bool
+        Whether it is a stand-in; whether it is ROCm's.
+    unchecked : mapping
+        Options with which labels are not looked at, as by default on a GPU.
+    xp : module
+        The library as array-api-compat shows it.
+    backend : Backend
+        The conformance grid's converters, to arrays on the device and back.
+    full : callable
+        Shape, value and dtype's name to an array.
+    normal : callable
+        Fills an array with normal numbers of some scale, and returns it.
+    around_one : callable
+        Shape, dtype's name and seed to numbers from 0.5 to 1.5.
+    labels : callable
+        Shape, number of classes, dtype's name and seed to labels.
+    address : callable
+        Where an array begins in memory.
+    alone, loss_and_grad : callable
+        The loss by `path`, and loss and gradient as the library's users get them. The latter
+        takes `grad_output` and `in_place` beside the options.
+    synchronize : callable
+        Waits until everything has run, which is where errors of the device come out.
+    seconds : callable
+        Times one call on the device, with cold caches.
+    free_bytes : callable
+        Memory that may be had, with what the library keeps for later.
+    extra_bytes : callable
+        By how much the memory in use grows at most during a call; None where nobody counts.
+    launches : callable
+        Names of the kernels that a call launches, copies and fills among them; None where the
+        driver lets nobody look.
+    side_stream : callable
+        A context in which calls go to a stream of its own, all done at its end.
+    keep_busy : callable
+        Lets the current stream do nothing for a while, so that what follows runs later.
+    without_waiting : callable
+        Runs a call twice, and raises if the host waits for the device during the second one.
+    captured : callable
+        Captures a call in a graph: its results, and what runs the graph and waits for it.
+    device_count, current_device, device_of, moved : callable
+        How many there are, which one is current, an array's own, an array on another one.
+    facts, selector, versions : callable
+        What it is, nvidia-smi's arguments for it, and the versions of what drives it.
+    """
+
+    library: str
+    path: str
+    rehearses: bool
+    is_rocm: bool
+    unchecked: Mapping[str, Any]
+    xp: Any
+    backend: Backend
+    full: Callable[[tuple[int, ...], float, str], Any]
+    normal: Callable[[Any, float, int], Any]
+    around_one: Callable[[tuple[int, ...], str, int], Any]
+    labels: Callable[[tuple[int, ...], int, str, int], Any]
+    address: Callable[[Any], int]
+    alone: Callable[..., Any]
+    loss_and_grad: Callable[..., tuple[Any, Any]]
+    synchronize: Callable[[], None]
+    seconds: Callable[[Timed], float]
+    free_bytes: Callable[[], int]
+    extra_bytes: Callable[[Timed], int | None]
+    launches: Callable[[Timed], list[str] | None]
+    side_stream: Callable[[], AbstractContextManager[None]]
+    keep_busy: Callable[[], None]
+    without_waiting: Callable[[Call], None]
+    captured: Callable[[Call], tuple[Any, Call]]
+    device_count: Callable[[], int]
+    current_device: Callable[[], int]
+    device_of: Callable[[Any], int]
+    moved: Callable[[Any, int], Any]
+    facts: Callable[[], dict[str, Any]]
+    selector: Callable[[], list[str]]
+    versions: Callable[[], dict[str, str]]
+
+
+def find(library: str, rehearse: bool) -> Device:
+    """Return a library's device, or its stand-in; NotHereError says why there is none."""
+    if library == "torch":
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        if interprets and not rehearse:
+            raise NotHereError("TRITON_INTERPRET=1 runs kernels on a CPU: unset it for a device")
+        # Triton reads it as it is imported.
+        os.environ["TRITON_INTERPRET"] = str(int(rehearse))
+        from . import on_torch
+
+        return on_torch.rehearsal() if rehearse else on_torch.device()
+    if rehearse and str(EMULATION) not in sys.path:
+        # Before any CuPy that is installed.
+        sys.path.insert(0, str(EMULATION))
+    from . import on_cupy
+
+    return on_cupy.rehearsal() if rehearse else on_cupy.device()
+
+
+def lacking(what: str) -> Callable[..., Any]:
+    """Return what a stand-in does in the place of something that wants a device."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotHereError(f"a rehearsal on a CPU has no {what}")
+
+    return refuse
+
+
+def host_seconds(timed: Timed) -> float:
+    """Time one call by the host's clock, as a stand-in must."""
+    state = timed.prepare()
+    start = time.perf_counter()
+    timed.call(state)
+    return time.perf_counter() - start

@@ -1,0 +1,259 @@
+"""A CUDA or ROCm device as torch shows it, with Triton's kernels; a CPU that interprets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch.autograd import DeviceType
+
+import polyce
+import polyce.torch
+from polyce.testing import Backend, get_backend
+
+from .device import REHEARSED_BYTES, Call, Device, NotHereError, Timed, host_seconds, lacking
+
+# A kernel that writes this much runs for a while, in which the host gets ahead of the device; it is
+# more than any device's cache holds.
+_FLUSHED_BYTES = 2**29
+_TICKS = 10_000_000
+_CPU = torch.device("cpu")
+
+
+def device() -> Device:
+    """Return torch's current device."""
+    if not torch.cuda.is_available():
+        raise NotHereError(f"torch {torch.__version__} finds no CUDA or ROCm device")
+    place = torch.device("cuda", torch.cuda.current_device())
+    return dataclasses.replace(
+        _on(place),
+        synchronize=functools.partial(torch.cuda.synchronize, place),
+        seconds=functools.partial(_seconds, place),
+        free_bytes=functools.partial(_free_bytes, place),
+        extra_bytes=functools.partial(_extra_bytes, place),
+        launches=_launches,
+        side_stream=_side_stream,
+        keep_busy=functools.partial(torch.cuda._sleep, _TICKS),
+        without_waiting=_without_waiting,
+        captured=_captured,
+        device_count=torch.cuda.device_count,
+        current_device=torch.cuda.current_device,
+        device_of=lambda tensor: tensor.device.index,
+        moved=lambda tensor, number: tensor.to(torch.device("cuda", number)),
+        facts=functools.partial(_facts, place),
+        selector=functools.partial(_selector, place),
+    )
+
+
+def rehearsal() -> Device:
+    """Return a CPU in a device's place, with kernels in Triton's interpreter."""
+    return dataclasses.replace(_on(_CPU), rehearses=True, unchecked={"validate": False})
+
+
+def _on(place: torch.device) -> Device:
+    """Return what is the same on a GPU and on a CPU; the rest as a CPU has it."""
+    return Device(
+        library="torch",
+        path="triton",
+        rehearses=False,
+        is_rocm=torch.version.hip is not None,
+        unchecked={},
+        xp=xp,
+        backend=_backend(place),
+        full=lambda shape, value, name: torch.full(
+            shape, value, dtype=getattr(torch, name), device=place
+        ),
+        normal=functools.partial(_normal, place),
+        around_one=functools.partial(_around_one, place),
+        labels=functools.partial(_labels, place),
+        address=lambda tensor: tensor.data_ptr(),
+        alone=_alone,
+        loss_and_grad=_loss_and_grad,
+        # A CPU has run everything when a call returns.
+        synchronize=lambda: None,
+        seconds=host_seconds,
+        free_bytes=lambda: REHEARSED_BYTES,
+        extra_bytes=_uncounted,
+        launches=_interpreted,
+        side_stream=lacking("streams"),
+        keep_busy=lacking("streams"),
+        without_waiting=lacking("device to wait for"),
+        captured=lacking("CUDA graphs"),
+        device_count=lacking("devices"),
+        current_device=lacking("devices"),
+        device_of=lacking("devices"),
+        moved=lacking("devices"),
+        facts=lacking("device to describe"),
+        selector=lacking("clocks"),
+        versions=lambda: {"CUDA": str(torch.version.cuda), "ROCm": str(torch.version.hip)},
+    )
+
+
+def _backend(place: torch.device) -> Backend:
+    backend = get_backend("torch")
+
+    def asarray(array: Any) -> Any:
+        tensor = backend.asarray(array)
+        if tensor.numel() == 0:
+            return tensor.to(place)
+        # `to` alone would close the gaps between strided elements.
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = 1 + sum((n - 1) * step for n, step in steps)
+        memory = torch.as_strided(tensor, (extent,), (1,)).to(place)
+        return torch.as_strided(memory, tensor.shape, tensor.stride())
+
+    return dataclasses.replace(backend, asarray=asarray)
+
+
+def _generator(place: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(place).manual_seed(seed)
+
+
+def _normal(place: torch.device, tensor: Any, scale: float, seed: int) -> Any:
+    return tensor.normal_(0.0, scale, generator=_generator(place, seed))
+
+
+def _around_one(place: torch.device, shape: tuple[int, ...], name: str, seed: int) -> Any:
+    drawn = torch.rand(shape, device=place, generator=_generator(place, seed))
+    return (drawn + 0.5).to(getattr(torch, name))
+
+
+def _labels(place: torch.device, shape: tuple[int, ...], classes: int, name: str, seed: int) -> Any:
+    kind, generator = getattr(torch, name), _generator(place, seed)
+    return torch.randint(classes, shape, dtype=kind, device=place, generator=generator)
+
+
+def _alone(*operands: Any, **options: Any) -> Any:
+    with torch.no_grad():
+        return polyce.cross_entropy(*operands, implementation="triton", **options)
+
+
+def _loss_and_grad(
+    logits: Any, *operands: Any, grad_output: Any = None, in_place: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    leaf = logits.detach().requires_grad_()
+    options["implementation"] = "triton"
+    if in_place:
+        loss = polyce.torch.cross_entropy(leaf, *operands, inplace_backward=True, **options)
+    else:
+        loss = polyce.cross_entropy(leaf, *operands, **options)
+    cotangent = torch.ones_like(loss) if grad_output is None else grad_output
+    (grad,) = torch.autograd.grad(loss, leaf, cotangent)
+    return loss.detach(), grad
+
+
+def _seconds(place: torch.device, timed: Timed) -> float:
+    state = timed.prepare()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flushed(place).zero_()
+    start.record()
+    result = timed.call(state)
+    end.record()
+    end.synchronize()
+    del result
+    return float(start.elapsed_time(end)) / 1e3
+
+
+@functools.cache
+def _flushed(place: torch.device) -> torch.Tensor:
+    """Make memory whose writing drives all else out of the device's caches."""
+    size = min(_FLUSHED_BYTES, _free_bytes(place) // 16)
+    return torch.empty(size, dtype=torch.int8, device=place)
+
+
+def _free_bytes(place: torch.device) -> int:
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(place)[0])
+
+
+def _extra_bytes(place: torch.device, timed: Timed) -> int | None:
+    state = timed.prepare()
+    torch.cuda.synchronize(place)
+    torch.cuda.reset_peak_memory_stats(place)
+    before = torch.cuda.memory_allocated(place)
+    result = timed.call(state)
+    torch.cuda.synchronize(place)
+    del result
+    return int(torch.cuda.max_memory_allocated(place)) - before
+
+
+def _launches(timed: Timed) -> list[str] | None:
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    # None at all means that the driver lets nobody look.
+    return _profiled(timed, kinds) or None
+
+
+def _uncounted(timed: Timed) -> None:
+    """Run a call all the same: torch counts no CPU memory."""
+    timed.call(timed.prepare())
+
+
+def _interpreted(timed: Timed) -> None:
+    """Run the profiler all the same, which sees no kernels that are interpreted."""
+    _profiled(timed, [torch.profiler.ProfilerActivity.CPU])
+
+
+def _profiled(timed: Timed, kinds: list[Any]) -> list[str]:
+    state = timed.prepare()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=kinds) as profile:
+        timed.call(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        yield
+    side.synchronize()
+
+
+def _without_waiting(call: Call) -> None:
+    # It compiles what it needs.
+    call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _captured(call: Call) -> tuple[Any, Call]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return results, replay
+
+
+def _facts(place: torch.device) -> dict[str, Any]:
+    known = torch.cuda.get_device_properties(place)
+    names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
+    found = {name: getattr(known, name, None) for name in (*names, "gcnArchName")}
+    return found | {"devices": torch.cuda.device_count()}
+
+
+def _selector(place: torch.device) -> list[str]:
+    uuid = getattr(torch.cuda.get_device_properties(place), "uuid", None)
+    return [] if uuid is None else ["-i", f"GPU-{uuid}"]
