@@ -34,7 +34,7 @@ CLOSE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 4e-6, "float64": 1e-14}
 @contextlib.contextmanager
 def settings(**values: int) -> Iterator[None]:
     """Plan launches by other numbers meanwhile."""
-    from polyce.implementations import cupy_launch
+    from polyce.implementations.cupy import launch as cupy_launch
 
     # The one that is in use: tests put faulty ones in its place.
     plan = cupy_launch.cupy_plan

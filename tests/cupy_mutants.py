@@ -17,7 +17,7 @@ from typing import Any
 from cupy_checks import Check
 
 NUMBERS, ROW, CLASSES, KERNELS = "numbers.cu", "row.cu", "classes.cu", "kernels.cu"
-PLAN, LAUNCH = "cupy_plan.py", "cupy_launch.py"
+PLAN, LAUNCH = "plan.py", "launch.py"
 Edit = tuple[str, str, str]
 """A file, what it says, and what it is to say in its place, wherever it says so."""
 
@@ -40,8 +40,8 @@ def wrong(check: Check, *edits: str, crashes: bool = False) -> Mutant:
 @contextlib.contextmanager
 def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
     """Let calls go through a copy of plan, launcher and kernels with these changes."""
-    from polyce import implementations
-    from polyce.implementations import cupy_launch as before
+    from polyce.implementations import cupy as path
+    from polyce.implementations.cupy import launch as before
 
     plan, launch = _module(PLAN, edits), _module(LAUNCH, edits)
     text = plan.source()
@@ -53,22 +53,22 @@ def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
             text = text[:begin] + _changed(text[begin:end], file, old, new) + text[end:]
     plan._text[:] = [text]
     launch.cupy_plan = plan
-    implementations.cupy_launch = launch
+    path.launch = launch
     try:
         yield
     finally:
-        implementations.cupy_launch = before
+        path.launch = before
 
 
 def _module(file: str, edits: tuple[Edit, ...]) -> Any:
     """Load a copy of a file, with those of the changes that are to it."""
-    from polyce import implementations
+    from polyce.implementations import cupy
 
-    path = Path(implementations.__file__).with_name(file)
+    path = Path(cupy.__file__).with_name(file)
     text = path.read_text(encoding="utf-8")
     for name, old, new in edits:
         text = _changed(text, file, old, new) if name == file else text
-    module = ModuleType(f"polyce.implementations.{path.stem}")
+    module = ModuleType(f"polyce.implementations.cupy.{path.stem}")
     exec(compile(text, f"a copy of {file}", "exec"), module.__dict__)
     return module
 

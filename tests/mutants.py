@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyce import arrays, registry, rows, rowstate, stats, sums, targets, transform, whole
+from polyce import arrays, sums
+from polyce.call.problem import Problem
+from polyce.formula import rows, rowstate, stats, targets, transform, whole
+from polyce.formula.stats import RowStats
+from polyce.formula.targets import Plan
+from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
-from polyce.problem import Problem
-from polyce.stats import RowStats
-from polyce.targets import Plan
 
 ONE = np.float32(1.0)
 RIGHT = rows.forward_backward

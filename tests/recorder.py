@@ -16,9 +16,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from polyce.implementations import triton_kernels, triton_torch
-from polyce.options import Options
-from polyce.problem import describe
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.implementations.triton import calls as triton_torch
+from polyce.implementations.triton import kernels as triton_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,7 +107,7 @@ def record(name: str) -> Recorder:
 
 def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any) -> Any:
     """Run a call's own code for the triton path, forward and backward; validate=False."""
-    problem, operands = describe(*arrays, options=Options(validate=False, **options))
+    problem, operands = describe(*arrays, options=Options.taken_from({"validate": False} | options))
     loss, _, saved = triton_torch.forward(problem, operands, keep)
     if not backward:
         return None

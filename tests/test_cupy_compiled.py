@@ -14,10 +14,10 @@ import pytest
 
 import nvrtc
 from conftest import FULL
-from polyce.implementations import cupy_plan
-from polyce.implementations.cupy_plan import Facts, Layout
-from polyce.options import Options
-from polyce.problem import describe
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.implementations.cupy import plan as cupy_plan
+from polyce.implementations.cupy.plan import Facts, Layout
 from polyce.testing.dtypes import dtype
 
 pytestmark = pytest.mark.only("cupy-compile")
@@ -52,7 +52,7 @@ def planned(
     given = np.zeros(shape[:1], target if target != "same" else np.int64)
     if target == "same" or target.startswith("float"):
         given = np.empty(shape, dtype(name if target == "same" else target))
-    problem, _ = describe(logits, given, options=Options(validate=False, **options))
+    problem, _ = describe(logits, given, options=Options.taken_from({"validate": False} | options))
     layout = Layout(logits.strides, 0, logits.itemsize)
     probabilities = Layout(given.strides, 0, given.itemsize) if given.ndim > 1 else None
     facts = Facts(layout, probabilities, layout, None, None, None, False)

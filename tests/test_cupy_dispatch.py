@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import arrays, problem, registry
-from polyce.implementations import cupy_plan
-from polyce.options import Options
+from polyce import arrays
+from polyce.call import problem
+from polyce.call.options import Options
+from polyce.implementations import registry
+from polyce.implementations.cupy import plan as cupy_plan
 from polyce.testing.dtypes import dtype as named
 
 pytestmark = pytest.mark.only("cupy-dispatch")
@@ -53,7 +55,7 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Pose as two devices, and write down what they are asked to do."""
     import cupy
 
-    from polyce.implementations import cupy_launch
+    from polyce.implementations.cupy import launch as cupy_launch
 
     done: list[Launch] = []
     entered = [0]

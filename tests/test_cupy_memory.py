@@ -207,7 +207,8 @@ def counting(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[i
     """Give a function that counts a call's accesses to some arrays, in elements."""
     from cupy import _build
 
-    from polyce.implementations import cupy_launch, cupy_plan
+    from polyce.implementations.cupy import launch as cupy_launch
+    from polyce.implementations.cupy import plan as cupy_plan
 
     text = cupy_plan.source()
     for access, before in ACCESSES.items():

@@ -68,7 +68,7 @@ def test_nothing_is_wrong_with_copies() -> None:
 
 
 def test_a_change_that_does_not_fit_says_so() -> None:
-    for file in ("classes.cu", "cupy_plan.py"):
+    for file in ("classes.cu", "plan.py"):
         match = f"{file} does not say 'nothing of this' any more"
         with pytest.raises(ValueError, match=match), installed(((file, "nothing of this", ""),)):
             pass

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyce.implementations import cupy_plan
-from polyce.implementations.cupy_plan import Facts, Layout, Plan
-from polyce.options import Options
-from polyce.problem import Problem, describe
+from polyce.call.options import Options
+from polyce.call.problem import Problem, describe
+from polyce.implementations.cupy import plan as cupy_plan
+from polyce.implementations.cupy.plan import Facts, Layout, Plan
 from polyce.testing.dtypes import dtype
 
 pytestmark = pytest.mark.only("cupy-emulated")
@@ -30,7 +30,9 @@ def problem(
     is_float = target in DTYPES
     labels = np.zeros(few if is_float else few[1:], dtype(target) if is_float else target)
     found, _ = describe(
-        np.zeros(few, dtype(name)), labels, options=Options(validate=False, **options)
+        np.zeros(few, dtype(name)),
+        labels,
+        options=Options.taken_from({"validate": False} | options),
     )
     return found._replace(shape=shape, row_shape=shape[:axis] + shape[axis + 1 :])
 
@@ -216,7 +218,7 @@ def test_the_struct_is_the_text_s(probe: Any, name: str) -> None:
 def test_sizes_are_the_text_s(
     probe: Any, name: str, target: str, softcap: float | None, stats: bool
 ) -> None:
-    from polyce.implementations import cupy_launch
+    from polyce.implementations.cupy import launch as cupy_launch
 
     about = problem((3, 100), name, target, logit_softcap=softcap, return_stats=stats)
     # In step where rows are apart by as many numbers as a load has, and by no fewer.

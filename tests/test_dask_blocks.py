@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import registry
+from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
 from polyce.implementations.reference import PATH as reference
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import registry
 from polyce.explain import versions
-from polyce.implementations import native
+from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
+from polyce.implementations.native import path as native
 
 pytestmark = pytest.mark.only("numpy")
 

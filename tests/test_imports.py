@@ -75,7 +75,7 @@ def test_importing_polyce_leaves_its_tools_alone() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     modules = set(done.stdout.split())
     assert "polyce.functional" in modules
-    tools = {"polyce.testing", "polyce.demo", "polyce.autograd_torch", "polyce.autograd_jax"}
+    tools = {"polyce.testing", "polyce.demo", "polyce.graphs.torch_rows", "polyce.graphs.jax_rows"}
     assert not modules & tools
 
 
@@ -91,7 +91,7 @@ polyce.cross_entropy_with_grad(logits, labels)
 polyce.explain(logits, labels)
 import sys
 # Nor what torch.compile alone needs, or who asks for the modules.
-assert not {"polyce.torch_ops", "polyce.torch"} & sys.modules.keys()
+assert not {"polyce.implementations.torch_ops", "polyce.torch"} & sys.modules.keys()
 """
     found = loaded(code)
     assert {"polyce", "torch"} <= found
@@ -194,13 +194,13 @@ def test_nothing_on_the_way_of_a_call_is_cached_or_a_context_variable() -> None:
     way = source(testing=False)
     for tool in ("explain.py", "__main__.py", "demo.py"):
         del way[tool]
-    assert {"functional.py", "registry.py", "rows.py", "autograd_torch.py"} <= way.keys()
+    assert {"functional.py", "formula/rows.py", "graphs/torch_rows.py"} <= way.keys()
     for name, tree in way.items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             else:
                 names = {getattr(node, "attr", None), getattr(node, "id", None)}
-            if name == "registry.py":
+            if name == "implementations/registry.py":
                 names -= {"contextvars", "ContextVar"}
             assert not names & CACHES, f"{name}:{getattr(node, 'lineno', '?')}: {names & CACHES}"

@@ -14,7 +14,8 @@ import pytest
 import cupy_calls as calls
 import polyce
 from cupy_calls import DTYPES, inside, on_device, settings
-from polyce import arrays, registry
+from polyce import arrays
+from polyce.implementations import registry
 from polyce.linear import chunks
 from polyce.testing.dtypes import dtype as named
 

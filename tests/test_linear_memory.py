@@ -275,7 +275,7 @@ def test_blocks_of_classes(
 def test_few_rows_of_a_wide_head_lie_class_by_class(
     torch: Any, monkeypatch: Any, rows: int, features: int, dtype: str, strides: tuple[int, int]
 ) -> None:
-    from polyce.implementations import native
+    from polyce.implementations.native import path as native
 
     seen, original = [], native.run
 

@@ -11,8 +11,8 @@ import pytest
 
 import polyce
 from conftest import FULL
+from polyce.call.options import Options
 from polyce.linear.call import Gradients
-from polyce.options import Options
 from test_linear_torch import CASES, C, F, N, answer, data, errors, fused, of, pick, unfused, widen
 from torch_graphs import Graphs, compiled
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import rows
+from polyce.formula import rows
 
 pytestmark = pytest.mark.only("torch")
 

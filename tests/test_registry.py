@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import registry
-from polyce.implementations import reference
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.implementations import reference, registry
 from polyce.implementations.contract import Implementation
-from polyce.options import Options
-from polyce.problem import describe
 from polyce.testing.backends import Backend
 
 PACKAGE = Path(polyce.__file__).parent
@@ -374,7 +373,7 @@ def test_at_most_three_frames_above_the_kernel(backend: Backend, depths: dict[st
 def test_at_most_three_frames_above_the_kernel_under_autograd(table: Callable[..., None]) -> None:
     import torch
 
-    from polyce import torch_calls
+    from polyce.graphs import torch_calls
 
     depths = {}
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from polyce import arrays, rowstate, targets
-from polyce import rows as formula
-from polyce.options import Options
-from polyce.problem import Problem, describe
-from polyce.rowstate import RowState
+from polyce import arrays
+from polyce.call.options import Options
+from polyce.call.problem import Problem, describe
+from polyce.formula import rows as formula
+from polyce.formula import rowstate, targets
+from polyce.formula.rowstate import RowState
 from polyce.testing import accuracy, compare, exact_answer, loss_tolerance
 from polyce.testing.backends import Backend
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import polyce
-from polyce import rows
+from polyce.formula import rows
 
 pytestmark = pytest.mark.only("torch")
 
@@ -95,8 +95,8 @@ def test_any_cotangent_of_the_rows(torch: Any, loss: Loss, kind: str, cotangent:
 def test_only_the_gradients_that_are_asked_for_are_computed(
     torch: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polyce import autograd_torch
-    from polyce.implementations import native
+    from polyce.graphs import torch_rows
+    from polyce.implementations.native import path as native
 
     ran: list[str] = []
 
@@ -111,7 +111,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed(
 
     spy(native, "run", lambda *_, backward=False, **__: "logits" if backward else "forward")
     spy(rows, "backward", lambda *_: "logits")
-    spy(autograd_torch, "target_gradients", lambda *a: f"{a[4][0]:d}{a[4][1]:d}")
+    spy(torch_rows, "target_gradients", lambda *a: f"{a[4][0]:d}{a[4][1]:d}")
     for leaf in (True, False):
         x, target = data(torch, "probability")
         weight = torch.rand(70).requires_grad_()

@@ -9,8 +9,8 @@ import pytest
 
 import polyce
 from conftest import FULL
-from polyce import registry
-from polyce.implementations import native
+from polyce.implementations import registry
+from polyce.implementations.native import path as native
 from torch_graphs import BACKWARD, FORWARD, Graphs, answers, arguments, by_name, compiled
 
 pytestmark = [

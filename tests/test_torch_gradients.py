@@ -216,16 +216,16 @@ def test_rows_that_do_not_count_give_their_target_no_gradient(torch: Any) -> Non
 
 
 def test_a_frozen_target_costs_nothing(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polyce import autograd_torch
+    from polyce.graphs import torch_rows
 
     def fail(*_: Any) -> None:
         raise AssertionError("computed for a gradient that nobody wants")
 
-    monkeypatch.setattr(autograd_torch, "_gaps", fail)
+    monkeypatch.setattr(torch_rows, "_gaps", fail)
     logits = torch.randn((3, 4), requires_grad=True)
     polyce.cross_entropy(logits, torch.rand((3, 4)), torch.rand(4)).backward()
     monkeypatch.undo()
-    monkeypatch.setattr(autograd_torch.rows, "backward", fail)
+    monkeypatch.setattr(torch_rows.rows, "backward", fail)
     target = torch.rand((3, 4), requires_grad=True)
     polyce.cross_entropy(logits.detach(), target).backward()
     assert target.grad.isfinite().all()

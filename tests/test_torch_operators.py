@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from conftest import FULL
-from polyce.implementations import native
-from polyce.options import Options
-from polyce.problem import describe
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.implementations.native import path as native
 
 pytestmark = pytest.mark.only("torch")
 
 
 def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
     """Give arguments of the first operator, and whether their digits are few."""
-    from polyce.torch_ops import _Asked
+    from polyce.implementations.torch_ops import _Asked
 
     cases = []
     for kind in ("index", "probability"):
@@ -51,7 +51,7 @@ def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
 
 
 def test_torchs_own_checks_of_operators(torch: Any) -> None:
-    from polyce import torch_ops
+    from polyce.implementations import torch_ops
 
     for arguments_, few_digits in operator_cases(torch):
         close = {"rtol": 2e-2, "atol": 2e-2} if few_digits else {}
@@ -64,7 +64,7 @@ def test_torchs_own_checks_of_operators(torch: Any) -> None:
 
 
 def test_operators_run_what_has_kernels(torch: Any) -> None:
-    from polyce import torch_ops
+    from polyce.implementations import torch_ops
 
     (arguments_, _), *_ = operator_cases(torch)
     with pytest.raises(ValueError, match=r"^the operators .* got 'reference'; call"):

@@ -312,7 +312,7 @@ def operator(torch: Any, *tensors: Any, **changed: Any) -> Any:
 
 
 def test_arguments_of_the_operators(torch: Any) -> None:
-    import polyce.torch_ops
+    import polyce.implementations.torch_ops
 
     x, target, one = torch.randn(3, 100), torch.tensor([1, 99, 0]), torch.ones(())
     nothing = torch.empty(0)

@@ -289,8 +289,9 @@ def test_labels_that_have_no_values_are_not_checked(torch: Any) -> None:
 def test_a_kernel_is_never_asked_under_a_transform(
     torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polyce import registry, torch_calls
-    from polyce.implementations import native
+    from polyce.graphs import torch_calls
+    from polyce.implementations import registry
+    from polyce.implementations.native import path as native
 
     called: list[str] = []
     right = torch_calls.REFERENCE

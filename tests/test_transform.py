@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import arrays, rowstate, transform
-from polyce.options import Options
-from polyce.problem import Problem, describe
+from polyce import arrays
+from polyce.call.options import Options
+from polyce.call.problem import Problem, describe
+from polyce.formula import rowstate, transform
 from polyce.testing.backends import Backend
 
 INF = math.inf

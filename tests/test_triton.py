@@ -23,7 +23,7 @@ pytestmark = pytest.mark.only("triton")
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    from polyce.implementations import triton_layout
+    from polyce.implementations.triton import layout as triton_layout
 
     def change(values: dict[str, int]) -> None:
         for name, value in values.items():
@@ -270,7 +270,7 @@ def test_what_is_read_and_written(
 
 
 def test_what_speaks_against_it(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polyce.implementations import triton
+    from polyce.implementations.triton import path as triton
 
     x, t = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     explained = polyce.explain(x, t)
@@ -362,7 +362,7 @@ def test_the_gradient_lies_as_the_logits_do(torch: Any, memory_format: str) -> N
 
 
 def test_operators(torch: Any) -> None:
-    from polyce import torch_ops
+    from polyce.implementations import torch_ops
     from test_torch_operators import operator_cases
 
     for arguments, is_narrow in operator_cases(torch)[:: 1 if FULL else 7]:

@@ -99,7 +99,7 @@ def test_compiled(
 def test_a_spill_in_a_loop_is_seen(
     torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polyce.implementations import triton_layout
+    from polyce.implementations.triton import layout as triton_layout
     from recorder import binary, call, record, registers, spills_in_loops
 
     monkeypatch.setattr(triton_layout, "_TILE", 32768)

@@ -27,7 +27,7 @@ def launched(recorder: Any) -> list[Any]:
 
 def arguments(launch: Any) -> dict[str, Any]:
     """Give what a kernel was called with, by name."""
-    from polyce.implementations import triton_kernels
+    from polyce.implementations.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, launch.name)
     return dict(zip(kernel.arg_names, launch.arguments, strict=True))
@@ -257,9 +257,9 @@ def test_nothing_waits_and_nothing_large_is_made(
 
 
 def test_a_look_at_the_labels_would_be_noticed(torch: Any, watched: dict[str, Any]) -> None:
-    from polyce.implementations import triton_launch
-    from polyce.options import Options
-    from polyce.problem import describe
+    from polyce.call.options import Options
+    from polyce.call.problem import describe
+    from polyce.implementations.triton import launch as triton_launch
 
     problem, operands = describe(
         torch.zeros(3, 5), labels(torch, 3), options=Options(validate=True)

@@ -24,9 +24,9 @@ def names(crashes: bool) -> list[str]:
 
 @pytest.fixture
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from polyce.implementations import triton_launch
+    from polyce.implementations.triton import launch as triton_launch
 
-    monkeypatch.setattr(triton_launch, "triton_kernels", triton_launch.triton_kernels)
+    monkeypatch.setattr(triton_launch, "kernels", triton_launch.kernels)
 
 
 @pytest.mark.parametrize("name", names(False))
@@ -61,10 +61,10 @@ def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("put_back")
 def test_nothing_is_wrong_with_copies() -> None:
-    from polyce.implementations import triton_launch
+    from polyce.implementations.triton import launch as triton_launch
     from triton_checks import SLOW
     from triton_mutants import MUTANTS, kernels
 
-    triton_launch.triton_kernels = kernels()
+    triton_launch.kernels = kernels()
     for check in {mutant.check for mutant in MUTANTS.values()} - SLOW:
         check()

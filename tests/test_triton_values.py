@@ -73,9 +73,9 @@ def test_stats_leave_the_gradient_alone(
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -1.0, 70.0, 1e300])
 def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> None:
-    from polyce.implementations import triton_torch
-    from polyce.options import Options
-    from polyce.problem import describe
+    from polyce.call.options import Options
+    from polyce.call.problem import describe
+    from polyce.implementations.triton import calls as triton_torch
 
     x = torch.randn(3, 70)
     t = torch.randint(70, (3,)) if kind == "index" else torch.rand(3, 70)

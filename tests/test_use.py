@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import registry
-from polyce.implementations import reference
+from polyce.implementations import reference, registry
 from polyce.implementations.contract import Implementation
 
 LOGITS = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=np.float32)

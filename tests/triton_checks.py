@@ -53,7 +53,7 @@ class changed:
     """Change the table of launches meanwhile."""
 
     def __init__(self, values: dict[str, int]) -> None:
-        from polyce.implementations import triton_layout
+        from polyce.implementations.triton import layout as triton_layout
 
         self.module, self.values = triton_layout, values
         self.before = {name: getattr(triton_layout, name) for name in values}

@@ -37,7 +37,7 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("triton_row", "triton_tiles", "triton_kernels")
+FILES = ("row", "tiles", "kernels")
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Mutant:
 
     def install(self) -> None:
         """Put kernels with the change into the launcher's hands."""
-        from polyce.implementations import triton_launch
+        from polyce.implementations.triton import launch as triton_launch
 
-        triton_launch.triton_kernels = kernels(self.file, self.old, self.new)
+        triton_launch.kernels = kernels(self.file, self.old, self.new)
 
 
 def kernels(file: str = "", old: str = "", new: str = "") -> Any:
     """Load copies of the kernels' files, one of them with a change."""
-    import polyce.implementations
+    import polyce.implementations.triton
 
-    source = Path(polyce.implementations.__file__).parent
+    source = Path(polyce.implementations.triton.__file__).parent
     folder = Path(tempfile.mkdtemp())
     # Not earlier: Triton reads a kernel's source when it is first called.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -75,7 +75,7 @@ def kernels(file: str = "", old: str = "", new: str = "") -> Any:
                 raise ValueError(f"{file} does not say {old!r} any more")
             text = text.replace(old, new)
         for other in FILES:
-            text = text.replace(f"polyce.implementations.{other}", prefix + other)
+            text = text.replace(f"polyce.implementations.triton.{other}", prefix + other)
         path = folder / f"{name}.py"
         path.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(prefix + name, path)

@@ -1,6 +1,6 @@
 """Try tiles and numbers of warps for rows of contiguous classes, and tell the best of each.
 
-What comes out belongs into the table at the top of `polyce.implementations.triton_layout`.
+What comes out belongs into the table at the top of `polyce.implementations.triton.layout`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from gpu.arrays import case_problem, exact_mean
 from gpu.cases import Case
 from gpu.device import Device, Timed
-from polyce.implementations import triton_layout
-from polyce.implementations.triton_layout import Tile
+from polyce.implementations.triton import layout as triton_layout
+from polyce.implementations.triton.layout import Tile
 
 from ..measure import Row, loss_of
 from .contenders import contenders

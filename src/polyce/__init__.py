@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from polyce.explain import explain, show_versions
+from polyce.formula.stats import Stats
 from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softmax, nll_loss
+from polyce.implementations.native.threads import get_num_threads, set_num_threads
+from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
 from polyce.loss import CrossEntropyLoss, NLLLoss
-from polyce.registry import use
-from polyce.stats import Stats
-from polyce.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 """
-polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the call was described with; all else is checked by polyce.problem.
+polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the call was described with; all else is checked by polyce.call.problem.
 """
 
 from collections.abc import Sequence

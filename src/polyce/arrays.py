@@ -243,7 +243,7 @@ def pick(xp: Any, backend: str, values: Any, labels: Any, logits: Any, axis: int
 def _jax_take(values: Any, labels: Any, axis: int) -> Any:
     import jax
 
-    from polyce import jax_mesh
+    from polyce.graphs import jax_mesh
 
     def take(values: Any, labels: Any) -> Any:
         return jax.numpy.take_along_axis(values, labels, axis=axis)

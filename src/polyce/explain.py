@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyce import arrays, outputs, registry
-from polyce.autograd import rules
+from polyce import arrays
+from polyce.call import outputs
+from polyce.call.options import Options, current_reduction, refuse_dim
+from polyce.call.problem import Operands, Problem, describe
 from polyce.functional import cross_entropy, cross_entropy_with_grad
-from polyce.implementations import native
+from polyce.graphs.rules import rules
+from polyce.implementations import registry
+from polyce.implementations.native import path as native
 from polyce.linear import call as linear_call
 from polyce.linear import chunks, unfused
 from polyce.linear.call import check_wrt
@@ -20,8 +24,6 @@ from polyce.linear.functional import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
-from polyce.options import Options, current_reduction, refuse_dim
-from polyce.problem import Operands, Problem, describe
 
 # Import name and the distributions that bring it, of all that polyce works with.
 _LIBRARIES = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays, outputs, targets
-from polyce.autograd import rules
-from polyce.options import Options, current_reduction, refuse_dim
-from polyce.problem import describe, describe_logits
-from polyce.registry import select, select_log_softmax
+from polyce import arrays
+from polyce.call import outputs
+from polyce.call.options import Options, current_reduction, refuse_dim
+from polyce.call.problem import describe, describe_logits
+from polyce.formula import targets
+from polyce.graphs.rules import rules
+from polyce.implementations.registry import select, select_log_softmax
 
 ArrayT = TypeVar("ArrayT")
 
@@ -150,7 +152,7 @@ def cross_entropy(
     problem, operands = describe(input, target, weight, sample_weight, normalizer, options)
     chosen = select(problem, implementation)
     if problem.is_compiling and chosen.torch_kernels is not None:
-        from polyce import torch_ops
+        from polyce.implementations import torch_ops
 
         loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
     else:
@@ -254,7 +256,7 @@ def cross_entropy_with_grad(
     if out is not None:
         outputs.check(problem, operands, out)
     if problem.is_compiling and chosen.torch_kernels is not None:
-        from polyce import torch_ops
+        from polyce.implementations import torch_ops
 
         loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
     else:

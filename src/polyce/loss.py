@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from polyce.call.options import current_reduction, refuse_dim, shown
 from polyce.functional import cross_entropy, nll_loss
-from polyce.options import current_reduction, refuse_dim, shown
 
 
 class CrossEntropyLoss:

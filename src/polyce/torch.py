@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from polyce import functional, outputs
+from polyce import functional
+from polyce.call import outputs
+from polyce.call.options import Options, current_reduction, refuse_dim, shown
+from polyce.call.problem import describe
+from polyce.implementations.registry import select
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
-from polyce.options import Options, current_reduction, refuse_dim, shown
-from polyce.problem import describe
-from polyce.registry import select
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entropy"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polyce import registry
+from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
 from polyce.testing import ACCURACY, BACKENDS, get_backend
 

@@ -256,7 +256,7 @@ nb::tuple isa_names_here() {
 
 NB_MODULE(_core, m) {
     m.doc() = "polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the "
-              "call was described with; all else is checked by polyce.problem.";
+              "call was described with; all else is checked by polyce.call.problem.";
     nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::wait_for_all));
 #if !defined(_WIN32)
     pthread_atfork(nullptr, nullptr, &Unlocked::forget_others);

@@ -1,1 +1,1 @@
-"""The fused paths, one file each; `polyce.registry` lists them."""
+"""The paths: what each is (contract), their table (registry), and a file or folder for each."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from polyce.problem import Problem
+from polyce.call.problem import Problem
 
 
 def _available() -> str | None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyce import autograd, rows, whole
+from polyce.call.problem import Operands, Problem
+from polyce.formula import rows, whole
+from polyce.formula.stats import Stats
+from polyce.graphs import rules as autograd
 from polyce.implementations.contract import Implementation
-from polyce.problem import Operands, Problem
-from polyce.stats import Stats
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Compute the loss, on the library's graph, and the stats."""
     if problem.inplace_backward:
-        from polyce import torch_calls
+        from polyce.graphs import torch_calls
 
         return torch_calls.cross_entropy(torch_calls.REFERENCE, problem, operands)
     rules = autograd.rules(problem.backend)

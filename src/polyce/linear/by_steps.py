@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyce import arrays
+from polyce.call.problem import Operands
 from polyce.linear.call import Call, Gradients
-from polyce.problem import Operands
 
 
 def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from polyce import arrays, registry, targets
+from polyce import arrays
+from polyce.call.options import Options
+from polyce.call.problem import Head, Operands, Problem, describe_anew
+from polyce.formula import targets
+from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
 from polyce.linear import chunks
 from polyce.linear.chunks import Chunks
-from polyce.options import Options
-from polyce.problem import Head, Operands, Problem, describe_anew
 
 
 class Gradients(NamedTuple):

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyce import arrays
+from polyce.call.problem import Problem
 from polyce.eager import LAZY
-from polyce.problem import Problem
 
 
 @dataclass(frozen=True)

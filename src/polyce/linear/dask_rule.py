@@ -12,13 +12,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from polyce import arrays, registry, targets
-from polyce.implementations import dask
-from polyce.implementations.dask_blocks import itself, of_chunk, with_dtypes
+from polyce import arrays
+from polyce.call.problem import Head, Operands
+from polyce.formula import targets
+from polyce.formula.targets import Plan
+from polyce.implementations import registry
+from polyce.implementations.dask import path as dask
+from polyce.implementations.dask.blocks import itself, of_chunk, with_dtypes
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients
-from polyce.problem import Head, Operands
-from polyce.targets import Plan
 
 
 def loss(call: Call) -> Any:

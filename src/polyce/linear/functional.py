@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from polyce.call.options import Options
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, check_wrt, describe
-from polyce.options import Options
 
 
 def linear_cross_entropy(

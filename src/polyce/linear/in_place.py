@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce import arrays
+from polyce.call.problem import Operands
 from polyce.linear.call import Call, Gradients
-from polyce.problem import Operands
 
 BACKENDS = ("numpy", "torch", "cupy")
 

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from polyce import arrays, autograd_jax, jax_mesh
+from polyce import arrays
+from polyce.call.problem import Head, Operands
+from polyce.formula.targets import Plan
+from polyce.graphs import jax_mesh, jax_rows
 from polyce.linear import by_steps, chunks, compute, unfused
 from polyce.linear.call import NONE, Call, Gradients
-from polyce.problem import Head, Operands
-from polyce.targets import Plan
 
 
 def loss(call: Call) -> Any:
@@ -45,7 +46,7 @@ def loss(call: Call) -> Any:
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted, cut from any derivative."""
-    call = call.detached(autograd_jax.detach)
+    call = call.detached(jax_rows.detach)
     call = _with_plain_labels(call, call.planned().plan)
     like = Gradients(*_inputs(call))
     pairs = zip(like, wanted, strict=True)
@@ -226,7 +227,7 @@ def _refuse(tangents: Operands) -> None:
 
 def _is_constant(tangent: Any) -> bool:
     is_float0 = getattr(tangent, "dtype", None) == jax.dtypes.float0
-    return autograd_jax.is_constant(tangent) or is_float0
+    return jax_rows.is_constant(tangent) or is_float0
 
 
 @jax.custom_jvp
@@ -239,7 +240,7 @@ def _constant(rest: Operands) -> Operands:
 def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     (rest,), (of_rest,) = primals, tangents
     _refuse(of_rest)
-    return rest, jax.tree.map(autograd_jax.no_tangent, rest)
+    return rest, jax.tree.map(jax_rows.no_tangent, rest)
 
 
 @partial(jax.jit, static_argnums=(0,))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from polyce.call.options import shown
 from polyce.linear.functional import linear_cross_entropy
-from polyce.options import shown
 
 LEAF = "torch.nn"
 """What torch.fx reads, as the `__module__` of an object, on modules that are not to be traced."""

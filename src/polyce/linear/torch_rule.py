@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from polyce import autograd_torch, torch_calls, torch_checks, torch_state
+from polyce import torch_checks
+from polyce.call.problem import Head, Operands
+from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, Gradients
-from polyce.problem import Head, Operands
 
 
 def loss(call: Call) -> Any:
@@ -60,7 +61,7 @@ def check(call: Call) -> None:
 
 
 def _detached(call: Call) -> Call:
-    return call.detached(autograd_torch.detach)
+    return call.detached(torch_rows.detach)
 
 
 def _own_dtypes(call: Call) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyce import arrays, targets
-from polyce.autograd import rules
+from polyce import arrays
+from polyce.call.problem import Operands, Problem, describe
+from polyce.formula import targets
+from polyce.graphs.rules import rules
+from polyce.implementations.registry import select
 from polyce.linear.call import Call, Gradients
-from polyce.problem import Operands, Problem, describe
-from polyce.registry import select
 
 _BACKENDS = ("cubed", "ndonnx")
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"

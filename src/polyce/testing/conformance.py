@@ -152,7 +152,7 @@ def check_implementation(
 
 def _default_backend(name: str) -> str:
     """Return NumPy, or the first library of an implementation that does not take it."""
-    taken = importlib.import_module("polyce.registry").find(name).backends
+    taken = importlib.import_module("polyce.implementations.registry").find(name).backends
     return "numpy" if taken is None or "numpy" in taken else str(min(taken))
 
 

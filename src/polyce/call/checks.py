@@ -1,0 +1,274 @@
+"""What each array of a call may be: its shape, its dtype, its device; the errors that say so."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from polyce import arrays
+from polyce.call import options
+
+
+def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tuple[int, ...], int]:
+    """Give the shape of the logits and the class axis, counted from the front."""
+    if arrays.dtype_name(logits) not in arrays.FLOATS:
+        advice = "convert it to one of these first"
+        if _hold_labels(logits, target) and _fit_without_one_axis(target, logits):
+            advice = _swapped("input and target", target)
+        raise TypeError(
+            f"input must be real floating point ({', '.join(arrays.FLOATS)}), "
+            f"got {_show(logits)}; {advice}"
+        )
+    shape = _known_shape("input", logits)
+    axis = options.class_axis(shape, axis)
+    if shape[axis] is None:
+        raise ValueError(
+            f"the class axis of input must have a known length, got shape {shape}; "
+            "only the others may be left open"
+        )
+    return shape, axis
+
+
+def _hold_labels(array: Any, target: Any) -> bool:
+    """Tell whether an array is of integers and the target of floats, as if they were swapped."""
+    return (
+        target is not None
+        and arrays.holds_integers(array)
+        and arrays.dtype_name(target) in arrays.FLOATS
+    )
+
+
+def _fit_without_one_axis(logits: Any, labels: Any) -> bool:
+    """Tell whether labels have the logits' shape, or that shape without one of its axes."""
+    whole, given = tuple(logits.shape), tuple(labels.shape)
+    return given == whole or bool(_class_axes(whole, given))
+
+
+def _class_axes(shape: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
+    """List the axes without which a shape is that of the rows, the last one first."""
+    every = range(len(shape) - 1, -1, -1)
+    return [axis for axis in every if shape[:axis] + shape[axis + 1 :] == rows]
+
+
+def _swapped(names: str, target: Any) -> str:
+    return f"are {names} swapped, as target is {_show(target)}?"
+
+
+def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
+    """Give the one dtype of hidden states and head, that of torch's autocast where it is on.
+
+    As torch's own product, none of them is promoted.
+    """
+    given = {"input": hidden, "linear_weight": weight, "linear_bias": bias}
+    first = None
+    for name, array in given.items():
+        if array is None:
+            continue
+        if arrays.dtype_name(array) not in arrays.FLOATS:
+            advice = "convert it to one of these first"
+            if name == "linear_weight" and _hold_labels(array, target) and target.ndim == 2:
+                advice = _swapped("linear_weight and target", target)
+            raise TypeError(
+                f"{name} must be real floating point ({', '.join(arrays.FLOATS)}), "
+                f"got {_show(array)}; {advice}"
+            )
+        dtype = arrays.autocast_product(backend, array.dtype, hidden)
+        if first is None:
+            first = dtype
+        elif dtype != first:
+            raise TypeError(
+                f"input, linear_weight and linear_bias must have one dtype, but input is "
+                f"{arrays.dtype_name(hidden)} and {name} is {arrays.dtype_name(array)}; convert "
+                "one of them"
+            )
+    return first
+
+
+def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
+    """Give the shape of the logits that a head makes of hidden states."""
+    shape, head = _known_shape("input", hidden), _known_shape("linear_weight", weight)
+    if not shape:
+        raise ValueError(
+            "input must have a feature axis, its last, got a 0-d array; pass hidden states of "
+            "shape (N, F) or (F,)"
+        )
+    if len(head) != 2:
+        raise ValueError(
+            f"linear_weight must be 2-D, classes by features, got shape {head}; pass the weight "
+            "of a linear layer"
+        )
+    if head[1] != shape[-1]:
+        raise ValueError(
+            f"input and linear_weight must have as many features, their last axis, got shapes "
+            f"{shape} and {head}; transpose linear_weight if its classes come last"
+        )
+    if bias is not None and tuple(bias.shape) != head[:1]:
+        raise ValueError(
+            f"linear_bias must be 1-D with one entry for each of the {head[0]} classes, got shape "
+            f"{tuple(bias.shape)}; pass shape ({head[0]},)"
+        )
+    if head[0] is None:
+        raise ValueError(
+            f"the class axis of linear_weight must have a known length, got shape {head}; only "
+            "the number of rows may be left open"
+        )
+    return (*shape[:-1], head[0])
+
+
+def _show(array: Any) -> str:
+    return f"{arrays.dtype_name(array)} {tuple(array.shape)}"
+
+
+def _known_shape(name: str, array: Any) -> tuple[int, ...]:
+    # None is a size that an ONNX graph learns when it runs.
+    shape = tuple(array.shape)
+    for size in shape:
+        if isinstance(size, float) and math.isnan(size):
+            raise ValueError(
+                f"{name} must have a known shape, got {shape}; "
+                "call compute_chunk_sizes() on a dask array first"
+            )
+    return shape
+
+
+def devices(backend: str, operands: Mapping[str, Any]) -> None:
+    """Refuse arrays that lie on different devices."""
+    first = arrays.device(operands["input"], backend)
+    for name, array in operands.items():
+        if array is not None and arrays.device(array, backend) != first:
+            raise TypeError(
+                f"all arrays must lie on one device, but input is on {first} and {name} on "
+                f"{arrays.device(array, backend)}; move {name} first"
+            )
+
+
+def byte_order(operands: Mapping[str, Any]) -> None:
+    """Refuse arrays with their bytes turned round, of a library that does not know of such."""
+    for name, array in operands.items():
+        if array is not None and not array.dtype.isnative:
+            raise TypeError(
+                f"{name} must have its bytes in this processor's order, got dtype "
+                f"{array.dtype.str}; convert it in NumPy, before it goes to the device"
+            )
+
+
+def target_kind(
+    shape: tuple[int, ...],
+    row_shape: tuple[int, ...],
+    logits: Any,
+    target: Any,
+    probabilities: bool,
+    takes_axis: bool,
+) -> str:
+    """Decide by shape, as torch does, what the target holds, and check that its dtype agrees."""
+    target_shape = _known_shape("target", target)
+    name = arrays.dtype_name(target)
+    is_integer = arrays.holds_integers(target)
+    if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
+        if name not in arrays.FLOATS:
+            raise TypeError(
+                f"a target of the logits' shape {shape} holds class probabilities and must be real "
+                f"floating point, got {_show(target)}; for class indices drop the class axis, or "
+                "cast it to a float dtype"
+            )
+        return "probability"
+    # torch takes a target of shape (1,) for logits of shape (C,).
+    if target_shape != row_shape and not (len(shape) == 1 and target_shape == (1,)):
+        either = f", or probabilities of shape {shape}" if probabilities else ""
+        raise ValueError(
+            f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
+            f"for input {_show(logits)}; {_to_fit(shape, row_shape, target, takes_axis)}"
+        )
+    if not is_integer:
+        either = f", or pass float probabilities of shape {shape}" if probabilities else ""
+        raise TypeError(
+            f"target of shape {target_shape} for input of shape {shape} holds class indices and "
+            f"must be an integer dtype, got {name}; cast it to int64{either}"
+        )
+    return "index"
+
+
+def _to_fit(
+    shape: tuple[int, ...], row_shape: tuple[int, ...], target: Any, takes_axis: bool
+) -> str:
+    """Say what to do about a target whose shape fits neither indices nor probabilities."""
+    given = tuple(target.shape)
+    if given == shape:
+        return "probabilities and one-hot targets are for cross_entropy"
+    axes = _class_axes(shape, given) if takes_axis else []
+    if axes:
+        axis = -1 if axes[0] == len(shape) - 1 else axes[0]
+        return f"pass axis={axis} if the classes of input are there"
+    is_integer = arrays.holds_integers(target)
+    sized = None not in given + row_shape
+    if is_integer and len(given) in (0, len(row_shape)) and sized:
+        rows, labels = math.prod(row_shape), math.prod(given)
+        if rows != labels:
+            return f"there are {rows} rows, but {labels} labels: pass one label for each row"
+    return "remove or add axes so that one of them fits"
+
+
+def weight(weight: Any, classes: int) -> None:
+    """Refuse class weights that are not one real number for each class."""
+    if tuple(weight.shape) != (classes,):
+        raise ValueError(
+            f"weight must be 1-D with one entry for each of the {classes} classes, "
+            f"got shape {tuple(weight.shape)}; pass shape ({classes},)"
+        )
+    _real_numbers("weight", weight)
+
+
+def sample_weight(sample_weight: Any, row_shape: tuple[int, ...]) -> None:
+    """Refuse sample weights that are not one real number for each row."""
+    if tuple(sample_weight.shape) != row_shape:
+        raise ValueError(
+            f"sample_weight must have one entry for each row, of shape {row_shape}, got shape "
+            f"{tuple(sample_weight.shape)}; reshape it or spread it over the rows"
+        )
+    _real_numbers("sample_weight", sample_weight)
+
+
+def normalizer(normalizer: Any) -> None:
+    """Refuse a normalizer that is not a single real number."""
+    if tuple(normalizer.shape) != ():
+        raise ValueError(
+            "normalizer must be a number or a 0-d array, got shape "
+            f"{tuple(normalizer.shape)}; pass what the whole sum is to be divided by"
+        )
+    _real_numbers("normalizer", normalizer)
+
+
+def _real_numbers(name: str, array: Any) -> None:
+    dtype = arrays.dtype_name(array)
+    if dtype not in arrays.FLOATS and not arrays.holds_integers(array):
+        raise TypeError(
+            f"{name} must be real numbers, got {dtype}; convert it to a floating-point dtype"
+        )
+
+
+def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) -> None:
+    """Refuse a grad_output that is not shaped as the loss."""
+    expected = row_shape if reduction == "none" else ()
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(
+            f"grad_output must have the loss's shape {expected} for reduction "
+            f"{reduction!r}, got shape {tuple(grad_output.shape)}; pass the gradient "
+            "with respect to the loss"
+        )
+    _real_numbers("grad_output", grad_output)
+
+
+def number_or_array(name: str, value: Any) -> tuple[float | None, Any]:
+    """Tell a number from an array: (the number, None) or (None, the array)."""
+    if value is None:
+        return None, None
+    if isinstance(value, (bool, complex)):
+        raise TypeError(
+            f"{name} must be a real number or an array, got {value!r}; leave it at None or "
+            "pass a float"
+        )
+    if isinstance(value, numbers.Real):
+        return float(value), None
+    return None, value

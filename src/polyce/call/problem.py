@@ -1,0 +1,336 @@
+"""What a call asks for, before any value is looked at: every shape, dtype and option error.
+
+`describe` turns the arguments of a call into a `Problem`, hashable and free of arrays, so that a
+traced or lazy call takes the same way as an eager one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from polyce import arrays, eager, libraries
+from polyce.call import checks
+from polyce.call.options import Options, check_heeded
+
+
+class Problem(NamedTuple):
+    """The static facts of one call."""
+
+    xp: Any
+    """The array library's namespace."""
+    backend: str
+    device: str
+    """The kind of device: cpu, cuda, ..., or unknown while tracing."""
+    kind: str
+    """What the target holds: index, probability, or none where there is no target."""
+    shape: tuple[int, ...]
+    axis: int
+    """The class axis, counted from the front."""
+    row_shape: tuple[int, ...]
+    """`shape` without the class axis: one softmax, one loss and one index target per entry."""
+    logits_dtype: Any
+    target_dtype: str
+    result_dtype: Any
+    arithmetic_dtype: Any
+    """float64 for float64, else float32: what is computed for every logit."""
+    row_dtype: Any
+    """What is computed for every row: float64 where the library has it."""
+    options: Options
+    is_concrete: bool
+    """Whether the arrays are memory that can be read now: not traced, lazy, transformed or meta."""
+    check_labels: bool = False
+    weighted: bool = False
+    sample_weighted: bool = False
+    normalized: bool = False
+    """Whether the call brings what the mean divides by."""
+    inplace_backward: bool = False
+    """Whether torch's backward pass writes the gradient over the logits."""
+    is_compiling: bool = False
+    """Whether torch.compile traces plain tensors, and may call kernels by an operator."""
+
+    @property
+    def classes(self) -> int:
+        """C, the length of the class axis."""
+        return self.shape[self.axis]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no logits: no rows or no classes."""
+        return 0 in self.shape
+
+    @property
+    def logits_dtype_name(self) -> str:
+        """The dtype of the logits, as the standard names it."""
+        return arrays.name_of(self.logits_dtype)
+
+    @property
+    def used_options(self) -> tuple[str, ...]:
+        """What the call uses that an implementation may lack, as callers name it."""
+        weights = {"weight": self.weighted, "sample_weight": self.sample_weighted}
+        return (*(name for name, is_there in weights.items() if is_there), *self.options.used)
+
+    def asks(self, *names: str) -> bool:
+        """Tell whether the caller wants to know one of these of each row."""
+        stats = self.options.stats
+        return stats is not None and any(name in stats for name in names)
+
+    def with_options(self, **changed: Any) -> Problem:
+        """Return the problem with some of its options changed."""
+        return self._replace(options=self.options._replace(**changed))
+
+
+class Head(NamedTuple):
+    """A linear head: the logits are the product of the hidden states with its weight, plus bias."""
+
+    weight: Any
+    """(classes, features)"""
+    bias: Any = None
+    """(classes,)"""
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, all of one library."""
+
+    logits: Any
+    target: Any
+    weight: Any
+    sample_weight: Any
+    normalizer: Any
+    grad_output: Any
+
+    def named(self) -> dict[str, Any]:
+        """Give the operands by what the caller calls them."""
+        return {"input": self.logits, **dict(zip(self._fields[1:], self[1:], strict=True))}
+
+
+# A call is described from these facts alone where its arrays are plain ones. Small calls are mostly
+# like one before, and describing them anew would take longer than computing them.
+_MOST_KNOWN = 1024
+_known: dict[tuple[Any, ...], Problem] = {}
+
+DEFAULTS = Options()
+
+
+def describe(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    sample_weight: Any = None,
+    normalizer: Any = None,
+    options: Options = DEFAULTS,
+    *,
+    grad_output: Any = None,
+    probabilities: bool = True,
+) -> tuple[Problem, Operands]:
+    """Check the arguments of a call, its options as given, and state its static facts.
+
+    Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
+    """
+    facts = None
+    if normalizer is None and (grad_output is None or type(grad_output) is float):
+        facts = eager.plain_facts(input, target, weight, sample_weight)
+    if facts is not None:
+        try:
+            # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
+            key = (facts, options, probabilities, grad_output is None, *map(type, options))
+            problem = _known.get(key)
+        except TypeError:  # an option that has no hash, such as a list
+            facts = None
+        else:
+            if problem is not None:
+                return problem, Operands(input, target, weight, sample_weight, None, grad_output)
+    problem, operands, _ = describe_anew(
+        None,
+        input,
+        target,
+        weight,
+        sample_weight,
+        normalizer,
+        options,
+        grad_output=grad_output,
+        probabilities=probabilities,
+    )
+    if facts is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = problem
+    return problem, operands
+
+
+def describe_anew(
+    head: Head | None,
+    input: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
+    *,
+    grad_output: Any = None,
+    probabilities: bool = True,
+) -> tuple[Problem, Operands, Head]:
+    """Describe a call whatever has been described before.
+
+    With a head, the problem is that of the logits that it makes of `input`, in the dtype that
+    products are computed in; in the operands `input` stands in their place.
+    """
+    options = options.checked()
+    reduction = options.reduction
+    _check_given(head, input, target)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(
+            f"normalizer is what reduction 'mean' divides by, got reduction {reduction!r}; "
+            "leave one of them out"
+        )
+    divisor, normalizer = checks.number_or_array("normalizer", normalizer)
+    number, cotangent = checks.number_or_array("grad_output", grad_output)
+    given = {
+        "input": input,
+        "target": target,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "normalizer": normalizer,
+        "grad_output": cotangent,
+    }
+    if head is not None:
+        given |= {"linear_weight": head.weight, "linear_bias": head.bias}
+    xp, backend, values = libraries.of(**given)
+    logits, target, weight, sample_weight, normalizer, cotangent, *parameters = values
+    if arrays.device(logits, backend) is not None:
+        checks.devices(backend, dict(zip(given, values, strict=True)))
+    if backend == "cupy":
+        checks.byte_order(dict(zip(given, values, strict=True)))
+    if head is None:
+        shape, axis = checks.logits_shape(logits, options.axis, target)
+        logits_dtype = given_dtype = logits.dtype
+    else:
+        head = Head(*parameters)
+        given_dtype = checks.product_dtype(backend, logits, *head, target)
+        shape = checks.product_shape(logits, *head)
+        axis = len(shape) - 1
+        logits_dtype = arrays.product_dtype(xp, backend, given_dtype, logits)
+    row_shape = shape[:axis] + shape[axis + 1 :]
+    kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
+    check_heeded(options.ignore_index, kind)
+    if weight is not None:
+        checks.weight(weight, shape[axis])
+    if sample_weight is not None:
+        checks.sample_weight(sample_weight, row_shape)
+    if normalizer is not None:
+        checks.normalizer(normalizer)
+    result_dtype = given_dtype
+    if kind == "probability":
+        result_dtype = _promote(xp, backend, given_dtype, target, weight)
+    result_dtype = arrays.autocast(backend, result_dtype, logits)
+
+    problem = Problem(
+        xp=xp,
+        backend=backend,
+        device=arrays.device_kind(logits, backend),
+        kind=kind,
+        shape=shape,
+        axis=axis,
+        row_shape=row_shape,
+        logits_dtype=logits_dtype,
+        target_dtype=arrays.dtype_name(target),
+        **_dtypes(xp, backend, logits, result_dtype),
+        options=options,
+        is_concrete=eager.are_concrete(values, backend),
+        check_labels=_checks_labels(kind, target, backend, options.validate),
+        weighted=weight is not None,
+        sample_weighted=sample_weight is not None,
+        normalized=divisor is not None or normalizer is not None,
+        is_compiling=eager.are_compiled(values, backend),
+    )
+    if number is not None:
+        if reduction == "none" and row_shape:
+            raise ValueError(
+                f"grad_output must have the shape of the rows {row_shape} for reduction 'none', "
+                f"got the number {number}; pass an array of that shape"
+            )
+        cotangent = number
+    elif cotangent is not None:
+        checks.grad_output(cotangent, row_shape, reduction)
+    if divisor is not None:
+        normalizer = divisor
+    if backend == "mparray":
+        problem = _with_exact_options(problem)
+        if reduction == "mean" and not hasattr(cotangent, "dtype"):
+            cotangent = xp.asarray(1.0 if cotangent is None else cotangent)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    return problem, operands, head or Head(None)
+
+
+def _check_given(head: Head | None, input: Any, target: Any) -> None:
+    if head is not None and head.weight is None:
+        raise TypeError("linear_weight must be an array, got None; pass the weight of the head")
+    if input is None or target is None:
+        missing = "input" if input is None else "target"
+        what = "the logits" if head is None else "the hidden states"
+        raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
+
+
+def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
+    """Check the arguments of a function of logits alone and state its static facts."""
+    options = options.checked()
+    if input is None:
+        raise TypeError("input must be an array, got None; pass the logits")
+    xp, backend, (logits,) = libraries.of(input=input)
+    shape, axis = checks.logits_shape(logits, options.axis)
+    problem = Problem(
+        xp=xp,
+        backend=backend,
+        device=arrays.device_kind(logits, backend),
+        kind="none",
+        shape=shape,
+        axis=axis,
+        row_shape=shape[:axis] + shape[axis + 1 :],
+        logits_dtype=logits.dtype,
+        target_dtype="none",
+        **_dtypes(xp, backend, logits, logits.dtype),
+        options=options._replace(reduction="none"),
+        is_concrete=eager.are_concrete([logits], backend),
+    )
+    return (_with_exact_options(problem) if backend == "mparray" else problem), logits
+
+
+def _with_exact_options(problem: Problem) -> Problem:
+    """Let what is computed from the options alone have as many digits as the arrays."""
+    given = problem.options._asdict()
+    floats = {name: arrays.exact(value) for name, value in given.items() if type(value) is float}
+    return problem.with_options(**floats)
+
+
+def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, Any]:
+    is_double = arrays.name_of(result_dtype) == "float64"
+    wide = is_double or arrays.has_float64(xp, backend, logits)
+    return {
+        "result_dtype": result_dtype,
+        "arithmetic_dtype": arrays.float_dtype(xp, backend, "float64" if is_double else "float32"),
+        "row_dtype": arrays.float_dtype(xp, backend, "float64" if wide else "float32"),
+    }
+
+
+def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:
+    if validate is False or kind != "index":
+        return False
+    if not eager.has_values(target, backend):
+        if validate:
+            raise ValueError(
+                "validate=True needs target's values, but this target is traced or lazy and has "
+                "none yet; leave validate at None (a bad label then gives nan)"
+            )
+        return False
+    return bool(validate) or arrays.are_at_hand(target, backend)
+
+
+def _promote(xp: Any, backend: str, dtype: Any, *operands: Any) -> Any:
+    """Promote a floating dtype with those of operands; float16 with bfloat16 gives float32."""
+    dtypes = (dtype, *(array.dtype for array in operands if array is not None))
+    found = {arrays.name_of(each): each for each in dtypes}
+    for name in ("float64", "float32"):
+        if name in found:
+            return found[name]
+    if "float16" in found and "bfloat16" in found:
+        return arrays.float_dtype(xp, backend, "float32")
+    return found.get("float16", found.get("bfloat16"))

@@ -1,0 +1,123 @@
+"""Class indices: which rows count, which labels are out of range, and the error that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from polyce import arrays
+from polyce.call.problem import Problem
+
+
+def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
+    """Give each row's label, always in range; which rows count; and which have a bad label.
+
+    None stands for "all rows count" and for "no label is bad". Where labels are checked, a bad one
+    raises IndexError. The results keep the class axis, of length 1.
+    """
+    xp, backend = problem.xp, problem.backend
+    on_host = backend != "numpy" and isinstance(target, np.ndarray)
+    if backend == "jax" and problem.check_labels:
+        # Inside a jit, jax would trace even what is done to known values.
+        on_host, target = True, np.asarray(target)
+    if on_host:
+        xp = np
+    if tuple(target.shape) != problem.row_shape:
+        target = xp.reshape(target, problem.row_shape)
+    target = arrays.expand(target, problem.axis)
+    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    ignore_index = ignored_label(problem)
+    if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
+        # torch can store these but hardly compute with them.
+        target = arrays.cast(xp, target, xp.int64)
+        lowest = -(2**63)
+        ignore_index = ignored_as_signed(problem)
+
+    ignored = None
+    if ignore_index is not None:
+        # As an array: jax takes no Python integer beyond the signed ones.
+        ignored = target == (
+            xp.asarray(ignore_index, dtype=target.dtype) if backend == "jax" else ignore_index
+        )
+    invalid = _out_of_range(target, lowest, highest, problem.classes)
+    if problem.check_labels:
+        odd = _either(ignored, invalid)
+        if odd is None or not arrays.any_true(xp, odd):
+            # Most calls: every row counts, and what follows is cheaper for knowing it.
+            ignored = invalid = None
+    if ignored is not None and invalid is not None:
+        invalid = invalid & ~ignored
+    if problem.check_labels and invalid is not None:
+        if arrays.any_true(xp, invalid):
+            first = int(xp.argmax(xp.astype(xp.reshape(invalid, (-1,)), xp.uint8)))
+            raise bad_label(problem, int(xp.reshape(target, (-1,))[first]), first)
+        invalid = None
+
+    unusable = _either(ignored, invalid)
+    if unusable is not None:
+        target = xp.where(unusable, 0, target)
+    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend, target))
+    counted = None if ignored is None else ~ignored
+
+    def beside_logits(array: Any) -> Any:
+        if array is None:
+            return None
+        return arrays.align(backend, problem.xp.asarray(array) if on_host else array, logits)
+
+    return beside_logits(label), beside_logits(counted), beside_logits(invalid)
+
+
+def ignored_label(problem: Problem) -> int | None:
+    """Give the label that marks ignored rows; None where the target's dtype does not hold it.
+
+    Compared as numbers: a cast to the target's dtype could turn it into another label.
+    """
+    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    ignored = problem.options.ignore_index
+    return ignored if lowest <= ignored <= highest else None
+
+
+def ignored_as_signed(problem: Problem) -> int | None:
+    """Give that label where labels are read as int64.
+
+    Those of uint64 from 2^63 on turn negative, which no label is, and this one turns with them.
+    """
+    ignored = ignored_label(problem)
+    return ignored - 2**64 if ignored is not None and ignored >= 2**63 else ignored
+
+
+def _out_of_range(target: Any, lowest: int, highest: int, classes: int) -> Any:
+    """Mark labels outside 0, ..., C - 1; None where the dtype holds no such value."""
+    below = target < 0 if lowest < 0 else None
+    above = target >= classes if classes <= highest else None
+    return _either(below, above)
+
+
+def _either(one: Any, other: Any) -> Any:
+    """Combine two masks, of which None marks nothing."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def bad_label(problem: Problem, value: int, row: int) -> IndexError:
+    """Say what label is out of range, in which of the rows counted in C order."""
+    position = tuple(int(i) for i in np.unravel_index(row, problem.row_shape))
+    if problem.target_dtype == "uint64":
+        value %= 2**64
+    where = f" at position {position}" if position else ""
+    if problem.classes == 0:
+        return IndexError(
+            f"without classes every label must be ignored, got {value}{where}; "
+            "pass logits with at least one class"
+        )
+    if problem.classes == 1:
+        return IndexError(
+            f"with one column of logits every label is 0, got {value}{where}; for a binary loss "
+            "pass two columns, one for each class, such as 0 and the logit of class 1"
+        )
+    return IndexError(
+        f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
+        f"{value}{where}; give rows to leave out the label ignore_index"
+    )

@@ -1,0 +1,202 @@
+"""Loss and gradient of every row, in operations of the array API standard.
+
+What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from polyce import arrays
+from polyce.call.problem import Problem
+from polyce.formula import rowstate, targets, transform
+from polyce.formula.rowstate import RowState
+from polyce.formula.stats import RowStats
+from polyce.formula.targets import Plan
+
+
+def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    """Compute the rows' losses, in the row dtype, and the rows' stats."""
+    if problem.is_empty:
+        losses = _empty_rows(problem, plan, logits)
+        return losses, _empty_stats(problem, losses)
+    read = _read(problem, plan, logits, targets.pivot_leads(problem))
+    return _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
+
+
+def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
+    """Compute the gradient with respect to the logits, for a cotangent of the rows' losses."""
+    if problem.is_empty:
+        return logits * 0.0  # on the graph of a library that will differentiate it
+    leads = targets.pivot_leads(problem)
+    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads))
+
+
+def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
+    """Compute what `backward` does, in operations whose derivatives keep their digits as well.
+
+    With the largest class as the pivot no derivative is a difference of nearly equal numbers: that
+    of p_c by x_c is p_c (1 - p_c), where p_c is at most 1/2 for all classes but the pivot, and for
+    the pivot the sum of the others over the whole.
+    """
+    if problem.is_empty:
+        return logits * 0.0
+    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads=True))
+
+
+def forward_backward(
+    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+) -> tuple[Any, Any, RowStats | None]:
+    """Compute the rows' losses, the gradient and the rows' stats in one pass over the logits."""
+    if problem.is_empty:
+        losses = _empty_rows(problem, plan, logits)
+        return losses, problem.xp.zeros_like(logits), _empty_stats(problem, losses)
+    read = _read(problem, plan, logits, targets.pivot_leads(problem))
+    losses, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
+    return losses, _gradient(problem, plan, cotangent, read), stats
+
+
+def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
+    """Give the rows' losses -w_y x_y for log-probabilities x, in the row dtype."""
+    if problem.is_empty:
+        return _empty_rows(problem, plan, log_probabilities)
+    xp = problem.xp
+    picked = arrays.pick(
+        xp, problem.backend, log_probabilities, plan.label, log_probabilities, problem.axis
+    )
+    rows = -arrays.cast(xp, picked, problem.row_dtype)
+    if plan.label_weight is not None:
+        # Selected rather than multiplied: a weight of 0 takes no part, not even times infinity.
+        rows = xp.where(plan.label_weight == 0.0, 0.0, plan.label_weight * rows)
+    return targets.weigh_rows(plan, xp, rows)
+
+
+def log_softmax(problem: Problem, logits: Any) -> Any:
+    """Give log(softmax(logits)) along the class axis, accurate at the largest logit too."""
+    if problem.is_empty:
+        return logits
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+    pivot = arrays.argmax(xp, backend, logits, axis)
+    mask = arrays.one_hot(xp, backend, pivot, logits, axis)
+    top = arrays.pick(xp, backend, logits, pivot, logits, axis)
+    state, _ = rowstate.from_logits(problem, logits, mask, top, None, None)
+    # What the likeliest class lacks to a log-probability of 0 is its loss.
+    losses = rowstate.loss(problem, state)
+    losses = arrays.cast(xp, losses, problem.arithmetic_dtype)
+    gaps = transform.difference(problem, logits, top)
+    log_probabilities = xp.where(mask, -losses, gaps - losses)
+    return arrays.cast(xp, log_probabilities, problem.logits_dtype)
+
+
+def log_softmax_backward(
+    problem: Problem, cotangent: Any, logits: Any, log_probabilities: Any
+) -> Any:
+    """Give the gradient of `log_softmax` with respect to the logits, from its result.
+
+    The logits themselves are only needed for a softcap.
+    """
+    xp = problem.xp
+    wide = arrays.cast(xp, cotangent, problem.arithmetic_dtype)
+    softmax = xp.exp(arrays.cast(xp, log_probabilities, problem.arithmetic_dtype))
+    grad = wide - softmax * xp.sum(wide, axis=problem.axis, keepdims=True)
+    if transform.is_capped(problem):
+        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+    grad = grad * transform.slope(problem, logits)
+    return arrays.cast(xp, grad, problem.logits_dtype)
+
+
+class _Read(NamedTuple):
+    """What one reading of the logits leaves for the losses, the gradient and the stats."""
+
+    logits: Any
+    """In the arithmetic dtype."""
+    pivot: Any
+    leads: bool
+    """Whether that is the class of the largest logit."""
+    excluded: Any
+    state: RowState
+    rest_exp: Any
+    coefficients: Any
+
+
+def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
+    """Read the logits, with the class of the largest one as the pivot if it `leads`."""
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    given_dtype = logits.dtype
+    logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+    pivot = arrays.argmax(xp, backend, logits, axis) if leads else plan.label
+    excluded = arrays.one_hot(xp, backend, pivot, logits, axis)
+    pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
+    if leads:
+        is_label = None
+        if plan.label is not None:
+            is_label = arrays.one_hot(xp, backend, plan.label, logits, axis)
+        coefficients = targets.all_coefficients(problem, plan, is_label, pivot_logit)
+        at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
+        at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+    else:
+        at_pivot, coefficients = targets.coefficients(problem, plan)
+    if plan.counted is not None:
+        # An ignored row is not read: it may hold infinities and nans.
+        excluded = excluded | ~plan.counted
+    state, rest_exp = rowstate.from_logits(
+        problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
+    )
+    return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients)
+
+
+def _losses(problem: Problem, plan: Plan, state: RowState) -> Any:
+    rows = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
+    return targets.weigh_rows(plan, problem.xp, rows)
+
+
+def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
+    xp = problem.xp
+    scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(read.state.rest_max))
+    grad = rowstate.gradient(
+        problem,
+        read.state,
+        read.rest_exp,
+        read.excluded,
+        read.coefficients,
+        scale,
+        plan.counted,
+        read.logits,
+        targets.lse_penalty(problem, plan),
+        leads=read.leads,
+    )
+    return arrays.cast(xp, grad, problem.logits_dtype)
+
+
+def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
+    """Give what the problem asks for of whole rows, of which `pivot` is the pivot's class."""
+    if problem.options.stats is None:
+        return None
+    return RowStats(
+        lse=rowstate.lse(problem, state),
+        entropy=rowstate.entropy(problem, state) if problem.asks("entropy") else None,
+        prediction=(
+            rowstate.prediction(problem, state, pivot)
+            if problem.asks("prediction", "correct")
+            else None
+        ),
+    )
+
+
+def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
+    """Sum over nothing: of no rows, none; of no classes, 0, for a label can only be ignored."""
+    nothing = arrays.cast(problem.xp, logits, problem.row_dtype)
+    rows = problem.xp.sum(nothing, axis=problem.axis, keepdims=True)
+    return targets.weigh_rows(plan, problem.xp, rows)
+
+
+def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
+    """Of no classes there is no softmax, and no prediction."""
+    if problem.options.stats is None:
+        return None
+    xp = problem.xp
+    undefined = xp.full_like(rows, math.nan)
+    labels = arrays.label_dtype(xp, problem.backend, rows)
+    return RowStats(undefined, undefined, arrays.cast(xp, xp.zeros_like(rows), labels))

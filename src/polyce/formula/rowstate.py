@@ -1,0 +1,359 @@
+"""The row formula: a softmax row's state, its loss, its gradient, and how parts of it merge.
+
+Written as R·lse - Σ r_c x_c, the loss of a confident row cancels to 0 in float32 from a gap of 17
+on, and so does its gradient. Here one class k of each row, the pivot, is kept apart (the label, or
+the class of the largest logit: `targets.pivot_leads` says which) and every sum runs over the
+*other* classes, so that only non-negative terms are added (for non-negative coefficients) and
+nothing cancels:
+
+    m' = max x_c    d' = Σ exp(x_c - m')    q' = Σ r_c (m' - x_c)    R' = Σ r_c        (c ≠ k)
+    δ = m' - x_k
+    δ ≤ 0:  a = exp(δ);   E = d' a;         f = a / (1 + E)
+    δ > 0:  b = exp(-δ);  E = d' - 1 + b;   f = 1 / (1 + E)
+    h = log1p(E)       lse = max(m', x_k) + h       p_k = (exp(-δ) or 1) / (1 + E)
+    loss = q' + R' max(-δ, 0) + r_k max(δ, 0) + (R' + r_k) h + λ lse²
+    dloss/dx_c = (R' + r_k + 2λ lse) exp(x_c - m') f - r_c
+    dloss/dx_k = R' - (R' + r_k) d' f + 2λ lse p_k  =  (R' + r_k) p_k - r_k + 2λ lse p_k
+
+The x are the logits after the `transform`. The state holds logits before it, and every difference
+of two x is taken by `transform.difference`.
+
+Kernels that cannot call these functions are tested against them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from polyce import arrays, sums
+from polyce.call.problem import Problem
+from polyce.formula import transform
+
+
+class RowState(NamedTuple):
+    """All that the loss of each row needs to know of a part of its classes.
+
+    Every entry is an array of the logits' shape with 1 for the class axis. Parts over disjoint
+    classes `merge`.
+    """
+
+    rest_max: Any
+    """The logit of m', the largest besides the pivot's; -inf where there is none."""
+    rest_sum: Any
+    """d', the sum of exp(x_c - m') over the classes besides the pivot."""
+    pivot_logit: Any
+    """The logit of x_k, or 0 where the pivot lies in another part."""
+    pivot_coefficient: Any
+    """r_k, or 0 where the pivot lies in another part; None for 1 in a whole row."""
+    rest_coefficient: Any
+    """R', the sum of the coefficients besides the pivot's; None where they are all 0."""
+    rest_excess: Any
+    """q', the sum of r_c (m' - x_c) besides the pivot's; None where the r_c are all 0."""
+    rest_entropy: Any = None
+    """The sum of exp(x_c - m') (m' - x_c) besides the pivot's; None if nobody asks."""
+    rest_first: Any = None
+    """The first class besides the pivot with the logit of m'; None if nobody asks."""
+
+
+def from_logits(
+    problem: Problem,
+    logits: Any,
+    excluded: Any,
+    pivot_logit: Any,
+    pivot_coefficient: Any,
+    coefficients: Any,
+    given_dtype: Any = None,
+) -> tuple[RowState, Any]:
+    """Read a part of each row once: its state, and exp(x_c - m'), anything at excluded classes.
+
+    `logits` are in the arithmetic dtype; `given_dtype` is the one they came in. `excluded` marks
+    the pivot, if it lies in this part, and whatever else must not be read. `coefficients` are the
+    r_c: an array that broadcasts against the logits, or, for a whole row only, one positive number
+    for all classes; None for 0.
+    """
+    xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
+    if arrays.fuses(backend, logits):
+        from polyce.formula import xla
+
+        return xla.from_logits(
+            problem, logits, excluded, pivot_logit, pivot_coefficient, coefficients, given_dtype
+        )
+    rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+    rest_first = rest_entropy = None
+    if problem.asks("prediction", "correct"):
+        rest_first = arrays.argmax(xp, backend, rest, axis)
+    rest_max = arrays.class_max(xp, backend, rest, axis)
+    offset = xp.where(rest_max == -math.inf, 0.0, rest_max)
+    rest = transform.difference(problem, rest, offset, owned=True)
+
+    rest_coefficient = rest_excess = None
+    if isinstance(coefficients, float):
+        share = coefficients
+        # Scaled before the sum, which could overflow.
+        gaps = xp.where(excluded, 0.0, rest * -share)
+        rest_excess = sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        del gaps
+        rest_coefficient = xp.full_like(rest_excess, share * (logits.shape[axis] - 1))
+    elif coefficients is not None:
+        others = xp.where(excluded, 0.0, coefficients)
+        rest_coefficient = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        # A class of coefficient 0 takes no part, not even as 0 times infinity. Elsewhere it is
+        # multiplied all the same: the derivative by the coefficient needs the factor.
+        skipped = (others == 0.0) & (rest == -math.inf)
+        others = others * xp.where(skipped, 0.0, -rest)
+        rest_excess = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+
+    if problem.asks("entropy"):
+        gaps, rest = rest, xp.exp(rest)
+        gaps = arrays.replace(xp, backend, rest == 0.0, 0.0, gaps, owned=True)
+        gaps = arrays.overwrite(backend, xp.multiply, gaps, rest)
+        rest_entropy = -sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        del gaps
+    else:
+        rest = arrays.overwrite(backend, xp.exp, rest)
+    state = RowState(
+        rest_max=arrays.cast(xp, rest_max, row_dtype),
+        rest_sum=sums.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
+        pivot_logit=arrays.cast(xp, pivot_logit, row_dtype),
+        pivot_coefficient=pivot_coefficient,
+        rest_coefficient=rest_coefficient,
+        rest_excess=rest_excess,
+        rest_entropy=rest_entropy,
+        rest_first=rest_first,
+    )
+    return state, rest
+
+
+def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
+    """Merge the states of two parts of each row, over disjoint classes; either may be empty."""
+    xp = problem.xp
+    top = xp.maximum(one.rest_max, other.rest_max)
+    reference = xp.where(top == -math.inf, 0.0, top)
+
+    def carried(part: RowState) -> tuple[Any, Any, Any]:
+        decay = xp.exp(transform.difference(problem, part.rest_max, reference))
+        rest_sum = xp.where(part.rest_sum == 0.0, 0.0, part.rest_sum * decay)
+        own = xp.where(part.rest_max == -math.inf, 0.0, part.rest_max)
+        risen = transform.difference(problem, reference, own)
+        excess = entropy = None
+        if part.rest_coefficient is not None:
+            moved = part.rest_excess + part.rest_coefficient * risen
+            excess = xp.where(part.rest_coefficient == 0.0, part.rest_excess, moved)
+        if part.rest_entropy is not None:
+            moved = (part.rest_entropy + part.rest_sum * risen) * decay
+            entropy = xp.where(rest_sum == 0.0, 0.0, moved)
+        return rest_sum, excess, entropy
+
+    one_sum, one_excess, one_entropy = carried(one)
+    other_sum, other_excess, other_entropy = carried(other)
+    first = None
+    if one.rest_first is not None:
+        is_one = (one.rest_max > other.rest_max) | (
+            (one.rest_max == other.rest_max) & (one.rest_first < other.rest_first)
+        )
+        first = xp.where(is_one, one.rest_first, other.rest_first)
+
+    def add(a: Any, b: Any) -> Any:
+        return b if a is None else a if b is None else a + b
+
+    return RowState(
+        rest_max=top,
+        rest_sum=one_sum + other_sum,
+        pivot_logit=one.pivot_logit + other.pivot_logit,
+        pivot_coefficient=one.pivot_coefficient + other.pivot_coefficient,
+        rest_coefficient=add(one.rest_coefficient, other.rest_coefficient),
+        rest_excess=add(one_excess, other_excess),
+        rest_entropy=add(one_entropy, other_entropy),
+        rest_first=first,
+    )
+
+
+def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState:
+    """Count the pivot, of class `pivot`, among the other classes in the rows marked."""
+    xp = problem.xp
+    coefficient = xp.where(rows, state.pivot_coefficient, 0.0)
+    logit = xp.where(rows, state.pivot_logit, -math.inf)
+    nothing = logit == -math.inf
+    nowhere = xp.zeros_like(logit)
+    alone = RowState(
+        rest_max=logit,
+        rest_sum=xp.where(nothing, nowhere, 1.0),
+        pivot_logit=nowhere,
+        pivot_coefficient=nowhere,
+        rest_coefficient=coefficient,
+        rest_excess=xp.where(nothing & (coefficient != 0.0), coefficient * math.inf, 0.0),
+        rest_entropy=None if state.rest_entropy is None else nowhere,
+        rest_first=None if state.rest_first is None else pivot,
+    )
+    kept = state._replace(
+        pivot_logit=xp.where(rows, 0.0, state.pivot_logit),
+        pivot_coefficient=xp.where(rows, 0.0, state.pivot_coefficient),
+    )
+    return merge(problem, kept, alone)
+
+
+class _Scalars(NamedTuple):
+    """The few numbers of a row from which its loss and its gradient follow."""
+
+    below: Any
+    """True where the pivot is at least as large as all the other classes: δ ≤ 0."""
+    behind: Any
+    """max(δ, 0), by how much the pivot is smaller than the largest of the others."""
+    opposite: Any
+    """-δ, by how much it is larger where it is."""
+    decay: Any
+    """exp(-|δ|): a or b above."""
+    excess: Any
+    """E, what the sum of all exponentials has beyond the largest of them."""
+
+
+def _scalars(problem: Problem, state: RowState) -> _Scalars:
+    xp = problem.xp
+    delta = transform.difference(problem, state.rest_max, state.pivot_logit)
+    below = delta <= 0.0
+    # Not abs and maximum: at a tie their derivatives would be wrong, and so the second derivative.
+    opposite = -delta
+    decay = xp.exp(xp.where(below, delta, opposite))
+    if problem.row_dtype == problem.arithmetic_dtype:
+        # The row dtype is no wider than the logits, so δ has been rounded.
+        error = transform.difference_error(problem, state.rest_max, state.pivot_logit)
+        decay = decay + decay * xp.where(below, error, -error)
+    # The difference is 0, or nan where the pivot is at +inf: such a row has no softmax.
+    nothing = state.pivot_logit - state.pivot_logit
+    excess = xp.where(below, state.rest_sum * decay + nothing, (state.rest_sum - 1.0) + decay)
+    behind = xp.where(below, 0.0, delta)
+    return _Scalars(below, behind, opposite, decay, excess)
+
+
+def lse(problem: Problem, state: RowState) -> Any:
+    """Give log Σ exp(x_c) of each row, from the state of the whole row; nan without a softmax."""
+    return _lse(problem, state, _scalars(problem, state))
+
+
+def _lse(problem: Problem, state: RowState, s: _Scalars) -> Any:
+    largest = problem.xp.where(s.below, state.pivot_logit, state.rest_max)
+    return transform.value(problem, largest) + problem.xp.log1p(s.excess)
+
+
+def entropy(problem: Problem, state: RowState) -> Any:
+    """Give -Σ p_c log p_c of each row: the p_c times lse - x_c, of which none is negative."""
+    xp = problem.xp
+    s = _scalars(problem, state)
+    h = xp.log1p(s.excess)
+    factor, at_pivot = _factor(xp, s), _pivot_probability(xp, s)
+    ahead = xp.where(s.below & (state.rest_sum != 0.0), s.opposite, 0.0)
+    behind = xp.where(at_pivot == 0.0, 0.0, s.behind)
+    share = state.rest_sum * factor
+    # The lead may be beyond the largest number where nothing is left for the others.
+    others = factor * state.rest_entropy + xp.where(share == 0.0, 0.0, share * (ahead + h))
+    return others + at_pivot * (behind + h)
+
+
+def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
+    """Give the first class with the largest logit of each row, of which pivot is the pivot."""
+    first = state.rest_first
+    leads = (state.pivot_logit > state.rest_max) | (
+        (state.pivot_logit == state.rest_max) & (pivot < first)
+    )
+    return problem.xp.where(leads, pivot, first)
+
+
+def _factor(xp: Any, s: _Scalars) -> Any:
+    """Give f, by which exp(x_c - m') becomes a probability."""
+    return xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
+
+
+def _pivot_probability(xp: Any, s: _Scalars) -> Any:
+    return xp.where(s.below, 1.0, s.decay) / (1.0 + s.excess)
+
+
+def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
+    """Give each row's loss, from the state of the whole row, with lse_penalty · lse² added."""
+    xp = problem.xp
+    s = _scalars(problem, state)
+    h = xp.log1p(s.excess)
+    at_pivot = state.pivot_coefficient
+    if at_pivot is None:
+        rows = s.behind + h
+    elif isinstance(at_pivot, float):
+        rows = at_pivot * (s.behind + h)
+    else:
+        rows = at_pivot * (xp.where(at_pivot == 0.0, 0.0, s.behind) + h)
+    others = state.rest_coefficient
+    if others is not None:
+        ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
+        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        excess = xp.where(state.rest_excess == state.rest_excess, state.rest_excess, 0.0)
+        rows = rows + (excess + others * (ahead + h))
+    if lse_penalty is not None:
+        log_sum = _lse(problem, state, s)
+        rows = rows + lse_penalty * log_sum * log_sum
+    return rows
+
+
+def gradient(
+    problem: Problem,
+    state: RowState,
+    rest_exp: Any,
+    excluded: Any,
+    coefficients: Any,
+    scale: Any,
+    counted: Any,
+    logits: Any,
+    lse_penalty: Any = None,
+    *,
+    leads: bool,
+) -> Any:
+    """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
+
+    `rest_exp` is exp(x_c - m') as `from_logits` gives it, and the gradient may take its place;
+    `scale` is shaped as the state; where `counted` is False, all classes are `excluded` and the
+    gradient is 0. The `logits` are read where there is a softcap. `leads` says whether the pivot is
+    the class of the largest logit.
+    """
+    xp, backend = problem.xp, problem.backend
+    s = _scalars(problem, state)
+    factor = _factor(xp, s)
+    total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
+    if state.rest_coefficient is not None:
+        total = total + state.rest_coefficient
+    away = total * (state.rest_sum * factor)
+    others = 0.0 if state.rest_coefficient is None else state.rest_coefficient
+    at_pivot = others - away
+    if not isinstance(total, float):
+        # R p_k - r_k is the same, and torch's where these are infinite. Of the two, the one with
+        # the smaller terms keeps its digits: with a label as the pivot always the first.
+        near = total * _pivot_probability(xp, s)
+        if leads:
+            is_larger = xp.abs(near) + xp.abs(state.pivot_coefficient) > xp.abs(away) + xp.abs(
+                others
+            )
+        else:
+            # On a mesh of jax's, spread as the rows are.
+            is_larger = xp.isfinite(total + xp.zeros_like(near))
+        at_pivot = xp.where(is_larger, at_pivot, near - state.pivot_coefficient)
+    if lse_penalty is not None:
+        pull = 2.0 * lse_penalty * _lse(problem, state, s)
+        total = total + pull
+        at_pivot = at_pivot + pull * _pivot_probability(xp, s)
+    if not transform.is_capped(problem) and transform.scale_of(problem) != 1.0:
+        scale = scale * transform.scale_of(problem)
+
+    def narrow(rows: Any) -> Any:
+        return arrays.cast(xp, rows, problem.arithmetic_dtype)
+
+    if coefficients is None:
+        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(scale * (total * factor)))
+    else:
+        # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(total * factor))
+        grad = arrays.overwrite(backend, xp.subtract, grad, coefficients)
+        grad = arrays.overwrite(backend, xp.multiply, grad, narrow(scale))
+    at_pivot = scale * at_pivot
+    if transform.is_capped(problem):
+        grad = arrays.overwrite(backend, xp.multiply, grad, transform.slope(problem, logits))
+        at_pivot = at_pivot * transform.slope(problem, state.pivot_logit)
+    if counted is not None:
+        at_pivot = xp.where(counted, at_pivot, 0.0)
+    return arrays.replace(xp, backend, excluded, narrow(at_pivot), grad, owned=True)

@@ -1,0 +1,266 @@
+"""What a target means: each row's class, its weight, and what the mean divides by.
+
+The one place for coefficients, the denominator and the cotangent of a row.
+Nothing here looks at the logits' values.
+
+A row's loss is R·lse - Σ r_c x_c, and every kind of target is a choice of the coefficients r:
+
+=============================  ==========================================
+index y                        r_c = w_y [c = y]
+index y, smoothing ε           r_c = (1 - ε) w_y [c = y] + (ε / C) w_c
+probabilities p                r_c = w_c p_c
+probabilities p, smoothing ε   r_c = w_c ((1 - ε) p_c + ε / C)
+=============================  ==========================================
+
+A row counts v times: 0 times if it is ignored, else as its sample weight says. The mean is
+Σ v loss / D, where D = Σ v w_y for labels, Σ v for probabilities, or what the caller gives.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from polyce import arrays, sums
+from polyce.call.problem import Operands, Problem
+from polyce.formula import labels
+
+
+class Plan(NamedTuple):
+    """What the target of one call means, as arrays. None stands for what is not there.
+
+    What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
+    """
+
+    label: Any
+    """Class of each row, always in range; None for probabilities."""
+    counted: Any
+    """False for rows that are ignored or have a sample weight of 0; None where none can be."""
+    invalid: Any
+    """True for rows whose label is out of range; None where labels were checked."""
+    label_weight: Any
+    """Class weight of each row's label, in the row dtype; None for 1."""
+    class_weight: Any
+    """Class weights along the class axis, in the arithmetic dtype; None for 1."""
+    sample_weight: Any
+    """What multiplies each row's loss, in the row dtype; None for 1."""
+    probabilities: Any
+    """Target probabilities, of the logits' shape, in the arithmetic dtype; None for labels."""
+    denominator: Any
+    """What reduction mean divides by; None for the other reductions."""
+
+
+def plan(problem: Problem, operands: Operands) -> Plan:
+    """Read the target of a call; raises IndexError for a bad label where labels are checked."""
+    found = plan_rows(problem, operands)
+    if problem.kind != "probability":
+        return found
+    probabilities = arrays.cast(problem.xp, operands.target, problem.arithmetic_dtype)
+    probabilities = arrays.align(problem.backend, probabilities, operands.logits)
+    return found._replace(probabilities=probabilities)
+
+
+def plan_rows(problem: Problem, operands: Operands) -> Plan:
+    """Read what a target means for whole rows: all of `plan` but the probabilities themselves.
+
+    Of the logits no more is asked than where they lie.
+    """
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    logits = operands.logits
+    sample_weight = counted = class_weight = None
+    if operands.sample_weight is not None:
+        sample_weight = arrays.cast(xp, operands.sample_weight, problem.row_dtype)
+        sample_weight = arrays.align(backend, arrays.expand(sample_weight, axis), logits)
+        counted = sample_weight != 0.0
+    if operands.weight is not None:
+        weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
+        class_weight = arrays.along_axis(weight, axis, len(problem.shape))
+        class_weight = arrays.align(backend, class_weight, logits)
+    if problem.kind == "probability":
+        return Plan(
+            label=None,
+            counted=counted,
+            invalid=None,
+            label_weight=None,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            probabilities=None,
+            denominator=_denominator(problem, operands, counted, sample_weight),
+        )
+
+    label, kept, invalid = labels.read(problem, operands.target, logits)
+    if counted is None or kept is None:
+        counted = kept if counted is None else counted
+    else:
+        counted = counted & kept
+    label_weight = None
+    if class_weight is not None and not problem.is_empty:
+        label_weight = arrays.pick(xp, backend, class_weight, label, logits, axis)
+        label_weight = arrays.cast(xp, label_weight, problem.row_dtype)
+        if invalid is not None:
+            label_weight = xp.where(invalid, 1.0, label_weight)
+    if invalid is not None and sample_weight is not None:
+        invalid = invalid & counted
+    row_weight = label_weight
+    if sample_weight is not None:
+        row_weight = sample_weight if label_weight is None else sample_weight * label_weight
+    return Plan(
+        label=label,
+        counted=counted,
+        invalid=invalid,
+        label_weight=label_weight,
+        class_weight=class_weight,
+        sample_weight=sample_weight,
+        probabilities=None,
+        denominator=_denominator(problem, operands, counted, row_weight),
+    )
+
+
+def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight: Any) -> Any:
+    """Give what the mean divides by; a Python float where it is known without looking."""
+    xp = problem.xp
+    if problem.options.reduction != "mean":
+        return None
+    if problem.normalized:
+        if isinstance(operands.normalizer, float):
+            return operands.normalizer
+        return arrays.cast(xp, operands.normalizer, problem.row_dtype)
+    if problem.kind == "probability" and problem.classes == 0:
+        # torch divides the number of logits by C, and so finds no rows.
+        return 0.0
+    if row_weight is None:
+        if counted is None:
+            return arrays.row_count(problem, operands.logits)
+        row_weight = arrays.cast(xp, counted, problem.row_dtype)
+    elif counted is not None:
+        row_weight = xp.where(counted, row_weight, 0.0)
+    return sums.total(xp, problem.backend, row_weight)
+
+
+def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
+    """Give r of a row: at its label, and at all classes as if none were the label.
+
+    For labels, (label's coefficient per row, what smoothing gives every class); for probabilities,
+    (None, the coefficient of every class). None stands for 1 at the label and for 0 elsewhere.
+    """
+    smoothing = problem.options.label_smoothing
+    share = smoothing / max(problem.classes, 1)
+    if plan.probabilities is not None:
+        everywhere = plan.probabilities
+        if smoothing:
+            everywhere = everywhere * (1.0 - smoothing) + share
+        if plan.class_weight is not None:
+            everywhere = everywhere * plan.class_weight
+        return None, everywhere
+    at_label = plan.label_weight
+    if not smoothing:
+        return at_label, None
+    if plan.class_weight is None:
+        return 1.0 - smoothing + share, share
+    return at_label * (1.0 - smoothing + share), plan.class_weight * share
+
+
+def pivot_leads(problem: Problem) -> bool:
+    """Tell whether the pivot of a row is the class of its largest logit, not its label.
+
+    It is for probabilities, and wherever the entropy is asked for: with another class as the pivot
+    the sum over the rest holds the largest's 1, in which the digits of the others are lost.
+    """
+    return problem.kind == "probability" or problem.asks("entropy")
+
+
+def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> Any:
+    """Give r of every class, a label's own among them, for a pivot that need not be the label.
+
+    `is_label` marks the label of each row; `rows` is an array in the arithmetic dtype, shaped as
+    the plan's. Neither is looked at for probabilities.
+    """
+    xp = problem.xp
+    at_label, everywhere = coefficients(problem, plan)
+    if plan.label is None:
+        return everywhere
+    if plan.label_weight is None:  # then it is a number, the library's own for mparray
+        at_label = xp.full_like(rows, 1.0 if at_label is None else at_label)
+    at_label = arrays.cast(xp, at_label, problem.arithmetic_dtype)
+    return xp.where(is_label, at_label, 0.0 if everywhere is None else everywhere)
+
+
+def coefficients_backward(
+    problem: Problem, plan: Plan, gradient: Any, *, needs: tuple[bool, bool] = (True, True)
+) -> tuple[Any, Any]:
+    """Chain a gradient with respect to r, for probabilities, to these and to the class weights.
+
+    The gradient has the logits' shape. What is not needed, or not there, is None.
+    """
+    xp = problem.xp
+    of_probabilities = of_class_weight = None
+    if needs[0]:
+        of_probabilities = gradient * (1.0 - problem.options.label_smoothing)
+        if plan.class_weight is not None:
+            of_probabilities = of_probabilities * plan.class_weight
+    if needs[1] and plan.class_weight is not None:
+        _, share = coefficients(problem, plan._replace(class_weight=None))
+        # A class of probability 0 takes no part, not even at a logit of -inf.
+        gradient = xp.where((share == 0.0) & xp.isinf(gradient), 0.0, gradient)
+        sizes = enumerate(plan.class_weight.shape)
+        rows = tuple(a for a, size in sizes if size == 1 and a != problem.axis)
+        of_class_weight = xp.sum(share * gradient, axis=rows, keepdims=True)
+    return of_probabilities, of_class_weight
+
+
+def lse_penalty(problem: Problem, plan: Plan) -> Any:
+    """Give λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
+    z_loss = problem.options.z_loss
+    if not z_loss:
+        return None
+    return z_loss if plan.label_weight is None else plan.label_weight * z_loss
+
+
+def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
+    """Multiply by the sample weights; give rows that do not count 0, those with a bad label nan."""
+    if plan.sample_weight is not None:
+        rows = rows * plan.sample_weight
+    if plan.counted is not None:
+        rows = xp.where(plan.counted, rows, 0.0)
+    if plan.invalid is not None:
+        rows = xp.where(plan.invalid, float("nan"), rows)
+    return rows
+
+
+def spoil_rows(plan: Plan, xp: Any, array: Any) -> tuple[Plan, Any]:
+    """Make rows with a bad label nan, all of their derivatives included, and none of them bad.
+
+    So a product does it, where `weigh_rows` chooses.
+    """
+    if plan.invalid is None:
+        return plan, array
+    factor = arrays.cast(xp, xp.where(plan.invalid, math.nan, 1.0), array.dtype)
+    return plan._replace(invalid=None), array * factor
+
+
+def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
+    """Give the gradient of the reduced loss with respect to each row's loss: g or g / D."""
+    xp = problem.xp
+    scale: Any = 1.0 if grad_output is None else grad_output
+    if not isinstance(scale, float):
+        scale = arrays.cast(xp, scale, problem.row_dtype)
+        if problem.options.reduction == "none":
+            scale = arrays.expand(scale, problem.axis)
+    if problem.options.reduction == "mean":
+        if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
+            # Python's own division by 0 would raise.
+            return scale * math.copysign(math.inf, plan.denominator)
+        scale = arrays.divide(problem.backend, scale, plan.denominator)
+    return scale
+
+
+def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
+    """Reduce the rows' losses; the result is rounded once, to the result dtype."""
+    xp = problem.xp
+    if problem.options.reduction == "none":
+        rows = xp.squeeze(rows, axis=problem.axis)
+        return arrays.cast(xp, rows, problem.result_dtype)
+    total = sums.total(xp, problem.backend, rows)
+    if problem.options.reduction == "mean":
+        total = arrays.divide(problem.backend, total, plan.denominator)
+    return arrays.cast(xp, total, problem.result_dtype)

@@ -1,0 +1,116 @@
+"""What happens to the logits before the softmax: logit_scale and logit_softcap.
+
+    x = s·logits, then, with a softcap, cap·tanh(x / cap);  -inf stays -inf
+
+Softmax and loss need only differences of the x. Taken after the transform they would lose digits,
+to a large common offset and to the tanh where it flattens. So the logits are kept as they came,
+and the difference of two transformed ones is computed from them, by a form in which nothing
+cancels; with u = s·logit/cap and p = exp(-2|u|):
+
+    tanh(u) - tanh(v) = tanh(u - v) (1 - tanh(u) tanh(v))
+    1 - tanh(u) tanh(v) = 2 (p + q, or 1 + p q where the signs differ) / ((1 + p) (1 + q))
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from polyce import arrays
+from polyce.call.problem import Problem
+
+
+def scale_of(problem: Problem) -> Any:
+    """Return s, 1 where the logits are not scaled."""
+    scale = problem.options.logit_scale
+    return 1.0 if scale is None else scale
+
+
+def is_capped(problem: Problem) -> bool:
+    """Tell whether there is a softcap; without one, x and its derivative are linear."""
+    return problem.options.logit_softcap is not None
+
+
+def scale_and_cap(problem: Problem) -> tuple[float, float]:
+    """Return a and b such that x is b·tanh(a·logits) with a softcap, and a·logits without."""
+    scale, cap = scale_of(problem), problem.options.logit_softcap
+    return (scale, 1.0) if cap is None else (scale / cap, cap)
+
+
+def difference(problem: Problem, logits: Any, reference: Any, *, owned: bool = False) -> Any:
+    """Give x(logits) - x(reference); the logits, where they are `owned`, may be overwritten."""
+    xp, backend, cap = problem.xp, problem.backend, problem.options.logit_softcap
+    if cap is None:
+        gap = _subtract(problem, logits, reference, owned)
+        if problem.options.logit_scale is None:
+            return gap
+        return arrays.overwrite(backend, xp.multiply, gap, problem.options.logit_scale)
+    p, q = _decay(problem, logits), _decay(problem, reference)
+    share = xp.where((logits < 0.0) == (reference < 0.0), p + q, 1.0 + p * q)
+    share = share * (2.0 * cap) / ((1.0 + p) * (1.0 + q))
+    masked = (logits == -math.inf) | (reference == -math.inf)
+    gap = _subtract(problem, logits, reference, owned)
+    return xp.where(masked, gap, share * xp.tanh(gap * (scale_of(problem) / cap)))
+
+
+def _subtract(problem: Problem, logits: Any, reference: Any, owned: bool) -> Any:
+    if owned:
+        return arrays.overwrite(problem.backend, problem.xp.subtract, logits, reference)
+    return logits - reference
+
+
+def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
+    """Give what rounding took from `difference`, where that can be told: without a softcap."""
+    xp, scale = problem.xp, scale_of(problem)
+    if is_capped(problem):
+        return xp.zeros_like(reference)
+    gap = logits - reference
+    # In two steps for where's derivative: what is not finite must not be computed with at all.
+    digits = 53 if arrays.name_of(problem.row_dtype) == "float64" else 24
+    splitter = 2.0 ** ((digits + 1) // 2) + 1.0
+    finite = xp.isfinite(gap * (splitter * max(scale, 1.0)))
+    a, b, gap = (xp.where(finite, array, 0.0) for array in (logits, reference, gap))
+    # (a - b) - gap, exactly (Knuth's two-sum).
+    b_part = a - gap
+    a_part = gap + b_part
+    error = (a - a_part) + (b_part - b)
+    if scale == 1.0:
+        return error
+    # scale·gap - (their product as rounded), exactly (Dekker's two-product).
+    rounded, high = _rounded(scale, digits), _rounded(scale, digits // 2)
+    product = gap * rounded
+    split = gap * splitter
+    gap_high = split - (split - gap)
+    gap_low = gap - gap_high
+    low = rounded - high
+    lost = ((gap_high * high - product) + gap_high * low + gap_low * high) + gap_low * low
+    return lost + (error * scale + gap * (scale - rounded))
+
+
+def _rounded(number: float, digits: int) -> float:
+    """Round to so many binary digits."""
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(mantissa * 2.0**digits) * 2.0**-digits, exponent)
+
+
+def value(problem: Problem, logits: Any) -> Any:
+    """Give x itself."""
+    xp, scale, cap = problem.xp, scale_of(problem), problem.options.logit_softcap
+    if cap is None:
+        return logits if scale == 1.0 else logits * scale
+    return xp.where(logits == -math.inf, logits, cap * xp.tanh(logits * (scale / cap)))
+
+
+def slope(problem: Problem, logits: Any) -> Any:
+    """Give dx/dlogits: a number without a softcap, and 0 where a softcap meets -inf."""
+    if not is_capped(problem):
+        return scale_of(problem)
+    e = _decay(problem, logits)
+    return (4.0 * scale_of(problem)) * e / ((1.0 + e) * (1.0 + e))
+
+
+def _decay(problem: Problem, logits: Any) -> Any:
+    """Give exp(-2|u|)."""
+    twice = logits * (2.0 * scale_of(problem) / problem.options.logit_softcap)
+    # Not abs: at 0 its derivative would be wrong, and so the second derivative of the loss.
+    return problem.xp.exp(problem.xp.where(twice < 0.0, twice, -twice))

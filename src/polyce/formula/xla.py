@@ -1,0 +1,127 @@
+"""The row state of traced jax arrays, written so that XLA need not store what it can compute anew.
+
+XLA stores an expression over all logits that two of its loops share, and on a CPU also one that it
+cannot fuse into a reduction, as any choice. With the logits of a language model each costs as much
+memory as they do. So every sum here goes back to the logits by an expression of its own, for what
+is stored once and soon done with finds room in the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polyce import arrays
+from polyce.call.problem import Problem
+from polyce.formula import rowstate, transform
+
+
+def from_logits(
+    problem: Problem,
+    logits: Any,
+    excluded: Any,
+    pivot_logit: Any,
+    pivot_coefficient: Any,
+    coefficients: Any,
+    given_dtype: Any,
+) -> tuple[rowstate.RowState, Any]:
+    """Give what `rowstate.from_logits` gives."""
+    axis, row_dtype = problem.axis, problem.row_dtype
+    scale = 1.0 if transform.is_capped(problem) else transform.scale_of(problem)
+    unscaled = problem if scale == 1.0 else problem.with_options(logit_scale=None)
+
+    def class_sum(values: Any) -> Any:
+        return jnp.sum(values, axis=axis, dtype=row_dtype, keepdims=True)
+
+    narrow, rest = _stored(given_dtype, jnp.where(excluded, -math.inf, logits))
+    rest_max = jnp.max(narrow, axis=axis, keepdims=True).astype(logits.dtype)
+    offset = jnp.where(rest_max == -math.inf, 0.0, rest_max)
+    rest_sum = class_sum(jnp.exp(transform.difference(problem, rest, offset)))
+
+    def gaps(*earlier: Any, store: bool = False) -> Any:
+        """Give x_c - m', and 0 where excluded."""
+        top = _after(offset, *earlier)
+        filled = jnp.where(excluded, top, logits)
+        if store:
+            _, filled = _stored(given_dtype, filled)
+        gap = transform.difference(unscaled, filled, _after(top))
+        return gap if scale == 1.0 else gap * _after(jnp.full_like(offset, scale))
+
+    rest_coefficient = rest_excess = rest_entropy = rest_first = None
+    if isinstance(coefficients, float):
+        # Scaled before the sum, which could overflow.
+        share = _after(jnp.full_like(offset, -coefficients))
+        rest_excess = class_sum(gaps(rest_sum, store=True) * share)
+        rest_coefficient = jnp.full_like(rest_excess, coefficients * (logits.shape[axis] - 1))
+    elif coefficients is not None:
+        # 0, but nan where there is no softmax: a value that XLA has to wait for, until the sum
+        # before is done.
+        nothing = jnp.where(rest_sum == rest_sum, 0.0, math.nan).astype(logits.dtype)
+        others = jnp.where(excluded, nothing, coefficients)
+        rest_coefficient = class_sum(others)
+        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        skipped = excluded | (coefficients == 0.0)
+        gap = gaps(rest_sum, rest_coefficient)
+        rest_excess = class_sum(jnp.where(skipped, 0.0, coefficients * -gap))
+    if problem.asks("entropy"):
+        gap = gaps(rest_sum, rest_max)
+        likely = jnp.exp(gap)
+        rest_entropy = class_sum(jnp.where(likely == 0.0, 0.0, likely * -gap))
+    if problem.asks("prediction", "correct"):
+        rest_first = arrays.argmax(jnp, "jax", narrow, axis)
+    state = rowstate.RowState(
+        rest_max=rest_max.astype(row_dtype),
+        rest_sum=rest_sum,
+        pivot_logit=pivot_logit.astype(row_dtype),
+        pivot_coefficient=pivot_coefficient,
+        rest_coefficient=rest_coefficient,
+        rest_excess=rest_excess,
+        rest_entropy=rest_entropy,
+        rest_first=rest_first,
+    )
+    return state, jnp.exp(gaps())
+
+
+@jax.custom_jvp
+def _after(rows: Any, *others: Any) -> Any:
+    """Give rows as an array that XLA does not know to be rows, nor what comes after others."""
+    return jax.lax.optimization_barrier((rows, *others))[0]
+
+
+@_after.defjvp
+def _after_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _after(*primals), tangents[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _stored(dtype: Any, array: Any) -> tuple[Any, Any]:
+    """Give an array as it is to be stored, in bfloat16 if that holds it exactly, and wide.
+
+    float16 would not help: XLA for CPUs does not widen it within a reduction.
+    """
+    if dtype != jnp.bfloat16:
+        return array, array
+
+    def keep(array: Any) -> Any:
+        # As integers, for XLA takes back a conversion to 16 bits that one to 32 bits follows.
+        bits = jax.lax.bitcast_convert_type(array.astype(dtype), jnp.uint16)
+        return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), dtype)
+
+    def pass_on(array: Any) -> Any:
+        return array.astype(dtype)
+
+    # On other devices XLA fuses choices, and a barrier would make it store this one.
+    narrow = jax.lax.platform_dependent(array, cpu=keep, default=pass_on)
+    return narrow, narrow.astype(array.dtype)
+
+
+@_stored.defjvp
+def _stored_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    narrow, wide = _stored(dtype, *primals)
+    # Of the narrow one only the largest is asked for, by which a row's terms are all divided:
+    # as good as a constant. A tangent would be rounded to 16 bits.
+    return (narrow, wide), (jnp.zeros_like(narrow), tangents[0])

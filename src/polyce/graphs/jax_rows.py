@@ -1,0 +1,223 @@
+"""jax's transformations: the analytic gradient of the rows' losses as a derivative rule.
+
+The rule is written in jax operations, so that jit, vmap and higher derivatives go through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from polyce import arrays, eager
+from polyce.call.problem import Operands, Problem
+from polyce.formula import rows, targets, transform
+from polyce.formula.stats import RowStats
+from polyce.formula.targets import Plan
+from polyce.graphs.rules import Rules
+
+
+def detach(operands: Operands) -> Operands:
+    """Cut the operands from any derivative."""
+    # Labels have none, and inside a jit they must stay the arrays of known values that they are.
+    return Operands(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in operands))
+
+
+def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    """Compute the rows' losses and stats, the losses with their derivative rule."""
+    # The rule asks for a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
+    problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
+    # What the mean divides by plays no part in a row and is differentiated where it divides.
+    plan = plan._replace(denominator=None)
+    return _row_losses(problem, plan, logits)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
+    return rows.forward(problem, plan, logits)
+
+
+@partial(_row_losses.defjvp, symbolic_zeros=True)
+def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    plan, logits = primals
+    plan_tangent, tangent = tangents
+    _refuse(problem, plan_tangent)
+    # Through the rule once more: the losses' own derivative, of a higher order, is not jax's.
+    result = _row_losses(problem, plan, logits)
+    losses, stats = result
+    losses_tangent = jnp.zeros_like(losses)
+    if not _is_zero(tangent):
+        grad = _gradient(problem, plan, logits)
+        tangent = arrays.cast(problem.xp, tangent, grad.dtype)
+        losses_tangent = _row_sums(problem, grad * tangent)
+    if problem.kind == "probability":
+        along = _along_target(problem, plan, plan_tangent, logits)
+        if along is not None:
+            losses_tangent = losses_tangent + along
+    if plan.counted is not None:
+        # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
+        losses_tangent = jnp.where(plan.counted, losses_tangent, 0.0)
+    return result, (losses_tangent, jax.tree.map(no_tangent, stats))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradient(problem: Problem, plan: Plan, logits: Any) -> Any:
+    return rows.backward(problem, plan, 1.0, logits)
+
+
+@_gradient.defjvp
+def _gradient_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # By another form, which is no faster, but whose own derivatives keep their digits.
+    def gradient(plan: Plan, logits: Any) -> Any:
+        return rows.differentiable_gradient(problem, plan, 1.0, logits)
+
+    _, tangent = jax.jvp(gradient, primals, tangents)
+    return _gradient(problem, *primals), tangent
+
+
+def _refuse(problem: Problem, plan_tangent: Plan) -> None:
+    """Refuse derivatives with respect to what has none."""
+    if not is_constant(plan_tangent.sample_weight):
+        raise TypeError(
+            "polyce gives no derivative with respect to sample_weight, which is being "
+            "differentiated; multiply the losses of reduction 'none' by it instead"
+        )
+    if problem.kind == "index" and not (
+        is_constant(plan_tangent.class_weight) and is_constant(plan_tangent.label_weight)
+    ):
+        raise TypeError(
+            "polyce differentiates with respect to weight for probability targets only, but the "
+            "target holds class indices; pass weight through jax.lax.stop_gradient, or give "
+            "cross_entropy the target as probabilities"
+        )
+
+
+def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any) -> Any:
+    """Give the rows' tangents through probabilities and class weights; None where they have none.
+
+    The loss is linear in the coefficients r, with the slope lse - x_c, and r is linear in the
+    probabilities and in the weights.
+    """
+    names = ("probabilities", "class_weight")
+    tangents = {name: getattr(plan_tangent, name) for name in names}
+    tangents = {name: tangent for name, tangent in tangents.items() if not is_constant(tangent)}
+    if not tangents:
+        return None
+    if plan.counted is not None:
+        # A row that does not count may hold anything, but 0 times it must be 0.
+        logits = jnp.where(plan.counted, logits, 0.0)
+    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    surprise = -_log_softmax(problem.with_options(stats=None), logits)
+    parts = []
+    for name, tangent in tangents.items():
+
+        def coefficients(value: Any, name: str = name) -> Any:
+            return targets.coefficients(problem, plan._replace(**{name: value}))[1]
+
+        value = getattr(plan, name)
+        _, slope = jax.jvp(coefficients, (value,), (jnp.ones_like(value),))
+        # A slope of 0 takes no part, not even as 0 times infinity. Where the surprise is finite it
+        # is kept, for the derivatives of a higher order.
+        skipped = (slope == 0.0) & ~jnp.isfinite(surprise)
+        parts.append(_times(slope * tangent, jnp.where(skipped, 0.0, surprise)))
+    along = _row_sums(problem, sum(parts[1:], start=parts[0]))
+    return targets.weigh_rows(plan, problem.xp, along)
+
+
+def _times(tangent: Any, factor: Any) -> Any:
+    """Multiply a tangent, of which 0 times infinity is 0, by operations that are linear in it.
+
+    Infinity is the product of three numbers: each of them leaves a 0 as it is, and whatever else
+    there is overflows.
+    """
+    largest = jnp.finfo(factor.dtype).max
+    is_infinite = jax.lax.stop_gradient(factor) == math.inf
+    infinite = tangent * jnp.where(is_infinite, largest, 0.0)
+    for _ in range(2):
+        infinite = infinite * jnp.where(is_infinite, largest, 1.0)
+    return tangent * _finite(factor) + infinite
+
+
+@jax.custom_jvp
+def _finite(factor: Any) -> Any:
+    """Give 0 for infinity, which has the derivative of the factor nevertheless."""
+    return jnp.where(factor == math.inf, 0.0, factor)
+
+
+@_finite.defjvp
+def _finite_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _finite(*primals), tangents[0]
+
+
+def _row_sums(problem: Problem, values: Any) -> Any:
+    sums = jnp.sum(values, axis=problem.axis, keepdims=True)
+    return arrays.cast(problem.xp, sums, problem.row_dtype)
+
+
+def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
+    """Give the rows' losses for log-probabilities; one of a bad label has a derivative of nan."""
+    if not all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
+        plan = _constant(problem, plan._replace(denominator=None))
+        plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
+    return rows.nll(problem, plan, log_probabilities)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _constant(problem: Problem, plan: Plan) -> Plan:
+    """Give a plan that no derivative may come through."""
+    return plan
+
+
+@partial(_constant.defjvp, symbolic_zeros=True)
+def _constant_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (plan,), (plan_tangent,) = primals, tangents
+    _refuse(problem, plan_tangent)
+    return plan, jax.tree.map(no_tangent, plan)
+
+
+def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
+    """Give log(softmax(logits)), with its derivative rule, which goes through the reference."""
+    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    wide = problem._replace(logits_dtype=logits.dtype)
+    return arrays.cast(problem.xp, _log_softmax(wide, logits), problem.logits_dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_softmax(problem: Problem, logits: Any) -> Any:
+    return rows.log_softmax(problem, logits)
+
+
+@_log_softmax.defjvp
+def _log_softmax_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (logits,), (tangent,) = primals, tangents
+    result = _log_softmax(problem, logits)
+    tangent = tangent * transform.slope(problem, logits)
+    mean = jnp.sum(jnp.exp(result) * tangent, axis=problem.axis, keepdims=True)
+    return result, tangent - mean
+
+
+def _is_float(array: Any) -> bool:
+    return hasattr(array, "dtype") and bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def no_tangent(array: Any) -> Any:
+    """Give the tangent of what has none, on the mesh of the array."""
+    return SymbolicZero(jax.typeof(array).to_tangent_aval())
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def is_constant(tangent: Any) -> bool:
+    """Tell whether a tangent is not there, or is known to be 0."""
+    return tangent is None or _is_zero(tangent)
+
+
+# Which arrays are being differentiated shows in the rules alone, which refuse what has none.
+RULES = Rules(detach=detach, row_losses=row_losses, nll=nll, log_softmax=log_softmax)

@@ -1,0 +1,233 @@
+"""Whole calls on torch's graph, for a path whose kernels plan and reduce themselves.
+
+A backward pass is one run of the path's kernels. What will be differentiated again, or is batched,
+and the gradients of probabilities and of class weights follow the reference's rules, which are
+operations of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from polyce import torch_checks
+from polyce.call.problem import Operands, Problem
+from polyce.formula import rows, targets, whole
+from polyce.formula.stats import Stats
+from polyce.formula.targets import Plan
+from polyce.graphs import torch_rows, torch_state
+
+
+class Saved(NamedTuple):
+    """What a backward pass wants beside the operands; None for what a path does not keep."""
+
+    rows: Any = None
+    """(rows, 4) in float64"""
+    denominator: Any = None
+    """() in float64: what the mean was divided by"""
+
+
+class Kernels(NamedTuple):
+    """How a path computes a whole call, and its gradient with respect to the logits."""
+
+    name: str
+    """The implementation's name."""
+    forward: Callable[..., tuple[Any, Stats | None, Saved]]
+    """(problem, operands, keep) -> (loss, stats, saved); keep: a backward pass will come"""
+    backward: Callable[..., Any]
+    """(problem, operands, saved, out) -> gradient, the cotangent being `operands.grad_output`
+
+    It goes to `out`, which may be the logits themselves, or to memory of its own for None.
+    """
+    keeps: Callable[[Problem], Saved]
+    """(problem) -> whether a forward pass with `keep` gives rows, and a denominator
+
+    Told from static facts: it is asked where nothing runs.
+    """
+
+
+def needs_graph(problem: Problem, operands: Operands) -> bool:
+    """Tell whether something waits for a gradient; refuse what waits for one that is not given."""
+    logits, target, weight, sample_weight, normalizer, _ = operands
+    if weight is not None or sample_weight is not None:
+        torch_rows.check(operands)
+    return torch.is_grad_enabled() and (
+        logits.requires_grad
+        or (problem.kind == "probability" and target.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or (isinstance(normalizer, torch.Tensor) and normalizer.requires_grad)
+    )
+
+
+def cross_entropy(
+    kernels: Kernels, problem: Problem, operands: Operands
+) -> tuple[Any, Stats | None]:
+    """Compute the loss, on torch's graph if something waits for a gradient, and the stats."""
+    if not needs_graph(problem, operands):
+        loss, found, _ = kernels.forward(problem, operands, False)
+        return loss, found
+    logits, target, weight, _, normalizer, _ = operands
+    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
+        # torch divides, and so differentiates by the normalizer.
+        summed, operands = without_normalizer(problem, operands)
+        total, found = cross_entropy(kernels, summed, operands)
+        return (total / normalizer).to(problem.result_dtype), found
+    loss, *entries = _Loss.apply(logits, target, weight, (kernels, problem, operands))
+    return loss, Stats(*entries) if entries else None
+
+
+def without_normalizer(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
+    """Give the call whose loss, divided by the normalizer, is that of this one."""
+    summed = problem.with_options(reduction="sum")._replace(
+        normalized=False, result_dtype=problem.row_dtype
+    )
+    return summed, operands._replace(normalizer=None)
+
+
+class _Loss(torch.autograd.Function):
+    # An old-style function, the kind that starts soonest; each argument costs time.
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Any, target: Any, weight: Any, call: tuple[Kernels, Problem, Operands]
+    ) -> tuple[Any, ...]:
+        kernels, problem, operands = call
+        loss, found, saved = kernels.forward(problem, operands, ctx.needs_input_grad[0])
+        number = operands.normalizer
+        divisor = number if isinstance(number, torch.Tensor) else None
+        ctx.save_for_backward(logits, target, weight, operands.sample_weight, divisor, *saved)
+        if found is not None:
+            problem = problem.with_options(stats=None)
+        ctx.call = kernels, problem, number if divisor is None else None
+        if problem.inplace_backward:
+            ctx.address, ctx.is_written = logits.data_ptr(), False
+        if found is None:
+            return (loss,)
+        ctx.mark_non_differentiable(*(array for array in found if array is not None))
+        return loss, *found
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
+        (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
+        logits, target, weight, sample_weight, divisor, *saved_rows = ctx.saved_tensors
+        normalizer = number if divisor is None else divisor
+        operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+        saved = Saved(*saved_rows)
+        # torch's compiled autograd traces what is done here, the only time that this is traced.
+        traced = torch.compiler.is_dynamo_compiling()
+        if needs[1] or needs[2]:
+            needs = torch_state.asked_for(ctx)
+        by_operations = traced or torch_state.wants_operations(cotangent)
+        in_place = problem.inplace_backward and needs[0]
+        if in_place:
+            _check_written(ctx, by_operations)
+        grad = of_target = of_weight = None
+        if needs[1] or needs[2]:
+            of_target, of_weight = target_gradients(problem, operands, needs[1:3])
+        if in_place:
+            grad = _write(ctx, kernels, problem, operands, saved)
+        elif by_operations:
+            grad = gradient(problem, operands) if needs[0] else None
+        elif needs[0]:
+            grad = kernels.backward(problem, operands, saved, None)
+        return grad, of_target, of_weight, None
+
+
+def _check_written(ctx: Any, by_operations: bool) -> None:
+    """Refuse a backward pass that would need logits which are, or will be, written over."""
+    if by_operations:
+        raise RuntimeError(
+            "with inplace_backward there is one gradient, without a graph, but create_graph, "
+            "is_grads_batched, a transform or a compiler is on; leave inplace_backward out"
+        )
+    if ctx.is_written:
+        raise RuntimeError(
+            "with inplace_backward there is one backward pass, but this is the second: the first "
+            "has written the gradient over the logits; leave inplace_backward out"
+        )
+
+
+def _write(ctx: Any, kernels: Kernels, problem: Problem, operands: Operands, saved: Saved) -> Any:
+    """Write the gradient over the logits, and give it as a tensor on their memory."""
+    logits, cotangent = operands.logits, operands.grad_output
+    if logits.data_ptr() != ctx.address:
+        # Hooks for saved tensors brought a copy back, which may have to serve others too.
+        return kernels.backward(problem, operands, saved, None)
+    if cotangent.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
+        operands = operands._replace(grad_output=cotangent.clone())
+    out = logits.detach()
+    if out.is_neg():
+        out.copy_(kernels.backward(problem, operands, saved, None))
+    else:
+        kernels.backward(problem, operands, saved, out)
+    # Whoever saved the logits as well has to see that they are no longer what they were.
+    torch.autograd.graph.increment_version(logits)
+    ctx.is_written = True
+    return out
+
+
+def _forward(problem: Problem, operands: Operands, keep: bool) -> tuple[Any, Stats | None, Saved]:
+    return *whole.cross_entropy(problem, operands), Saved()
+
+
+def _backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
+    check_operands(problem, operands)
+    plan = targets.plan(problem, operands)
+    cotangent = targets.cotangent(problem, plan, operands.grad_output)
+    grad = rows.backward(problem, plan, cotangent, operands.logits)
+    return grad if out is None else out.copy_(grad)
+
+
+REFERENCE = Kernels("reference", _forward, _backward, lambda problem: Saved(False, False))
+"""The rows' formula as kernels: for calls in place, and for those without logits."""
+
+
+def check_operands(problem: Problem, operands: Operands) -> None:
+    """Refuse tensors that a backward pass was given back as others, or without their memory."""
+    if torch.compiler.is_compiling():
+        return
+    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    torch_checks.check_storages(normalizer=normalizer, grad_output=cotangent)
+    target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
+    if target.numel() == 1 and not problem.row_shape:
+        target_shape = target.shape
+    kinds = (
+        (problem.shape, problem.logits_dtype),
+        (target_shape, getattr(torch, problem.target_dtype)),
+        None if weight is None else ((problem.classes,), weight.dtype),
+        None if sample_weight is None else (problem.row_shape, sample_weight.dtype),
+    )
+    torch_checks.check_returned(kinds, (logits, target, weight, sample_weight))
+
+
+def _plan(problem: Problem, operands: Operands) -> Plan:
+    """Read the target, whose labels a forward pass has checked if they can be."""
+    check_operands(problem, operands)
+    return targets.plan(problem._replace(check_labels=False), operands)
+
+
+def gradient(problem: Problem, operands: Operands) -> Any:
+    """Give the gradient of the logits as operations of torch."""
+    plan = _plan(problem, operands)
+    cotangent = targets.cotangent(problem, plan, operands.grad_output)
+    readable = torch_rows.readable(problem, plan, operands.logits)
+    return rows.differentiable_gradient(problem, plan, cotangent, readable)
+
+
+def target_gradients(
+    problem: Problem, operands: Operands, needs: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    """Give those of the gradients of target and class weights that are needed, as operations."""
+    logits, target, weight, *_ = operands
+    plan = _plan(problem, operands)
+    cotangent = targets.cotangent(problem, plan, operands.grad_output)
+    zeros = torch.zeros(problem.row_shape, dtype=problem.row_dtype, device=logits.device)
+    by_row = cotangent + zeros.unsqueeze(problem.axis)
+    of_target, of_weight = torch_rows.target_gradients(problem, plan, by_row, logits, needs)
+    if of_target is not None:
+        of_target = of_target.to(target.dtype)
+    if of_weight is not None:
+        of_weight = of_weight.reshape(-1).to(weight.dtype)
+    return of_target, of_weight

@@ -1,0 +1,222 @@
+"""The cupy path's calls: memory for what the kernels write, and their launches.
+
+All goes to the current stream of the device that the logits lie on. Nothing waits for it, but for
+the look at the labels that validate=True asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from polyce import arrays
+from polyce.call.problem import Operands, Problem
+from polyce.formula import labels, stats, whole
+from polyce.formula.stats import Stats
+from polyce.implementations.cupy import plan as cupy_plan
+from polyce.implementations.cupy.plan import Facts, Layout, Plan
+
+# What goes for a null pointer: the one form that CuPy 13 takes as well.
+_NULL = 0
+# Bytes of two sums, and what the state of a part of a row takes at the most.
+_SUMS, _STATE = 16, 104
+_MOST_KNOWN = 1024
+
+_plans: dict[tuple[Problem, Facts], Plan] = {}
+_kernels: dict[tuple[str, ...], Any] = {}
+
+
+def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
+    """Give the loss and the stats."""
+    if problem.is_empty:
+        return whole.cross_entropy(problem, operands)
+    with arrays.computing(problem.backend, operands.named()):
+        return _forward(_call(problem, operands))
+
+
+def cross_entropy_with_grad(
+    problem: Problem, operands: Operands, out: Any
+) -> tuple[Any, Any, Stats | None]:
+    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    if problem.is_empty:
+        return whole.cross_entropy_with_grad(problem, operands, out)
+    with arrays.computing(problem.backend, operands.named()):
+        grad = cupy.empty_like(operands.logits) if out is None else out
+        call = _call(problem, operands, grad)
+        loss, found = _forward_backward(call)
+        if call.grad is not grad:
+            grad[...] = call.grad
+        return loss, grad, found
+
+
+class _Call(NamedTuple):
+    """One call: how it is launched, and its arrays as kernels take them."""
+
+    problem: Problem
+    plan: Plan
+    logits: Any
+    targets: tuple[Any, Any, Any]
+    """Target, class weights and sample weights."""
+    divisor: tuple[Any, float]
+    """What a mean divides by: an array, or else a number."""
+    cotangent: tuple[Any, float]
+    grad: Any
+
+    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch a kernel."""
+        kernel = _kernel(name, self.plan.options[name])
+        kernel(grid, (cupy_plan.BLOCK,), (self.plan.call, *arguments))
+
+
+def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
+    """Lay a call out; what lies in no order that the kernels know is copied."""
+    logits, target, weight, sample, normalizer, cotangent = operands
+    if problem.check_labels:
+        labels.read(problem, target, logits)
+    probability = problem.kind == "probability"
+    if not probability:
+        target = _in_order(target)
+    if weight is not None:
+        weight = _in_order(weight, problem.arithmetic_dtype)
+    sample, normalizer, cotangent = map(_readable, (sample, normalizer, cotangent))
+    by_row = problem.options.reduction == "none" and hasattr(cotangent, "dtype")
+    rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row)
+    plan = _plan(problem, logits, target if probability else None, grad, rest)
+    if any(plan.copies):
+        if plan.copies[0]:
+            logits = cupy.ascontiguousarray(logits)
+        if plan.copies[1]:
+            target = cupy.ascontiguousarray(target)
+        if plan.copies[2]:
+            grad = cupy.empty(problem.shape, problem.logits_dtype)
+        plan = _plan(problem, logits, target if probability else None, grad, rest)
+    return _Call(
+        problem=problem,
+        plan=plan,
+        logits=logits,
+        targets=(target, _or_null(weight), _or_null(sample)),
+        divisor=_array_and_number(normalizer),
+        cotangent=_array_and_number(cotangent),
+        grad=grad,
+    )
+
+
+def _plan(problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any, ...]) -> Plan:
+    facts = Facts(
+        _layout(logits),
+        None if target is None else _layout(target),
+        None if grad is None else _layout(grad),
+        *rest,
+    )
+    plan = _plans.get((problem, facts))
+    if plan is None:
+        if len(_plans) >= _MOST_KNOWN:
+            _plans.clear()
+        plan = _plans[problem, facts] = cupy_plan.plan(problem, facts)
+    return plan
+
+
+def _forward(call: _Call) -> tuple[Any, Stats | None]:
+    """Read the rows once, and reduce their losses."""
+    plan = call.plan
+    reduced = call.problem.options.reduction != "none"
+    loss, found, written = _results(call.problem)
+    if plan.parts > 1:
+        states = _memory(plan.rows * plan.parts * _STATE)
+        read = (call.logits, *call.targets)
+        call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *written)
+        result = loss if reduced else _NULL
+        call.launch("join", (1,), *call.targets, states, *call.divisor, result, *written)
+        return loss, found
+    sums = _memory(plan.blocks * _SUMS) if reduced else _NULL
+    call.launch("forward", (plan.blocks,), call.logits, *call.targets, _NULL, sums, *written)
+    if reduced:
+        call.launch("reduce", (1,), sums, plan.blocks, *call.divisor, loss)
+    return loss, found
+
+
+def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
+    """Write the gradient, and reduce the losses."""
+    plan = call.plan
+    reduced = call.problem.options.reduction != "none"
+    loss, found, written = _results(call.problem)
+    result = loss if reduced else _NULL
+    read = (call.logits, *call.targets)
+    scales = (*call.cotangent, *call.divisor)
+    if plan.parts > 1:
+        states = _memory(plan.rows * plan.parts * _STATE)
+        nothing = [_NULL] * len(written)
+        call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
+        # Behind the last row stands the block that writes the loss.
+        arguments = (*read, *scales, states, result, call.grad, *written)
+        call.launch("backward", (plan.rows + 1, plan.parts), *arguments)
+        return loss, found
+    weights, sums, finished = _NULL, _NULL, _NULL
+    if reduced:
+        weights = _memory((plan.weighing + plan.blocks + 1) * _SUMS)
+        sums = weights + plan.weighing * _SUMS
+        finished = sums + plan.blocks * _SUMS
+        call.launch("weigh", (plan.weighing,), *call.targets, weights, finished)
+    arguments = (*read, *scales, weights, finished, sums, result, call.grad, *written)
+    call.launch("forward_backward", (plan.blocks,), *arguments)
+    return loss, found
+
+
+def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
+    """Give places for the loss and the stats, and of these what kernels write for each row."""
+    by_row = problem.options.reduction == "none"
+    loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
+    found = stats.unfilled(problem, cupy.empty)
+    facts = (None,) * 5 if found is None else found
+    return loss, found, [loss if by_row else _NULL, *map(_or_null, facts)]
+
+
+def _memory(size: int) -> Any:
+    """Give the place of so many bytes, which the stream's next kernels have to themselves."""
+    return cupy.empty(size, np.uint8).data
+
+
+def _readable(value: Any) -> Any:
+    """Give an array that kernels can read a row's number from, or what is no array."""
+    if not hasattr(value, "dtype"):
+        return value
+    return _in_order(value, None if arrays.dtype_name(value) in arrays.FLOATS else np.float64)
+
+
+def _kind(value: Any) -> str | None:
+    if value is None:
+        return None
+    return arrays.dtype_name(value) if hasattr(value, "dtype") else "number"
+
+
+def _array_and_number(value: Any) -> tuple[Any, float]:
+    if hasattr(value, "dtype"):
+        return value, 1.0
+    return _NULL, 1.0 if value is None else value
+
+
+def _or_null(array: Any) -> Any:
+    return _NULL if array is None else array
+
+
+def _in_order(array: Any, dtype: Any = None) -> Any:
+    """Give an array that lies in C order, and where items of its size may lie."""
+    cupy_plan.check_address(array.data.ptr, array.itemsize)
+    return cupy.ascontiguousarray(array, dtype)
+
+
+def _layout(array: Any) -> Layout:
+    return Layout(array.strides, array.data.ptr % 16, array.itemsize)
+
+
+def _kernel(name: str, options: tuple[str, ...]) -> Any:
+    found = _kernels.get(options)
+    if found is None:
+        # So that a product fused with a sum is not what a CPU computes otherwise.
+        unfused = "-ffp-contract=off" if cupy.cuda.runtime.is_hip else "--fmad=false"
+        options_here = (*options, unfused)
+        module = cupy.RawModule(code=cupy_plan.source(), options=options_here, backend="nvrtc")
+        found = _kernels[options] = module.get_function(name)
+    return found

@@ -1,0 +1,71 @@
+"""cupy: CUDA kernels for CuPy arrays, compiled by CuPy when they are first called.
+
+The logits are read once for the loss. For the gradient as well they are read once from memory, and
+it is written once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from polyce import arrays
+from polyce.call.problem import Operands, Problem
+from polyce.formula.stats import Stats
+from polyce.implementations.contract import Implementation
+
+BACKENDS = frozenset({"cupy"})
+DEVICES = frozenset({"cuda"})
+# The kernels number classes in 32 bits, and reach beyond the last one.
+_MOST_CLASSES = 2**31 - 2**16
+
+
+def unavailable() -> str | None:
+    """Say that there is no CuPy, or nothing for it to run on; where nobody uses it, do not look."""
+    if not arrays.installed("cupy"):
+        return "cupy is not installed (pip install cupy-cuda12x or cupy-cuda13x)"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and not _finds_device(cupy):
+        return "CuPy finds no CUDA or ROCm device"
+    return None
+
+
+def _finds_device(cupy: Any) -> bool:
+    try:
+        return bool(cupy.cuda.is_available())
+    except cupy.cuda.runtime.CUDARuntimeError:  # of CuPy 13, where the driver is missing or old
+        return False
+
+
+def refuses(problem: Problem) -> str | None:
+    """Say what the kernels cannot read."""
+    if problem.classes > _MOST_CLASSES:
+        return f"more than {_MOST_CLASSES} classes are not served"
+    return None
+
+
+def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
+    """Give the loss and the stats."""
+    from polyce.implementations.cupy import launch
+
+    return launch.cross_entropy(problem, operands)
+
+
+def cross_entropy_with_grad(
+    problem: Problem, operands: Operands, out: Any
+) -> tuple[Any, Any, Stats | None]:
+    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    from polyce.implementations.cupy import launch
+
+    return launch.cross_entropy_with_grad(problem, operands, out)
+
+
+PATH = Implementation(
+    name="cupy",
+    cross_entropy=cross_entropy,
+    cross_entropy_with_grad=cross_entropy_with_grad,
+    backends=BACKENDS,
+    devices=DEVICES,
+    unavailable=unavailable,
+    refuses=refuses,
+)

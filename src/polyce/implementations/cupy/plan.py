@@ -1,0 +1,279 @@
+"""What the cupy kernels are launched with, from the facts of a call: no array is touched here.
+
+A module holds one kernel for one combination of macros, as the text in `cuda/numbers.cu` lists
+them, so that nothing is compiled but what runs. They are few: the dtypes of logits and target, and
+whether there is smoothing, a softcap, stats, and a class axis that lies contiguously. All else is
+known to a kernel when it runs. CuPy keeps what it has compiled, in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyce import arrays
+from polyce.call.problem import Problem
+from polyce.formula import labels, transform
+from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
+
+FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")
+KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
+# What the text calls these dtypes, in capitals, and by what number.
+KINDS: dict[str | None, int] = {
+    name: number for number, name in enumerate((*arrays.FLOATS, *arrays.INTEGERS), start=1)
+}
+
+# The launch parameters; none has met a GPU yet.
+#
+# The threads of a block: with 64 registers each, four blocks share a multiprocessor.
+BLOCK = 256
+# Blocks of a grid: a large device twice over. It does not depend on the device, and so neither do
+# the bits of a sum.
+MOST_BLOCKS = 2048
+# Rows of so many contiguous classes, or more, are read in up to 16 bytes at once.
+VECTORS = 64
+# The classes that a thread should have of its row before another thread shares the row with it.
+PER_THREAD = 4
+# Neighbouring rows that a block takes together where not the classes are contiguous: a whole line
+# of memory in 16 bits.
+NEIGHBOURS = 64
+# Rows of more classes are split over blocks where there are fewer rows than would fill a device; a
+# part is long enough to be worth a merge.
+LONG, FEW_ROWS, PART = 32768, 128, 16384
+MOST_PARTS = 64
+# Blocks that add up the weights of rows, each this many at least.
+WEIGHED = 2048
+MOST_WEIGHING = 256
+
+
+_text: list[str] = []
+
+
+def source() -> str:
+    """Give the text of the kernels, read when it is first asked for."""
+    if not _text:
+        folder = importlib.resources.files("polyce.implementations.cupy") / "cuda"
+        # So that a compiler names the file, and its line.
+        parts = ((name, (folder / name).read_text(encoding="utf-8")) for name in FILES)
+        _text.append("\n".join(f'#line 1 "{name}"\n{text}' for name, text in parts))
+    return _text[0]
+
+
+class Layout(NamedTuple):
+    """How an array lies in memory."""
+
+    strides: tuple[int, ...]
+    """In bytes."""
+    address: int
+    """From the last boundary of 16 bytes."""
+    itemsize: int
+
+
+class Facts(NamedTuple):
+    """All that a plan depends on besides the problem; None for what is not there."""
+
+    logits: Layout
+    probabilities: Layout | None
+    grad: Layout | None
+    sample: str | None
+    """The dtype of the sample weights."""
+    normalizer: str | None
+    """The dtype of an array to divide by, or "number"."""
+    cotangent: str | None
+    """The dtype of an array of cotangents."""
+    cotangent_by_row: bool
+
+
+class Plan(NamedTuple):
+    """How a call is launched."""
+
+    call: np.ndarray[Any, Any]
+    """`struct Call`, as the kernels take it."""
+    options: dict[str, tuple[str, ...]]
+    """What each kernel is compiled with."""
+    blocks: int
+    parts: int
+    """Blocks for each row, where rows are split."""
+    rows: int
+    weighing: int
+    """Blocks that add up row weights."""
+    copies: tuple[bool, bool, bool]
+    """Whether logits, probabilities and gradient lie in no order that the kernels know."""
+
+
+def plan(problem: Problem, facts: Facts) -> Plan:
+    """Plan the launches of a call."""
+    given = [facts.logits, facts.probabilities, facts.grad]
+    laid = iter(
+        rows_of(
+            problem.shape,
+            problem.axis,
+            *(_steps(problem.shape, one) for one in given if one is not None),
+        )
+    )
+    rows = [None if one is None else next(laid) for one in given]
+    copies = tuple(a is not None and b is None for a, b in zip(given, rows, strict=True))
+    x = rows[0] or Rows(1, 1, (0, 0, 0))
+    threads = _threads(problem, x, rows[1:], facts.logits.itemsize)
+    probability = problem.kind == "probability"
+    real = arrays.name_of(problem.arithmetic_dtype)
+    scale, cap = transform.scale_and_cap(problem)
+    ignored = None if probability else labels.ignored_as_signed(problem)
+    count = x.outer * x.inner
+    weighing = min(MOST_WEIGHING, cdiv(count, WEIGHED))
+    mean = 0
+    if problem.options.reduction == "mean":
+        # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the text.
+        mean = {None: 1, "number": 2}.get(facts.normalizer, 3)
+    call = np.zeros(1, _CALL[real])
+    for name, value in {
+        "outer": x.outer,
+        "inner": x.inner,
+        "classes": problem.classes,
+        "x": x.strides,
+        "t": rows[1].strides if rows[1] else 0,
+        "g": rows[2].strides if rows[2] else 0,
+        "blocks": cdiv(x.inner, threads.lanes),
+        "lanes": threads.lanes,
+        "team": BLOCK // threads.lanes,
+        "across": threads.across,
+        "parts": threads.parts,
+        "chunk": threads.chunk,
+        "weighed": weighing,
+        "t_in_step": _in_step(threads.width, facts.logits, x, facts.probabilities, rows[1]),
+        "g_in_step": _in_step(threads.width, facts.logits, x, facts.grad, rows[2]),
+        "ignores": ignored is not None,
+        "ignore_index": ignored or 0,
+        "mean": mean,
+        "loss_kind": KINDS[arrays.name_of(problem.result_dtype)],
+        "sample_kind": KINDS.get(facts.sample, 0),
+        "normalizer_kind": KINDS.get(facts.normalizer, 0),
+        "cotangent_kind": KINDS.get(facts.cotangent, 0),
+        "cotangent_by_row": facts.cotangent_by_row,
+        "exact_scale": scale,
+        "exact_cap": cap,
+        "scale": scale,
+        "cap": cap,
+        "kept": 1.0 - problem.options.label_smoothing,
+        "share": problem.options.label_smoothing / problem.classes,
+        "z_loss": problem.options.z_loss,
+    }.items():
+        call[name] = value
+    return Plan(
+        call=call,
+        options=_options(problem, real, threads.width > 1),
+        blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
+        parts=threads.parts,
+        rows=count,
+        weighing=weighing,
+        copies=(copies[0], copies[1], copies[2]),
+    )
+
+
+def check_address(address: int, itemsize: int, strides: tuple[int, ...] = ()) -> None:
+    """Refuse an array that a GPU could not read: a fault there ends the process's context."""
+    if address % itemsize or any(step % itemsize for step in strides):
+        raise ValueError(
+            "arrays on a GPU must lie at multiples of their item size, got items of "
+            f"{itemsize} bytes, {address % itemsize} bytes behind such a place, with strides of "
+            f"{strides} bytes; copy them in NumPy"
+        )
+
+
+def _steps(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Give strides in elements; those of axes that have one element do not matter."""
+    pairs = zip(layout.strides, shape, strict=True)
+    steps = tuple(step if size > 1 else 0 for step, size in pairs)
+    check_address(layout.address, layout.itemsize, steps)
+    return tuple(step // layout.itemsize for step in steps)
+
+
+def _in_step(width: int, logits: Layout, x: Rows, other: Layout | None, rows: Rows | None) -> bool:
+    """Tell whether another array's numbers lie on boundaries of `width` of them as logits do."""
+    if other is None or rows is None or rows.strides[2] != 1:
+        return False
+    apart = [a - b for a, b in zip(rows.strides, x.strides, strict=True)]
+    apart.append(other.address // other.itemsize - logits.address // logits.itemsize)
+    return not any(steps % width for steps in apart)
+
+
+class _Threads(NamedTuple):
+    """How the threads of a block are shared out."""
+
+    lanes: int
+    across: bool
+    width: int
+    """How many numbers a thread loads at once."""
+    parts: int
+    chunk: int
+
+
+def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int) -> _Threads:
+    classes, count = problem.classes, x.outer * x.inner
+    along = x.strides[2] == 1 or classes == 1
+    width = 1
+    if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
+        # As `cuda/classes.cu` has it.
+        probability, capped = problem.kind == "probability", transform.is_capped(problem)
+        most = 4 if probability or capped else 8
+        if probability and (capped or problem.options.stats is not None):
+            most = 2
+        width = min(16 // itemsize, most)
+    team = min(BLOCK, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
+    lanes = BLOCK // team
+    if not along:
+        lanes = max(lanes, min(NEIGHBOURS, BLOCK))
+    lanes = min(lanes, power_of_two(x.inner))
+    parts, chunk = 1, classes
+    if along and classes > LONG and count < FEW_ROWS:
+        wanted = min(MOST_PARTS, classes // PART, cdiv(2 * FEW_ROWS, count))
+        parts, chunk = cut(classes // width, BLOCK, wanted)
+        lanes = 1
+    return _Threads(lanes, not along, width, parts, chunk)
+
+
+def _options(problem: Problem, real: str, vector: bool) -> dict[str, tuple[str, ...]]:
+    target = problem.target_dtype
+    of_rows = {
+        "REAL": real.upper(),
+        "TARGET": target.upper(),
+        "SPREAD": int(problem.kind == "probability" or problem.options.label_smoothing > 0.0),
+        "SOFTCAP": int(transform.is_capped(problem)),
+        "STATS": int(problem.options.stats is not None),
+    }
+    plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "VECTOR": 0}
+    macros: dict[str, dict[str, Any]] = {
+        "reduce": {**plain, "REAL": real.upper(), "TARGET": "FLOAT32"},
+        "weigh": {**plain, "REAL": real.upper(), "TARGET": target.upper()},
+        "join": {**of_rows, "LOGITS": real.upper(), "VECTOR": 0},
+    }
+    reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "VECTOR": int(vector)}
+    macros |= dict.fromkeys(("forward", "forward_backward", "backward"), reading)
+    return {
+        name: (
+            "--std=c++17",
+            f"-DKERNEL={name.upper()}",
+            f"-DBLOCK={BLOCK}",
+            *(f"-D{macro}={value}" for macro, value in sorted(macros[name].items())),
+        )
+        for name in KERNELS
+    }
+
+
+def _call_dtype(real: str) -> np.dtype[Any]:
+    """Give `struct Call` of `cuda/row.cu`."""
+    whole = "outer inner classes x*3 t*3 g*3 blocks lanes team across parts chunk weighed t_in_step"
+    whole += " g_in_step ignores ignore_index mean loss_kind sample_kind normalizer_kind"
+    whole += " cotangent_kind cotangent_by_row"
+    fields: list[Any] = []
+    for name in whole.split():
+        base, _, times = name.partition("*")
+        fields.append((base, np.int64, (int(times),)) if times else (base, np.int64))
+    fields += [(name, np.float64) for name in ("exact_scale", "exact_cap")]
+    fields += [(name, real) for name in ("scale", "cap", "kept", "share", "z_loss", "padding")]
+    return np.dtype(fields)
+
+
+_CALL = {real: _call_dtype(real) for real in ("float32", "float64")}

@@ -1,0 +1,296 @@
+"""What dask's tasks run on one block of the logits, with arrays of the chunk's own library.
+
+Every function is a module's and takes no module among its arguments, so that dask can send it to
+another process; and each keeps NumPy's warnings away itself, since a thread of dask's does not
+know what the caller's thread has set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from polyce import arrays, eager, libraries, sums
+from polyce.call.problem import Operands, Problem
+from polyce.formula import labels, rows, rowstate, targets, transform
+from polyce.formula.rowstate import RowState
+from polyce.formula.stats import RowStats
+from polyce.formula.targets import Plan
+from polyce.implementations.contract import Implementation
+
+
+def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any) -> Any:
+    """Give what the rows of one block add to the mean's denominator, from their labels alone."""
+    shape = list(target.shape)
+    shape.insert(problem.axis, problem.classes)
+    problem = of_chunk(problem, target, shape).with_options(reduction="mean")
+    problem = with_labels(problem, target)
+    operands = Operands(None, target, weight, sample_weight, None, None)
+    with arrays.quiet(problem.backend):
+        total = targets.plan(problem, operands).denominator
+        total = problem.xp.asarray(total, dtype=problem.row_dtype)
+        return problem.xp.reshape(total, (1,) * target.ndim)
+
+
+def whole_rows(
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    cotangent: Any,
+) -> tuple[Any, ...]:
+    """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
+
+    The result is the losses, or their sum where the call adds them up, the gradient, None without
+    a cotangent, and the stats' entries.
+    """
+    summed, dtype, axis = problem.options.reduction != "none", problem.logits_dtype, problem.axis
+    problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
+    problem = problem._replace(result_dtype=problem.row_dtype)
+    problem = problem.with_options(stats=_reported(problem))
+    xp, grad = problem.xp, None
+    operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
+    chosen = select(problem)
+    with arrays.quiet(problem.backend):
+        if cotangent is None:
+            losses, found = chosen.cross_entropy(problem, operands)
+        else:
+            losses, grad, found = chosen.cross_entropy_with_grad(problem, operands, None)
+            grad = arrays.cast(xp, grad, dtype)
+        losses = arrays.expand(losses, axis)
+        if summed:
+            losses = xp.reshape(sums.total(xp, problem.backend, losses), (1,) * logits.ndim)
+    entries = () if found is None else (found.lse, found.entropy, found.prediction)
+    return losses, grad, *(a if a is None else arrays.expand(a, axis) for a in entries)
+
+
+def _reported(problem: Problem) -> tuple[str, ...] | None:
+    """Return the stats that a block has to report, from which the call's are made."""
+    if problem.options.stats is None:
+        return None
+    predicts = problem.asks("prediction", "correct")
+    return ("lse", *["entropy"] * problem.asks("entropy"), *["prediction"] * predicts)
+
+
+def _by_row(problem: Problem, cotangent: Any) -> Any:
+    """Return the cotangent as a call takes it: a number, or an array of the rows' shape."""
+    if cotangent is None or isinstance(cotangent, float):
+        return cotangent
+    rows = problem.xp.squeeze(cotangent, axis=problem.axis) if cotangent.ndim else cotangent
+    return problem.xp.broadcast_to(rows, problem.row_shape)
+
+
+def itself(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
+    """Give a block as it is, as the first step of a reduction too."""
+    return block
+
+
+def take(index: int, results: Any, *after: Any) -> Any:
+    """Take one of a block's results; the others are only waited for."""
+    return results[index]
+
+
+class Part(NamedTuple):
+    """What one block tells of its rows, of which it holds some of the classes."""
+
+    state: RowState
+    pivot: Any
+    """The class that the state keeps apart, if it lies in this part."""
+    plan: Plan
+    """Without the arrays over the classes; the same in every part of a row."""
+
+
+class Whole(NamedTuple):
+    """What the parts of rows tell together."""
+
+    losses: Any
+    lse: Any
+    entropy: Any
+    prediction: Any
+    state: RowState
+    pivot: Any
+
+
+def part(
+    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: Any
+) -> Part:
+    """Read a block of some of the classes, of which `start` is the first."""
+    start = int(start[0])
+    problem, plan, logits, at_label, coefficients = _open(
+        problem, logits, target, weight, sample_weight, start
+    )
+    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    with arrays.quiet(backend):
+        if targets.pivot_leads(problem):
+            pivot = arrays.argmax(xp, backend, logits, axis)
+            pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
+            at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
+            at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+            pivot = pivot + start
+        else:
+            pivot, local = plan.label, plan.label - start
+            here = (local >= 0) & (local < logits.shape[axis])
+            local = xp.where(here, local, 0)
+            pivot_logit = arrays.pick(xp, backend, logits, local, logits, axis)
+            pivot_logit = xp.where(here, pivot_logit, 0.0)
+            at_pivot = xp.where(here, 1.0 if at_label is None else at_label, 0.0)
+        excluded = _excluded(problem, plan, logits, pivot - start)
+        state, _ = rowstate.from_logits(
+            problem, logits, excluded, pivot_logit, at_pivot, coefficients
+        )
+    if state.rest_first is not None:
+        state = state._replace(rest_first=state.rest_first + start)
+    return Part(state, pivot, plan._replace(class_weight=None, probabilities=None))
+
+
+def join(problem: Problem, parts: list[Part]) -> Whole:
+    """Merge the parts of rows, in the order of the classes, and give what the rows lose."""
+    state, pivot, plan = parts[0]
+    problem = of_chunk(problem, state.rest_max, state.rest_max.shape)
+    xp = problem.xp
+    with arrays.quiet(problem.backend):
+        for other in parts[1:]:
+            joining = other.state
+            if targets.pivot_leads(problem):
+                passed = joining.pivot_logit > state.pivot_logit
+                state = rowstate.demote(problem, state, pivot, passed)
+                joining = rowstate.demote(problem, joining, other.pivot, ~passed)
+                pivot = xp.where(passed, other.pivot, pivot)
+            state = rowstate.merge(problem, state, joining)
+        losses = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
+        stats = rows.row_stats(problem, state, pivot) or RowStats(None, None, None)
+        losses = targets.weigh_rows(plan, xp, losses)
+    return Whole(losses, stats.lse, stats.entropy, stats.prediction, state, pivot)
+
+
+def part_gradient(
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    start: Any,
+    cotangent: Any,
+    whole: Whole,
+) -> Any:
+    """Give the gradient of a block of some of the classes, of which `start` is the first."""
+    start, dtype = int(start[0]), problem.logits_dtype
+    problem, plan, logits, _, coefficients = _open(
+        problem, logits, target, weight, sample_weight, start
+    )
+    xp, backend, state = problem.xp, problem.backend, whole.state
+    with arrays.quiet(backend):
+        excluded = _excluded(problem, plan, logits, whole.pivot - start)
+        rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+        top = arrays.cast(xp, state.rest_max, problem.arithmetic_dtype)
+        top = xp.where(top == -math.inf, 0.0, top)
+        rest = transform.difference(problem, rest, top, owned=True)
+        scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
+        grad = rowstate.gradient(
+            problem,
+            state,
+            arrays.overwrite(backend, xp.exp, rest),
+            excluded,
+            coefficients,
+            scale,
+            plan.counted,
+            logits,
+            targets.lse_penalty(problem, plan),
+            leads=targets.pivot_leads(problem),
+        )
+        return arrays.cast(xp, grad, dtype)
+
+
+def _open(
+    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: int
+) -> tuple[Problem, Plan, Any, Any, Any]:
+    """Give a part's facts, plan, logits as computed with, and coefficients."""
+    axis = problem.axis
+    shape = list(logits.shape)
+    shape[axis] = problem.classes
+    problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target)
+    xp = problem.xp
+    with arrays.quiet(problem.backend):
+        plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
+        if plan.class_weight is not None:
+            classes = slice(start, start + logits.shape[axis])
+            own = plan.class_weight[(slice(None),) * axis + (classes,)]
+            plan = plan._replace(class_weight=own)
+        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+        at_label, coefficients = targets.coefficients(problem, plan)
+        if plan.label is not None and targets.pivot_leads(problem):
+            is_label = arrays.one_hot(xp, problem.backend, plan.label - start, logits, axis)
+            first = logits[(slice(None),) * axis + (slice(1),)]
+            coefficients = targets.all_coefficients(problem, plan, is_label, first)
+        elif isinstance(coefficients, float):
+            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
+    return problem, plan, logits, at_label, coefficients
+
+
+def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
+    """Mark the pivot, if it lies in this part, and all of the rows that do not count."""
+    excluded = arrays.one_hot(problem.xp, problem.backend, local, logits, problem.axis)
+    return excluded if plan.counted is None else excluded | ~plan.counted
+
+
+def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
+    """State the facts of a call on chunks like this one."""
+    xp, backend, _ = libraries.of(input=chunk)
+    shape = tuple(shape)
+    return problem._replace(
+        xp=xp,
+        backend=backend,
+        device=arrays.device_kind(chunk, backend),
+        shape=shape,
+        row_shape=shape[: problem.axis] + shape[problem.axis + 1 :],
+        options=problem.options._replace(reduction="none"),
+        check_labels=False,
+        normalized=False,
+        is_concrete=eager.are_concrete([chunk], backend),
+    )
+
+
+# dask does not hold chunks to the dtype that their array says, and computes with what they are. So
+# do these; what they give back has the dtype that was promised.
+
+
+def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, Any]:
+    """State the dtypes of a call on these very chunks; give logits of no fewer digits than said."""
+    narrow = logits.dtype.itemsize < problem.logits_dtype.itemsize
+    if narrow or arrays.holds_integers(logits):
+        logits = arrays.cast(problem.xp, logits, problem.logits_dtype)
+    floats = {arrays.dtype_name(logits)}
+    if problem.kind == "index":
+        problem = with_labels(problem, target)
+    else:
+        problem = problem._replace(target_dtype=arrays.dtype_name(target))
+        floats.add(problem.target_dtype)
+        if problem.target_dtype not in arrays.FLOATS:
+            raise _not_as_said("target", "floats", target)
+    if not floats <= set(arrays.FLOATS):
+        raise _not_as_said("input", "real floats", logits)
+    if "float64" in floats:
+        wide = arrays.float_dtype(problem.xp, problem.backend, "float64")
+        problem = problem._replace(arithmetic_dtype=wide)
+    return problem._replace(logits_dtype=logits.dtype), logits
+
+
+def with_labels(problem: Problem, target: Any) -> Problem:
+    """State the dtype of the labels in this very chunk."""
+    if not arrays.holds_integers(target):
+        raise _not_as_said("target", "integers", target)
+    found = problem._replace(target_dtype=arrays.dtype_name(target))
+    if labels.ignored_label(found) is not None and labels.ignored_label(problem) is None:
+        # Which rows count was decided by what the array says.
+        raise _not_as_said("target", problem.target_dtype, target)
+    return found
+
+
+def _not_as_said(name: str, wanted: str, chunk: Any) -> TypeError:
+    return TypeError(
+        f"{name} must hold {wanted} in all of its chunks, as its dtype says, but one is "
+        f"{arrays.dtype_name(chunk)}; give map_blocks, or what made it, the dtype= that is true"
+    )

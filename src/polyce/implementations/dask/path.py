@@ -1,0 +1,339 @@
+"""dask: few tasks for each block of the logits, which run the best path of the chunk's own library.
+
+The reference on dask arrays makes a task of nearly each of its operations, and with it arrays of
+the chunk's size. Here a block of whole rows is one task, which does what a call on the block would
+do; where the classes are cut as well, a block gives the state of its part of each row, the states
+are merged, and a second task gives the block's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+from polyce import arrays, sums
+from polyce.call.problem import Operands, Problem
+from polyce.formula import stats, targets
+from polyce.formula.stats import RowStats, Stats
+from polyce.formula.targets import Plan
+from polyce.implementations.contract import Implementation
+from polyce.implementations.dask import blocks
+
+FAN_IN = 16
+"""How many blocks' numbers one task adds up."""
+
+
+def unavailable() -> str | None:
+    """Say that dask is missing."""
+    return None if arrays.installed("dask") else "dask is not installed (pip install dask[array])"
+
+
+def path(select: Callable[[Problem], Implementation]) -> Implementation:
+    """Return the path; `select` chooses that of a block, among the table that this stands in."""
+    return Implementation(
+        name="dask",
+        cross_entropy=partial(cross_entropy, select),
+        cross_entropy_with_grad=partial(cross_entropy_with_grad, select),
+        backends=frozenset({"dask"}),
+        unavailable=unavailable,
+    )
+
+
+def cross_entropy(
+    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands
+) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, all of them lazy."""
+    with arrays.quiet(problem.backend):
+        pieces, plan = _read(problem, operands)
+        losses, _, found = _run(select, problem, pieces, None)
+        return _finish(problem, plan, losses, found)
+
+
+def cross_entropy_with_grad(
+    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands, out: None
+) -> tuple[Any, Any, Stats | None]:
+    """Compute the loss, the gradient, cut as the logits are, and the stats, all of them lazy."""
+    with arrays.quiet(problem.backend):
+        pieces, plan = _read(problem, operands)
+        cotangent = targets.cotangent(problem, plan, operands.grad_output)
+        losses, grad, found = _run(select, problem, pieces, cotangent)
+        loss, stats = _finish(problem, plan, losses, found)
+        return loss, _recut(grad, operands.logits.chunks), stats
+
+
+def _read(problem: Problem, operands: Operands) -> tuple[Operands, Plan]:
+    """Cut the operands, leave the target to the blocks, and add up the mean's denominator.
+
+    The other arrays of the plan are there for the stats; dask makes none that nobody uses.
+    """
+    target = operands.target
+    pieces = _cut(problem, operands)
+    # NumPy's labels are checked now, while they can be looked at.
+    plan = targets.plan(problem, pieces._replace(target=target))
+    if problem.kind == "index" and not problem.normalized and hasattr(plan.denominator, "dask"):
+        plan = plan._replace(denominator=total_weight(problem, pieces))
+    return pieces, plan
+
+
+def _finish(
+    problem: Problem, plan: Plan, losses: Any, found: RowStats | None
+) -> tuple[Any, Stats | None]:
+    loss = targets.reduce(problem, plan, losses)
+    return loss, None if found is None else stats.finish(problem, plan, found)
+
+
+def _run(
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    pieces: Operands,
+    cotangent: Any,
+) -> tuple[Any, Any, RowStats | None]:
+    """Return losses, gradient (None without a cotangent) and stats."""
+    if pieces.logits.numblocks[problem.axis] == 1:
+        return _whole_rows(select, problem, pieces, cotangent)
+    return _parts(problem, pieces, cotangent)
+
+
+def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
+    """Give the logits' chunks without empty ones, in which no class is the largest."""
+    if problem.is_empty:
+        return tuple((size,) for size in problem.shape)
+    return tuple(tuple(size for size in sizes if size) for sizes in logits.chunks)
+
+
+def _recut(array: Any, chunks: Any) -> Any:
+    """Rechunk; dask's own does nothing to an array of which every axis is empty."""
+    import dask.array as da
+
+    return array.rechunk(chunks) if array.size else da.zeros_like(array, chunks=chunks)
+
+
+def _whole_rows(
+    select: Callable[[Problem], Implementation],
+    problem: Problem,
+    operands: Operands,
+    cotangent: Any,
+) -> tuple[Any, Any, RowStats | None]:
+    axes, axis, logits = _axes(problem), problem.axis, operands.logits
+    results = _blockwise(
+        partial(blocks.whole_rows, select),
+        problem,
+        axes,
+        *_inputs(problem, operands),
+        *scale(problem, cotangent, logits),
+        adjust_chunks={axis: 1},
+        meta=logits._meta,
+    )
+    # What will be added up comes as one number for each block.
+    cuts = results.chunks if problem.options.reduction == "none" else (1,) * len(axes)
+    losses = take(problem, results, 0, problem.row_dtype, cuts)
+    found = _stats(problem, results, 2)
+    grad = None
+    if cotangent is not None:
+        # A block's result stays until all is taken. Were the gradient not taken last, dask could
+        # put it off in favour of the losses, block after block, until the memory is full.
+        small = [array for array in (losses, *(found or ())) if array is not None]
+        grad = take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
+    if problem.options.reduction != "none":
+        losses = losses.rechunk(dict.fromkeys(axes, FAN_IN))
+    return losses, grad, found
+
+
+def _parts(
+    problem: Problem, operands: Operands, cotangent: Any
+) -> tuple[Any, Any, RowStats | None]:
+    import dask.array as da
+
+    axes, axis, logits = _axes(problem), problem.axis, operands.logits
+    sizes = logits.chunks[axis]
+    starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
+    inputs = (*_inputs(problem, operands), starts, (axis,))
+    parts = _blockwise(
+        blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
+    )
+    joined = _join(problem, parts)
+    grad = None
+    if cotangent is not None:
+        grad = _blockwise(
+            blocks.part_gradient,
+            problem,
+            axes,
+            *inputs,
+            *scale(problem, cotangent, logits),
+            *(joined, axes),
+            meta=logits._meta,
+        )
+    return (
+        take(problem, joined, 0, problem.row_dtype),
+        grad,
+        _stats(problem, joined, 1),
+    )
+
+
+def _join(problem: Problem, parts: Any) -> Any:
+    """Bring the parts of each row together.
+
+    Not by blockwise: dask would run it within each block of the gradient if nothing else uses it.
+    """
+    import dask.array as da
+    from dask.base import tokenize
+    from dask.highlevelgraph import HighLevelGraph
+
+    axis, shared = problem.axis, problem._replace(xp=None)
+    name = f"polyce-join-{tokenize(parts.name, shared)}"
+    before, after = parts.numblocks[:axis], parts.numblocks[axis + 1 :]
+    graph = {}
+    for place in product(*map(range, before), (0,), *map(range, after)):
+        every = [
+            (parts.name, *place[:axis], part, *place[axis + 1 :])
+            for part in range(parts.numblocks[axis])
+        ]
+        graph[(name, *place)] = (partial(blocks.join, shared), every)
+    chunks = (*parts.chunks[:axis], (1,), *parts.chunks[axis + 1 :])
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=[parts])
+    return da.Array(layers, name, chunks, meta=parts._meta)
+
+
+def _axes(problem: Problem) -> tuple[int, ...]:
+    return tuple(range(len(problem.shape)))
+
+
+def _row_axes(problem: Problem) -> tuple[int, ...]:
+    return tuple(i for i in _axes(problem) if i != problem.axis)
+
+
+def _blockwise(
+    function: Any, problem: Problem, out: tuple[int, ...], *pairs: Any, meta: Any, **options: Any
+) -> Any:
+    """Call a function on the blocks; a meta keeps dask from trying it on nothing first."""
+    import dask.array as da
+
+    return da.blockwise(
+        # Modules cannot be sent to another process by all picklers.
+        partial(function, problem._replace(xp=None)),
+        out,
+        *pairs,
+        align_arrays=False,
+        token=f"polyce-{getattr(function, 'func', function).__name__.replace('_', '-')}",
+        meta=meta,
+        **options,
+    )
+
+
+def take(
+    problem: Problem,
+    results: Any,
+    index: int,
+    dtype: Any,
+    cuts: Any = None,
+    after: Sequence[Any] = (),
+) -> Any:
+    """Take one of the arrays of which every block is a tuple, once those in `after` are there."""
+    import dask.array as da
+
+    axes = _axes(problem)
+    return da.blockwise(
+        partial(blocks.take, index),
+        axes,
+        *(results, axes),
+        *(item for array in after for item in (array, axes)),
+        adjust_chunks=dict(enumerate(results.chunks if cuts is None else cuts)),
+        align_arrays=False,
+        token="polyce-take",
+        meta=results._meta.astype(dtype),
+    )
+
+
+def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
+    if problem.options.stats is None:
+        return None
+
+    def entry(index: int, dtype: Any) -> Any:
+        return take(problem, results, first + index, dtype)
+
+    return RowStats(
+        lse=entry(0, problem.row_dtype),
+        entropy=entry(1, problem.row_dtype) if problem.asks("entropy") else None,
+        prediction=entry(2, problem.xp.int64) if problem.asks("prediction", "correct") else None,
+    )
+
+
+def _cut(problem: Problem, operands: Operands) -> Operands:
+    """Cut what has rows as the logits are cut."""
+    chunks = _cuts(problem, operands.logits)
+    logits = _recut(operands.logits, chunks)
+    return cut_beside(problem, operands._replace(logits=logits), chunks)
+
+
+def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
+    """Cut what has rows, but for the logits, as logits of these chunks are cut."""
+    import dask.array as da
+
+    target, sample_weight = operands.target, operands.sample_weight
+    row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
+    if problem.kind == "index":
+        if tuple(target.shape) != problem.row_shape:
+            target = target.reshape(problem.row_shape)
+        if not isinstance(target, da.Array):
+            target = da.from_array(target, chunks=row_chunks)
+    return operands._replace(
+        target=_recut(target, row_chunks if problem.kind == "index" else chunks),
+        sample_weight=None if sample_weight is None else _recut(sample_weight, row_chunks),
+    )
+
+
+def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """Pair what every block reads with its axes; the class weights, without, come whole."""
+    axes, row_axes = _axes(problem), _row_axes(problem)
+    return (
+        *(operands.logits, axes),
+        *(operands.target, axes if problem.kind == "probability" else row_axes),
+        *in_one(operands.weight),
+        *paired(operands.sample_weight, row_axes),
+    )
+
+
+def paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
+    """Pair an array, if there is one, with its axes."""
+    return (array, None if array is None else axes)
+
+
+def in_one(array: Any) -> tuple[Any, None]:
+    """Pair an array, if there is one, with no axes: every block takes all of it.
+
+    dask would give it a new name in each call, and compute what is the same twice.
+    """
+    if hasattr(array, "dask"):
+        from dask.delayed import delayed
+
+        (block,) = array.rechunk(-1).to_delayed(optimize_graph=False).flat
+        # A task of its own: dask cannot fuse blocks with one that all of them take.
+        array = delayed(blocks.itself, pure=True)(block)
+    return array, None
+
+
+def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
+    """Pair the cotangent, a number, one for all rows, or one for each, with its axes."""
+    if not hasattr(cotangent, "dask"):
+        return cotangent, None
+    if not cotangent.ndim:
+        return cotangent, ()
+    return arrays.align("dask", cotangent, logits), _axes(problem)
+
+
+def total_weight(problem: Problem, operands: Operands) -> Any:
+    """Add up what labels count in the mean's denominator, block by block."""
+    row_axes = _row_axes(problem)
+    totals = _blockwise(
+        blocks.total_weight,
+        problem,
+        row_axes,
+        *(operands.target, row_axes),
+        *in_one(operands.weight),
+        *paired(operands.sample_weight, row_axes),
+        adjust_chunks=dict.fromkeys(row_axes, 1),
+        meta=operands.target._meta.astype(problem.row_dtype),
+    )
+    return sums.total(problem.xp, problem.backend, totals)

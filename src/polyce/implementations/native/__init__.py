@@ -1,0 +1,1 @@
+"""native: the compiled kernels, for NumPy arrays and torch tensors on a CPU."""

@@ -1,0 +1,68 @@
+"""How many threads the compiled core uses."""
+
+from __future__ import annotations
+
+import numbers
+
+from polyce.implementations.native import path as native
+
+
+def get_num_threads() -> int:
+    """Give the number of threads that a large call of the native path uses.
+
+    Returns
+    -------
+    int
+        At first as many as there are processors that this process may use, or what the environment
+        variable ``POLYCE_NUM_THREADS`` says. Results do not depend on it.
+
+    Raises
+    ------
+    ValueError
+        If the compiled core is not built.
+
+    Examples
+    --------
+    >>> import polyce
+    >>> polyce.get_num_threads() >= 1
+    True
+    """
+    _check_built()
+    return int(native.core().get_num_threads())
+
+
+def set_num_threads(count: int) -> None:
+    """Set the number of threads that a large call of the native path uses, in this process.
+
+    A call uses fewer where more would not pay; a caller on another thread, meanwhile, works alone.
+
+    Parameters
+    ----------
+    count : int
+        From 1 on.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such number, or if the compiled core is not built.
+
+    Examples
+    --------
+    >>> import polyce
+    >>> polyce.set_num_threads(polyce.get_num_threads())
+    """
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+        raise TypeError(f"count must be an integer, got {count!r}; pass a number of threads")
+    if not 1 <= count <= native.MOST_THREADS:
+        raise ValueError(
+            f"count must lie between 1 and {native.MOST_THREADS}, got {count}; "
+            "1 is the caller alone"
+        )
+    _check_built()
+    native.core().set_num_threads(int(count))
+
+
+def _check_built() -> None:
+    missing = native.unavailable()
+    if missing is not None:
+        raise ValueError(f"only the native path has threads, but {missing}")

@@ -1,0 +1,83 @@
+"""The native path under torch: tensors' memory, and its kernels for whole calls."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from polyce import torch_checks
+from polyce.call.problem import Operands, Problem
+from polyce.formula.stats import Stats
+from polyce.graphs import torch_calls
+from polyce.graphs.torch_calls import Kernels, Saved
+from polyce.implementations.native import path as native
+
+
+def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
+    is_other = dtype is not None and tensor.dtype != dtype
+    if is_other or not tensor.is_contiguous():
+        torch_checks.check_storages(**{name: tensor})
+        return tensor.to(dtype or tensor.dtype).contiguous()
+    return tensor
+
+
+# Not where torch's default device is.
+_CPU = torch.device("cpu")
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
+def _written(tensor: torch.Tensor) -> None:
+    """Let autograd see that a tensor which it may have saved is another one now."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+_NOTHING = Saved()
+
+
+def _keeps(problem: Problem) -> Saved:
+    return Saved(rows=problem.classes >= native.SAVED_FROM, denominator=False)
+
+
+def _forward(
+    problem: Problem, operands: Operands, keep: bool
+) -> tuple[torch.Tensor, Stats | None, Saved]:
+    if not keep or problem.classes < native.SAVED_FROM:
+        loss, found = native.run(problem, operands)
+        return loss, found, _NOTHING
+    rows = _empty((math.prod(problem.row_shape), 4), torch.float64)
+    loss, found = native.run(problem, operands, saved=rows)
+    return loss, found, Saved(rows)
+
+
+def _backward(
+    problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
+) -> torch.Tensor:
+    grad = torch.empty_like(operands.logits) if out is None else out
+    native.run(problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
+    return grad
+
+
+KERNELS = Kernels("native", _forward, _backward, _keeps)
+
+
+def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] | None:
+    if torch_calls.needs_graph(problem, operands):
+        return torch_calls.cross_entropy(KERNELS, problem, operands)
+    return None
+
+
+MEMORY = native.Memory(
+    empty=_empty,
+    empty_like=torch.empty_like,
+    in_order=lambda tensor: tensor,
+    dense=_dense,
+    scalar=lambda tensor: tensor,
+    written=_written,
+    on_graph=_on_graph,
+)

@@ -1,0 +1,204 @@
+"""The implementations, in order of preference, and which of them serves a problem.
+
+To add one, write `implementations/<name>.py`, which ends in its `PATH`, and put that into `TABLE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from polyce.call.problem import Problem
+from polyce.formula import rows
+from polyce.implementations import reference
+from polyce.implementations.contract import Implementation
+from polyce.implementations.cupy import path as cupy
+from polyce.implementations.dask import path as dask
+from polyce.implementations.native import path as native
+from polyce.implementations.triton import path as triton
+
+VARIABLE = "POLYCE_IMPLEMENTATION"
+
+
+def select_within(problem: Problem) -> Implementation:
+    """Choose the implementation of a part of a call, which `use` was not meant for."""
+    return _unforced(problem, preference())
+
+
+TABLE: tuple[Implementation, ...] = (
+    dask.path(select_within),
+    native.PATH,
+    triton.PATH,
+    cupy.PATH,
+    reference.PATH,
+)
+
+_forced: ContextVar[str | None] = ContextVar("polyce.use", default=None)
+# The same for code that torch.compile traces: it cannot read a context variable, but follows a
+# thread-local and compiles anew when that has changed.
+_forced_in_graphs = threading.local()
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Run every call inside the `with` block, of this thread or task, by one implementation.
+
+    Parameters
+    ----------
+    implementation : str
+        Name of the implementation, as `polyce.explain` lists them. The innermost block wins;
+        the argument ``implementation=`` of a call goes before it.
+
+    Raises
+    ------
+    ValueError
+        If no implementation has that name, and from the calls inside if it cannot serve one.
+
+    Notes
+    -----
+    A function of ``torch.compile`` knows of threads alone: where tasks of one thread overlap, it
+    takes the choice of the task that entered or left a block last.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> with polyce.use("reference"):
+    ...     float(polyce.cross_entropy(np.zeros((2, 4)), np.array([0, 3])))
+    1.3862943611198906
+    """
+    find(implementation)
+    if _is_compiling():
+        before = getattr(_forced_in_graphs, "name", None)
+        _forced_in_graphs.name = implementation
+        try:
+            yield
+        finally:
+            _forced_in_graphs.name = before
+        return
+    before = _forced.get()
+    _force(implementation)
+    try:
+        yield
+    finally:
+        _force(before)
+
+
+def _force(name: str | None) -> None:
+    # Not by a token: a generator may be closed in another context than it was started in.
+    _forced.set(name)
+    _forced_in_graphs.name = name
+
+
+def _is_compiling() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def _forced_while_tracing(problem: Problem) -> str | None:
+    """Give the choice of the innermost `use` for arrays that may be traced."""
+    if problem.backend == "torch" and _is_compiling():
+        return getattr(_forced_in_graphs, "name", None)
+    return _forced.get()
+
+
+def find(name: str) -> Implementation:
+    """Find an implementation by name."""
+    found = _named(name)
+    if found is None:
+        raise ValueError(
+            f"implementation must be one of {_known()}, got {name!r}; see polyce.explain"
+        )
+    return found
+
+
+def _named(name: str) -> Implementation | None:
+    for row in TABLE:
+        if row.name == name:
+            return row
+    return None
+
+
+def _known() -> str:
+    return ", ".join(row.name for row in TABLE)
+
+
+def select(problem: Problem, name: str | None = None) -> Implementation:
+    """Choose the implementation of a call.
+
+    The argument decides, else the innermost `use`: both raise where it cannot serve. Else the
+    environment variable is a preference, else the first row of the table that can serve.
+    """
+    preferred = preference()
+    if name is None:
+        name = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+    if name is None:
+        return _unforced(problem, preferred)
+    chosen = find(name)
+    reasons = chosen.reasons(problem)
+    if reasons:
+        raise ValueError(
+            f"implementation {name!r} cannot serve this call: {'; '.join(reasons)}; "
+            "leave implementation at None to run one that can"
+        )
+    return chosen
+
+
+def select_log_softmax(problem: Problem) -> Callable[..., Any]:
+    """Choose what computes log(softmax(logits)): of the rows that have it, the first that serves.
+
+    One that `use` or the environment variable names goes before the others, where it can serve.
+    """
+    preferred = preference()
+    wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+    if wanted is None and preferred is not None:
+        wanted = preferred.name
+    for row in sorted(TABLE, key=lambda row: row.name != wanted):
+        if row.log_softmax is not None and row.serves(problem):
+            return row.log_softmax
+    return rows.log_softmax
+
+
+def preference() -> Implementation | None:
+    """Find what the environment variable names, None where it is not set."""
+    preferred = os.environ.get(VARIABLE)
+    if not preferred:
+        return None
+    found = _named(preferred)
+    if found is None:
+        raise ValueError(
+            f"{VARIABLE} must be one of {_known()}, got {preferred!r}; leave it out for the first "
+            "of them that can serve"
+        )
+    return found
+
+
+# What the table gives, for problems met before: to ask every row takes as long as a small call.
+_MOST_KNOWN = 1024
+_choices: dict[Problem, tuple[tuple[Implementation, ...], Implementation]] = {}
+
+
+def _unforced(problem: Problem, preferred: Implementation | None) -> Implementation:
+    if preferred is not None and not preferred.reasons(problem):
+        return preferred
+    if not problem.is_concrete:
+        return _first(problem)
+    table, chosen = _choices.get(problem, (None, None))
+    if chosen is None or table is not TABLE:
+        if len(_choices) >= _MOST_KNOWN:
+            _choices.clear()
+        chosen = _first(problem)
+        _choices[problem] = TABLE, chosen
+    return chosen
+
+
+def _first(problem: Problem) -> Implementation:
+    for row in TABLE:
+        if row.serves(problem):
+            return row
+    raise ValueError("no implementation can serve this call; see polyce.explain for the reasons")

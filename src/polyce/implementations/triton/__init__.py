@@ -1,0 +1,1 @@
+"""triton: kernels for torch tensors on CUDA and ROCm."""

@@ -1,0 +1,94 @@
+"""The triton path's calls: memory for the kernels' results, and what nothing is launched for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from polyce import torch_checks
+from polyce.call.problem import Operands, Problem
+from polyce.formula import stats
+from polyce.formula.stats import Stats
+from polyce.graphs import torch_calls
+from polyce.graphs.torch_calls import REFERENCE, Kernels, Saved
+from polyce.implementations.triton import launch
+from polyce.implementations.triton.launch import Results
+
+
+def forward(
+    problem: Problem, operands: Operands, keep: bool
+) -> tuple[torch.Tensor, Stats | None, Saved]:
+    """Give the loss, the stats, and what a backward pass wants where there will be one."""
+    if problem.is_empty:
+        return REFERENCE.forward(problem, operands, keep)
+    torch_checks.check_storages(**operands.named())
+    device = operands.logits.device
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    call = launch.call(problem, operands)
+    reduced = problem.options.reduction != "none"
+    divided = problem.options.reduction == "mean"
+    results = Results(
+        loss=empty(() if reduced else problem.row_shape, problem.result_dtype),
+        stats=stats.unfilled(problem, empty),
+        rows=empty((call.row_count, 4), torch.float64) if keep else None,
+        sums=empty((call.programs, 2), torch.float64) if reduced else None,
+        denominator=empty((), torch.float64) if divided else None,
+        normalizer=operands.normalizer,
+    )
+    launch.run(launch.forward(call, results), operands.logits)
+    saved = Saved(results.rows, results.denominator) if keep else Saved()
+    return results.loss, results.stats, saved
+
+
+def backward(
+    problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Give the gradient, in `out` where that is given, which may be the logits."""
+    logits = operands.logits.detach()
+    if problem.is_empty:
+        return REFERENCE.backward(problem, operands, saved, out)
+    torch_calls.check_operands(problem, operands)
+    if saved.rows is None:
+        _, _, saved = forward(problem, operands, keep=True)
+    _check_saved(problem, saved)
+    grad = torch.empty_like(logits) if out is None else out
+    call, place = launch.call(problem, operands, grad), grad
+    if call.grad_rows is None:
+        place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
+        call = launch.call(problem, operands, place)
+    cotangent = operands.grad_output
+    if not isinstance(cotangent, torch.Tensor):
+        number = 1.0 if cotangent is None else cotangent
+        cotangent = torch.full((), number, dtype=torch.float64, device=logits.device)
+    launches = launch.backward(call, saved.rows, saved.denominator, cotangent, place)
+    launch.run(launches, logits)
+    return grad if place is grad else grad.copy_(place)
+
+
+def _check_saved(problem: Problem, saved: Saved) -> None:
+    """Refuse what no forward pass of this call has saved."""
+    rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
+    denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
+    torch_checks.check_returned((rows, denominator), saved)
+
+
+def cross_entropy_with_grad(
+    problem: Problem, operands: Operands, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
+    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    loss, found, saved = forward(problem, operands, keep=True)
+    return loss, backward(problem, operands, saved, out), found
+
+
+def keeps(problem: Problem) -> Saved:
+    """Tell what a forward pass saves."""
+    if problem.is_empty:
+        return Saved(rows=False, denominator=False)
+    return Saved(rows=True, denominator=problem.options.reduction == "mean")
+
+
+KERNELS = Kernels("triton", forward, backward, keeps)

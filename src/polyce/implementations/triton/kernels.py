@@ -1,0 +1,376 @@
+"""The kernels of the triton path: rows read once, and their gradient written once.
+
+A program takes a block of rows (lanes), whose logits lie `x_lane` apart, and goes along their
+classes, `x_class` apart, tile by tile; an outer index is `x_outer` apart. That is (N, C) with any
+row stride as well as (N, C, inner). Offsets are 64-bit: a program's number is not, and is widened
+before anything multiplies it.
+"""
+
+import triton
+import triton.language as tl
+
+from polyce.implementations.triton.row import difference, merge, narrow, slope
+from polyce.implementations.triton.tiles import (
+    body,
+    choose_pivot,
+    coefficients,
+    conclude,
+    edge,
+    lanes,
+    nothing_read,
+    read,
+    target,
+)
+
+
+@triton.jit
+def forward(
+    x_ptr, target_ptr, weight_ptr, sample_ptr,
+    loss_ptr, saved_ptr, sums_ptr, parts_ptr,
+    lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+    units, inner, blocks, rows, chunk, lead,
+    x_outer, x_lane, x_class, t_outer, t_lane, t_class,
+    ignore_index: tl.int64,
+    kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
+    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
+    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
+    PENALTY: tl.constexpr, IGNORES: tl.constexpr,
+    REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
+    LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
+    EMULATED: tl.constexpr,
+    SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Read rows, or the part of them that falls to the program's second number, once."""
+    SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
+    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
+    outer, line, lane, here = lanes(inner, blocks, LANES)
+    row = outer * inner + lane
+    # So the compiler sees that 16-byte loads end with the row.
+    classes = units * UNIT
+    kept = tl.full((1,), kept, tl.float64)
+    share = tl.full((1,), share, tl.float64)
+    z_loss = tl.full((1,), z_loss, tl.float64)
+    scale = tl.full((1,), scale, tl.float64)
+    cap = tl.full((1,), cap, tl.float64)
+    label, _weight, _sample, counted, _invalid = target(
+        target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
+        DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
+    )  # fmt: skip
+    x_at = outer * x_outer + line * x_lane
+    t_at = outer * t_outer + line * t_lane
+    if LANES > 1:
+        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        x_at = x_at + others * x_lane
+        t_at = t_at + others * t_lane
+
+    (
+        top, total, rest, excess, entropy,
+        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+    ) = nothing_read(LANES, DTYPE)  # fmt: skip
+
+    part = tl.program_id(1)
+    start = 0
+    stop = classes
+    if PEEL:
+        start, stop = body(x_at + lead, classes, VECTOR)
+        if part == 0:
+            c, ends = edge(start, stop, classes, VECTOR)
+            (
+                top, total, rest, excess, entropy,
+                pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+            ) = read(
+                x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
+                target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
+                weight_ptr, c, ends[:, None] & counted[None, :], label, classes,
+                kept, share, scale, cap, top, total, rest, excess, entropy,
+                pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
+                ENTROPY, CORRECT,
+            )  # fmt: skip
+    # The division says to the compiler that rows begin on 16-byte boundaries, as they do then, and
+    # the promise says it where they begin so though the array does not.
+    x_row = x_ptr + x_at
+    t_row = target_ptr + t_at + start * t_class
+    if PEEL or UNIT > 1:
+        x_row = x_ptr - lead + (x_at + lead + start) // VECTOR * VECTOR
+        x_row = tl.multiple_of(x_row, 16 if LANES == 1 else (16, 16))
+    if IN_STEP:
+        t_row = target_ptr - lead + (t_at + lead + start) // VECTOR * VECTOR
+        t_row = tl.multiple_of(t_row, 16 if LANES == 1 else (16, 16))
+    length = stop - start
+    begin = 0
+    end = length
+    if SPLIT:
+        begin = part * chunk
+        end = tl.minimum(begin + chunk, length)
+    # A chunk is a whole number of tiles, so that the row's end alone has to be masked.
+    for done in range(begin, end, TILE):
+        step = done + tl.arange(0, TILE)
+        c = start + step
+        inside = (step < length)[:, None] & counted[None, :]
+        (
+            top, total, rest, excess, entropy,
+            pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+        ) = read(
+            x_row + step[:, None].to(tl.int64) * x_class,
+            t_row + step[:, None].to(tl.int64) * t_class,
+            weight_ptr, c, inside, label, classes,
+            kept, share, scale, cap, top, total, rest, excess, entropy,
+            pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
+            ENTROPY, CORRECT,
+        )  # fmt: skip
+
+    if SPLIT:
+        place = parts_ptr + part.to(tl.int64) * rows + row
+        step = tl.num_programs(1).to(tl.int64) * rows
+        tl.store(place, top.to(tl.float64), mask=here)
+        tl.store(place + step, total, mask=here)
+        if SPREAD:
+            tl.store(place + 2 * step, rest, mask=here)
+            tl.store(place + 3 * step, excess, mask=here)
+        if ENTROPY:
+            tl.store(place + 4 * step, entropy, mask=here)
+        if LARGEST:
+            tl.store(place + 5 * step, pivot.to(tl.float64), mask=here)
+            tl.store(place + 6 * step, pivot_r.to(tl.float64), mask=here)
+            tl.store(place + 7 * step, pivot_class.to(tl.float64), mask=here)
+        if PROBABILITY and CORRECT:
+            tl.store(place + 8 * step, likeliest.to(tl.float64), mask=here)
+            tl.store(place + 9 * step, likeliest_class.to(tl.float64), mask=here)
+    else:
+        conclude(
+            x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
+            loss_ptr, saved_ptr, sums_ptr,
+            lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+            row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
+            top, total, rest, excess, entropy,
+            pivot, pivot_r, pivot_class, likeliest_class,
+            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
+            PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+        )  # fmt: skip
+
+
+@triton.jit
+def join(
+    x_ptr, target_ptr, weight_ptr, sample_ptr,
+    loss_ptr, saved_ptr, sums_ptr, parts_ptr,
+    lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+    classes, inner, blocks, rows, parts,
+    x_outer, x_lane, x_class,
+    ignore_index: tl.int64,
+    kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
+    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
+    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
+    PENALTY: tl.constexpr, IGNORES: tl.constexpr,
+    REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
+    LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
+    EMULATED: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Merge the states of the parts that `forward` has read rows in, in their order."""
+    SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
+    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
+    outer, _line, lane, here = lanes(inner, blocks, LANES)
+    row = outer * inner + lane
+    kept = tl.full((1,), kept, tl.float64)
+    share = tl.full((1,), share, tl.float64)
+    z_loss = tl.full((1,), z_loss, tl.float64)
+    scale = tl.full((1,), scale, tl.float64)
+    cap = tl.full((1,), cap, tl.float64)
+    (
+        top, total, rest, excess, entropy,
+        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
+    ) = nothing_read(LANES, DTYPE)  # fmt: skip
+    plane = tl.full((1,), rows, tl.int64)
+    step = plane * parts
+    for part in range(parts):
+        place = parts_ptr + plane * part + row
+        p_top = tl.load(place, mask=here, other=0.0).to(DTYPE)
+        p_total = tl.load(place + step, mask=here, other=0.0)
+        p_rest, p_excess, p_entropy = rest, excess, entropy
+        if SPREAD:
+            p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
+            p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
+        if ENTROPY:
+            p_entropy = tl.load(place + 4 * step, mask=here, other=0.0)
+        top, total, rest, excess, entropy = merge(
+            top, total, rest, excess, entropy,
+            p_top, p_total, p_rest, p_excess, p_entropy,
+            scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
+        )  # fmt: skip
+        if LARGEST:
+            new = tl.load(place + 5 * step, mask=here, other=0.0).to(DTYPE)
+            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(DTYPE)
+            new_class = tl.load(place + 7 * step, mask=here, other=0.0).to(tl.int32)
+            top, total, rest, excess, entropy, pivot, pivot_r, pivot_class = choose_pivot(
+                top, total, rest, excess, entropy, pivot, pivot_r, pivot_class,
+                new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
+            )  # fmt: skip
+        if PROBABILITY and CORRECT:
+            most = tl.load(place + 8 * step, mask=here, other=0.0).to(DTYPE)
+            most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
+            # Parts come in the order of their classes, but for the first's own end.
+            better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
+            likeliest = tl.where(better, most, likeliest)
+            likeliest_class = tl.where(better, most_class, likeliest_class)
+    conclude(
+        x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
+        loss_ptr, saved_ptr, sums_ptr,
+        lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+        row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
+        top, total, rest, excess, entropy,
+        pivot, pivot_r, pivot_class, likeliest_class,
+        TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
+        PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def reduce(
+    sums_ptr, result_ptr, denominator_ptr, normalizer_ptr, programs, normalizer: tl.float64,
+    MEAN: tl.constexpr, NORMALIZER: tl.constexpr, TILE: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Add up the programs' sums of losses and of row weights, in a fixed order, by one program."""
+    loss = tl.zeros((TILE,), tl.float64)
+    weight = tl.zeros((TILE,), tl.float64)
+    for done in range(0, programs, TILE):
+        step = done + tl.arange(0, TILE)
+        place = sums_ptr + 2 * step.to(tl.int64)
+        loss += tl.load(place, mask=step < programs, other=0.0)
+        weight += tl.load(place + 1, mask=step < programs, other=0.0)
+    result = tl.sum(loss, 0)
+    if MEAN:
+        denominator = tl.sum(weight, 0)
+        if NORMALIZER == "number":
+            denominator = tl.sum(tl.full((1,), normalizer, tl.float64), 0)
+        elif NORMALIZER == "tensor":
+            denominator = tl.load(normalizer_ptr).to(tl.float64)
+        tl.store(denominator_ptr, denominator)
+        result = result / denominator
+    tl.store(result_ptr, narrow(result, result_ptr.dtype.element_ty, EMULATED))
+
+
+@triton.jit
+def _gradient(
+    x_ptr, target_ptr, weight_ptr, grad_ptr, c, inside, counted, invalid, classes,
+    kept, share, scale, cap, g, factor, pivot_grad, top, pivot_class,
+    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
+    WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the gradient, where its logits may lie: it is read before."""
+    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(DTYPE)
+    p = tl.exp(difference(x, top, scale, cap, TRANSFORM, DTYPE))
+    if PROBABILITY or SMOOTHED:
+        r, _ = coefficients(
+            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, kept, share,
+            DTYPE, PROBABILITY, WEIGHTED, SMOOTHED,
+        )  # fmt: skip
+        # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+        grad = (factor * p - r) * g
+    else:
+        grad = p * (factor * g)
+    if TRANSFORM == "softcap":
+        grad = grad * slope(x, scale, cap, TRANSFORM, DTYPE)
+    grad = tl.where(c[:, None] == pivot_class, pivot_grad * g, grad)
+    grad = tl.where(counted, grad, 0.0)
+    grad = tl.where(invalid, float("nan"), grad)
+    tl.store(grad_ptr, narrow(grad, grad_ptr.dtype.element_ty, EMULATED), mask=inside)
+
+
+@triton.jit
+def backward(
+    x_ptr, target_ptr, weight_ptr, sample_ptr, saved_ptr, denominator_ptr, cotangent_ptr, grad_ptr,
+    units, inner, blocks, chunk, lead,
+    x_outer, x_lane, x_class, t_outer, t_lane, t_class, g_outer, g_lane, g_class,
+    ignore_index: tl.int64,
+    kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
+    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
+    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr, IGNORES: tl.constexpr,
+    MEAN: tl.constexpr, BY_ROW: tl.constexpr, EMULATED: tl.constexpr,
+    PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the classes that fall to the program's second number.
+
+    What a row needs was saved, so no program reads a logit that another may have overwritten.
+    """
+    outer, line, lane, here = lanes(inner, blocks, LANES)
+    row = outer * inner + lane
+    classes = units * UNIT
+    kept = tl.full((1,), kept, tl.float64)
+    share = tl.full((1,), share, tl.float64)
+    scale = tl.full((1,), scale, tl.float64)
+    cap = tl.full((1,), cap, tl.float64)
+    label, _weight, sample, counted, invalid = target(
+        target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
+        DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
+    )  # fmt: skip
+    place = saved_ptr + 4 * row
+    top = tl.load(place, mask=here, other=0.0).to(DTYPE)
+    factor = tl.load(place + 1, mask=here, other=0.0).to(DTYPE)
+    pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(DTYPE)
+    pivot_class = label
+    if PROBABILITY:
+        # Compared with, and never an address: what is no class of the row is the pivot nowhere.
+        pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
+    g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64) * sample
+    if MEAN:
+        g = g / tl.load(denominator_ptr)
+    if TRANSFORM == "scale":
+        g = g * scale
+    g = g.to(DTYPE)
+    x_at = outer * x_outer + line * x_lane
+    t_at = outer * t_outer + line * t_lane
+    g_at = outer * g_outer + line * g_lane
+    if LANES > 1:
+        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        x_at = x_at + others * x_lane
+        t_at = t_at + others * t_lane
+        g_at = g_at + others * g_lane
+
+    part = tl.program_id(1)
+    start = 0
+    stop = classes
+    if PEEL:
+        start, stop = body(x_at + lead, classes, VECTOR)
+        if part == 0:
+            c, ends = edge(start, stop, classes, VECTOR)
+            wide = c[:, None].to(tl.int64)
+            _gradient(
+                x_ptr + x_at + wide * x_class, target_ptr + t_at + wide * t_class,
+                weight_ptr, grad_ptr + g_at + wide * g_class, c, ends[:, None] & here[None, :],
+                counted, invalid, classes, kept, share, scale, cap,
+                g, factor, pivot_grad, top, pivot_class,
+                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, EMULATED,
+            )  # fmt: skip
+    # The division says to the compiler that rows begin on 16-byte boundaries, as they do then, and
+    # the promise says it where they begin so though the array does not.
+    x_row = x_ptr + x_at
+    t_row = target_ptr + t_at + start * t_class
+    g_row = grad_ptr + g_at + start * g_class
+    if PEEL or UNIT > 1:
+        x_row = x_ptr - lead + (x_at + lead + start) // VECTOR * VECTOR
+        x_row = tl.multiple_of(x_row, 16 if LANES == 1 else (16, 16))
+    if IN_STEP:
+        t_row = target_ptr - lead + (t_at + lead + start) // VECTOR * VECTOR
+        t_row = tl.multiple_of(t_row, 16 if LANES == 1 else (16, 16))
+    if GRAD_IN_STEP:
+        g_row = grad_ptr - lead + (g_at + lead + start) // VECTOR * VECTOR
+        g_row = tl.multiple_of(g_row, 16 if LANES == 1 else (16, 16))
+    length = stop - start
+    begin = part * chunk
+    end = tl.minimum(begin + chunk, length)
+    for done in range(begin, end, TILE):
+        step = done + tl.arange(0, TILE)
+        wide = step[:, None].to(tl.int64)
+        _gradient(
+            x_row + wide * x_class, t_row + wide * t_class,
+            weight_ptr, g_row + wide * g_class, start + step,
+            (step < length)[:, None] & here[None, :],
+            counted, invalid, classes, kept, share, scale, cap,
+            g, factor, pivot_grad, top, pivot_class,
+            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, EMULATED,
+        )  # fmt: skip

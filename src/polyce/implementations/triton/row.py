@@ -1,0 +1,389 @@
+"""The row formula of `polyce.formula.rowstate`, for Triton: tiles of classes, one row to each lane.
+
+A tile has classes along its first axis and rows along its second, so that what a row has one of is
+a vector with an entry for each lane. The state of a tile's classes is formed around the tile's own
+maximum, and `merge` joins it to the state of the classes before: the same rule joins the parts of
+a row that several programs have read.
+
+Only sums run in float64, one addition for each tile. What follows from them is float32 for float32,
+with the gap of the pivot as two numbers, since each thread of a program computes it: in float64
+that would take longer than reading the row.
+
+With a softcap, x = cap·tanh(scale·logit): `scale` has been divided by the cap already.
+"""
+
+# Triton reads these functions' source: what they return depends on arguments in capitals, which
+# are known when it compiles.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp(x, DTYPE: tl.constexpr):
+    """Give exp(x) for x <= 0, within about one unit in the last place, subnormal results too."""
+    if tl.float64 == DTYPE:
+        result = tl.exp(x)
+    else:
+        # The processor's own loses |x| / 2 units. ln 2 in two parts, then a polynomial.
+        x = tl.where(x < -110.0, -110.0, x)
+        n = tl.floor(x * 1.44269504 + 0.5)
+        f = (x - n * 0.693359375) + n * 2.12194440e-4
+        p = 0.0083741564 + f * 0.0013843653
+        p = 0.16666432 + f * (0.041668002 + f * p)
+        p = 1.0 + f * (1.0 + f * (0.49999994 + f * p))
+        # Two factors: one alone could not be subnormal.
+        half = tl.floor(n * 0.5)
+        result = p * _power_of_two(half) * _power_of_two(n - half)
+    return result
+
+
+@triton.jit
+def _power_of_two(n):
+    """Give 2^n for whole numbers in float32, by its bits."""
+    return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
+    """Round to what is stored, once."""
+    if x.dtype == tl.float64 and TYPE.primitive_bitwidth < 32:
+        x = _rounded_to_odd(x)
+    elif tl.bfloat16 == TYPE:
+        x = x.to(tl.float32)
+    if EMULATED and tl.bfloat16 == TYPE:
+        # Triton's interpreter cuts off where hardware rounds to the nearest, ties to even.
+        bits = tl.where(x == x, x, float("nan")).to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        result = (bits >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    else:
+        result = x.to(TYPE)
+    return result
+
+
+@triton.jit
+def _rounded_to_odd(x):
+    """Give a float32 that any narrower format rounds as it would the float64.
+
+    Not to the nearest but, where something is lost, to the neighbour with an odd last bit.
+    """
+    near = x.to(tl.float32)
+    back = near.to(tl.float64)
+    larger = (tl.abs(back) > tl.abs(x)).to(tl.int32)
+    odd = ((near.to(tl.int32, bitcast=True) - larger) | 1).to(tl.float32, bitcast=True)
+    return tl.where((back == x) | (x != x), near, odd)
+
+
+@triton.jit
+def log1p(x, DTYPE: tl.constexpr):
+    """Give log(1 + x) for x >= 0, all digits of it where x is small."""
+    u = 1.0 + x
+    if tl.float64 == DTYPE:
+        small = u == 1.0
+        result = tl.where(small, x, tl.log(u) * (x / tl.where(small, 1.0, u - 1.0)))
+    else:
+        # u = 2^k (1 + f) with 1 + f near 1; what rounding took from u is made good at first order.
+        lost = tl.where(x >= 1.0, 1.0 - (u - x), x - (u - 1.0)) / u
+        bits = u.to(tl.int32, bitcast=True)
+        k = (bits >> 23) - 127
+        f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        high = f > 1.41421356
+        f = tl.where(high, f * 0.5, f) - 1.0
+        k = tl.where(high, k + 1, k).to(tl.float32)
+        s = f / (2.0 + f)
+        z = s * s
+        series = z * (0.66666663 + z * (0.40000972 + z * (0.28498787 + z * 0.24279079)))
+        half_square = 0.5 * f * f
+        tail = k * 9.0580006e-6 + lost
+        small = s * (half_square + series) + tail
+        result = k * 0.69313812 + (f - (half_square - small))
+        result = tl.where(u == u, result, u)
+    return result
+
+
+@triton.jit
+def tanh(x, DTYPE: tl.constexpr):
+    """Give tanh(x), all digits of it near 0."""
+    z = x * x
+    if tl.float64 == DTYPE:
+        p = -1614.6876844170845 + z * (-99.28772310019185 + z * -0.9643991794250523)
+        q = 4844.063053251255 + z * (2235.4883906010045 + z * (112.81167849163293 + z))
+        near = x + x * (z * (p / q))
+    else:
+        p = -0.053739715 + z * (0.020639088 + z * -0.0057049887)
+        near = x + x * (z * (-0.33333282 + z * (0.13331442 + z * p)))
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    far = 1.0 - 2.0 * (e / (1.0 + e))
+    far = tl.where(x < 0.0, -far, far)
+    return tl.where(size < 0.625, near, far)
+
+
+@triton.jit
+def _capped_decay(x, scale, DTYPE: tl.constexpr):
+    """Give exp(-2 |u|), where u = scale x."""
+    return tl.exp(tl.abs(x * scale.to(DTYPE)) * -2.0)
+
+
+@triton.jit
+def difference(x, reference, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+    """Give what two logits differ by after the transform, in the form of `formula.transform`."""
+    gap = x - reference
+    if TRANSFORM == "scale":
+        gap = gap * scale.to(DTYPE)
+    elif TRANSFORM == "softcap":
+        p = _capped_decay(x, scale, DTYPE)
+        q = _capped_decay(reference, scale, DTYPE)
+        share = tl.where((x < 0.0) == (reference < 0.0), p + q, 1.0 + p * q)
+        share = share * (2.0 * cap).to(DTYPE) / ((1.0 + p) * (1.0 + q))
+        masked = (x == float("-inf")) | (reference == float("-inf"))
+        gap = tl.where(masked, gap, share * tanh(gap * scale.to(DTYPE), DTYPE))
+    return gap
+
+
+@triton.jit
+def slope(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+    """Give the derivative of a transformed logit by the logit."""
+    if TRANSFORM == "softcap":
+        e = _capped_decay(x, scale, DTYPE)
+        result = (4.0 * scale * cap).to(DTYPE) * e / ((1.0 + e) * (1.0 + e))
+    else:
+        result = scale.to(DTYPE)
+    return result
+
+
+@triton.jit
+def _value(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+    if TRANSFORM == "scale":
+        x = x * scale.to(DTYPE)
+    elif TRANSFORM == "softcap":
+        x = tl.where(x == float("-inf"), x, cap.to(DTYPE) * tanh(x * scale.to(DTYPE), DTYPE))
+    return x
+
+
+@triton.jit
+def tile_state(
+    x,
+    coefficient,
+    excluded,
+    scale,
+    cap,
+    TRANSFORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Give the state of a tile's classes less the excluded: m', d', R', q', entropy.
+
+    SPREAD tells whether classes besides the pivot have coefficients.
+    """
+    x = tl.where(excluded, float("-inf"), x)
+    top = tl.max(x, 0)
+    # A program that does not ask computes none of what is 0 here.
+    nothing = tl.zeros_like(top).to(tl.float64)
+    rest, excess, entropy = nothing, nothing, nothing
+    gap = difference(x, tl.where(top == float("-inf"), 0.0, top), scale, cap, TRANSFORM, DTYPE)
+    p = tl.exp(gap)
+    if SPREAD:
+        r = tl.where(excluded, 0.0, coefficient)
+        rest = tl.sum(r, 0).to(tl.float64)
+        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
+    if ENTROPY:
+        entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
+    return top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy
+
+
+@triton.jit
+def _carried(
+    top,
+    total,
+    rest,
+    excess,
+    entropy,
+    reference,
+    scale,
+    cap,
+    TRANSFORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Give a part's sums as they are around another maximum."""
+    decay = tl.exp(difference(top, reference, scale, cap, TRANSFORM, DTYPE)).to(tl.float64)
+    # Infinite for a part of masked classes alone, whose excess is 0 or infinite already.
+    risen = difference(reference, top, scale, cap, TRANSFORM, DTYPE).to(tl.float64)
+    if SPREAD:
+        excess = tl.where(rest == 0.0, excess, excess + rest * risen)
+    if ENTROPY:
+        moved = (entropy + total * risen) * decay
+        entropy = tl.where(total * decay == 0.0, 0.0, moved)
+    return tl.where(total == 0.0, 0.0, total * decay), excess, entropy
+
+
+@triton.jit
+def merge(
+    top,
+    total,
+    rest,
+    excess,
+    entropy,
+    other_top,
+    other_total,
+    other_rest,
+    other_excess,
+    other_entropy,
+    scale,
+    cap,
+    TRANSFORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Join the states of two parts of each row, over disjoint classes; either may be empty."""
+    new = tl.maximum(top, other_top)
+    reference = tl.where(new == float("-inf"), 0.0, new)
+    total, excess, entropy = _carried(
+        top, total, rest, excess, entropy, reference, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY
+    )
+    other_total, other_excess, other_entropy = _carried(
+        other_top, other_total, other_rest, other_excess, other_entropy, reference, scale, cap,
+        TRANSFORM, DTYPE, SPREAD, ENTROPY,
+    )  # fmt: skip
+    return (
+        new,
+        total + other_total,
+        rest + other_rest,
+        excess + other_excess,
+        entropy + other_entropy,
+    )
+
+
+@triton.jit
+def _exact_gap(top, x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+    """Give how far a class of a row is below the largest besides the pivot's, as two numbers.
+
+    For the pivot that is δ. The second number is what rounding took from the first.
+    """
+    error = tl.zeros_like(top)
+    if tl.float32 == DTYPE:
+        exact = difference(top.to(tl.float64), x.to(tl.float64), scale, cap, TRANSFORM, tl.float64)
+        delta = exact.to(tl.float32)
+        error = (exact - delta.to(tl.float64)).to(tl.float32)
+    elif TRANSFORM == "softcap":
+        delta = difference(top, x, scale, cap, TRANSFORM, DTYPE)
+    else:
+        # Knuth's two-sum, and Dekker's two-product with the scale.
+        delta = top - x
+        x_part = top - delta
+        top_part = delta + x_part
+        error = (top - top_part) + (x_part - x)
+        if TRANSFORM == "scale":
+            product = delta * scale
+            high, low = _split(delta)
+            scale_high, scale_low = _split(scale)
+            lost = (high * scale_high - product) + high * scale_low + low * scale_high
+            error = (lost + low * scale_low) + error * scale
+            delta = product
+    # Where one of them is infinite, or a nan is about, nothing is to be made good.
+    finite = (error == error) & (tl.abs(delta) < 1e30)
+    return delta, tl.where(finite, error, 0.0)
+
+
+@triton.jit
+def _split(x):
+    """Give a float64 as two numbers of half its digits."""
+    spread = x * 134217729.0
+    high = spread - (spread - x)
+    return high, x - high
+
+
+@triton.jit
+def count_label(
+    top, rest, excess, x, coefficient, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Give R' and q' with a label's coefficient, of logit x, and exp(x - m')."""
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    gap, error = _exact_gap(reference, x, scale, cap, TRANSFORM, DTYPE)
+    p = exp(-gap, DTYPE)
+    r = coefficient.to(tl.float64)
+    added = r * gap.to(tl.float64) + r * error.to(tl.float64)
+    return rest + r, excess + tl.where(r == 0.0, 0.0, added), p - p * error
+
+
+@triton.jit
+def finish(
+    top,
+    total,
+    rest,
+    excess,
+    entropy,
+    pivot,
+    at_pivot,
+    penalty,
+    scale,
+    cap,
+    TRANSFORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PENALTY: tl.constexpr,
+    LSE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """Give what follows of whole rows: loss, lse, entropy, and what their gradient is made of.
+
+    That is f, p_k, R with what the penalty adds to it, and the pivot's gradient. `pivot` is the
+    pivot's logit, `at_pivot` its coefficient; LARGEST tells whether it is the largest class.
+    """
+    delta, error = _exact_gap(top, pivot, scale, cap, TRANSFORM, DTYPE)
+    below = delta <= 0.0
+    opposite = -delta
+    decay = exp(tl.where(below, delta, opposite), DTYPE)
+    decay = decay + decay * tl.where(below, error, -error)
+    # 0, or nan where the pivot is at +inf: such a row has no softmax.
+    nothing = pivot - pivot
+    wide = decay.to(tl.float64)
+    e = tl.where(below, total * wide + nothing, (total - 1.0) + wide).to(DTYPE)
+    h = log1p(e, DTYPE)
+    behind = tl.where(below, 0.0, delta)
+    loss = at_pivot * (tl.where(at_pivot == 0.0, 0.0, behind) + h)
+    factor = tl.where(below, decay, 1.0) / (1.0 + e)
+    probability = tl.where(below, 1.0, decay) / (1.0 + e)
+    others = (total * factor).to(DTYPE)
+    sum_of_r = at_pivot
+    if SPREAD:
+        rest = rest.to(DTYPE)
+        ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
+        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        excess = excess.to(DTYPE)
+        loss += tl.where(excess == excess, excess, 0.0) + rest * (ahead + h)
+        sum_of_r = at_pivot + rest
+        pivot_grad = rest - sum_of_r * others
+    else:
+        pivot_grad = -at_pivot * others
+    # Another form of the same number, which is torch's where the terms are infinite.
+    share = sum_of_r * probability
+    if LARGEST:
+        # The one with the smaller terms loses fewer digits.
+        larger = tl.abs(share) + tl.abs(at_pivot) > tl.abs(rest) + tl.abs(sum_of_r * others)
+    else:
+        larger = tl.abs(sum_of_r) < float("inf")
+    pivot_grad = tl.where(larger, pivot_grad, share - at_pivot)
+    lse = h
+    if LSE or PENALTY:
+        largest = tl.where(below, pivot, top)
+        lse = _value(largest, scale, cap, TRANSFORM, DTYPE) + h
+    if PENALTY:
+        loss += penalty * lse * lse
+        pull = 2.0 * penalty * lse
+        sum_of_r += pull
+        pivot_grad += pull * probability
+    if ENTROPY:
+        gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
+        gap_behind = tl.where(probability == 0.0, 0.0, behind)
+        # The lead may be beyond the largest number where nothing is left for the others.
+        lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
+        entropy = (factor * entropy).to(DTYPE) + lacking
+        entropy += probability * (gap_behind + h)
+    return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad
