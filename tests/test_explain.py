@@ -19,7 +19,7 @@ import polyce
 from polyce.explain import versions
 from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
-from polyce.implementations.native import path as native
+from polyce.implementations.native import core as native
 
 pytestmark = pytest.mark.only("numpy")
 

@@ -275,15 +275,15 @@ def test_blocks_of_classes(
 def test_few_rows_of_a_wide_head_lie_class_by_class(
     torch: Any, monkeypatch: Any, rows: int, features: int, dtype: str, strides: tuple[int, int]
 ) -> None:
-    from polyce.implementations.native import path as native
+    from polyce.implementations.native import path
 
-    seen, original = [], native.run
+    seen, original = [], path.run
 
-    def spy(problem: Any, operands: Any, grad: Any, **options: Any) -> Any:
+    def spy(own: Any, problem: Any, operands: Any, grad: Any, **options: Any) -> Any:
         seen.append((operands.logits.stride(), grad.stride()))
-        return original(problem, operands, grad, **options)
+        return original(own, problem, operands, grad, **options)
 
-    monkeypatch.setattr(native, "run", spy)
+    monkeypatch.setattr(path, "run", spy)
     hidden = torch.ones((rows, features), dtype=getattr(torch, dtype))
     head = torch.ones((200, features), dtype=hidden.dtype)
     polyce.linear_cross_entropy_with_grad(hidden, head, torch.zeros(rows, dtype=torch.int64))

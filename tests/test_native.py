@@ -11,7 +11,7 @@ import pytest
 
 import polyce
 from conftest import FEW, FULL
-from polyce.implementations.native import path as native
+from polyce.implementations.native import core as native
 from polyce.testing import GROUPS, Case, cases, check_implementation, exact_answer
 from polyce.testing.backends import Backend
 from polyce.testing.dtypes import FORMATS

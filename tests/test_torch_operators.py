@@ -11,6 +11,7 @@ from conftest import FULL
 from polyce.call.options import Options
 from polyce.call.problem import describe
 from polyce.implementations.native import path as native
+from polyce.implementations.native import run as native_run
 
 pytestmark = pytest.mark.only("torch")
 
@@ -76,7 +77,7 @@ def test_what_is_kept_is_what_the_core_keeps(torch: Any, classes: int) -> None:
     x, target = torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64)
     problem, operands = describe(x, target)
     kernels = native.torch_kernels()
-    keeps = native.kernel(problem).saves_rows
+    keeps = native_run.kernel(problem).saves_rows
     assert kernels.keeps(problem) == (keeps, False)
     _, _, kept = kernels.forward(problem, operands, True)
     assert (kept.rows is not None, kept.denominator) == (keeps, None)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import polyce
-from polyce.implementations.native import path as native
+from polyce.implementations.native import core as native
 from polyce.testing.dtypes import FORMATS
 from polyce.testing.oracle import exact_answer
 

@@ -9,8 +9,7 @@ from polyce.implementations.native.threads import get_num_threads, set_num_threa
 from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
 from polyce.loss import CrossEntropyLoss, NLLLoss
-
-__version__ = "0.1.0"
+from polyce.version import __version__
 
 __all__ = [
     "CrossEntropyLoss",

@@ -13,9 +13,9 @@ from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import Operands, Problem, describe
 from polyce.functional import cross_entropy, cross_entropy_with_grad
-from polyce.graphs.rules import rules
+from polyce.graphs import rules
 from polyce.implementations import registry
-from polyce.implementations.native import path as native
+from polyce.implementations.native import core as native
 from polyce.linear import call as linear_call
 from polyce.linear import chunks, unfused
 from polyce.linear.call import check_wrt
@@ -24,6 +24,7 @@ from polyce.linear.functional import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
+from polyce.version import __version__
 
 # Import name and the distributions that bring it, of all that polyce works with.
 _LIBRARIES = {
@@ -156,7 +157,7 @@ def _of_logits(
     options = Options.taken_from(given)
     problem, operands = describe(options=options, **given)
     if function is cross_entropy:
-        rules(problem.backend).check(operands)
+        rules.of(problem.backend).check(operands)
     if inplace_backward:
         outputs.check_inplace(problem, operands)
     if out is not None:
@@ -229,10 +230,8 @@ def versions() -> str:
     """Give the text that `show_versions` prints."""
     import platform
 
-    import polyce
-
     rows: list[tuple[str, str | None]] = [
-        ("polyce", polyce.__version__),
+        ("polyce", __version__),
         ("python", platform.python_version()),
     ]
     for module, distributions in _LIBRARIES.items():

@@ -10,7 +10,7 @@ from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
 from polyce.formula import targets
-from polyce.graphs.rules import rules
+from polyce.graphs import rules
 from polyce.implementations.registry import select, select_log_softmax
 
 ArrayT = TypeVar("ArrayT")
@@ -252,7 +252,7 @@ def cross_entropy_with_grad(
         input, target, weight, sample_weight, normalizer, options, grad_output=grad_output
     )
     chosen = select(problem, implementation)
-    operands = rules(problem.backend).detach(operands)
+    operands = rules.of(problem.backend).detach(operands)
     if out is not None:
         outputs.check(problem, operands, out)
     if problem.is_compiling and chosen.torch_kernels is not None:
@@ -323,7 +323,7 @@ def nll_loss(
     problem, operands = describe(
         input, target, weight, sample_weight, normalizer, options, probabilities=False
     )
-    autograd = rules(problem.backend)
+    autograd = rules.of(problem.backend)
     autograd.check(operands)
     with arrays.computing(problem.backend, operands.named()):
         plan = targets.plan(problem, operands)
@@ -376,4 +376,4 @@ def log_softmax(
     )
     compute = select_log_softmax(problem)
     with arrays.computing(problem.backend, {"input": logits}):
-        return rules(problem.backend).log_softmax(problem, logits, compute)
+        return rules.of(problem.backend).log_softmax(problem, logits, compute)

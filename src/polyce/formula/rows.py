@@ -81,7 +81,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     pivot = arrays.argmax(xp, backend, logits, axis)
     mask = arrays.one_hot(xp, backend, pivot, logits, axis)
     top = arrays.pick(xp, backend, logits, pivot, logits, axis)
-    state, _ = rowstate.from_logits(problem, logits, mask, top, None, None)
+    state, _ = _state(problem, logits, mask, top, None, None)
     # What the likeliest class lacks to a log-probability of 0 is its loss.
     losses = rowstate.loss(problem, state)
     losses = arrays.cast(xp, losses, problem.arithmetic_dtype)
@@ -141,10 +141,28 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
     if plan.counted is not None:
         # An ignored row is not read: it may hold infinities and nans.
         excluded = excluded | ~plan.counted
-    state, rest_exp = rowstate.from_logits(
+    state, rest_exp = _state(
         problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
     )
     return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients)
+
+
+def _state(
+    problem: Problem,
+    logits: Any,
+    excluded: Any,
+    pivot_logit: Any,
+    at_pivot: Any,
+    coefficients: Any,
+    given_dtype: Any = None,
+) -> tuple[RowState, Any]:
+    """Read whole rows, in the form for XLA where it fuses; the logits came in `given_dtype`."""
+    row = (logits, excluded, pivot_logit, at_pivot, coefficients)
+    if arrays.fuses(problem.backend, logits):
+        from polyce.formula import xla
+
+        return xla.from_logits(problem, *row, given_dtype)
+    return rowstate.from_logits(problem, *row)
 
 
 def _losses(problem: Problem, plan: Plan, state: RowState) -> Any:

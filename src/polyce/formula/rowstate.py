@@ -63,22 +63,14 @@ def from_logits(
     pivot_logit: Any,
     pivot_coefficient: Any,
     coefficients: Any,
-    given_dtype: Any = None,
 ) -> tuple[RowState, Any]:
     """Read a part of each row once: its state, and exp(x_c - m'), anything at excluded classes.
 
-    `logits` are in the arithmetic dtype; `given_dtype` is the one they came in. `excluded` marks
-    the pivot, if it lies in this part, and whatever else must not be read. `coefficients` are the
-    r_c: an array that broadcasts against the logits, or, for a whole row only, one positive number
-    for all classes; None for 0.
+    `logits` are in the arithmetic dtype. `excluded` marks the pivot, if it lies in this part, and
+    whatever else must not be read. `coefficients` are the r_c: an array that broadcasts against the
+    logits, or, for a whole row only, one positive number for all classes; None for 0.
     """
     xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
-    if arrays.fuses(backend, logits):
-        from polyce.formula import xla
-
-        return xla.from_logits(
-            problem, logits, excluded, pivot_logit, pivot_coefficient, coefficients, given_dtype
-        )
     rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
     rest_first = rest_entropy = None
     if problem.asks("prediction", "correct"):

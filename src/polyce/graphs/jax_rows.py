@@ -19,7 +19,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
-from polyce.graphs.rules import Rules
+from polyce.graphs.contract import Rules
 
 
 def detach(operands: Operands) -> Operands:

@@ -22,7 +22,7 @@ from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs import torch_state
-from polyce.graphs.rules import Rules
+from polyce.graphs.contract import Rules
 
 
 def detach(operands: Operands) -> Operands:

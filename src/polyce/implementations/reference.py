@@ -7,7 +7,7 @@ from typing import Any
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, whole
 from polyce.formula.stats import Stats
-from polyce.graphs import rules as autograd
+from polyce.graphs import rules
 from polyce.implementations.contract import Implementation
 
 
@@ -17,9 +17,9 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
         from polyce.graphs import torch_calls
 
         return torch_calls.cross_entropy(torch_calls.REFERENCE, problem, operands)
-    rules = autograd.rules(problem.backend)
-    rules.check(operands)
-    return whole.cross_entropy(problem, operands, rules.row_losses)
+    own = rules.of(problem.backend)
+    own.check(operands)
+    return whole.cross_entropy(problem, operands, own.row_losses)
 
 
 PATH = Implementation(

@@ -12,10 +12,6 @@ from polyce.linear.call import Call, Gradients
 
 def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     """Give what `in_place.run` gives."""
-    if call.whole.backend == "jax":
-        from polyce.linear import jax_rule
-
-        return jax_rule.run(call, wanted, cotangent)
     xp = call.whole.xp
     spans = call.chunks.spans() or [slice(0, 0)]
     steps = [step(call, wanted, *inputs(call, cotangent, span)) for span in spans]

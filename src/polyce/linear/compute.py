@@ -11,8 +11,13 @@ from polyce.linear.call import NONE, Call, Gradients
 
 
 def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    loop = in_place if _writes(call) else by_steps
-    return loop.run(call, wanted, cotangent)
+    if _writes(call):
+        return in_place.run(call, wanted, cotangent)
+    if call.whole.backend == "jax":
+        from polyce.linear import jax_scan
+
+        return jax_scan.run(call, wanted, cotangent)
+    return by_steps.run(call, wanted, cotangent)
 
 
 def _computing(call: Call) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polyce.linear.in_place import Memory
+from polyce.linear.memory import Memory
 
 # Whether torch gives a product of 16 bits in 32 on CUDA: from 2.8 on. For ROCm it has the argument
 # too, and some versions refuse it. Otherwise a product is rounded to 16 bits, and added in 32.

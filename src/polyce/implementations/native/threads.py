@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 
-from polyce.implementations.native import path as native
+from polyce.implementations.native.core import MOST_THREADS, core, unavailable
 
 
 def get_num_threads() -> int:
@@ -28,7 +28,7 @@ def get_num_threads() -> int:
     True
     """
     _check_built()
-    return int(native.core().get_num_threads())
+    return int(core().get_num_threads())
 
 
 def set_num_threads(count: int) -> None:
@@ -53,16 +53,15 @@ def set_num_threads(count: int) -> None:
     """
     if isinstance(count, bool) or not isinstance(count, numbers.Integral):
         raise TypeError(f"count must be an integer, got {count!r}; pass a number of threads")
-    if not 1 <= count <= native.MOST_THREADS:
+    if not 1 <= count <= MOST_THREADS:
         raise ValueError(
-            f"count must lie between 1 and {native.MOST_THREADS}, got {count}; "
-            "1 is the caller alone"
+            f"count must lie between 1 and {MOST_THREADS}, got {count}; 1 is the caller alone"
         )
     _check_built()
-    native.core().set_num_threads(int(count))
+    core().set_num_threads(int(count))
 
 
 def _check_built() -> None:
-    missing = native.unavailable()
+    missing = unavailable()
     if missing is not None:
         raise ValueError(f"only the native path has threads, but {missing}")

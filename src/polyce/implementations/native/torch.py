@@ -12,7 +12,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import Kernels, Saved
-from polyce.implementations.native import path as native
+from polyce.implementations.native.run import SAVED_FROM, Memory, run
 
 
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
@@ -41,17 +41,17 @@ _NOTHING = Saved()
 
 
 def _keeps(problem: Problem) -> Saved:
-    return Saved(rows=problem.classes >= native.SAVED_FROM, denominator=False)
+    return Saved(rows=problem.classes >= SAVED_FROM, denominator=False)
 
 
 def _forward(
     problem: Problem, operands: Operands, keep: bool
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
-    if not keep or problem.classes < native.SAVED_FROM:
-        loss, found = native.run(problem, operands)
+    if not keep or problem.classes < SAVED_FROM:
+        loss, found = run(MEMORY, problem, operands)
         return loss, found, _NOTHING
     rows = _empty((math.prod(problem.row_shape), 4), torch.float64)
-    loss, found = native.run(problem, operands, saved=rows)
+    loss, found = run(MEMORY, problem, operands, saved=rows)
     return loss, found, Saved(rows)
 
 
@@ -59,7 +59,7 @@ def _backward(
     problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
 ) -> torch.Tensor:
     grad = torch.empty_like(operands.logits) if out is None else out
-    native.run(problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
+    run(MEMORY, problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
     return grad
 
 
@@ -72,7 +72,7 @@ def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] 
     return None
 
 
-MEMORY = native.Memory(
+MEMORY = Memory(
     empty=_empty,
     empty_like=torch.empty_like,
     in_order=lambda tensor: tensor,

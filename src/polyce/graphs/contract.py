@@ -1,0 +1,37 @@
+"""What derivative rules are: the functions that each library's are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from polyce.call.problem import Operands, Problem
+from polyce.formula import rows
+from polyce.formula.stats import RowStats
+
+
+def _check(operands: Operands) -> None:
+    pass
+
+
+def _detach(operands: Operands) -> Operands:
+    return operands
+
+
+def _log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
+    return compute(problem, logits)
+
+
+class Rules(NamedTuple):
+    """How a library's derivatives are served; by default it has none."""
+
+    check: Callable[[Operands], None] = _check
+    """Refuses arrays that wait for a gradient which polyce does not give."""
+    detach: Callable[[Operands], Operands] = _detach
+    """Cuts the operands from any derivative."""
+    row_losses: Callable[..., tuple[Any, RowStats | None]] = rows.forward
+    """(problem, plan, logits) -> (losses, stats), the losses with their derivatives"""
+    nll: Callable[..., Any] = rows.nll
+    """(problem, plan, log_probabilities) -> losses"""
+    log_softmax: Callable[..., Any] = _log_softmax
+    """(problem, logits, compute) -> log(softmax(logits)) as compute(problem, logits) gives it"""

@@ -1,0 +1,56 @@
+"""The compiled module: whether it is there, and how it is set when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+ISA_VARIABLE = "POLYCE_ISA"
+THREADS_VARIABLE = "POLYCE_NUM_THREADS"
+# More would not be meant, and each one costs memory.
+MOST_THREADS = 1024
+
+# Looked up once: torch.compile traces the choice of an implementation. In a checkout the folder of
+# the C++ files has the module's name, and is found, but loads nothing.
+_SPEC = importlib.util.find_spec("polyce._core")
+_IS_BUILT = _SPEC is not None and _SPEC.loader is not None
+
+
+def unavailable() -> str | None:
+    """Say that the core was not built with this install, and what that costs."""
+    if _IS_BUILT:
+        return None
+    return (
+        "the compiled core is not built, so calls on NumPy and torch CPU arrays take several times "
+        "as long (where there is a C++ compiler, pip install --no-cache-dir --force-reinstall "
+        "--no-deps polyce builds it)"
+    )
+
+
+_loaded: list[ModuleType] = []
+
+
+def core() -> ModuleType:
+    """Give the compiled module, set as the environment asks when it is first used."""
+    if not _loaded:
+        _loaded.append(_set_up(importlib.import_module("polyce._core")))
+    return _loaded[0]
+
+
+def _set_up(module: ModuleType) -> ModuleType:
+    isa, threads = os.environ.get(ISA_VARIABLE), os.environ.get(THREADS_VARIABLE)
+    if isa and not module.use_isa(isa):
+        raise ValueError(
+            f"{ISA_VARIABLE} must be one of {', '.join(module.isas())} on this processor, got "
+            f"{isa!r}; leave it out for the first of them"
+        )
+    if threads:
+        if not threads.isdecimal() or not 1 <= int(threads) <= MOST_THREADS:
+            raise ValueError(
+                f"{THREADS_VARIABLE} must be a number of threads from 1 to {MOST_THREADS}, got "
+                f"{threads!r}; leave it out for one on each processor"
+            )
+        module.set_num_threads(int(threads))
+    return module

@@ -1,0 +1,149 @@
+"""One run of the kernels on the arrays of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from polyce import arrays
+from polyce.call.problem import Operands, Problem
+from polyce.formula import labels, stats, transform
+from polyce.formula.stats import Stats
+from polyce.implementations.native.core import core
+
+_MOST_KERNELS = 1024
+# From so many classes on a backward pass is spared a reading of the logits by what a forward pass
+# saves of each row. The core's own rule, here for those who ask where it does not run.
+SAVED_FROM = 65
+
+
+class Memory(NamedTuple):
+    """How the kernels come by the memory of a library's arrays."""
+
+    empty: Callable[..., Any]
+    """(shape, dtype) -> array"""
+    empty_like: Callable[[Any], Any]
+    """An array laid out as another is, without gaps and overlaps."""
+    in_order: Callable[[Any], Any]
+    """An array with its bytes in this processor's order."""
+    dense: Callable[..., Any]
+    """(name, array, dtype or None) -> such an array, C-contiguous, of that dtype or of its own"""
+    scalar: Callable[[Any], Any]
+    """An array of no dimension as the library's own sum returns it."""
+    written: Callable[[Any], object] = id
+    """Says that the kernels have written an array of the caller's, where somebody keeps count."""
+    on_graph: Callable[..., tuple[Any, Stats | None] | None] | None = None
+    """(problem, operands) -> (loss, stats), or None where no gradient waits for the loss"""
+
+
+def _in_order(array: Any) -> Any:
+    """Give an array with its bytes in this processor's order, as the kernels read them."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _dense(name: str, array: Any, dtype: Any) -> Any:
+    # So most arrays come; to find that out takes NumPy's own function three times as long.
+    if array.flags.carray and array.dtype.isnative and (dtype is None or array.dtype == dtype):
+        return array
+    array = np.asarray(_in_order(array), dtype, order="C")
+    return array if array.flags.aligned else array.copy()
+
+
+NUMPY = Memory(
+    empty=np.empty,
+    empty_like=np.empty_like,
+    in_order=_in_order,
+    dense=_dense,
+    scalar=lambda array: array[()],
+)
+
+
+def run(
+    own: Memory,
+    problem: Problem,
+    operands: Operands,
+    grad: Any = None,
+    *,
+    fresh: bool = False,
+    saved: Any = None,
+    backward: bool = False,
+) -> tuple[Any, Stats | None]:
+    """Run the kernels; the gradient, and what a backward pass needs, are written where given."""
+    empty, in_order, dense = own.empty, own.in_order, own.dense
+    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    by_rows = problem.options.reduction == "none"
+    losses = None
+    if not backward:
+        losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
+    found = None
+    if problem.options.stats is not None:
+        found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
+    if problem.kind == "index":
+        target = dense("target", target, None)
+        if not problem.row_shape and target.ndim:
+            target = target.reshape(())  # one label for one row may have an axis
+    else:
+        target = in_order(target)
+    if weight is not None:
+        weight = dense("weight", weight, problem.arithmetic_dtype)
+    if sample_weight is not None:
+        sample_weight = dense("sample_weight", sample_weight, problem.row_dtype)
+    if backward and saved is not None:
+        saved = dense("what was saved of the rows", saved, None)
+    by_row = by_rows and cotangent is not None and type(cotangent) is not float
+    by_row = by_row and cotangent.ndim > 0
+    if by_row:
+        cotangent = dense("grad_output", cotangent, problem.row_dtype)
+    bad_row = kernel(problem).run(
+        in_order(logits),
+        target,
+        weight,
+        sample_weight,
+        0.0 if normalizer is None else normalizer,
+        losses,
+        found,
+        saved,
+        1.0 if cotangent is None else cotangent,
+        by_row,
+        grad,
+        fresh,
+        backward,
+    )
+    if bad_row is not None:
+        raise labels.bad_label(problem, int(target.reshape((-1,))[bad_row]), bad_row)
+    return losses if by_rows or backward else own.scalar(losses), found
+
+
+_kernels: dict[Problem, Any] = {}
+
+
+def kernel(problem: Problem) -> Any:
+    """Give what the kernels know of a problem before they see an array."""
+    found = _kernels.get(problem)
+    if found is None:
+        if len(_kernels) >= _MOST_KERNELS:
+            _kernels.clear()
+        found = _kernels[problem] = _kernel(problem)
+    return found
+
+
+def _kernel(problem: Problem) -> Any:
+    return core().Call(
+        shape=problem.shape,
+        axis=problem.axis,
+        logits_dtype=problem.logits_dtype_name,
+        target_dtype=problem.target_dtype,
+        probabilities=problem.kind == "probability",
+        wide=arrays.name_of(problem.arithmetic_dtype) == "float64",
+        result_dtype=arrays.name_of(problem.result_dtype),
+        reduction=problem.options.reduction,
+        ignored=labels.ignored_as_signed(problem) if problem.kind == "index" else None,
+        check_labels=problem.check_labels,
+        smoothing=problem.options.label_smoothing,
+        z_loss=problem.options.z_loss,
+        scale=transform.scale_of(problem),
+        cap=problem.options.logit_softcap or 0.0,
+        normalized=problem.normalized,
+    )

@@ -1,0 +1,128 @@
+"""jax: chunks as the steps of a scan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polyce import arrays
+from polyce.call.problem import Head, Operands
+from polyce.formula.targets import Plan
+from polyce.linear import by_steps, chunks
+from polyce.linear.call import Call, Gradients
+
+
+def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Give what `in_place.run` gives."""
+    call = with_plain_labels(call, call.plan)
+    return traced(call.without_arrays(), wanted, call.operands, call.head, cotangent)
+
+
+def with_plain_labels(call: Call, plan: Plan) -> Call:
+    """Give the call with labels of jax's own: -1 where a row does not count, C where one is bad.
+
+    Those of a caller may be NumPy's, of values that jax without 64-bit types does not have.
+    """
+    whole = call.whole
+    if whole.kind != "index":
+        return call
+    label = plan.label
+    if plan.invalid is not None:
+        label = jnp.where(plan.invalid, whole.classes, label)
+    if plan.counted is not None:
+        label = jnp.where(plan.counted, label, -1)
+    whole = whole.with_options(ignore_index=-1)
+    whole = whole._replace(target_dtype=arrays.dtype_name(label), check_labels=False)
+    label = jnp.reshape(label, whole.row_shape)
+    return replace(call, whole=whole, operands=call.operands._replace(target=label))
+
+
+def spans(call: Call) -> tuple[int, int]:
+    """Give how many chunks are full, and the rows of the last one that is not."""
+    return divmod(call.chunks.total, call.chunks.rows)
+
+
+def cut(array: Any, start: Any, rows: int) -> Any:
+    """Cut some rows out of an array, if there is one."""
+    return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
+
+
+def described(facts: Call, operands: Operands, head: Head) -> Call:
+    """Give a call whose rows are not reduced, with what its target means."""
+    whole = facts.whole.with_options(reduction="none")._replace(normalized=False)
+    return replace(facts, whole=whole, operands=operands, head=head).planned()
+
+
+# What is traced depends on the facts alone, and so is traced once for each.
+@partial(jax.jit, static_argnums=(0, 1))
+def traced(
+    facts: Call, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
+) -> tuple[Any, Gradients]:
+    """Return the losses of all rows and the gradients wanted, as they add up."""
+    call = described(facts, operands, head)
+    of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
+
+    def step(sums: Gradients, start: Any, rows: int) -> tuple[Gradients, Any]:
+        of_weight = partial(_add_product, call, sums.linear_weight)
+        parts = (cut(array, start, rows) for array in of_rows)
+        losses, found = by_steps.step(call, wanted, *parts, of_weight=of_weight)
+        of_bias = found.linear_bias
+        if of_bias is not None:
+            of_bias = sums.linear_bias + of_bias
+        return Gradients(None, found.linear_weight, of_bias), (losses, found.input)
+
+    full, tail = spans(call)
+    size = min(call.chunks.rows, call.chunks.total)
+
+    def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
+        return step(sums, number * size, size)
+
+    sums = Gradients(None, *_zeros(call, wanted, cotangent))
+    sums, parts = jax.lax.scan(add, sums, jnp.arange(full))
+    rows, of_input = (flat(array) for array in parts)
+    if tail:
+        sums, (last, of_last) = step(sums, full * size, tail)
+        rows = jnp.concatenate([rows, last])
+        of_input = None if of_input is None else jnp.concatenate([of_input, of_last])
+    return rows, sums._replace(input=of_input)
+
+
+def _add_product(call: Call, total: Any, grad: Any, hidden: Any) -> Any:
+    """Add a chunk's part of the head's gradient, on a CPU by blocks of classes.
+
+    XLA adds no product in place there: it would hold one as large as the head. With several devices
+    the classes may lie on several, and a block then on none.
+    """
+    width, classes = call.chunks.classes, call.whole.classes
+    is_alone = chunks.limits_of(call.whole) is chunks.CPU and jax.device_count() == 1
+    if width >= classes or not is_alone:
+        return total + by_steps.product(call, grad.T, hidden)
+
+    def add(start: Any, total: Any, width: int) -> Any:
+        block = jax.lax.dynamic_slice_in_dim(grad, start, width, axis=1)
+        part = cut(total, start, width) + by_steps.product(call, block.T, hidden)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, axis=0)
+
+    full, tail = divmod(classes, width)
+    total = jax.lax.fori_loop(0, full, lambda i, total: add(i * width, total, width), total)
+    return add(full * width, total, tail) if tail else total
+
+
+def flat(parts: Any) -> Any:
+    """Put the rows of chunks, (chunks, rows, ...), into one axis."""
+    if parts is None:
+        return None
+    return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
+
+
+def _zeros(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
+    """Give what the head's gradient is added to, for whatever axes of a mesh it will vary over."""
+    given = jax.tree.leaves((call.operands, call.head, cotangent))
+    zero = sum(jnp.zeros_like(array, call.sum_dtype, shape=()) for array in given)
+    shapes = ((call.whole.classes, call.features), (call.whole.classes,))
+    of_weight, of_bias = (jnp.broadcast_to(zero, shape) for shape in shapes)
+    return of_weight if wanted.linear_weight else None, of_bias if wanted.linear_bias else None
