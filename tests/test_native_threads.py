@@ -78,7 +78,7 @@ def test_the_environment_variable(text: str, says: str) -> None:
 
 
 def test_the_instruction_set_can_be_chosen() -> None:
-    code = "from polyce.implementations.native.path import core; print(core().isa())"
+    code = "from polyce.implementations.native.core import core; print(core().isa())"
     assert run(code, POLYCE_ISA="baseline").stdout.split() == ["baseline"]
     assert "POLYCE_ISA must be one of" in run(code, POLYCE_ISA="mmx").stderr
 

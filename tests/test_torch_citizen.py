@@ -96,7 +96,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed(
     torch: Any, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from polyce.graphs import torch_rows
-    from polyce.implementations.native import path as native
+    from polyce.implementations.native import torch as native
 
     ran: list[str] = []
 
