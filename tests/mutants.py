@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyce import arrays, sums
+from polyce.arrays import numpy
 from polyce.call.problem import Problem
 from polyce.formula import rows, rowstate, stats, targets, transform, whole
 from polyce.formula.stats import RowStats
@@ -86,7 +86,7 @@ def at_label(change: Callable[[Any], Any]) -> Callable[..., Any]:
     def changed(problem: Problem, plan: Plan, logits: Any, grad: Any) -> Any:
         if plan.label is None or problem.is_empty:
             return grad
-        mask = arrays.one_hot(np, "numpy", plan.label, grad, problem.axis)
+        mask = problem.library.one_hot(plan.label, grad, problem.axis)
         return np.where(mask, change(grad), grad)
 
     return changed
@@ -113,7 +113,7 @@ def one_by_one(values: Any, axis: int) -> Any:
     return np.take(np.cumsum(values, axis=axis, dtype=np.float32), [-1], axis=axis)
 
 
-def class_sum(xp: Any, backend: str, values: Any, axis: int, dtype: Any) -> Any:
+def class_sum(values: Any, axis: int, dtype: Any) -> Any:
     return one_by_one(values, axis).astype(dtype)
 
 
@@ -150,10 +150,10 @@ MUTANTS = {
     "bad-labels-answered": Mutant("targets", call=lambda p, plan: (p, plan._replace(invalid=None))),
     "nan-hidden": Mutant("special", losses=lambda p, plan, x, rows: np.fmax(rows, 0.0)),
     "infinity-capped": Mutant("special", losses=lambda p, plan, x, rows: np.minimum(rows, 3e38)),
-    "classes-added-one-by-one": Mutant("accuracy", patch=(sums, "class_sum", class_sum)),
+    "classes-added-one-by-one": Mutant("accuracy", patch=(numpy.LIBRARY, "class_sum", class_sum)),
     "apart-classes-added-one-by-one": Mutant(
         "accuracy",
-        patch=(sums, "_by_blocks", lambda xp, x, axis: xp.sum(x, axis=axis, keepdims=True)),
+        patch=(numpy.LIBRARY, "sum_by_blocks", lambda x, axis: np.sum(x, axis=axis, keepdims=True)),
         dtype="float64",
     ),
     "rows-added-one-by-one": Mutant("accuracy", patch=(targets, "reduce", reduce)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import arrays
+from polyce.arrays import find
 from polyce.call import problem
 from polyce.call.options import Options
 from polyce.implementations import registry
@@ -95,7 +95,9 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(cupy.cuda, "Device", Device)
     # An array's own device is a class of C that nobody can stand in for.
     monkeypatch.setattr(
-        arrays, "computing", lambda _, operands: Device(operands["input"].data.device_id)
+        find.named("cupy"),
+        "computing",
+        lambda operands: Device(operands["input"].data.device_id),
     )
     monkeypatch.setattr(cupy.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: entered[-1])
@@ -298,6 +300,6 @@ def test_every_function_that_is_called_exists_in_cupy_s_namespace() -> None:
 def test_python_m_polyce_shows_cupy() -> None:
     from polyce.explain import versions
 
-    assert arrays.installed("cupy")
+    assert find.installed("cupy")
     (line,) = (line for line in versions().splitlines() if line.startswith("cupy"))
     assert line.split()[1][0].isdigit()

@@ -246,7 +246,7 @@ def test_a_library_that_is_not_there_is_said_to_be_missing(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr("polyce.arrays.installed", lambda module: module == "torch")
+    monkeypatch.setattr("polyce.arrays.find.installed", lambda module: module == "torch")
     polyce.show_versions()
     printed = capsys.readouterr().out
     assert re.search(r"^jax  +not installed$", printed, re.MULTILINE)

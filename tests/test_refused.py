@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce.libraries import NOT_TAKEN
+from polyce.arrays.find import NOT_TAKEN
 
 X = np.array([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]], dtype=np.float32)
 T = np.array([0, 1])

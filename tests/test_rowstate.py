@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from polyce import arrays
 from polyce.call.options import Options
 from polyce.call.problem import Problem, describe
 from polyce.formula import rows as formula
@@ -91,7 +90,7 @@ def state_of(backend: Backend, problem: Problem, rows: Rows, classes: Any) -> Ro
         return backend.asarray(np.where(has_pivot, taken, 0.0))
 
     coefficients = None if rows.only_pivot else backend.asarray(rows.coefficients[:, classes])
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         state, _ = rowstate.from_logits(
             problem,
             backend.asarray(rows.logits[:, classes]),
@@ -104,7 +103,7 @@ def state_of(backend: Backend, problem: Problem, rows: Rows, classes: Any) -> Ro
 
 
 def loss_of(backend: Backend, problem: Problem, state: RowState) -> Any:
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         losses = backend.to_numpy(rowstate.loss(problem, state))
     return losses.astype(np.float64)[:, 0]
 
@@ -134,7 +133,7 @@ def merge_all(
 ) -> RowState:
     """Merge in random order, with either part on the left."""
     parts = list(parts)
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         while len(parts) > 1:
             one = parts.pop(generator.integers(len(parts)))
             other = parts.pop(generator.integers(len(parts)))
@@ -249,7 +248,7 @@ def test_merging_with_the_identity_changes_nothing(backend: Backend, kind: str) 
     state = state_of(backend, problem, rows, np.arange(CLASSES))
     nothing = identity(backend, only_pivot=rows.only_pivot)
     expected = fields(backend, state)
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         merged = [
             rowstate.merge(problem, nothing, state),
             rowstate.merge(problem, state, nothing),
@@ -267,7 +266,7 @@ def test_the_merge_is_commutative_and_associative_to_rounding(backend: Backend, 
         rows.logits[2, ~np.isfinite(rows.logits[2])] = 0.5
         problem = problem_of(backend, rows)
         a, b, c = (state_of(backend, problem, rows, part) for part in cut(generator, 3))
-        with arrays.quiet(problem.backend):
+        with problem.library.quiet():
             left = rowstate.merge(problem, rowstate.merge(problem, a, b), c)
             right = rowstate.merge(problem, a, rowstate.merge(problem, b, c))
             turned = rowstate.merge(problem, c, rowstate.merge(problem, a, b))
@@ -289,7 +288,7 @@ def test_a_pivot_that_another_part_passes_counts_among_the_rest(backend: Backend
             state = state_of(backend, problem, rows._replace(pivot=own), classes)
             first = state.rest_first + backend.asarray(np.full((ROWS, 1), classes[0]))
             passed = backend.asarray((own != rows.pivot)[:, None])
-            with arrays.quiet(problem.backend):
+            with problem.library.quiet():
                 state = rowstate.demote(
                     problem,
                     state._replace(rest_first=first),
@@ -311,7 +310,7 @@ def test_one_coefficient_for_all_classes_is_as_good_as_an_array(backend: Backend
     problem = problem_of(backend, rows)
     array = state_of(backend, problem, rows, np.arange(CLASSES))
     at_pivot = np.arange(CLASSES) == rows.pivot[:, None]
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         number, _ = rowstate.from_logits(
             problem,
             backend.asarray(rows.logits),
@@ -344,7 +343,7 @@ def test_backward_from_the_saved_state_is_the_gradient_of_both_in_one(
     )
     runs = []
     for _ in range(2):
-        with arrays.quiet(problem.backend):
+        with problem.library.quiet():
             plan = targets.plan(problem, operands)
             cotangent = targets.cotangent(problem, plan, None)
             losses, _ = formula.forward(problem, plan, operands.logits)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce import arrays
 from polyce.call.options import Options
 from polyce.call.problem import Problem, describe
 from polyce.formula import rowstate, transform
@@ -77,7 +76,7 @@ def test_infinities_and_nans(backend: Backend, cap: float) -> None:
     dtype = problem_dtype(backend)
     rows = np.array([-INF, 1.0, -INF, INF, math.nan, 1.0], dtype)
     reference = np.array([1.0, -INF, -INF, INF, 1.0, math.nan], dtype)
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         found = transform.difference(problem, backend.asarray(rows), backend.asarray(reference))
         values = transform.value(problem, backend.asarray(rows))
         slopes = transform.slope(problem, backend.asarray(rows))
@@ -134,7 +133,7 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
             backend.asarray(np.where(own, np.take_along_axis(values, pivot, axis=1), 0.0))
             for values in (logits, coefficients)
         ]
-        with arrays.quiet(problem.backend):
+        with problem.library.quiet():
             state, _ = rowstate.from_logits(
                 problem,
                 backend.asarray(logits[:, mine].copy()),
@@ -146,7 +145,7 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
 
     def facts(state: rowstate.RowState) -> list[Any]:
         index = backend.asarray(pivot)
-        with arrays.quiet(problem.backend):
+        with problem.library.quiet():
             found = [
                 rowstate.loss(problem, state, 1e-3),
                 rowstate.lse(problem, state),
@@ -157,7 +156,7 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
 
     whole = facts(part(0, classes))
     assert (whole[3] == pivot).all()
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         one, other, third = part(0, 2), part(2, 5), part(5, classes)
         for parts in ((one, other, third), (third, one, other)):
             merged = rowstate.merge(problem, rowstate.merge(problem, *parts[:2]), parts[2])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import polyce
-from polyce import arrays
+from polyce.arrays import find
 from polyce.testing.backends import get_backend
 
 TRAINED_ON = 1200
@@ -78,7 +78,7 @@ def compare(logits: Any, labels: Any) -> None:
 
 
 def _usable(name: str) -> bool:
-    if not arrays.installed(MODULES[name].partition(".")[0]):
+    if not find.installed(MODULES[name].partition(".")[0]):
         return False
     if name == "cupy":
         import cupy

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import dtypes, find
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import Operands, Problem, describe
@@ -179,7 +179,7 @@ def _of_head(
     check(call, on_graph=function is linear_cross_entropy)
     whole, head, hidden = call.whole, call.head, call.operands.logits
     parts = [
-        f"input {arrays.dtype_name(hidden)} {tuple(hidden.shape)}",
+        f"input {dtypes.dtype_name(hidden)} {tuple(hidden.shape)}",
         f"linear_weight {tuple(head.weight.shape)}",
         *(["linear_bias"] * (head.bias is not None)),
     ]
@@ -201,9 +201,9 @@ def _call(
 ) -> str:
     parts = [*given, f"target {problem.target_dtype} {tuple(operands.target.shape)}"]
     if operands.weight is not None:
-        parts.append(f"weight {arrays.dtype_name(operands.weight)}")
+        parts.append(f"weight {dtypes.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:
-        parts.append(f"sample_weight {arrays.dtype_name(operands.sample_weight)}")
+        parts.append(f"sample_weight {dtypes.dtype_name(operands.sample_weight)}")
     for option in problem.options.used:
         if option != "return_stats":
             parts.append(f"{option} {getattr(problem.options, option):g}")
@@ -237,7 +237,7 @@ def versions() -> str:
     for module, distributions in _LIBRARIES.items():
         found = [_version(name) for name in distributions]
         version = next((one for one in found if one), None)
-        if version is None and arrays.installed(module):
+        if version is None and find.installed(module):
             version = "installed, version unknown"
         rows.append((module, version))
     width = max(len(name) for name, _ in rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce import arrays
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
@@ -325,7 +324,7 @@ def nll_loss(
     )
     autograd = rules.of(problem.backend)
     autograd.check(operands)
-    with arrays.computing(problem.backend, operands.named()):
+    with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))
 
@@ -375,5 +374,5 @@ def log_softmax(
         input, Options(axis, logit_scale=logit_scale, logit_softcap=logit_softcap)
     )
     compute = select_log_softmax(problem)
-    with arrays.computing(problem.backend, {"input": logits}):
+    with problem.library.computing({"input": logits}):
         return rules.of(problem.backend).log_softmax(problem, logits, compute)

@@ -255,6 +255,8 @@ nb::tuple isa_names_here() {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  // A daemon thread that is in a call when the interpreter ends still holds what it runs with.
+  nb::set_leak_warnings(false);
     m.doc() = "polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the "
               "call was described with; all else is checked by polyce.call.problem.";
     nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::wait_for_all));

@@ -7,18 +7,19 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import dtypes
+from polyce.arrays.library import Library
 from polyce.call import options
 
 
 def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tuple[int, ...], int]:
     """Give the shape of the logits and the class axis, counted from the front."""
-    if arrays.dtype_name(logits) not in arrays.FLOATS:
+    if dtypes.dtype_name(logits) not in dtypes.FLOATS:
         advice = "convert it to one of these first"
         if _hold_labels(logits, target) and _fit_without_one_axis(target, logits):
             advice = _swapped("input and target", target)
         raise TypeError(
-            f"input must be real floating point ({', '.join(arrays.FLOATS)}), "
+            f"input must be real floating point ({', '.join(dtypes.FLOATS)}), "
             f"got {_show(logits)}; {advice}"
         )
     shape = _known_shape("input", logits)
@@ -35,8 +36,8 @@ def _hold_labels(array: Any, target: Any) -> bool:
     """Tell whether an array is of integers and the target of floats, as if they were swapped."""
     return (
         target is not None
-        and arrays.holds_integers(array)
-        and arrays.dtype_name(target) in arrays.FLOATS
+        and dtypes.holds_integers(array)
+        and dtypes.dtype_name(target) in dtypes.FLOATS
     )
 
 
@@ -56,7 +57,7 @@ def _swapped(names: str, target: Any) -> str:
     return f"are {names} swapped, as target is {_show(target)}?"
 
 
-def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
+def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
     """Give the one dtype of hidden states and head, that of torch's autocast where it is on.
 
     As torch's own product, none of them is promoted.
@@ -66,21 +67,21 @@ def product_dtype(backend: str, hidden: Any, weight: Any, bias: Any, target: Any
     for name, array in given.items():
         if array is None:
             continue
-        if arrays.dtype_name(array) not in arrays.FLOATS:
+        if dtypes.dtype_name(array) not in dtypes.FLOATS:
             advice = "convert it to one of these first"
             if name == "linear_weight" and _hold_labels(array, target) and target.ndim == 2:
                 advice = _swapped("linear_weight and target", target)
             raise TypeError(
-                f"{name} must be real floating point ({', '.join(arrays.FLOATS)}), "
+                f"{name} must be real floating point ({', '.join(dtypes.FLOATS)}), "
                 f"got {_show(array)}; {advice}"
             )
-        dtype = arrays.autocast_product(backend, array.dtype, hidden)
+        dtype = library.factor_dtype(array.dtype, hidden)
         if first is None:
             first = dtype
         elif dtype != first:
             raise TypeError(
                 f"input, linear_weight and linear_bias must have one dtype, but input is "
-                f"{arrays.dtype_name(hidden)} and {name} is {arrays.dtype_name(array)}; convert "
+                f"{dtypes.dtype_name(hidden)} and {name} is {dtypes.dtype_name(array)}; convert "
                 "one of them"
             )
     return first
@@ -118,7 +119,7 @@ def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
 
 
 def _show(array: Any) -> str:
-    return f"{arrays.dtype_name(array)} {tuple(array.shape)}"
+    return f"{dtypes.dtype_name(array)} {tuple(array.shape)}"
 
 
 def _known_shape(name: str, array: Any) -> tuple[int, ...]:
@@ -133,14 +134,14 @@ def _known_shape(name: str, array: Any) -> tuple[int, ...]:
     return shape
 
 
-def devices(backend: str, operands: Mapping[str, Any]) -> None:
+def devices(library: Library, operands: Mapping[str, Any]) -> None:
     """Refuse arrays that lie on different devices."""
-    first = arrays.device(operands["input"], backend)
+    first = library.device(operands["input"])
     for name, array in operands.items():
-        if array is not None and arrays.device(array, backend) != first:
+        if array is not None and library.device(array) != first:
             raise TypeError(
                 f"all arrays must lie on one device, but input is on {first} and {name} on "
-                f"{arrays.device(array, backend)}; move {name} first"
+                f"{library.device(array)}; move {name} first"
             )
 
 
@@ -164,10 +165,10 @@ def target_kind(
 ) -> str:
     """Decide by shape, as torch does, what the target holds, and check that its dtype agrees."""
     target_shape = _known_shape("target", target)
-    name = arrays.dtype_name(target)
-    is_integer = arrays.holds_integers(target)
+    name = dtypes.dtype_name(target)
+    is_integer = dtypes.holds_integers(target)
     if target_shape == shape and probabilities and not (is_integer and shape == (1,)):
-        if name not in arrays.FLOATS:
+        if name not in dtypes.FLOATS:
             raise TypeError(
                 f"a target of the logits' shape {shape} holds class probabilities and must be real "
                 f"floating point, got {_show(target)}; for class indices drop the class axis, or "
@@ -201,7 +202,7 @@ def _to_fit(
     if axes:
         axis = -1 if axes[0] == len(shape) - 1 else axes[0]
         return f"pass axis={axis} if the classes of input are there"
-    is_integer = arrays.holds_integers(target)
+    is_integer = dtypes.holds_integers(target)
     sized = None not in given + row_shape
     if is_integer and len(given) in (0, len(row_shape)) and sized:
         rows, labels = math.prod(row_shape), math.prod(given)
@@ -241,8 +242,8 @@ def normalizer(normalizer: Any) -> None:
 
 
 def _real_numbers(name: str, array: Any) -> None:
-    dtype = arrays.dtype_name(array)
-    if dtype not in arrays.FLOATS and not arrays.holds_integers(array):
+    dtype = dtypes.dtype_name(array)
+    if dtype not in dtypes.FLOATS and not dtypes.holds_integers(array):
         raise TypeError(
             f"{name} must be real numbers, got {dtype}; convert it to a floating-point dtype"
         )

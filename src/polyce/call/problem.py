@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from polyce import arrays, eager, libraries
+from polyce.arrays import dtypes, find
+from polyce.arrays.library import Library
+from polyce.arrays.plain import plain_facts
 from polyce.call import checks
 from polyce.call.options import Options, check_heeded
 
@@ -16,9 +18,7 @@ from polyce.call.options import Options, check_heeded
 class Problem(NamedTuple):
     """The static facts of one call."""
 
-    xp: Any
-    """The array library's namespace."""
-    backend: str
+    library: Library
     device: str
     """The kind of device: cpu, cuda, ..., or unknown while tracing."""
     kind: str
@@ -49,6 +49,16 @@ class Problem(NamedTuple):
     """Whether torch.compile traces plain tensors, and may call kernels by an operator."""
 
     @property
+    def xp(self) -> Any:
+        """The array library's namespace."""
+        return self.library.xp
+
+    @property
+    def backend(self) -> str:
+        """The array library's name."""
+        return self.library.name
+
+    @property
     def classes(self) -> int:
         """C, the length of the class axis."""
         return self.shape[self.axis]
@@ -61,7 +71,7 @@ class Problem(NamedTuple):
     @property
     def logits_dtype_name(self) -> str:
         """The dtype of the logits, as the standard names it."""
-        return arrays.name_of(self.logits_dtype)
+        return dtypes.name_of(self.logits_dtype)
 
     @property
     def used_options(self) -> tuple[str, ...]:
@@ -128,7 +138,7 @@ def describe(
     """
     facts = None
     if normalizer is None and (grad_output is None or type(grad_output) is float):
-        facts = eager.plain_facts(input, target, weight, sample_weight)
+        facts = plain_facts(input, target, weight, sample_weight)
     if facts is not None:
         try:
             # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
@@ -194,21 +204,21 @@ def describe_anew(
     }
     if head is not None:
         given |= {"linear_weight": head.weight, "linear_bias": head.bias}
-    xp, backend, values = libraries.of(**given)
+    library, values = find.of(**given)
     logits, target, weight, sample_weight, normalizer, cotangent, *parameters = values
-    if arrays.device(logits, backend) is not None:
-        checks.devices(backend, dict(zip(given, values, strict=True)))
-    if backend == "cupy":
+    if library.device(logits) is not None:
+        checks.devices(library, dict(zip(given, values, strict=True)))
+    if not library.swaps_bytes:
         checks.byte_order(dict(zip(given, values, strict=True)))
     if head is None:
         shape, axis = checks.logits_shape(logits, options.axis, target)
         logits_dtype = given_dtype = logits.dtype
     else:
         head = Head(*parameters)
-        given_dtype = checks.product_dtype(backend, logits, *head, target)
+        given_dtype = checks.product_dtype(library, logits, *head, target)
         shape = checks.product_shape(logits, *head)
         axis = len(shape) - 1
-        logits_dtype = arrays.product_dtype(xp, backend, given_dtype, logits)
+        logits_dtype = library.product_dtype(given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
     check_heeded(options.ignore_index, kind)
@@ -220,27 +230,26 @@ def describe_anew(
         checks.normalizer(normalizer)
     result_dtype = given_dtype
     if kind == "probability":
-        result_dtype = _promote(xp, backend, given_dtype, target, weight)
-    result_dtype = arrays.autocast(backend, result_dtype, logits)
+        result_dtype = _promote(library, given_dtype, target, weight)
+    result_dtype = library.result_dtype(result_dtype, logits)
 
     problem = Problem(
-        xp=xp,
-        backend=backend,
-        device=arrays.device_kind(logits, backend),
+        library=library,
+        device=library.device_kind(logits),
         kind=kind,
         shape=shape,
         axis=axis,
         row_shape=row_shape,
         logits_dtype=logits_dtype,
-        target_dtype=arrays.dtype_name(target),
-        **_dtypes(xp, backend, logits, result_dtype),
+        target_dtype=dtypes.dtype_name(target),
+        **_dtypes(library, logits, result_dtype),
         options=options,
-        is_concrete=eager.are_concrete(values, backend),
-        check_labels=_checks_labels(kind, target, backend, options.validate),
+        is_concrete=library.are_concrete(values),
+        check_labels=_checks_labels(kind, target, library, options.validate),
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
-        is_compiling=eager.are_compiled(values, backend),
+        is_compiling=library.are_compiled(values),
     )
     if number is not None:
         if reduction == "none" and row_shape:
@@ -253,10 +262,10 @@ def describe_anew(
         checks.grad_output(cotangent, row_shape, reduction)
     if divisor is not None:
         normalizer = divisor
-    if backend == "mparray":
+    if library.is_exact:
         problem = _with_exact_options(problem)
         if reduction == "mean" and not hasattr(cotangent, "dtype"):
-            cotangent = xp.asarray(1.0 if cotangent is None else cotangent)
+            cotangent = library.xp.asarray(1.0 if cotangent is None else cotangent)
     operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
     return problem, operands, head or Head(None)
 
@@ -275,62 +284,62 @@ def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
     options = options.checked()
     if input is None:
         raise TypeError("input must be an array, got None; pass the logits")
-    xp, backend, (logits,) = libraries.of(input=input)
+    library, (logits,) = find.of(input=input)
     shape, axis = checks.logits_shape(logits, options.axis)
     problem = Problem(
-        xp=xp,
-        backend=backend,
-        device=arrays.device_kind(logits, backend),
+        library=library,
+        device=library.device_kind(logits),
         kind="none",
         shape=shape,
         axis=axis,
         row_shape=shape[:axis] + shape[axis + 1 :],
         logits_dtype=logits.dtype,
         target_dtype="none",
-        **_dtypes(xp, backend, logits, logits.dtype),
+        **_dtypes(library, logits, logits.dtype),
         options=options._replace(reduction="none"),
-        is_concrete=eager.are_concrete([logits], backend),
+        is_concrete=library.are_concrete([logits]),
     )
-    return (_with_exact_options(problem) if backend == "mparray" else problem), logits
+    return (_with_exact_options(problem) if library.is_exact else problem), logits
 
 
 def _with_exact_options(problem: Problem) -> Problem:
     """Let what is computed from the options alone have as many digits as the arrays."""
     given = problem.options._asdict()
-    floats = {name: arrays.exact(value) for name, value in given.items() if type(value) is float}
+    exact = problem.library.exact
+    floats = {name: exact(value) for name, value in given.items() if type(value) is float}
     return problem.with_options(**floats)
 
 
-def _dtypes(xp: Any, backend: str, logits: Any, result_dtype: Any) -> dict[str, Any]:
-    is_double = arrays.name_of(result_dtype) == "float64"
-    wide = is_double or arrays.has_float64(xp, backend, logits)
+def _dtypes(library: Library, logits: Any, result_dtype: Any) -> dict[str, Any]:
+    is_double = dtypes.name_of(result_dtype) == "float64"
+    wide = is_double or library.has_float64(logits)
     return {
         "result_dtype": result_dtype,
-        "arithmetic_dtype": arrays.float_dtype(xp, backend, "float64" if is_double else "float32"),
-        "row_dtype": arrays.float_dtype(xp, backend, "float64" if wide else "float32"),
+        "arithmetic_dtype": library.float_dtype("float64" if is_double else "float32"),
+        "row_dtype": library.float_dtype("float64" if wide else "float32"),
     }
 
 
-def _checks_labels(kind: str, target: Any, backend: str, validate: bool | None) -> bool:
+def _checks_labels(kind: str, target: Any, library: Library, validate: bool | None) -> bool:
     if validate is False or kind != "index":
         return False
-    if not eager.has_values(target, backend):
+    if not library.has_values(target):
         if validate:
             raise ValueError(
                 "validate=True needs target's values, but this target is traced or lazy and has "
                 "none yet; leave validate at None (a bad label then gives nan)"
             )
         return False
-    return bool(validate) or arrays.are_at_hand(target, backend)
+    return bool(validate) or library.is_at_hand(target)
 
 
-def _promote(xp: Any, backend: str, dtype: Any, *operands: Any) -> Any:
+def _promote(library: Library, dtype: Any, *operands: Any) -> Any:
     """Promote a floating dtype with those of operands; float16 with bfloat16 gives float32."""
-    dtypes = (dtype, *(array.dtype for array in operands if array is not None))
-    found = {arrays.name_of(each): each for each in dtypes}
+    given = (dtype, *(array.dtype for array in operands if array is not None))
+    found = {dtypes.name_of(each): each for each in given}
     for name in ("float64", "float32"):
         if name in found:
             return found[name]
     if "float16" in found and "bfloat16" in found:
-        return arrays.float_dtype(xp, backend, "float32")
+        return library.float_dtype("float32")
     return found.get("float16", found.get("bfloat16"))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from polyce import arrays
+from polyce.arrays import dtypes, numpy
+from polyce.arrays.library import expand
 from polyce.call.problem import Problem
 
 
@@ -16,40 +17,34 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     None stands for "all rows count" and for "no label is bad". Where labels are checked, a bad one
     raises IndexError. The results keep the class axis, of length 1.
     """
-    xp, backend = problem.xp, problem.backend
-    on_host = backend != "numpy" and isinstance(target, np.ndarray)
-    if backend == "jax" and problem.check_labels:
-        # Inside a jit, jax would trace even what is done to known values.
-        on_host, target = True, np.asarray(target)
-    if on_host:
-        xp = np
+    if problem.check_labels:
+        target = problem.library.to_look_at(target)
+    on_host = problem.library is not numpy.LIBRARY and isinstance(target, np.ndarray)
+    library = numpy.LIBRARY if on_host else problem.library
+    xp = library.xp
     if tuple(target.shape) != problem.row_shape:
         target = xp.reshape(target, problem.row_shape)
-    target = arrays.expand(target, problem.axis)
-    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    target = expand(target, problem.axis)
+    lowest, highest = dtypes.INTEGERS[problem.target_dtype]
     ignore_index = ignored_label(problem)
-    if backend == "torch" and problem.target_dtype in ("uint16", "uint32", "uint64"):
-        # torch can store these but hardly compute with them.
-        target = arrays.cast(xp, target, xp.int64)
+    if problem.target_dtype in library.stored_only:
+        target = library.cast(target, xp.int64)
         lowest = -(2**63)
         ignore_index = ignored_as_signed(problem)
 
     ignored = None
     if ignore_index is not None:
-        # As an array: jax takes no Python integer beyond the signed ones.
-        ignored = target == (
-            xp.asarray(ignore_index, dtype=target.dtype) if backend == "jax" else ignore_index
-        )
+        ignored = target == library.integer(ignore_index, target)
     invalid = _out_of_range(target, lowest, highest, problem.classes)
     if problem.check_labels:
         odd = _either(ignored, invalid)
-        if odd is None or not arrays.any_true(xp, odd):
+        if odd is None or not library.is_any(odd):
             # Most calls: every row counts, and what follows is cheaper for knowing it.
             ignored = invalid = None
     if ignored is not None and invalid is not None:
         invalid = invalid & ~ignored
     if problem.check_labels and invalid is not None:
-        if arrays.any_true(xp, invalid):
+        if library.is_any(invalid):
             first = int(xp.argmax(xp.astype(xp.reshape(invalid, (-1,)), xp.uint8)))
             raise bad_label(problem, int(xp.reshape(target, (-1,))[first]), first)
         invalid = None
@@ -57,13 +52,13 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     unusable = _either(ignored, invalid)
     if unusable is not None:
         target = xp.where(unusable, 0, target)
-    label = arrays.cast(xp, target, arrays.label_dtype(problem.xp, backend, target))
+    label = library.cast(target, problem.library.label_dtype(target))
     counted = None if ignored is None else ~ignored
 
     def beside_logits(array: Any) -> Any:
         if array is None:
             return None
-        return arrays.align(backend, problem.xp.asarray(array) if on_host else array, logits)
+        return problem.library.align(problem.xp.asarray(array) if on_host else array, logits)
 
     return beside_logits(label), beside_logits(counted), beside_logits(invalid)
 
@@ -73,7 +68,7 @@ def ignored_label(problem: Problem) -> int | None:
 
     Compared as numbers: a cast to the target's dtype could turn it into another label.
     """
-    lowest, highest = arrays.INTEGERS[problem.target_dtype]
+    lowest, highest = dtypes.INTEGERS[problem.target_dtype]
     ignored = problem.options.ignore_index
     return ignored if lowest <= ignored <= highest else None
 

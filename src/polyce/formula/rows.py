@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays
 from polyce.call.problem import Problem
 from polyce.formula import rowstate, targets, transform
 from polyce.formula.rowstate import RowState
@@ -62,10 +61,8 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     if problem.is_empty:
         return _empty_rows(problem, plan, log_probabilities)
     xp = problem.xp
-    picked = arrays.pick(
-        xp, problem.backend, log_probabilities, plan.label, log_probabilities, problem.axis
-    )
-    rows = -arrays.cast(xp, picked, problem.row_dtype)
+    picked = problem.library.pick(log_probabilities, plan.label, log_probabilities, problem.axis)
+    rows = -problem.library.cast(picked, problem.row_dtype)
     if plan.label_weight is not None:
         # Selected rather than multiplied: a weight of 0 takes no part, not even times infinity.
         rows = xp.where(plan.label_weight == 0.0, 0.0, plan.label_weight * rows)
@@ -76,18 +73,18 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)) along the class axis, accurate at the largest logit too."""
     if problem.is_empty:
         return logits
-    xp, backend, axis = problem.xp, problem.backend, problem.axis
-    logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
-    pivot = arrays.argmax(xp, backend, logits, axis)
-    mask = arrays.one_hot(xp, backend, pivot, logits, axis)
-    top = arrays.pick(xp, backend, logits, pivot, logits, axis)
+    xp, library, axis = problem.xp, problem.library, problem.axis
+    logits = library.cast(logits, problem.arithmetic_dtype)
+    pivot = library.argmax(logits, axis)
+    mask = library.one_hot(pivot, logits, axis)
+    top = library.pick(logits, pivot, logits, axis)
     state, _ = _state(problem, logits, mask, top, None, None)
     # What the likeliest class lacks to a log-probability of 0 is its loss.
     losses = rowstate.loss(problem, state)
-    losses = arrays.cast(xp, losses, problem.arithmetic_dtype)
+    losses = library.cast(losses, problem.arithmetic_dtype)
     gaps = transform.difference(problem, logits, top)
     log_probabilities = xp.where(mask, -losses, gaps - losses)
-    return arrays.cast(xp, log_probabilities, problem.logits_dtype)
+    return library.cast(log_probabilities, problem.logits_dtype)
 
 
 def log_softmax_backward(
@@ -98,13 +95,13 @@ def log_softmax_backward(
     The logits themselves are only needed for a softcap.
     """
     xp = problem.xp
-    wide = arrays.cast(xp, cotangent, problem.arithmetic_dtype)
-    softmax = xp.exp(arrays.cast(xp, log_probabilities, problem.arithmetic_dtype))
+    wide = problem.library.cast(cotangent, problem.arithmetic_dtype)
+    softmax = xp.exp(problem.library.cast(log_probabilities, problem.arithmetic_dtype))
     grad = wide - softmax * xp.sum(wide, axis=problem.axis, keepdims=True)
     if transform.is_capped(problem):
-        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+        logits = problem.library.cast(logits, problem.arithmetic_dtype)
     grad = grad * transform.slope(problem, logits)
-    return arrays.cast(xp, grad, problem.logits_dtype)
+    return problem.library.cast(grad, problem.logits_dtype)
 
 
 class _Read(NamedTuple):
@@ -123,19 +120,19 @@ class _Read(NamedTuple):
 
 def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
     """Read the logits, with the class of the largest one as the pivot if it `leads`."""
-    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    library, axis = problem.library, problem.axis
     given_dtype = logits.dtype
-    logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
-    pivot = arrays.argmax(xp, backend, logits, axis) if leads else plan.label
-    excluded = arrays.one_hot(xp, backend, pivot, logits, axis)
-    pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
+    logits = library.cast(logits, problem.arithmetic_dtype)
+    pivot = library.argmax(logits, axis) if leads else plan.label
+    excluded = library.one_hot(pivot, logits, axis)
+    pivot_logit = library.pick(logits, pivot, logits, axis)
     if leads:
         is_label = None
         if plan.label is not None:
-            is_label = arrays.one_hot(xp, backend, plan.label, logits, axis)
+            is_label = library.one_hot(plan.label, logits, axis)
         coefficients = targets.all_coefficients(problem, plan, is_label, pivot_logit)
-        at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
-        at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+        at_pivot = library.pick(coefficients, pivot, logits, axis)
+        at_pivot = library.cast(at_pivot, problem.row_dtype)
     else:
         at_pivot, coefficients = targets.coefficients(problem, plan)
     if plan.counted is not None:
@@ -158,7 +155,7 @@ def _state(
 ) -> tuple[RowState, Any]:
     """Read whole rows, in the form for XLA where it fuses; the logits came in `given_dtype`."""
     row = (logits, excluded, pivot_logit, at_pivot, coefficients)
-    if arrays.fuses(problem.backend, logits):
+    if problem.library.fuses(logits):
         from polyce.formula import xla
 
         return xla.from_logits(problem, *row, given_dtype)
@@ -185,7 +182,7 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
         targets.lse_penalty(problem, plan),
         leads=read.leads,
     )
-    return arrays.cast(xp, grad, problem.logits_dtype)
+    return problem.library.cast(grad, problem.logits_dtype)
 
 
 def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
@@ -205,7 +202,7 @@ def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
 
 def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Sum over nothing: of no rows, none; of no classes, 0, for a label can only be ignored."""
-    nothing = arrays.cast(problem.xp, logits, problem.row_dtype)
+    nothing = problem.library.cast(logits, problem.row_dtype)
     rows = problem.xp.sum(nothing, axis=problem.axis, keepdims=True)
     return targets.weigh_rows(plan, problem.xp, rows)
 
@@ -216,5 +213,5 @@ def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
         return None
     xp = problem.xp
     undefined = xp.full_like(rows, math.nan)
-    labels = arrays.label_dtype(xp, problem.backend, rows)
-    return RowStats(undefined, undefined, arrays.cast(xp, xp.zeros_like(rows), labels))
+    labels = problem.library.label_dtype(rows)
+    return RowStats(undefined, undefined, problem.library.cast(xp.zeros_like(rows), labels))

@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, sums
 from polyce.call.problem import Problem
 from polyce.formula import transform
 
@@ -70,12 +69,12 @@ def from_logits(
     whatever else must not be read. `coefficients` are the r_c: an array that broadcasts against the
     logits, or, for a whole row only, one positive number for all classes; None for 0.
     """
-    xp, backend, axis, row_dtype = problem.xp, problem.backend, problem.axis, problem.row_dtype
-    rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
+    xp, library, axis, row_dtype = problem.xp, problem.library, problem.axis, problem.row_dtype
+    rest = library.replace(excluded, -math.inf, logits, owned=False)
     rest_first = rest_entropy = None
     if problem.asks("prediction", "correct"):
-        rest_first = arrays.argmax(xp, backend, rest, axis)
-    rest_max = arrays.class_max(xp, backend, rest, axis)
+        rest_first = library.argmax(rest, axis)
+    rest_max = library.class_max(rest, axis)
     offset = xp.where(rest_max == -math.inf, 0.0, rest_max)
     rest = transform.difference(problem, rest, offset, owned=True)
 
@@ -84,30 +83,30 @@ def from_logits(
         share = coefficients
         # Scaled before the sum, which could overflow.
         gaps = xp.where(excluded, 0.0, rest * -share)
-        rest_excess = sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        rest_excess = library.class_sum(gaps, axis=axis, dtype=row_dtype)
         del gaps
         rest_coefficient = xp.full_like(rest_excess, share * (logits.shape[axis] - 1))
     elif coefficients is not None:
         others = xp.where(excluded, 0.0, coefficients)
-        rest_coefficient = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        rest_coefficient = library.class_sum(others, axis=axis, dtype=row_dtype)
         # A class of coefficient 0 takes no part, not even as 0 times infinity. Elsewhere it is
         # multiplied all the same: the derivative by the coefficient needs the factor.
         skipped = (others == 0.0) & (rest == -math.inf)
         others = others * xp.where(skipped, 0.0, -rest)
-        rest_excess = sums.class_sum(xp, backend, others, axis=axis, dtype=row_dtype)
+        rest_excess = library.class_sum(others, axis=axis, dtype=row_dtype)
 
     if problem.asks("entropy"):
         gaps, rest = rest, xp.exp(rest)
-        gaps = arrays.replace(xp, backend, rest == 0.0, 0.0, gaps, owned=True)
-        gaps = arrays.overwrite(backend, xp.multiply, gaps, rest)
-        rest_entropy = -sums.class_sum(xp, backend, gaps, axis=axis, dtype=row_dtype)
+        gaps = library.replace(rest == 0.0, 0.0, gaps, owned=True)
+        gaps = library.overwrite(xp.multiply, gaps, rest)
+        rest_entropy = -library.class_sum(gaps, axis=axis, dtype=row_dtype)
         del gaps
     else:
-        rest = arrays.overwrite(backend, xp.exp, rest)
+        rest = library.overwrite(xp.exp, rest)
     state = RowState(
-        rest_max=arrays.cast(xp, rest_max, row_dtype),
-        rest_sum=sums.class_sum(xp, backend, rest, axis=axis, dtype=row_dtype),
-        pivot_logit=arrays.cast(xp, pivot_logit, row_dtype),
+        rest_max=library.cast(rest_max, row_dtype),
+        rest_sum=library.class_sum(rest, axis=axis, dtype=row_dtype),
+        pivot_logit=library.cast(pivot_logit, row_dtype),
         pivot_coefficient=pivot_coefficient,
         rest_coefficient=rest_coefficient,
         rest_excess=rest_excess,
@@ -304,7 +303,7 @@ def gradient(
     gradient is 0. The `logits` are read where there is a softcap. `leads` says whether the pivot is
     the class of the largest logit.
     """
-    xp, backend = problem.xp, problem.backend
+    xp, library = problem.xp, problem.library
     s = _scalars(problem, state)
     factor = _factor(xp, s)
     total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
@@ -333,19 +332,19 @@ def gradient(
         scale = scale * transform.scale_of(problem)
 
     def narrow(rows: Any) -> Any:
-        return arrays.cast(xp, rows, problem.arithmetic_dtype)
+        return problem.library.cast(rows, problem.arithmetic_dtype)
 
     if coefficients is None:
-        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(scale * (total * factor)))
+        grad = library.overwrite(xp.multiply, rest_exp, narrow(scale * (total * factor)))
     else:
         # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
-        grad = arrays.overwrite(backend, xp.multiply, rest_exp, narrow(total * factor))
-        grad = arrays.overwrite(backend, xp.subtract, grad, coefficients)
-        grad = arrays.overwrite(backend, xp.multiply, grad, narrow(scale))
+        grad = library.overwrite(xp.multiply, rest_exp, narrow(total * factor))
+        grad = library.overwrite(xp.subtract, grad, coefficients)
+        grad = library.overwrite(xp.multiply, grad, narrow(scale))
     at_pivot = scale * at_pivot
     if transform.is_capped(problem):
-        grad = arrays.overwrite(backend, xp.multiply, grad, transform.slope(problem, logits))
+        grad = library.overwrite(xp.multiply, grad, transform.slope(problem, logits))
         at_pivot = at_pivot * transform.slope(problem, state.pivot_logit)
     if counted is not None:
         at_pivot = xp.where(counted, at_pivot, 0.0)
-    return arrays.replace(xp, backend, excluded, narrow(at_pivot), grad, owned=True)
+    return library.replace(excluded, narrow(at_pivot), grad, owned=True)

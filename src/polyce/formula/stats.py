@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from polyce import arrays
 from polyce.call.problem import Problem
 from polyce.formula.targets import Plan
 
@@ -91,7 +90,7 @@ def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
         valid = xp.zeros_like(found.lse) == 0.0
 
     def narrow(values: Any) -> Any:
-        return arrays.cast(xp, xp.where(valid, values, math.nan), problem.arithmetic_dtype)
+        return problem.library.cast(xp.where(valid, values, math.nan), problem.arithmetic_dtype)
 
     defined = valid & (found.lse == found.lse)
     prediction = correct = None
@@ -102,7 +101,7 @@ def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
         if not problem.is_empty:
             label = plan.label
             if label is None:
-                label = arrays.argmax(xp, problem.backend, plan.probabilities, problem.axis)
+                label = problem.library.argmax(plan.probabilities, problem.axis)
             correct = correct & (found.prediction == label)
         if plan.invalid is not None:
             correct = correct & ~plan.invalid

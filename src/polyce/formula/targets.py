@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce import arrays, sums
+from polyce.arrays.library import along_axis, expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels
 
@@ -55,8 +55,8 @@ def plan(problem: Problem, operands: Operands) -> Plan:
     found = plan_rows(problem, operands)
     if problem.kind != "probability":
         return found
-    probabilities = arrays.cast(problem.xp, operands.target, problem.arithmetic_dtype)
-    probabilities = arrays.align(problem.backend, probabilities, operands.logits)
+    probabilities = problem.library.cast(operands.target, problem.arithmetic_dtype)
+    probabilities = problem.library.align(probabilities, operands.logits)
     return found._replace(probabilities=probabilities)
 
 
@@ -65,17 +65,17 @@ def plan_rows(problem: Problem, operands: Operands) -> Plan:
 
     Of the logits no more is asked than where they lie.
     """
-    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    xp, library, axis = problem.xp, problem.library, problem.axis
     logits = operands.logits
     sample_weight = counted = class_weight = None
     if operands.sample_weight is not None:
-        sample_weight = arrays.cast(xp, operands.sample_weight, problem.row_dtype)
-        sample_weight = arrays.align(backend, arrays.expand(sample_weight, axis), logits)
+        sample_weight = library.cast(operands.sample_weight, problem.row_dtype)
+        sample_weight = library.align(expand(sample_weight, axis), logits)
         counted = sample_weight != 0.0
     if operands.weight is not None:
-        weight = arrays.cast(xp, operands.weight, problem.arithmetic_dtype)
-        class_weight = arrays.along_axis(weight, axis, len(problem.shape))
-        class_weight = arrays.align(backend, class_weight, logits)
+        weight = library.cast(operands.weight, problem.arithmetic_dtype)
+        class_weight = along_axis(weight, axis, len(problem.shape))
+        class_weight = library.align(class_weight, logits)
     if problem.kind == "probability":
         return Plan(
             label=None,
@@ -95,8 +95,8 @@ def plan_rows(problem: Problem, operands: Operands) -> Plan:
         counted = counted & kept
     label_weight = None
     if class_weight is not None and not problem.is_empty:
-        label_weight = arrays.pick(xp, backend, class_weight, label, logits, axis)
-        label_weight = arrays.cast(xp, label_weight, problem.row_dtype)
+        label_weight = library.pick(class_weight, label, logits, axis)
+        label_weight = library.cast(label_weight, problem.row_dtype)
         if invalid is not None:
             label_weight = xp.where(invalid, 1.0, label_weight)
     if invalid is not None and sample_weight is not None:
@@ -124,17 +124,19 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
     if problem.normalized:
         if isinstance(operands.normalizer, float):
             return operands.normalizer
-        return arrays.cast(xp, operands.normalizer, problem.row_dtype)
+        return problem.library.cast(operands.normalizer, problem.row_dtype)
     if problem.kind == "probability" and problem.classes == 0:
         # torch divides the number of logits by C, and so finds no rows.
         return 0.0
     if row_weight is None:
         if counted is None:
-            return arrays.row_count(problem, operands.logits)
-        row_weight = arrays.cast(xp, counted, problem.row_dtype)
+            return problem.library.row_count(
+                problem.row_shape, operands.logits, problem.axis, problem.row_dtype
+            )
+        row_weight = problem.library.cast(counted, problem.row_dtype)
     elif counted is not None:
         row_weight = xp.where(counted, row_weight, 0.0)
-    return sums.total(xp, problem.backend, row_weight)
+    return problem.library.total(row_weight)
 
 
 def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
@@ -181,7 +183,7 @@ def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> 
         return everywhere
     if plan.label_weight is None:  # then it is a number, the library's own for mparray
         at_label = xp.full_like(rows, 1.0 if at_label is None else at_label)
-    at_label = arrays.cast(xp, at_label, problem.arithmetic_dtype)
+    at_label = problem.library.cast(at_label, problem.arithmetic_dtype)
     return xp.where(is_label, at_label, 0.0 if everywhere is None else everywhere)
 
 
@@ -227,30 +229,29 @@ def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
     return rows
 
 
-def spoil_rows(plan: Plan, xp: Any, array: Any) -> tuple[Plan, Any]:
+def spoil_rows(problem: Problem, plan: Plan, array: Any) -> tuple[Plan, Any]:
     """Make rows with a bad label nan, all of their derivatives included, and none of them bad.
 
     So a product does it, where `weigh_rows` chooses.
     """
     if plan.invalid is None:
         return plan, array
-    factor = arrays.cast(xp, xp.where(plan.invalid, math.nan, 1.0), array.dtype)
+    factor = problem.library.cast(problem.xp.where(plan.invalid, math.nan, 1.0), array.dtype)
     return plan._replace(invalid=None), array * factor
 
 
 def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
     """Give the gradient of the reduced loss with respect to each row's loss: g or g / D."""
-    xp = problem.xp
     scale: Any = 1.0 if grad_output is None else grad_output
     if not isinstance(scale, float):
-        scale = arrays.cast(xp, scale, problem.row_dtype)
+        scale = problem.library.cast(scale, problem.row_dtype)
         if problem.options.reduction == "none":
-            scale = arrays.expand(scale, problem.axis)
+            scale = expand(scale, problem.axis)
     if problem.options.reduction == "mean":
         if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
             # Python's own division by 0 would raise.
             return scale * math.copysign(math.inf, plan.denominator)
-        scale = arrays.divide(problem.backend, scale, plan.denominator)
+        scale = problem.library.divide(scale, plan.denominator)
     return scale
 
 
@@ -259,8 +260,8 @@ def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
     xp = problem.xp
     if problem.options.reduction == "none":
         rows = xp.squeeze(rows, axis=problem.axis)
-        return arrays.cast(xp, rows, problem.result_dtype)
-    total = sums.total(xp, problem.backend, rows)
+        return problem.library.cast(rows, problem.result_dtype)
+    total = problem.library.total(rows)
     if problem.options.reduction == "mean":
-        total = arrays.divide(problem.backend, total, plan.denominator)
-    return arrays.cast(xp, total, problem.result_dtype)
+        total = problem.library.divide(total, plan.denominator)
+    return problem.library.cast(total, problem.result_dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Problem
 
 
@@ -39,12 +39,12 @@ def scale_and_cap(problem: Problem) -> tuple[float, float]:
 
 def difference(problem: Problem, logits: Any, reference: Any, *, owned: bool = False) -> Any:
     """Give x(logits) - x(reference); the logits, where they are `owned`, may be overwritten."""
-    xp, backend, cap = problem.xp, problem.backend, problem.options.logit_softcap
+    xp, library, cap = problem.xp, problem.library, problem.options.logit_softcap
     if cap is None:
         gap = _subtract(problem, logits, reference, owned)
         if problem.options.logit_scale is None:
             return gap
-        return arrays.overwrite(backend, xp.multiply, gap, problem.options.logit_scale)
+        return library.overwrite(xp.multiply, gap, problem.options.logit_scale)
     p, q = _decay(problem, logits), _decay(problem, reference)
     share = xp.where((logits < 0.0) == (reference < 0.0), p + q, 1.0 + p * q)
     share = share * (2.0 * cap) / ((1.0 + p) * (1.0 + q))
@@ -55,7 +55,7 @@ def difference(problem: Problem, logits: Any, reference: Any, *, owned: bool = F
 
 def _subtract(problem: Problem, logits: Any, reference: Any, owned: bool) -> Any:
     if owned:
-        return arrays.overwrite(problem.backend, problem.xp.subtract, logits, reference)
+        return problem.library.overwrite(problem.xp.subtract, logits, reference)
     return logits - reference
 
 
@@ -66,7 +66,7 @@ def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
         return xp.zeros_like(reference)
     gap = logits - reference
     # In two steps for where's derivative: what is not finite must not be computed with at all.
-    digits = 53 if arrays.name_of(problem.row_dtype) == "float64" else 24
+    digits = 53 if dtypes.name_of(problem.row_dtype) == "float64" else 24
     splitter = 2.0 ** ((digits + 1) // 2) + 1.0
     finite = xp.isfinite(gap * (splitter * max(scale, 1.0)))
     a, b, gap = (xp.where(finite, array, 0.0) for array in (logits, reference, gap))

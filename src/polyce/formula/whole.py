@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from polyce import arrays
 from polyce.call import outputs
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, stats, targets
@@ -16,7 +15,7 @@ def cross_entropy(
     problem: Problem, operands: Operands, row_losses: Callable[..., Any] = rows.forward
 ) -> tuple[Any, Stats | None]:
     """Compute the loss and the stats; `row_losses` may put the rows' losses on a graph."""
-    with arrays.computing(problem.backend, operands.named()):
+    with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         losses, found = row_losses(problem, plan, operands.logits)
         loss = targets.reduce(problem, plan, losses)
@@ -27,7 +26,7 @@ def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Compute the loss, the gradient, in `out` where that is given, and the stats; no graph."""
-    with arrays.computing(problem.backend, operands.named()):
+    with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         losses, grad, found = rows.forward_backward(problem, plan, cotangent, operands.logits)

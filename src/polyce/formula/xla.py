@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polyce import arrays
 from polyce.call.problem import Problem
 from polyce.formula import rowstate, transform
 
@@ -72,7 +71,7 @@ def from_logits(
         likely = jnp.exp(gap)
         rest_entropy = class_sum(jnp.where(likely == 0.0, 0.0, likely * -gap))
     if problem.asks("prediction", "correct"):
-        rest_first = arrays.argmax(jnp, "jax", narrow, axis)
+        rest_first = problem.library.argmax(narrow, axis)
     state = rowstate.RowState(
         rest_max=rest_max.astype(row_dtype),
         rest_sum=rest_sum,

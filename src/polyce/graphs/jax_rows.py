@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from polyce import arrays, eager
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
@@ -53,7 +52,7 @@ def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any,
     losses_tangent = jnp.zeros_like(losses)
     if not _is_zero(tangent):
         grad = _gradient(problem, plan, logits)
-        tangent = arrays.cast(problem.xp, tangent, grad.dtype)
+        tangent = problem.library.cast(tangent, grad.dtype)
         losses_tangent = _row_sums(problem, grad * tangent)
     if problem.kind == "probability":
         along = _along_target(problem, plan, plan_tangent, logits)
@@ -111,7 +110,7 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
     if plan.counted is not None:
         # A row that does not count may hold anything, but 0 times it must be 0.
         logits = jnp.where(plan.counted, logits, 0.0)
-    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    logits = problem.library.cast(logits, problem.arithmetic_dtype)
     surprise = -_log_softmax(problem.with_options(stats=None), logits)
     parts = []
     for name, tangent in tangents.items():
@@ -156,14 +155,14 @@ def _finite_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _row_sums(problem: Problem, values: Any) -> Any:
     sums = jnp.sum(values, axis=problem.axis, keepdims=True)
-    return arrays.cast(problem.xp, sums, problem.row_dtype)
+    return problem.library.cast(sums, problem.row_dtype)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     """Give the rows' losses for log-probabilities; one of a bad label has a derivative of nan."""
-    if not all(eager.has_values(a, "jax") for a in jax.tree.leaves((plan, log_probabilities))):
+    if not all(problem.library.has_values(a) for a in jax.tree.leaves((plan, log_probabilities))):
         plan = _constant(problem, plan._replace(denominator=None))
-        plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
+        plan, log_probabilities = targets.spoil_rows(problem, plan, log_probabilities)
     return rows.nll(problem, plan, log_probabilities)
 
 
@@ -182,9 +181,9 @@ def _constant_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, A
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
     """Give log(softmax(logits)), with its derivative rule, which goes through the reference."""
-    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    logits = problem.library.cast(logits, problem.arithmetic_dtype)
     wide = problem._replace(logits_dtype=logits.dtype)
-    return arrays.cast(problem.xp, _log_softmax(wide, logits), problem.logits_dtype)
+    return problem.library.cast(_log_softmax(wide, logits), problem.logits_dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

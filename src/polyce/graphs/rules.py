@@ -1,20 +1,27 @@
-"""Which derivative rules a backend has."""
+"""Which derivative rules a library has."""
 
 from __future__ import annotations
 
 from polyce.graphs.contract import Rules
 
+
+def _torch() -> Rules:
+    from polyce.graphs import torch_rows
+
+    return torch_rows.RULES
+
+
+def _jax() -> Rules:
+    from polyce.graphs import jax_rows
+
+    return jax_rows.RULES
+
+
 _NONE = Rules()
+_RULES = {"torch": _torch, "jax": _jax}
 
 
 def of(backend: str) -> Rules:
-    """Return a backend's derivative rules; importing them imports the library."""
-    if backend == "torch":
-        from polyce.graphs import torch_rows
-
-        return torch_rows.RULES
-    if backend == "jax":
-        from polyce.graphs import jax_rows
-
-        return jax_rows.RULES
-    return _NONE
+    """Return a library's derivative rules, by its name; importing them imports the library."""
+    own = _RULES.get(backend)
+    return _NONE if own is None else own()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import torch_checks
+from polyce.arrays import torch_memory
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, targets, whole
 from polyce.formula.stats import Stats
@@ -189,7 +189,7 @@ def check_operands(problem: Problem, operands: Operands) -> None:
     if torch.compiler.is_compiling():
         return
     logits, target, weight, sample_weight, normalizer, cotangent = operands
-    torch_checks.check_storages(normalizer=normalizer, grad_output=cotangent)
+    torch_memory.check_storages(normalizer=normalizer, grad_output=cotangent)
     target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
     if target.numel() == 1 and not problem.row_shape:
         target_shape = target.shape
@@ -199,7 +199,7 @@ def check_operands(problem: Problem, operands: Operands) -> None:
         None if weight is None else ((problem.classes,), weight.dtype),
         None if sample_weight is None else (problem.row_shape, sample_weight.dtype),
     )
-    torch_checks.check_returned(kinds, (logits, target, weight, sample_weight))
+    torch_memory.check_returned(kinds, (logits, target, weight, sample_weight))
 
 
 def _plan(problem: Problem, operands: Operands) -> Plan:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from polyce import arrays, sums, torch_checks
+from polyce.arrays import torch_memory
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
@@ -70,7 +70,7 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
     if torch_state.is_transformed():
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
-        return arrays.cast(problem.xp, result, problem.logits_dtype)
+        return problem.library.cast(result, problem.logits_dtype)
     if not torch_state.waits(logits):
         return compute(problem, logits)
     return _LogSoftmax.apply(logits, problem, compute)
@@ -79,7 +79,7 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     """Give the rows' losses for log-probabilities; one of a bad label has a gradient of nan."""
     if torch_state.is_transformed() or torch.compiler.is_compiling():
-        plan, log_probabilities = targets.spoil_rows(plan, problem.xp, log_probabilities)
+        plan, log_probabilities = targets.spoil_rows(problem, plan, log_probabilities)
     elif torch_state.waits(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
     return rows.nll(problem, plan, log_probabilities)
@@ -103,7 +103,7 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         losses, stats = rows.forward(problem, plan, logits)
         ctx.problem = problem if stats is None else problem.with_options(stats=None)
-        ctx.kinds = torch_checks.kinds(_keep(ctx, logits, plan))
+        ctx.kinds = torch_memory.kinds(_keep(ctx, logits, plan))
         found = stats or ()
         ctx.mark_non_differentiable(*(array for array in found if array is not None))
         return losses, *found
@@ -111,8 +111,8 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         problem = ctx.problem
-        torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
-        torch_checks.check_storages(grad_output=cotangent)
+        torch_memory.check_returned(ctx.kinds, ctx.saved_tensors)
+        torch_memory.check_storages(grad_output=cotangent)
         logits, plan = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
@@ -137,13 +137,13 @@ class _LogSoftmax(torch.autograd.Function):
         ctx.problem = problem
         tensors = result, logits if transform.is_capped(problem) else None
         ctx.save_for_backward(*tensors)
-        ctx.kinds = torch_checks.kinds(tensors)
+        ctx.kinds = torch_memory.kinds(tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         result, logits = ctx.saved_tensors
-        torch_checks.check_returned(ctx.kinds, (result, logits))
+        torch_memory.check_returned(ctx.kinds, (result, logits))
         grad = rows.log_softmax_backward(ctx.problem, cotangent, logits, result)
         return grad, None, None
 
@@ -155,17 +155,17 @@ class _Nll(torch.autograd.Function):
     def forward(ctx: Any, log_probabilities: Any, problem: Problem, plan: Plan) -> Any:
         ctx.problem, ctx.dtype = problem, log_probabilities.dtype
         kept = plan._replace(class_weight=None, denominator=None)
-        ctx.kinds = torch_checks.kinds(_keep(ctx, None, kept))
+        ctx.kinds = torch_memory.kinds(_keep(ctx, None, kept))
         return rows.nll(problem, plan, log_probabilities)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
         problem = ctx.problem
-        torch_checks.check_returned(ctx.kinds, ctx.saved_tensors)
+        torch_memory.check_returned(ctx.kinds, ctx.saved_tensors)
         _, plan = _kept(ctx)
         scale = cotangent if plan.label_weight is None else cotangent * plan.label_weight
         scale = targets.weigh_rows(plan, problem.xp, scale)
-        at_label = arrays.cast(problem.xp, -scale, ctx.dtype)
+        at_label = problem.library.cast(-scale, ctx.dtype)
         grad = at_label.new_zeros(problem.shape).scatter(problem.axis, plan.label, at_label)
         if plan.invalid is not None:
             grad = torch.where(plan.invalid, math.nan, grad)
@@ -194,7 +194,7 @@ def target_gradients(
 ) -> tuple[Any, Any]:
     """Give the gradients of the probabilities and of the class weights, those that are needed."""
     scale = targets.weigh_rows(plan, problem.xp, cotangent)
-    scale = arrays.cast(problem.xp, scale, problem.arithmetic_dtype)
+    scale = problem.library.cast(scale, problem.arithmetic_dtype)
     gradient = scale * _gaps(problem, plan, logits)
     return targets.coefficients_backward(problem, plan, gradient, needs=needs)
 
@@ -215,7 +215,7 @@ def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
 
 def _widened(problem: Problem, logits: Any) -> tuple[Problem, Any]:
     """Widen the logits outside of a rule, so that what it gives is rounded once; drop the stats."""
-    logits = arrays.cast(problem.xp, logits, problem.arithmetic_dtype)
+    logits = problem.library.cast(logits, problem.arithmetic_dtype)
     return problem.with_options(stats=None)._replace(logits_dtype=logits.dtype), logits
 
 
@@ -277,17 +277,17 @@ class _TransformedRowLosses(torch.autograd.Function):
 
 
 def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved: Plan) -> Any:
-    xp, backend, axis = problem.xp, problem.backend, problem.axis
+    xp, library, axis = problem.xp, problem.library, problem.axis
     terms = []
     if tangent is not None:
         product = tangent * rows.differentiable_gradient(problem, plan, 1.0, logits)
-        terms.append(sums.class_sum(xp, backend, product, axis, problem.row_dtype))
+        terms.append(library.class_sum(product, axis, problem.row_dtype))
     coefficients = _coefficients_tangent(problem, plan, moved)
     if coefficients is not None:
         gaps = _gaps(problem, plan, logits)
         # A class that stays at coefficient 0 takes no part, not even at a logit of -inf.
         gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
-        product = sums.class_sum(xp, backend, coefficients * gaps, axis, problem.row_dtype)
+        product = library.class_sum(coefficients * gaps, axis, problem.row_dtype)
         terms.append(targets.weigh_rows(plan, xp, product))
     return sum(terms)
 

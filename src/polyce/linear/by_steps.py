@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from polyce import arrays
 from polyce.call.problem import Operands
 from polyce.linear.call import Call, Gradients
 
@@ -60,7 +59,7 @@ def step(
     part = call.part(hidden.shape[0])
     logits = product(call, hidden, weight.T)
     if bias is not None:
-        logits = logits + arrays.cast(xp, bias, logits.dtype)
+        logits = logits + call.whole.library.cast(bias, logits.dtype)
     operands = Operands(logits, target, call.operands.weight, sample_weight, None, cotangent)
     if not any(wanted):
         losses, _ = call.implementation.cross_entropy(part, operands)
@@ -68,7 +67,7 @@ def step(
     losses, grad, _ = call.implementation.cross_entropy_with_grad(part, operands, None)
     of_bias = xp.sum(grad, axis=0) if wanted.linear_bias else None
     if call.rounds_gradient:
-        grad = arrays.cast(xp, grad, hidden.dtype)
+        grad = call.whole.library.cast(grad, hidden.dtype)
     of_weight = of_weight or (lambda grad, hidden: product(call, grad.T, hidden))
     return losses, Gradients(
         product(call, grad, weight) if wanted.input else None,
@@ -79,7 +78,4 @@ def step(
 
 def product(call: Call, a: Any, b: Any) -> Any:
     """Multiply two matrices into the dtype that the gradients add up in."""
-    xp, dtype = call.whole.xp, call.sum_dtype
-    if call.whole.backend == "jax":
-        return xp.matmul(a, b, preferred_element_type=dtype, **call.product_options)
-    return xp.matmul(arrays.cast(xp, a, dtype), arrays.cast(xp, b, dtype))
+    return call.whole.library.matmul(a, b, call.sum_dtype, **call.product_options)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.options import Options
 from polyce.call.problem import Head, Operands, Problem, describe_anew
 from polyce.formula import targets
@@ -94,24 +94,21 @@ class Call:
     @property
     def sum_dtype(self) -> Any:
         """What gradients add up in: float64 for float64, else float32."""
-        name = "float64" if arrays.name_of(self.whole.logits_dtype) == "float64" else "float32"
-        return arrays.float_dtype(self.whole.xp, self.whole.backend, name)
+        name = "float64" if dtypes.name_of(self.whole.logits_dtype) == "float64" else "float32"
+        return self.whole.library.float_dtype(name)
 
     @property
     def rounds_gradient(self) -> bool:
         """Whether the gradient of the logits is held in 16 bits, for products of such."""
         dtype = self.whole.logits_dtype
-        if self.whole.backend == "jax":
+        if self.whole.library.rounds_gradients:
             dtype = self.operands.logits.dtype
-        return arrays.name_of(dtype) in ("float16", "bfloat16")
+        return dtypes.name_of(dtype) in ("float16", "bfloat16")
 
     @property
-    def product_options(self) -> dict[str, Any]:
+    def product_options(self) -> Mapping[str, Any]:
         """What the library's matrix product is told besides its operands."""
-        if self.whole.backend != "jax" or self.rounds_gradient:
-            return {}
-        # By itself, or as it has been set, jax has accelerators multiply float32 in fewer bits.
-        return {"precision": "highest"}
+        return {} if self.rounds_gradient else self.whole.library.exact_products
 
     @property
     def scales_sums(self) -> bool:
@@ -151,7 +148,7 @@ class Call:
         """Give a 0 for each row, (rows,), beside the arrays of the call."""
         xp = self.whole.xp
         zeros = xp.sum(xp.zeros_like(self.hidden[:, : min(self.features, 1)]), axis=1)
-        return arrays.cast(xp, zeros, self.whole.row_dtype)
+        return self.whole.library.cast(zeros, self.whole.row_dtype)
 
     def part(self, rows: int) -> Problem:
         """Give the facts of a chunk's logits, whose rows are neither checked again nor reduced."""

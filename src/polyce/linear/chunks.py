@@ -19,9 +19,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Problem
-from polyce.eager import LAZY
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,13 @@ def check_chunk_size(chunk_size: Any) -> int | None:
 
 def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
     """Cut a call, into the rows that the caller wants or that the model gives."""
-    if problem.backend in LAZY:
+    if problem.library.is_lazy:
         # They cut for themselves, and may not know yet how many rows there are.
         total = 0 if None in problem.row_shape else math.prod(problem.row_shape)
         return Chunks(total, max(total, 1), max(problem.classes, 1))
     total = math.prod(problem.row_shape)
-    if problem.backend == "jax" and not isinstance(total, int):
+    is_jax = problem.backend == "jax"
+    if is_jax and not isinstance(total, int):
         # An export that knows the rows by a name loops over no number of chunks that may be 0.
         return Chunks(total, total, max(problem.classes, 1))
     limits = limits_of(problem)
@@ -112,7 +112,7 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
         rows = min(max(_down(fits, limits.multiple), limits.fewest), limits.most)
         count = max(-(-total // rows), 1)
         rows = min(_up(-(-total // count), limits.multiple), rows)
-        if problem.backend == "jax":
+        if is_jax:
             rows = _without_rest(total, count) or rows
     rows = max(min(rows, total), 1)
     classes = max(limits.block_bytes // ((features + rows) * itemsize), 1)
@@ -132,17 +132,15 @@ def _without_rest(total: int, count: int) -> int:
 
 
 def _itemsize(problem: Problem) -> int:
-    return {"float64": 8, "float32": 4}.get(arrays.name_of(problem.logits_dtype), 2)
+    return {"float64": 8, "float32": 4}.get(dtypes.name_of(problem.logits_dtype), 2)
 
 
 def limits_of(problem: Problem) -> Limits:
     """Give the limits of the device that a call will run on."""
     device = problem.device
-    if device == "unknown" and problem.backend == "jax":
-        import jax
-
-        device = jax.default_backend()
-    return CPU if device in ("cpu", "unknown") else ACCELERATOR
+    if device == "unknown":
+        device = problem.library.default_device_kind()
+    return CPU if device == "cpu" else ACCELERATOR
 
 
 def told(problem: Problem, cut: Chunks) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polyce import arrays
 from polyce.linear import by_steps, in_place
 from polyce.linear.call import NONE, Call, Gradients
 
@@ -22,11 +21,11 @@ def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]
 
 def _computing(call: Call) -> Any:
     head = {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
-    return arrays.computing(call.whole.backend, call.operands.named() | head)
+    return call.whole.library.computing(call.operands.named() | head)
 
 
 def _writes(call: Call) -> bool:
-    return call.whole.backend in in_place.BACKENDS and call.whole.is_concrete
+    return call.whole.backend in in_place.MEMORIES and call.whole.is_concrete
 
 
 def loss(call: Call) -> Any:
@@ -76,13 +75,13 @@ def select_counted(call: Call, of_input: Any) -> Any:
 def _finished(call: Call, array: Any, like: Any, scales: Sequence[Any]) -> Any:
     for scale in scales:
         array = _scaled(call, array, scale)
-    array = arrays.cast(call.whole.xp, array, like.dtype)
+    array = call.whole.library.cast(array, like.dtype)
     return array if array.ndim == like.ndim else call.whole.xp.reshape(array, like.shape)
 
 
 def _scaled(call: Call, array: Any, factor: Any) -> Any:
     if not isinstance(factor, float):
-        factor = arrays.cast(call.whole.xp, factor, array.dtype)
+        factor = call.whole.library.cast(factor, array.dtype)
     if not _writes(call):
         return array * factor
     array *= factor

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from polyce import arrays
 from polyce.call.problem import Head, Operands
 from polyce.formula import targets
 from polyce.formula.targets import Plan
@@ -40,10 +39,9 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     plan = _plan(call, operands)
     cotangent = targets.cotangent(whole, plan, operands.grad_output)
     axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
-    # Modules cannot be sent to another process by all picklers.
     facts = call.without_arrays()
     name = facts.name if facts.name == "reference" else None
-    facts = replace(facts, whole=whole._replace(xp=None), name=name)
+    facts = replace(facts, name=name)
     results = da.blockwise(
         partial(_block, facts, wanted, hidden.dtype),
         axes,
@@ -131,13 +129,13 @@ def _block(
     """Give a block's losses, or their sum, and its parts of the gradients wanted."""
     summed = facts.whole.options.reduction != "none"
     whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
-    xp, backend = whole.xp, whole.backend
+    library, xp = whole.library, whole.xp
     # As what dask says they are, chunks have one dtype.
     widest = max((a for a in (hidden, weight, bias) if a is not None), key=lambda a: a.itemsize)
-    hidden, weight = (arrays.cast(xp, a, widest.dtype) for a in (hidden, weight))
-    bias = bias if bias is None else arrays.cast(xp, bias, widest.dtype)
+    hidden, weight = (library.cast(a, widest.dtype) for a in (hidden, weight))
+    bias = bias if bias is None else library.cast(bias, widest.dtype)
     whole, _ = with_dtypes(whole, hidden, target)
-    product = arrays.product_dtype(xp, backend, hidden.dtype, hidden)
+    product = library.product_dtype(hidden.dtype, hidden)
     whole = whole._replace(logits_dtype=product)
     if cotangent is not None:
         ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
@@ -156,11 +154,11 @@ def _block(
     rows = xp.reshape(xp.sum(rows), (*lead, 1)) if summed else rows[..., None]
     of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
     if of_hidden is not None:
-        of_hidden = arrays.cast(xp, of_hidden, dtype)
+        of_hidden = library.cast(of_hidden, dtype)
     of_head = (
         None
         if a is None
-        else xp.reshape(arrays.cast(xp, a, facts.sum_dtype), (*lead, math.prod(a.shape)))
+        else xp.reshape(library.cast(a, facts.sum_dtype), (*lead, math.prod(a.shape)))
         for a in sums[1:]
     )
     return rows, of_hidden, *of_head

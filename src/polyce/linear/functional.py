@@ -234,21 +234,30 @@ def check(call: Call, *, on_graph: bool = True) -> None:
         torch_rule.check(call)
 
 
+def _torch() -> ModuleType:
+    from polyce.linear import torch_rule
+
+    return torch_rule
+
+
+def _jax() -> ModuleType:
+    from polyce.linear import jax_rule
+
+    return jax_rule
+
+
+def _dask() -> ModuleType:
+    from polyce.linear import dask_rule
+
+    return dask_rule
+
+
+_RULES = {"torch": _torch, "jax": _jax, "dask": _dask}
+
+
 def rules(call: Call) -> ModuleType:
-    """Give the module that computes a call: each has the same two functions."""
+    """Return the module that computes a call: each has the same two functions."""
     if unfused.is_wanted(call.whole):
         return unfused
-    backend = call.whole.backend
-    if backend == "torch":
-        from polyce.linear import torch_rule
-
-        return torch_rule
-    if backend == "jax":
-        from polyce.linear import jax_rule
-
-        return jax_rule
-    if backend == "dask":
-        from polyce.linear import dask_rule
-
-        return dask_rule
-    return compute
+    own = _RULES.get(call.whole.backend)
+    return compute if own is None else own()

@@ -7,31 +7,35 @@ weight comes from memory once for a chunk, not twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays
 from polyce.call.problem import Operands
 from polyce.linear.call import Call, Gradients
 from polyce.linear.memory import Memory, of_arrays
 
-BACKENDS = ("numpy", "torch", "cupy")
+
+def _of_torch() -> Memory:
+    from polyce.linear import torch_memory
+
+    return torch_memory.MEMORY
 
 
-def memory(backend: str) -> Memory:
-    """Give what is known of a library's arrays."""
-    if backend == "torch":
-        from polyce.linear import torch_memory
+def _of_cupy() -> Memory:
+    import cupy
 
-        return torch_memory.MEMORY
-    if backend == "cupy":
-        import cupy
+    return of_arrays(cupy)
 
-        return of_arrays(cupy)
-    return of_arrays(np)
+
+MEMORIES: dict[str, Callable[[], Memory]] = {
+    "numpy": lambda: of_arrays(np),
+    "torch": _of_torch,
+    "cupy": _of_cupy,
+}
+"""What is known of the arrays of each library that this is for."""
 
 
 class _Chunk(NamedTuple):
@@ -49,7 +53,7 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
 
     `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
     """
-    own = memory(call.whole.backend)
+    own = MEMORIES[call.whole.backend]()
     whole, cut, classes = call.whole, call.chunks, call.whole.classes
     implementation = call.implementation
     hidden, features = call.hidden, call.features
@@ -89,7 +93,7 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
         back.ones[...] = 1.0
     buffer = empty((cut.rows * classes,), whole.logits_dtype)
     bias = call.head.bias
-    bias = bias if bias is None else arrays.cast(whole.xp, bias, whole.logits_dtype)
+    bias = bias if bias is None else whole.library.cast(bias, whole.logits_dtype)
 
     def logits(chunk: _Chunk) -> Any:
         count = chunk.hidden.shape[0]
@@ -111,7 +115,7 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
         if grad is None and ahead is None:
             continue
         for block in cut.blocks(classes):
-            weight = arrays.cast(whole.xp, call.head.weight[block], whole.logits_dtype)
+            weight = whole.library.cast(call.head.weight[block], whole.logits_dtype)
             if grad is not None and chunk is not None:
                 back.add(chunk, grad[:, block], weight, block, first=number == 1)
             if ahead is not None:
@@ -158,7 +162,7 @@ class _Back(NamedTuple):
 def _kept(call: Call, own: Memory) -> Any:
     """Give the numbers of the rows that count, where some do not and a look tells which."""
     counted = call.counted
-    if counted is None or not arrays.are_at_hand(counted, call.whole.backend):
+    if counted is None or not call.whole.library.is_at_hand(counted):
         return None
     kept = own.nonzero(counted)
     return None if kept.shape[0] == counted.shape[0] else kept
@@ -173,7 +177,7 @@ def _chunks(
     counted = None if kept is not None else call.counted
     for span in spans:
         places = span if kept is None else kept[span]
-        states = arrays.cast(whole.xp, hidden[places], whole.logits_dtype)
+        states = whole.library.cast(hidden[places], whole.logits_dtype)
         if counted is not None:
             states = whole.xp.where(counted[places][:, None], states, 0.0)
         states = own.packed(states)

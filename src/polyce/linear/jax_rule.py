@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from polyce import arrays
+from polyce.arrays import jax_mesh
 from polyce.call.problem import Head, Operands
-from polyce.graphs import jax_mesh, jax_rows
+from polyce.graphs import jax_rows
 from polyce.linear import compute, jax_scan, unfused
 from polyce.linear.call import NONE, Call, Gradients
 
@@ -36,11 +36,11 @@ def loss(call: Call) -> Any:
         result = jax_mesh.automatically(
             rows, _rows_spec(call), *_inputs(call), _constant(_rest(call))
         )
-        return arrays.cast(jnp, result, whole.result_dtype)
+        return whole.library.cast(result, whole.result_dtype)
     total = jax_mesh.automatically(partial(_total, facts), P(), *_inputs(call), _rest(call))
     if whole.options.reduction == "mean":
         total = total / plan.denominator
-    return arrays.cast(jnp, total, whole.result_dtype)
+    return whole.library.cast(total, whole.result_dtype)
 
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
@@ -137,7 +137,7 @@ def _rows(facts: Call, operands: Operands, head: Head) -> Any:
     """Give the rows' losses, whose derivatives compute each chunk's logits again."""
     call = replace(facts, operands=operands, head=head)
     # The gradient adds up in what goes into the scan.
-    weight = arrays.cast(jnp, head.weight, call.sum_dtype)
+    weight = call.whole.library.cast(head.weight, call.sum_dtype)
     of_rows = (call.hidden, call.target, call.sample_weight)
     of_all = (operands.weight, weight, head.bias)
     full, tail = jax_scan.spans(call)

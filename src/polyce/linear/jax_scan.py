@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Head, Operands
 from polyce.formula.targets import Plan
 from polyce.linear import by_steps, chunks
@@ -36,7 +36,7 @@ def with_plain_labels(call: Call, plan: Plan) -> Call:
     if plan.counted is not None:
         label = jnp.where(plan.counted, label, -1)
     whole = whole.with_options(ignore_index=-1)
-    whole = whole._replace(target_dtype=arrays.dtype_name(label), check_labels=False)
+    whole = whole._replace(target_dtype=dtypes.dtype_name(label), check_labels=False)
     label = jnp.reshape(label, whole.row_shape)
     return replace(call, whole=whole, operands=call.operands._replace(target=label))
 

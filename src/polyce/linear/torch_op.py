@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce import arrays
 from polyce.graphs import torch_rows, torch_state
 from polyce.implementations import torch_ops
 from polyce.linear import compute
@@ -72,7 +71,7 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     parameters = []
     for tensor in (operands.logits, *call.head):
         # The autocast that is on now need not be on when the operator runs.
-        dtype = None if tensor is None else arrays.autocast_product("torch", tensor.dtype, tensor)
+        dtype = None if tensor is None else whole.library.factor_dtype(tensor.dtype, tensor)
         is_cast = dtype is not None and dtype != tensor.dtype
         parameters.append(tensor.to(dtype) if is_cast else tensor)
     normalizer, cotangent = (

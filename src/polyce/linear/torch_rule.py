@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polyce import torch_checks
+from polyce.arrays import torch_memory
 from polyce.call.problem import Head, Operands
 from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
@@ -81,7 +81,7 @@ class _Loss(torch.autograd.Function):
             *(operands.target, operands.weight, operands.sample_weight, divisor),
         )
         ctx.save_for_backward(*tensors)
-        ctx.kinds = torch_checks.kinds(tensors)
+        ctx.kinds = torch_memory.kinds(tensors)
         ctx.number = number if divisor is None else None
         ctx.call = call.without_arrays()
         wanted = Gradients(*ctx.needs_input_grad[:3])
@@ -96,7 +96,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        torch_checks.check_returned(ctx.kinds, saved)
+        torch_memory.check_returned(ctx.kinds, saved)
         hidden, weight, bias, target, class_weight, sample_weight, divisor = saved
         normalizer = ctx.number if divisor is None else divisor
         call = replace(

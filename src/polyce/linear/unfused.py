@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyce import arrays
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
 from polyce.graphs import rules
 from polyce.implementations.registry import select
 from polyce.linear.call import Call, Gradients
 
-_BACKENDS = ("cubed", "ndonnx")
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
 """What `explain` says of it."""
 
 
 def is_wanted(problem: Problem) -> bool:
     """Tell whether a call is computed so."""
-    if problem.backend in _BACKENDS:
+    if not problem.library.cuts_heads:
         return True
     return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
 
@@ -31,7 +29,7 @@ def loss(call: Call) -> Any:
     """Compute the loss, on the library's graph where it has one."""
     problem, operands = _described(call)
     result, _ = select(problem, call.name).cross_entropy(problem, operands)
-    return arrays.cast(call.whole.xp, result, call.whole.result_dtype)
+    return call.whole.library.cast(result, call.whole.result_dtype)
 
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
@@ -40,7 +38,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     problem, operands = _described(call)
     path = select(problem, call.name)
     result, grad, _ = path.cross_entropy_with_grad(problem, operands, None)
-    result = arrays.cast(call.whole.xp, result, call.whole.result_dtype)
+    result = call.whole.library.cast(result, call.whole.result_dtype)
     return result, gradients(call, wanted, grad)
 
 
@@ -63,16 +61,16 @@ def _described(call: Call) -> tuple[Problem, Operands]:
 def logits(call: Call) -> Any:
     """Give the logits, in the dtype that products are computed in."""
     xp, dtype = call.whole.xp, call.whole.logits_dtype
-    weight = arrays.cast(xp, call.head.weight, dtype)
+    weight = call.whole.library.cast(call.head.weight, dtype)
     product = xp.matmul(_states(call), weight.T, **call.product_options)
     bias = call.head.bias
-    return product if bias is None else product + arrays.cast(xp, bias, dtype)
+    return product if bias is None else product + call.whole.library.cast(bias, dtype)
 
 
 def _states(call: Call) -> Any:
     """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
     whole = call.whole.with_options(reduction="none")._replace(check_labels=False)
-    states = arrays.cast(whole.xp, call.operands.logits, whole.logits_dtype)
+    states = whole.library.cast(call.operands.logits, whole.logits_dtype)
     counted = targets.plan_rows(whole, call.operands._replace(weight=None)).counted
     return states if counted is None else whole.xp.where(counted, states, 0.0)
 
@@ -83,12 +81,13 @@ def gradients(call: Call, wanted: Gradients, grad: Any) -> Gradients:
     hidden = call.operands.logits
     of_input = of_weight = of_bias = None
     if wanted.input:
-        of_input = xp.matmul(grad, arrays.cast(xp, head.weight, dtype))
-        of_input = arrays.cast(xp, of_input, hidden.dtype)
+        of_input = xp.matmul(grad, call.whole.library.cast(head.weight, dtype))
+        of_input = call.whole.library.cast(of_input, hidden.dtype)
     axes = tuple(range(hidden.ndim - 1))
     if wanted.linear_weight:
         of_weight = xp.tensordot(grad, _states(call), axes=(axes, axes))
-        of_weight = arrays.cast(xp, of_weight, head.weight.dtype)
+        of_weight = call.whole.library.cast(of_weight, head.weight.dtype)
     if wanted.linear_bias:
-        of_bias = arrays.cast(xp, xp.sum(grad, axis=axes) if axes else grad, head.bias.dtype)
+        total = xp.sum(grad, axis=axes) if axes else grad
+        of_bias = call.whole.library.cast(total, head.bias.dtype)
     return Gradients(of_input, of_weight, of_bias)

@@ -86,17 +86,18 @@ def _as_head(
     logits: Any, target: Any, axis: int | None
 ) -> tuple[Any, Any, Any, Callable[[Any], Any]]:
     """Return hidden states, weight and target of a call's logits, and the gradient's way back."""
-    arrays, libraries = (importlib.import_module(f"polyce.{m}") for m in ("arrays", "libraries"))
-    xp, name, _ = libraries.of(input=logits)
+    find = importlib.import_module("polyce.arrays.find")
+    library, _ = find.of(input=logits)
+    xp = library.xp
     rank = logits.ndim
     at = (min(1, rank - 1) if axis is None else axis) % rank
     order = (*(i for i in range(rank) if i != at), at)
-    where = arrays.device(logits, name)
+    where = library.device(logits)
     beside = {} if where is None else {"device": where}
-    if name == "cubed":
+    if library.name == "cubed":
         beside["spec"] = logits.spec
     classes = xp.arange(logits.shape[at], **beside)
-    head = arrays.cast(xp, classes[:, None] == classes[None, :], logits.dtype)
+    head = library.cast(classes[:, None] == classes[None, :], logits.dtype)
     if at == rank - 1:
         return logits, head, target, lambda grad: grad
     target = xp.permute_dims(target, order) if target.ndim == rank else target

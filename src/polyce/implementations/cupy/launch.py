@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
@@ -32,7 +32,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
     """Give the loss and the stats."""
     if problem.is_empty:
         return whole.cross_entropy(problem, operands)
-    with arrays.computing(problem.backend, operands.named()):
+    with problem.library.computing(operands.named()):
         return _forward(_call(problem, operands))
 
 
@@ -42,7 +42,7 @@ def cross_entropy_with_grad(
     """Give the loss, the gradient, in `out` where that is given, and the stats."""
     if problem.is_empty:
         return whole.cross_entropy_with_grad(problem, operands, out)
-    with arrays.computing(problem.backend, operands.named()):
+    with problem.library.computing(operands.named()):
         grad = cupy.empty_like(operands.logits) if out is None else out
         call = _call(problem, operands, grad)
         loss, found = _forward_backward(call)
@@ -182,13 +182,13 @@ def _readable(value: Any) -> Any:
     """Give an array that kernels can read a row's number from, or what is no array."""
     if not hasattr(value, "dtype"):
         return value
-    return _in_order(value, None if arrays.dtype_name(value) in arrays.FLOATS else np.float64)
+    return _in_order(value, None if dtypes.dtype_name(value) in dtypes.FLOATS else np.float64)
 
 
 def _kind(value: Any) -> str | None:
     if value is None:
         return None
-    return arrays.dtype_name(value) if hasattr(value, "dtype") else "number"
+    return dtypes.dtype_name(value) if hasattr(value, "dtype") else "number"
 
 
 def _array_and_number(value: Any) -> tuple[Any, float]:

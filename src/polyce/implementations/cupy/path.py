@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import find
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -22,7 +22,7 @@ _MOST_CLASSES = 2**31 - 2**16
 
 def unavailable() -> str | None:
     """Say that there is no CuPy, or nothing for it to run on; where nobody uses it, do not look."""
-    if not arrays.installed("cupy"):
+    if not find.installed("cupy"):
         return "cupy is not installed (pip install cupy-cuda12x or cupy-cuda13x)"
     cupy = sys.modules.get("cupy")
     if cupy is not None and not _finds_device(cupy):

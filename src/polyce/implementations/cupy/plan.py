@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Problem
 from polyce.formula import labels, transform
 from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
@@ -22,7 +22,7 @@ FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")
 KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
 # What the text calls these dtypes, in capitals, and by what number.
 KINDS: dict[str | None, int] = {
-    name: number for number, name in enumerate((*arrays.FLOATS, *arrays.INTEGERS), start=1)
+    name: number for number, name in enumerate((*dtypes.FLOATS, *dtypes.INTEGERS), start=1)
 }
 
 # The launch parameters; none has met a GPU yet.
@@ -118,7 +118,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     x = rows[0] or Rows(1, 1, (0, 0, 0))
     threads = _threads(problem, x, rows[1:], facts.logits.itemsize)
     probability = problem.kind == "probability"
-    real = arrays.name_of(problem.arithmetic_dtype)
+    real = dtypes.name_of(problem.arithmetic_dtype)
     scale, cap = transform.scale_and_cap(problem)
     ignored = None if probability else labels.ignored_as_signed(problem)
     count = x.outer * x.inner
@@ -147,7 +147,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "ignores": ignored is not None,
         "ignore_index": ignored or 0,
         "mean": mean,
-        "loss_kind": KINDS[arrays.name_of(problem.result_dtype)],
+        "loss_kind": KINDS[dtypes.name_of(problem.result_dtype)],
         "sample_kind": KINDS.get(facts.sample, 0),
         "normalizer_kind": KINDS.get(facts.normalizer, 0),
         "cotangent_kind": KINDS.get(facts.cotangent, 0),

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from polyce import arrays, eager, libraries, sums
+from polyce.arrays import dtypes, find
+from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, rows, rowstate, targets, transform
 from polyce.formula.rowstate import RowState
@@ -27,7 +28,7 @@ def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any)
     problem = of_chunk(problem, target, shape).with_options(reduction="mean")
     problem = with_labels(problem, target)
     operands = Operands(None, target, weight, sample_weight, None, None)
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         total = targets.plan(problem, operands).denominator
         total = problem.xp.asarray(total, dtype=problem.row_dtype)
         return problem.xp.reshape(total, (1,) * target.ndim)
@@ -54,17 +55,17 @@ def whole_rows(
     xp, grad = problem.xp, None
     operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
     chosen = select(problem)
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         if cotangent is None:
             losses, found = chosen.cross_entropy(problem, operands)
         else:
             losses, grad, found = chosen.cross_entropy_with_grad(problem, operands, None)
-            grad = arrays.cast(xp, grad, dtype)
-        losses = arrays.expand(losses, axis)
+            grad = problem.library.cast(grad, dtype)
+        losses = expand(losses, axis)
         if summed:
-            losses = xp.reshape(sums.total(xp, problem.backend, losses), (1,) * logits.ndim)
+            losses = xp.reshape(problem.library.total(losses), (1,) * logits.ndim)
     entries = () if found is None else (found.lse, found.entropy, found.prediction)
-    return losses, grad, *(a if a is None else arrays.expand(a, axis) for a in entries)
+    return losses, grad, *(a if a is None else expand(a, axis) for a in entries)
 
 
 def _reported(problem: Problem) -> tuple[str, ...] | None:
@@ -122,19 +123,19 @@ def part(
     problem, plan, logits, at_label, coefficients = _open(
         problem, logits, target, weight, sample_weight, start
     )
-    xp, backend, axis = problem.xp, problem.backend, problem.axis
-    with arrays.quiet(backend):
+    xp, library, axis = problem.xp, problem.library, problem.axis
+    with library.quiet():
         if targets.pivot_leads(problem):
-            pivot = arrays.argmax(xp, backend, logits, axis)
-            pivot_logit = arrays.pick(xp, backend, logits, pivot, logits, axis)
-            at_pivot = arrays.pick(xp, backend, coefficients, pivot, logits, axis)
-            at_pivot = arrays.cast(xp, at_pivot, problem.row_dtype)
+            pivot = library.argmax(logits, axis)
+            pivot_logit = library.pick(logits, pivot, logits, axis)
+            at_pivot = library.pick(coefficients, pivot, logits, axis)
+            at_pivot = library.cast(at_pivot, problem.row_dtype)
             pivot = pivot + start
         else:
             pivot, local = plan.label, plan.label - start
             here = (local >= 0) & (local < logits.shape[axis])
             local = xp.where(here, local, 0)
-            pivot_logit = arrays.pick(xp, backend, logits, local, logits, axis)
+            pivot_logit = library.pick(logits, local, logits, axis)
             pivot_logit = xp.where(here, pivot_logit, 0.0)
             at_pivot = xp.where(here, 1.0 if at_label is None else at_label, 0.0)
         excluded = _excluded(problem, plan, logits, pivot - start)
@@ -151,7 +152,7 @@ def join(problem: Problem, parts: list[Part]) -> Whole:
     state, pivot, plan = parts[0]
     problem = of_chunk(problem, state.rest_max, state.rest_max.shape)
     xp = problem.xp
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         for other in parts[1:]:
             joining = other.state
             if targets.pivot_leads(problem):
@@ -181,18 +182,18 @@ def part_gradient(
     problem, plan, logits, _, coefficients = _open(
         problem, logits, target, weight, sample_weight, start
     )
-    xp, backend, state = problem.xp, problem.backend, whole.state
-    with arrays.quiet(backend):
+    xp, library, state = problem.xp, problem.library, whole.state
+    with library.quiet():
         excluded = _excluded(problem, plan, logits, whole.pivot - start)
-        rest = arrays.replace(xp, backend, excluded, -math.inf, logits, owned=False)
-        top = arrays.cast(xp, state.rest_max, problem.arithmetic_dtype)
+        rest = library.replace(excluded, -math.inf, logits, owned=False)
+        top = library.cast(state.rest_max, problem.arithmetic_dtype)
         top = xp.where(top == -math.inf, 0.0, top)
         rest = transform.difference(problem, rest, top, owned=True)
         scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
         grad = rowstate.gradient(
             problem,
             state,
-            arrays.overwrite(backend, xp.exp, rest),
+            library.overwrite(xp.exp, rest),
             excluded,
             coefficients,
             scale,
@@ -201,7 +202,7 @@ def part_gradient(
             targets.lse_penalty(problem, plan),
             leads=targets.pivot_leads(problem),
         )
-        return arrays.cast(xp, grad, dtype)
+        return library.cast(grad, dtype)
 
 
 def _open(
@@ -213,16 +214,16 @@ def _open(
     shape[axis] = problem.classes
     problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target)
     xp = problem.xp
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
         if plan.class_weight is not None:
             classes = slice(start, start + logits.shape[axis])
             own = plan.class_weight[(slice(None),) * axis + (classes,)]
             plan = plan._replace(class_weight=own)
-        logits = arrays.cast(xp, logits, problem.arithmetic_dtype)
+        logits = problem.library.cast(logits, problem.arithmetic_dtype)
         at_label, coefficients = targets.coefficients(problem, plan)
         if plan.label is not None and targets.pivot_leads(problem):
-            is_label = arrays.one_hot(xp, problem.backend, plan.label - start, logits, axis)
+            is_label = problem.library.one_hot(plan.label - start, logits, axis)
             first = logits[(slice(None),) * axis + (slice(1),)]
             coefficients = targets.all_coefficients(problem, plan, is_label, first)
         elif isinstance(coefficients, float):
@@ -232,24 +233,23 @@ def _open(
 
 def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
     """Mark the pivot, if it lies in this part, and all of the rows that do not count."""
-    excluded = arrays.one_hot(problem.xp, problem.backend, local, logits, problem.axis)
+    excluded = problem.library.one_hot(local, logits, problem.axis)
     return excluded if plan.counted is None else excluded | ~plan.counted
 
 
 def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
     """State the facts of a call on chunks like this one."""
-    xp, backend, _ = libraries.of(input=chunk)
+    library, _ = find.of(input=chunk)
     shape = tuple(shape)
     return problem._replace(
-        xp=xp,
-        backend=backend,
-        device=arrays.device_kind(chunk, backend),
+        library=library,
+        device=library.device_kind(chunk),
         shape=shape,
         row_shape=shape[: problem.axis] + shape[problem.axis + 1 :],
         options=problem.options._replace(reduction="none"),
         check_labels=False,
         normalized=False,
-        is_concrete=eager.are_concrete([chunk], backend),
+        is_concrete=library.are_concrete([chunk]),
     )
 
 
@@ -260,29 +260,29 @@ def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
 def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, Any]:
     """State the dtypes of a call on these very chunks; give logits of no fewer digits than said."""
     narrow = logits.dtype.itemsize < problem.logits_dtype.itemsize
-    if narrow or arrays.holds_integers(logits):
-        logits = arrays.cast(problem.xp, logits, problem.logits_dtype)
-    floats = {arrays.dtype_name(logits)}
+    if narrow or dtypes.holds_integers(logits):
+        logits = problem.library.cast(logits, problem.logits_dtype)
+    floats = {dtypes.dtype_name(logits)}
     if problem.kind == "index":
         problem = with_labels(problem, target)
     else:
-        problem = problem._replace(target_dtype=arrays.dtype_name(target))
+        problem = problem._replace(target_dtype=dtypes.dtype_name(target))
         floats.add(problem.target_dtype)
-        if problem.target_dtype not in arrays.FLOATS:
+        if problem.target_dtype not in dtypes.FLOATS:
             raise _not_as_said("target", "floats", target)
-    if not floats <= set(arrays.FLOATS):
+    if not floats <= set(dtypes.FLOATS):
         raise _not_as_said("input", "real floats", logits)
     if "float64" in floats:
-        wide = arrays.float_dtype(problem.xp, problem.backend, "float64")
+        wide = problem.library.float_dtype("float64")
         problem = problem._replace(arithmetic_dtype=wide)
     return problem._replace(logits_dtype=logits.dtype), logits
 
 
 def with_labels(problem: Problem, target: Any) -> Problem:
     """State the dtype of the labels in this very chunk."""
-    if not arrays.holds_integers(target):
+    if not dtypes.holds_integers(target):
         raise _not_as_said("target", "integers", target)
-    found = problem._replace(target_dtype=arrays.dtype_name(target))
+    found = problem._replace(target_dtype=dtypes.dtype_name(target))
     if labels.ignored_label(found) is not None and labels.ignored_label(problem) is None:
         # Which rows count was decided by what the array says.
         raise _not_as_said("target", problem.target_dtype, target)
@@ -292,5 +292,5 @@ def with_labels(problem: Problem, target: Any) -> Problem:
 def _not_as_said(name: str, wanted: str, chunk: Any) -> TypeError:
     return TypeError(
         f"{name} must hold {wanted} in all of its chunks, as its dtype says, but one is "
-        f"{arrays.dtype_name(chunk)}; give map_blocks, or what made it, the dtype= that is true"
+        f"{dtypes.dtype_name(chunk)}; give map_blocks, or what made it, the dtype= that is true"
     )

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from polyce import arrays, sums
+from polyce.arrays import find
 from polyce.call.problem import Operands, Problem
 from polyce.formula import stats, targets
 from polyce.formula.stats import RowStats, Stats
@@ -27,7 +27,7 @@ FAN_IN = 16
 
 def unavailable() -> str | None:
     """Say that dask is missing."""
-    return None if arrays.installed("dask") else "dask is not installed (pip install dask[array])"
+    return None if find.installed("dask") else "dask is not installed (pip install dask[array])"
 
 
 def path(select: Callable[[Problem], Implementation]) -> Implementation:
@@ -45,7 +45,7 @@ def cross_entropy(
     select: Callable[[Problem], Implementation], problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
     """Compute the loss and the stats, all of them lazy."""
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         pieces, plan = _read(problem, operands)
         losses, _, found = _run(select, problem, pieces, None)
         return _finish(problem, plan, losses, found)
@@ -55,7 +55,7 @@ def cross_entropy_with_grad(
     select: Callable[[Problem], Implementation], problem: Problem, operands: Operands, out: None
 ) -> tuple[Any, Any, Stats | None]:
     """Compute the loss, the gradient, cut as the logits are, and the stats, all of them lazy."""
-    with arrays.quiet(problem.backend):
+    with problem.library.quiet():
         pieces, plan = _read(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
         losses, grad, found = _run(select, problem, pieces, cotangent)
@@ -181,7 +181,7 @@ def _join(problem: Problem, parts: Any) -> Any:
     from dask.base import tokenize
     from dask.highlevelgraph import HighLevelGraph
 
-    axis, shared = problem.axis, problem._replace(xp=None)
+    axis, shared = problem.axis, problem
     name = f"polyce-join-{tokenize(parts.name, shared)}"
     before, after = parts.numblocks[:axis], parts.numblocks[axis + 1 :]
     graph = {}
@@ -212,7 +212,7 @@ def _blockwise(
 
     return da.blockwise(
         # Modules cannot be sent to another process by all picklers.
-        partial(function, problem._replace(xp=None)),
+        partial(function, problem),
         out,
         *pairs,
         align_arrays=False,
@@ -320,7 +320,7 @@ def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
         return cotangent, None
     if not cotangent.ndim:
         return cotangent, ()
-    return arrays.align("dask", cotangent, logits), _axes(problem)
+    return problem.library.align(cotangent, logits), _axes(problem)
 
 
 def total_weight(problem: Problem, operands: Operands) -> Any:
@@ -336,4 +336,4 @@ def total_weight(problem: Problem, operands: Operands) -> Any:
         adjust_chunks=dict.fromkeys(row_axes, 1),
         meta=operands.target._meta.astype(problem.row_dtype),
     )
-    return sums.total(problem.xp, problem.backend, totals)
+    return problem.library.total(totals)

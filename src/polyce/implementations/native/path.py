@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -28,12 +28,11 @@ def refuses(problem: Problem) -> str | None:
     """Say what the kernels cannot read."""
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
-    if problem.target_dtype in arrays.SUB_BYTE:
+    if problem.target_dtype in dtypes.SUB_BYTE:
         return f"labels of {problem.target_dtype} are no whole bytes"
     # The result has the byte order of what it is promoted from.
-    if problem.backend == "numpy" and not (
-        problem.logits_dtype.isnative and problem.result_dtype.isnative
-    ):
+    given = (problem.logits_dtype, problem.result_dtype)
+    if not all(getattr(dtype, "isnative", True) for dtype in given):
         return "the bytes of logits or probabilities are not in this processor's order"
     return None
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce import arrays
+from polyce.arrays import dtypes
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, transform
 from polyce.formula.stats import Stats
@@ -136,8 +136,8 @@ def _kernel(problem: Problem) -> Any:
         logits_dtype=problem.logits_dtype_name,
         target_dtype=problem.target_dtype,
         probabilities=problem.kind == "probability",
-        wide=arrays.name_of(problem.arithmetic_dtype) == "float64",
-        result_dtype=arrays.name_of(problem.result_dtype),
+        wide=dtypes.name_of(problem.arithmetic_dtype) == "float64",
+        result_dtype=dtypes.name_of(problem.result_dtype),
         reduction=problem.options.reduction,
         ignored=labels.ignored_as_signed(problem) if problem.kind == "index" else None,
         check_labels=problem.check_labels,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from polyce import torch_checks
+from polyce.arrays import torch_memory
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
@@ -18,7 +18,7 @@ from polyce.implementations.native.run import SAVED_FROM, Memory, run
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     is_other = dtype is not None and tensor.dtype != dtype
     if is_other or not tensor.is_contiguous():
-        torch_checks.check_storages(**{name: tensor})
+        torch_memory.check_storages(**{name: tensor})
         return tensor.to(dtype or tensor.dtype).contiguous()
     return tensor
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from polyce import torch_checks
+from polyce.arrays import torch_memory
 from polyce.call.problem import Operands, Problem
 from polyce.formula import stats
 from polyce.formula.stats import Stats
@@ -22,7 +22,7 @@ def forward(
     """Give the loss, the stats, and what a backward pass wants where there will be one."""
     if problem.is_empty:
         return REFERENCE.forward(problem, operands, keep)
-    torch_checks.check_storages(**operands.named())
+    torch_memory.check_storages(**operands.named())
     device = operands.logits.device
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _check_saved(problem: Problem, saved: Saved) -> None:
     """Refuse what no forward pass of this call has saved."""
     rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
     denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
-    torch_checks.check_returned((rows, denominator), saved)
+    torch_memory.check_returned((rows, denominator), saved)
 
 
 def cross_entropy_with_grad(

@@ -1,88 +1,12 @@
-"""Which arrays hold values now, that can be looked at or lie in memory for a kernel to read."""
+"""Facts of plain arrays, by which a call is known to be like one before."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-
-# Libraries whose arrays hold no values before a computation is asked for, or polyce must not ask.
-LAZY = ("dask", "cubed", "ndonnx")
-# Libraries that compute in NumPy as soon as they are called.
-ON_NUMPY = ("numpy", "array-api-strict", "marray", "mparray")
-
-
-def has_values(array: Any, backend: str) -> bool:
-    """Tell whether an array's values can be looked at now: not traced, lazy, vmapped or meta."""
-    if backend in (*ON_NUMPY, "cupy", "mlx") or isinstance(array, np.ndarray):
-        return True
-    if backend in LAZY:
-        return False
-    if backend == "torch":
-        import torch
-
-        return not (
-            _is_traced(torch)
-            or not is_plain(torch, array)
-            or torch._C._functorch.is_functorch_wrapped_tensor(array)
-        )
-    if backend == "jax":
-        import jax
-
-        return not isinstance(array, jax.core.Tracer)
-    import array_api_compat
-
-    return not array_api_compat.is_lazy_array(array)
-
-
-def _is_traced(torch: Any) -> bool:
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)  # make_fx
-        or torch.jit.is_tracing()
-    )
-
-
-def _is_transformed(torch: Any) -> bool:
-    """Tell whether a torch.func transform or a level of forward mode is active."""
-    return bool(
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def are_concrete(arrays: Iterable[Any], backend: str) -> bool:
-    """Tell whether all arrays are memory that a kernel may read, and no derivative waits for it.
-
-    Under a transform or at a level of forward mode torch wants to see operations of its own.
-    """
-    if backend == "numpy":
-        return True
-    if not all(array is None or has_values(array, backend) for array in arrays):
-        return False
-    return backend != "torch" or not _is_transformed(sys.modules["torch"])
-
-
-def are_compiled(arrays: Iterable[Any], backend: str) -> bool:
-    """Tell whether torch.compile traces these arrays, all plain ones that will hold values.
-
-    torch.export wants operations of torch alone, and so do transforms and forward mode.
-    """
-    if backend != "torch":
-        return False
-    torch = sys.modules["torch"]
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
-        return False
-    return not _is_transformed(torch) and all(
-        array is None or is_plain(torch, array) for array in arrays
-    )
-
-
-def is_plain(torch: Any, array: Any) -> bool:
-    """Tell whether something is a tensor of torch's own kinds, on a device that holds values."""
-    kind = type(array)
-    return kind in (torch.Tensor, torch.nn.Parameter) and array.device.type != "meta"
 
 
 class _Probes(NamedTuple):

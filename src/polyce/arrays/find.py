@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from typing import Any
 
 import numpy as np
 
-# How a user turns a NumPy array into one of these, for the error that asks for it.
-_CONVERTERS = {
-    "numpy": "numpy.asarray",
-    "torch": "torch.as_tensor",
-    "cupy": "cupy.asarray",
-    "dask": "dask.array.from_array",
-    "jax": "jax.numpy.asarray",
-    "array-api-strict": "array_api_strict.asarray",
-    "cubed": "cubed.from_array, with input's spec",
-    "ndonnx": "ndonnx.asarray",
-    "mlx": "mlx.core.array",
-    "mparray": "mparray.asarray",
-    "marray": "the asarray of input's own marray namespace",
-}
+from polyce.arrays import numpy, others
+from polyce.arrays.library import Library
 
 # Libraries whose arrays are not taken, by top-level module: why, and the way round it. Some of
 # them pass for arrays of the standard and would give errors from deep inside, or wrong numbers.
@@ -39,62 +29,113 @@ NOT_TAKEN = {
     ),
 }
 
-# jax and dask functions take NumPy arrays among their own, so polyce does as well.
-_TAKES_NUMPY = ("jax", "dask")
+# The namespaces of those that have no file of their own.
+_NAMESPACES = {
+    "array-api-strict": "array_api_strict",
+    "cubed": "cubed.array_api",
+    "ndonnx": "ndonnx",
+    "mlx": "mlx.core",
+    "mparray": "mparray",
+}
 # Arguments that have an entry for each row, and may be cut between rows.
 _OF_ROWS = ("input", "target", "sample_weight", "grad_output")
 # What marray is taken over: elsewhere a look at the mask could compute, or be impossible.
 _UNDER_MARRAY = ("numpy", "array_api_compat.numpy", "array_api_strict")
 
 
-def of(**arrays: Any) -> tuple[Any, str, list[Any]]:
-    """Find the one library of the arguments: its namespace, its name, and the arrays.
+def _torch() -> Library:
+    from polyce.arrays import torch
+
+    return torch.LIBRARY
+
+
+def _jax() -> Library:
+    from polyce.arrays import jax
+
+    return jax.LIBRARY
+
+
+def _cupy() -> Library:
+    from polyce.arrays import cupy
+
+    return cupy.LIBRARY
+
+
+def _dask() -> Library:
+    from polyce.arrays import dask
+
+    return dask.LIBRARY
+
+
+# Those with a file of their own, which is imported when one of their arrays comes.
+_IN_FILES = {"torch": _torch, "jax": _jax, "cupy": _cupy, "dask": _dask}
+# Those met so far, by name or, without a file, by that of their namespace: marray has several.
+_known: dict[str, Library] = {"numpy": numpy.LIBRARY}
+
+
+def named(name: str) -> Library:
+    """Return a library by name; importing its file imports the library."""
+    found = _known.get(name)
+    if found is None:
+        if name not in _IN_FILES:
+            return _of_namespace(name, importlib.import_module(_NAMESPACES.get(name, name)))
+        found = _known[name] = _IN_FILES[name]()
+    return found
+
+
+def _of_namespace(name: str, xp: Any) -> Library:
+    """Return a library that has no file of its own, by its name and its namespace."""
+    full = xp.__name__
+    if full not in _known:
+        kind, converter = others.CLASSES.get(name, (Library, ""))
+        _known[full] = kind(name, xp, converter)
+    return _known[full]
+
+
+def of(**arrays: Any) -> tuple[Library, list[Any]]:
+    """Find the one library of the arguments, and return it with the arrays.
 
     The first argument decides. Those that are None stay None.
     """
     values = list(arrays.values())
     if all(type(value) is np.ndarray or value is None for value in values):
-        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
-        # a tenth of a second at its first use and adds nothing that is needed here.
-        return np, "numpy", values
+        return numpy.LIBRARY, values
 
-    namespaces: dict[str, tuple[Any, str]] = {}
-    for name, value in arrays.items():
-        if value is not None:
-            namespaces[name] = _find(name, value)
-    first = next(iter(namespaces))
-    xp, backend = namespaces[first]
+    found = {name: _find(name, value) for name, value in arrays.items() if value is not None}
+    first = next(iter(found))
+    library = found[first]
     for index, name in enumerate(arrays):
-        if name not in namespaces:
+        if name not in found:
             continue
-        other = namespaces[name][1]
-        if other == backend:
-            if backend == "numpy":
+        other = found[name]
+        if other.name == library.name:
+            if library is numpy.LIBRARY:
                 values[index] = np.asarray(values[index])
-        elif other == "numpy" and backend in _TAKES_NUMPY:
+        elif other is numpy.LIBRARY and library.takes_numpy:
             values[index] = np.asarray(values[index])
             if name != "target" or values[index].dtype.kind not in "iu":
                 # Labels stay in NumPy, where they can be looked at, and where jax without 64-bit
                 # types does not cut them down.
-                values[index] = xp.asarray(values[index])
+                values[index] = library.xp.asarray(values[index])
         else:
-            converter = _CONVERTERS.get(backend, f"{backend}'s asarray")
             raise TypeError(
-                f"all arrays must come from one library, but {first} is {backend} and {name} is "
-                f"{other}; convert {name} with {converter}"
+                f"all arrays must come from one library, but {first} is {library.name} and {name} "
+                f"is {other.name}; convert {name} with {library.converter}"
             )
-    return xp, backend, values
+    return library, values
 
 
-def _find(name: str, value: Any) -> tuple[Any, str]:
-    """Give the namespace and the name of the library that made the array called `name`."""
+def _find(name: str, value: Any) -> Library:
+    """Return the library that made the array called `name`."""
     if isinstance(value, (np.ndarray, np.generic)):
         if isinstance(value, (np.ma.MaskedArray, np.matrix)):
             raise TypeError(
                 f"{name} must be a plain array, got {_kind(value)}, whose own meaning polyce would "
                 f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
             )
-        return np, "numpy"
+        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
+        # a tenth of a second at its first use and adds nothing that is needed here.
+        return numpy.LIBRARY
     # The classes are looked at here, not by array_api_compat.array_namespace, whose caches
     # torch.compile warns of. A library that is not loaded has made no array.
     loaded = sys.modules
@@ -123,11 +164,9 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
                 f"{name} must be a dense tensor, got {layout}; "
                 "call to_dense() or to_padded_tensor() first"
             )
-        import array_api_compat.torch
-
-        return array_api_compat.torch, "torch"
+        return named("torch")
     if "jax" in loaded and isinstance(value, loaded["jax"].Array):
-        return loaded["jax"].numpy, "jax"
+        return named("jax")
     if "dask.array" in loaded and isinstance(value, loaded["dask.array"].Array):
         if isinstance(value._meta, np.ma.MaskedArray):
             raise TypeError(
@@ -135,13 +174,9 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
                 f"polyce would lose; pass dask.array.ma.getdata({name}), and mark rows to leave "
                 "out with ignore_index"
             )
-        import array_api_compat.dask.array
-
-        return array_api_compat.dask.array, "dask"
+        return named("dask")
     if "cupy" in loaded and isinstance(value, loaded["cupy"].ndarray):
-        import array_api_compat.cupy
-
-        return array_api_compat.cupy, "cupy"
+        return named("cupy")
     _check_taken(name, value)
     import array_api_compat
 
@@ -155,7 +190,7 @@ def _find(name: str, value: Any) -> tuple[Any, str]:
     backend = full.partition(".")[0].replace("array_api_strict", "array-api-strict")
     if backend == "marray":
         _check_unmasked(name, value, xp)
-    return xp, backend
+    return _of_namespace(backend, xp)
 
 
 def _check_taken(name: str, value: Any) -> None:
@@ -200,3 +235,10 @@ def _kind(value: Any) -> str:
     kind = type(value)
     module = kind.__module__
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def installed(module: str) -> bool:
+    """Tell whether a module is or could be imported, without importing it."""
+    if module in sys.modules:
+        return True
+    return importlib.util.find_spec(module) is not None

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from polyce import eager
+
+def is_plain(array: Any) -> bool:
+    """Tell whether something is a tensor of torch's own kinds, on a device that holds values."""
+    return type(array) in (torch.Tensor, torch.nn.Parameter) and array.device.type != "meta"
 
 
 def check_storages(**tensors: Any) -> None:
@@ -25,7 +28,7 @@ def check_storages(**tensors: Any) -> None:
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)  # noqa: PLW2901
         is_batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
-        if is_batched or not eager.is_plain(torch, tensor) or not tensor.numel():
+        if is_batched or not is_plain(tensor) or not tensor.numel():
             continue
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         end = tensor.storage_offset() + sum((size - 1) * step for size, step in steps) + 1

@@ -1,0 +1,81 @@
+"""dask: lazy arrays in chunks, which stay cut as the logits are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.dask.array as xp
+import dask.array as da
+import numpy as np
+from dask.array.core import elemwise
+
+from polyce.arrays.library import WithNumPyDtypes, along_axis, widens_nothing
+
+
+class _Dask(WithNumPyDtypes):
+    is_lazy = True
+    takes_numpy = True
+
+    def device_kind(self, array: Any) -> str:
+        """Return what is true of NumPy's chunks."""
+        return "cpu"
+
+    def align(self, array: Any, logits: Any) -> Any:
+        """Cut it as the logits are cut where it has their size."""
+        return aligned(array, logits)
+
+    def one_hot(self, labels: Any, logits: Any, axis: int, *, beside_logits: bool = True) -> Any:
+        """Make masks of numbers cut as the classes are, beside the logits if that may wait.
+
+        dask makes what it can as soon as it can: masks that need no logits would all be made ahead
+        of the gradient, which waits for the mean's denominator, and fill the memory.
+        """
+        classes = self.xp.arange(
+            logits.shape[axis], dtype=labels.dtype, chunks=(logits.chunks[axis],)
+        )
+        classes = along_axis(classes, axis, logits.ndim)
+        if beside_logits:
+            return elemwise(_is_label, classes, labels, logits, dtype=bool)
+        return classes == labels
+
+    def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
+        """Sum within chunks as their own library does."""
+        if widens_nothing(values, axis, dtype):
+            return da.reduction(
+                values, _chunk_sum, _chunk_sum, axis=axis, keepdims=True, dtype=dtype
+            )
+        return self.xp.sum(values, axis=axis, dtype=dtype, keepdims=True)
+
+    def total(self, values: Any) -> Any:
+        """Add up 16 numbers a task; by itself dask adds two, as if they were large."""
+        return values.sum(split_every=dict.fromkeys(range(values.ndim), 16))
+
+    def divide(self, values: Any, divisor: Any) -> Any:
+        """Divide in tasks that keep NumPy quiet, as they do not know what their caller keeps so."""
+        return elemwise(_divided, values, divisor)
+
+
+def aligned(array: Any, logits: Any) -> Any:
+    """Rechunk an array that broadcasts against the logits as they are cut."""
+    pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
+    return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
+
+
+def _is_label(classes: Any, labels: Any, logits: Any) -> Any:
+    return classes == labels
+
+
+def _chunk_sum(values: Any, axis: Any, keepdims: bool) -> Any:
+    from polyce.arrays import find
+
+    (along,) = axis
+    library, _ = find.of(input=values)
+    return library.class_sum(values, along, values.dtype)
+
+
+def _divided(values: Any, divisor: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return values / divisor
+
+
+LIBRARY = _Dask("dask", xp, "dask.array.from_array")

@@ -1,0 +1,92 @@
+"""jax: traced arrays, meshes, and what XLA does better another way."""
+
+from __future__ import annotations
+
+import math
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polyce.arrays import jax_mesh
+from polyce.arrays.library import WithNumPyDtypes, along_axis
+
+
+class _Jax(WithNumPyDtypes):
+    takes_numpy = True
+    rounds_gradients = True
+    # By itself, or as it has been set, jax has accelerators multiply float32 in fewer bits.
+    exact_products = MappingProxyType({"precision": "highest"})
+
+    def has_values(self, array: Any) -> bool:
+        """Tell that all have but tracers."""
+        return not isinstance(array, jax.core.Tracer)
+
+    def fuses(self, array: Any) -> bool:
+        """Tell that XLA does where arrays are traced."""
+        return not self.has_values(array)
+
+    def to_look_at(self, labels: Any) -> Any:
+        """Return NumPy's: inside a jit, jax would trace even what is done to known values."""
+        return np.asarray(labels)
+
+    def device_kind(self, array: Any) -> str:
+        """Return the platform; new companions of an array are uncommitted and follow it."""
+        if not isinstance(array, jax.Array):
+            return "cpu"
+        if not self.has_values(array):
+            return "unknown"
+        return str(next(iter(array.devices())).platform)
+
+    def default_device_kind(self) -> str:
+        """Return the default platform."""
+        return str(jax.default_backend())
+
+    def has_float64(self, where: Any) -> bool:
+        """Tell what its settings say."""
+        info = self.xp.__array_namespace_info__()
+        return str(info.default_dtypes()["real floating"]) == "float64"
+
+    def label_dtype(self, labels: Any) -> Any:
+        """Return what its settings allow."""
+        return self.xp.__array_namespace_info__().default_dtypes()["indexing"]
+
+    def integer(self, value: int, like: Any) -> Any:
+        """Return an array: jax takes no Python integer beyond the signed ones."""
+        return jnp.asarray(value, dtype=like.dtype)
+
+    def pick(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
+        """Gather along the class axis, on a mesh too."""
+
+        def take(values: Any, labels: Any) -> Any:
+            return jnp.take_along_axis(values, labels, axis=axis)
+
+        specs = map(jax_mesh.spec, (values, labels))
+        rows = [one if one is not None else other for one, other in zip(*specs, strict=True)]
+        rows[axis] = None
+        return jax_mesh.automatically(take, jax.sharding.PartitionSpec(*rows), values, labels)
+
+    def argmax(self, values: Any, axis: int) -> Any:
+        """Compare with the largest: XLA's own takes ten times as long on a CPU.
+
+        It would also gather where the classes are sharded.
+        """
+        top = jnp.max(values, axis=axis, keepdims=True)
+        classes = along_axis(jnp.arange(values.shape[axis]), axis, values.ndim)
+        places = jnp.where(values == top, classes, values.shape[axis])
+        first = jnp.min(places, axis=axis, keepdims=True)
+        return jnp.where(top == top, first, 0)
+
+    def row_count(self, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
+        """Count rows, of which an export knows the number by a name."""
+        count = math.prod(row_shape)
+        return float(count) if isinstance(count, int) else jnp.asarray(count, dtype=dtype)
+
+    def matmul(self, a: Any, b: Any, dtype: Any, **options: Any) -> Any:
+        """Let XLA widen within the product."""
+        return jnp.matmul(a, b, preferred_element_type=dtype, **options)
+
+
+LIBRARY = _Jax("jax", jnp, "jax.numpy.asarray")
