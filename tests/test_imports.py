@@ -204,3 +204,71 @@ def test_nothing_on_the_way_of_a_call_is_cached_or_a_context_variable() -> None:
             if name == "implementations/registry.py":
                 names -= {"contextvars", "ContextVar"}
             assert not names & CACHES, f"{name}:{getattr(node, 'lineno', '?')}: {names & CACHES}"
+
+
+# The house: from the ground up; a room takes from the floors below it, and from no other.
+FLOORS = (
+    {"version", "arrays"},
+    {"call"},
+    {"formula"},
+    {"graphs"},
+    {"implementations"},
+    {"functional", "linear"},
+    {"loss", "torch", "explain"},
+    {"polyce"},
+    {"testing"},
+    {"demo"},
+    {"__main__"},
+)
+
+
+def house() -> dict[str, set[str]]:
+    """Tell which files each file of the package imports, within functions and for types too."""
+    trees = {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): tree
+        for name, tree in source(testing=True).items()
+    }
+    trees["polyce"] = trees.pop("__init__")
+    is_package = {name for name in trees if any(other.startswith(f"{name}.") for other in trees)}
+    found: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        steps = name.split(".") if name in is_package else name.split(".")[:-1]
+        named: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                own = [*(["polyce", *steps[: len(steps) - node.level + 1]] if node.level else [])]
+                base = ".".join([*own, *([node.module] if node.module else [])])
+                named |= {f"{base}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+                named |= {part.value for part in node.args if isinstance(part, ast.Constant)}
+        inside = {
+            other.removeprefix("polyce.") for other in named if f"{other}.".startswith("polyce.")
+        }
+        # Of a name within a file, the file.
+        inside |= {other.rpartition(".")[0] for other in inside}
+        found[name] = (inside & trees.keys()) - {name} - {p for p in is_package if p != "polyce"}
+    return found
+
+
+@NUMPY
+def test_imports_go_downwards_only() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    found = house()
+    assert {name.partition(".")[0] for name in found} == floor.keys()
+    assert found["formula.rows"] >= {"formula.rowstate", "call.problem"}
+    for name, others in found.items():
+        for other in others:
+            here, there = name.partition(".")[0], other.partition(".")[0]
+            assert here == there or floor[here] > floor[there], f"{name} imports {other}"
+
+
+@NUMPY
+def test_no_files_import_each_other_in_a_ring() -> None:
+    below = house()
+    while below:
+        ground = {name for name, others in below.items() if not others & below.keys()}
+        assert ground, f"among these there is a ring: {sorted(below)}"
+        for name in ground:
+            del below[name]

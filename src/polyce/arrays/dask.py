@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import array_api_compat.dask.array as xp
@@ -9,12 +11,15 @@ import dask.array as da
 import numpy as np
 from dask.array.core import elemwise
 
-from polyce.arrays.library import WithNumPyDtypes, along_axis, widens_nothing
+from polyce.arrays.library import Library, WithNumPyDtypes, along_axis, widens_nothing
+
+Find = Callable[..., tuple[Library, list[Any]]]
 
 
 class _Dask(WithNumPyDtypes):
     is_lazy = True
     takes_numpy = True
+    find: Find
 
     def device_kind(self, array: Any) -> str:
         """Return what is true of NumPy's chunks."""
@@ -41,9 +46,8 @@ class _Dask(WithNumPyDtypes):
     def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
         """Sum within chunks as their own library does."""
         if widens_nothing(values, axis, dtype):
-            return da.reduction(
-                values, _chunk_sum, _chunk_sum, axis=axis, keepdims=True, dtype=dtype
-            )
+            add = partial(_chunk_sum, self.find)
+            return da.reduction(values, add, add, axis=axis, keepdims=True, dtype=dtype)
         return self.xp.sum(values, axis=axis, dtype=dtype, keepdims=True)
 
     def total(self, values: Any) -> Any:
@@ -65,11 +69,9 @@ def _is_label(classes: Any, labels: Any, logits: Any) -> Any:
     return classes == labels
 
 
-def _chunk_sum(values: Any, axis: Any, keepdims: bool) -> Any:
-    from polyce.arrays import find
-
+def _chunk_sum(find: Find, values: Any, axis: Any, keepdims: bool) -> Any:
     (along,) = axis
-    library, _ = find.of(input=values)
+    library, _ = find(input=values)
     return library.class_sum(values, along, values.dtype)
 
 
@@ -78,4 +80,8 @@ def _divided(values: Any, divisor: Any) -> Any:
         return values / divisor
 
 
-LIBRARY = _Dask("dask", xp, "dask.array.from_array")
+def library(find: Find) -> Library:
+    """Return dask; `find` tells the library of a chunk."""
+    found = _Dask("dask", xp, "dask.array.from_array")
+    found.find = find
+    return found

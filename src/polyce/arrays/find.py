@@ -64,7 +64,7 @@ def _cupy() -> Library:
 def _dask() -> Library:
     from polyce.arrays import dask
 
-    return dask.LIBRARY
+    return dask.library(of)
 
 
 # Those with a file of their own, which is imported when one of their arrays comes.

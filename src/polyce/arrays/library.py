@@ -6,6 +6,7 @@ A library that deviates has a class of its own in this folder, which says how an
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -89,11 +90,13 @@ class Library:
         """Show its name."""
         return f"<array library {self.name}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Send its name to other processes; modules cannot be sent by all picklers."""
-        from polyce.arrays.find import named
+    def __getstate__(self) -> dict[str, Any]:
+        """Name the namespace: not all picklers can send a module to another process."""
+        return self.__dict__ | {"xp": self.xp.__name__}
 
-        return named, (self.name,)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Import the namespace again."""
+        self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
     # Values and devices
 
