@@ -147,6 +147,10 @@ class Library:
         """Prepare for computing with the arrays of a call, by what the caller calls them."""
         return self.quiet()
 
+    def multiplying(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Prepare for matrix products as well, in the dtypes that the operands have."""
+        return self.computing(operands)
+
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
         """Keep NumPy's warnings away: an infinity or nan is selected away or is the answer."""
         if self.quiet_numpy:

@@ -61,6 +61,11 @@ class _Torch(Library):
         self.check_memory(operands)
         return contextlib.nullcontext()
 
+    def multiplying(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Keep autocast, which has been heeded, from the products."""
+        self.check_memory(operands)
+        return torch.autocast(operands["input"].device.type, enabled=False)
+
     def place(self, array: Any) -> Place | None:
         """Tell where a tensor lies."""
         if not hasattr(array, "dtype"):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows
 from polyce.formula.stats import RowStats
+
+ArraysT = TypeVar("ArraysT", bound=tuple[Any, ...])
 
 
 def _check(operands: Operands) -> None:
     pass
 
 
-def _detach(operands: Operands) -> Operands:
-    return operands
+def _detach(given: ArraysT) -> ArraysT:
+    return given
 
 
 def _log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
@@ -27,8 +29,8 @@ class Rules(NamedTuple):
 
     check: Callable[[Operands], None] = _check
     """Refuses arrays that wait for a gradient which polyce does not give."""
-    detach: Callable[[Operands], Operands] = _detach
-    """Cuts the operands from any derivative."""
+    detach: Callable[..., Any] = _detach
+    """Cuts a named tuple of arrays from any derivative."""
     row_losses: Callable[..., tuple[Any, RowStats | None]] = rows.forward
     """(problem, plan, logits) -> (losses, stats), the losses with their derivatives"""
     nll: Callable[..., Any] = rows.nll

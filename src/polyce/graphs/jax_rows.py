@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from polyce.call.problem import Operands, Problem
+from polyce.call.problem import Problem
 from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
-from polyce.graphs.contract import Rules
+from polyce.graphs.contract import ArraysT, Rules
 
 
-def detach(operands: Operands) -> Operands:
+def detach(given: ArraysT) -> ArraysT:
     """Cut the operands from any derivative."""
     # Labels have none, and inside a jit they must stay the arrays of known values that they are.
-    return Operands(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in operands))
+    return type(given)(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in given))
 
 
 def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:

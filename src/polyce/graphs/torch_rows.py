@@ -22,12 +22,12 @@ from polyce.formula import rows, targets, transform
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs import torch_state
-from polyce.graphs.contract import Rules
+from polyce.graphs.contract import ArraysT, Rules
 
 
-def detach(operands: Operands) -> Operands:
+def detach(given: ArraysT) -> ArraysT:
     """Cut the operands from any graph."""
-    return Operands(*(a.detach() if isinstance(a, torch.Tensor) else a for a in operands))
+    return type(given)(*(a.detach() if isinstance(a, torch.Tensor) else a for a in given))
 
 
 def check(operands: Operands) -> None:

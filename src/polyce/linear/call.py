@@ -58,10 +58,9 @@ class Call:
         """Read the target; raises IndexError for a bad label where labels are checked."""
         return replace(self, plan=targets.plan_rows(self.whole, self.operands))
 
-    def detached(self, detach: Callable[[Operands], Operands]) -> Call:
+    def detached(self, detach: Callable[..., Any]) -> Call:
         """Give the call with its arrays cut from any graph."""
-        head = detach(Operands(*self.head, *(None,) * 4))
-        return replace(self, operands=detach(self.operands), head=Head(*head[:2]))
+        return replace(self, operands=detach(self.operands), head=detach(self.head))
 
     def without_arrays(self) -> Call:
         """Give the facts of the call alone."""

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from polyce.linear import by_steps, in_place
 from polyce.linear.call import NONE, Call, Gradients
 
 
-def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def _loop(call: Call) -> ModuleType:
+    """Choose the module that runs the chunks."""
     if _writes(call):
-        return in_place.run(call, wanted, cotangent)
+        return in_place
     if call.whole.backend == "jax":
         from polyce.linear import jax_scan
 
-        return jax_scan.run(call, wanted, cotangent)
-    return by_steps.run(call, wanted, cotangent)
+        return jax_scan
+    return by_steps
 
 
 def _computing(call: Call) -> Any:
     head = {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
-    return call.whole.library.computing(call.operands.named() | head)
+    return call.whole.library.multiplying(call.operands.named() | head)
 
 
 def _writes(call: Call) -> bool:
@@ -32,7 +34,7 @@ def loss(call: Call) -> Any:
     """Give the loss; no gradient is made."""
     with _computing(call):
         call = call.planned()
-        rows, _ = _run(call, NONE, None)
+        rows, _ = _loop(call).run(call, NONE, None)
         return call.reduce(rows)
 
 
@@ -48,7 +50,7 @@ def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
             scale, factor = None, call.scale_of_sums()
         else:
             scale, factor = call.cotangent(), None
-        rows, sums = _run(call, wanted, scale)
+        rows, sums = _loop(call).run(call, wanted, scale)
         return call.reduce(rows), sums, factor
 
 

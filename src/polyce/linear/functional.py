@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from polyce.call.options import Options
+from polyce.graphs import rules as derivatives
 from polyce.linear import compute, unfused
 from polyce.linear.call import Call, check_wrt, describe
 
@@ -222,6 +223,7 @@ def linear_cross_entropy_with_grad(
     )
     if call.head.bias is None:
         wanted = wanted._replace(linear_bias=False)
+    call = call.detached(derivatives.of(call.whole.backend).detach)
     result, gradients = rules(call).loss_and_gradients(call, wanted)
     return result, tuple(gradients)
 
@@ -234,19 +236,19 @@ def check(call: Call, *, on_graph: bool = True) -> None:
         torch_rule.check(call)
 
 
-def _torch() -> ModuleType:
+def _torch(call: Call) -> ModuleType:
     from polyce.linear import torch_rule
 
-    return torch_rule
+    return torch_rule if torch_rule.is_needed(call) else compute
 
 
-def _jax() -> ModuleType:
+def _jax(call: Call) -> ModuleType:
     from polyce.linear import jax_rule
 
     return jax_rule
 
 
-def _dask() -> ModuleType:
+def _dask(call: Call) -> ModuleType:
     from polyce.linear import dask_rule
 
     return dask_rule
@@ -260,4 +262,4 @@ def rules(call: Call) -> ModuleType:
     if unfused.is_wanted(call.whole):
         return unfused
     own = _RULES.get(call.whole.backend)
-    return compute if own is None else own()
+    return compute if own is None else own(call)

@@ -45,7 +45,6 @@ def loss(call: Call) -> Any:
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted, cut from any derivative."""
-    call = call.detached(jax_rows.detach)
     call = jax_scan.with_plain_labels(call, call.planned().plan)
     like = Gradients(*_inputs(call))
     pairs = zip(like, wanted, strict=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce.graphs import torch_rows, torch_state
+from polyce.graphs import torch_state
 from polyce.implementations import torch_ops
 from polyce.linear import compute
 from polyce.linear.call import NONE, Call, Gradients, describe
@@ -62,7 +62,7 @@ def loss(call: Call) -> Any:
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted as parts of a graph, without their own."""
-    result, *sums, factor = _operator(*_arguments(call.detached(torch_rows.detach), wanted))
+    result, *sums, factor = _operator(*_arguments(call, wanted))
     return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
 
 

@@ -19,8 +19,16 @@ from polyce.linear import compute, unfused
 from polyce.linear.call import Call, Gradients
 
 
+def is_needed(call: Call) -> bool:
+    """Tell whether torch has to know of a call: it compiles it, or a gradient waits for it."""
+    given = (call.operands.logits, *call.head, call.operands.normalizer)
+    return call.whole.is_compiling or any(
+        isinstance(array, torch.Tensor) and torch_state.waits(array) for array in given
+    )
+
+
 def loss(call: Call) -> Any:
-    """Give the loss, on torch's graph if something waits for a gradient."""
+    """Compute the loss, on torch's graph if something waits for a gradient."""
     normalizer = call.operands.normalizer
     if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
         # torch divides, and so differentiates by the normalizer.
@@ -33,19 +41,15 @@ def loss(call: Call) -> Any:
         return torch_op.loss(call)
     arrays = (call.operands.logits, *call.head)
     if not any(map(torch_state.waits, arrays)):
-        with _own_dtypes(call):
-            return compute.loss(_detached(call))
+        return compute.loss(call)
     return _Loss.apply(*arrays, call)
 
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted, none of them on a graph."""
-    if call.whole.is_compiling:
-        from polyce.linear import torch_op
+    """Compute the loss and the gradients wanted, of a call that torch compiles."""
+    from polyce.linear import torch_op
 
-        return torch_op.loss_and_gradients(call, wanted)
-    with torch.no_grad(), _own_dtypes(call):
-        return compute.loss_and_gradients(_detached(call), wanted)
+    return torch_op.loss_and_gradients(call, wanted)
 
 
 def check(call: Call) -> None:
@@ -60,19 +64,10 @@ def check(call: Call) -> None:
             )
 
 
-def _detached(call: Call) -> Call:
-    return call.detached(torch_rows.detach)
-
-
-def _own_dtypes(call: Call) -> Any:
-    """Keep autocast, which has been heeded, from the products."""
-    return torch.autocast(call.operands.logits.device.type, enabled=False)
-
-
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: Call) -> Any:
-        call = _detached(call)
+        call = call.detached(torch_rows.detach)
         operands = call.operands
         number = operands.normalizer
         divisor = number if isinstance(number, torch.Tensor) else None
@@ -86,10 +81,9 @@ class _Loss(torch.autograd.Function):
         ctx.call = call.without_arrays()
         wanted = Gradients(*ctx.needs_input_grad[:3])
         ctx.waiting = None
-        with _own_dtypes(call):
-            if call.whole.options.reduction == "none":
-                return compute.loss(call)
-            result, sums, factor = compute.loss_and_sums(call, wanted)
+        if call.whole.options.reduction == "none":
+            return compute.loss(call)
+        result, sums, factor = compute.loss_and_sums(call, wanted)
         ctx.waiting = sums, factor
         return result
 
@@ -109,13 +103,12 @@ class _Loss(torch.autograd.Function):
             return *_differentiable(call, wanted), None
         # It is handed on, for nobody else to hold: a second pass makes its own.
         waiting, ctx.waiting = ctx.waiting, None
-        with _own_dtypes(call):
-            call = _detached(call)
-            if waiting is None:
-                return *compute.loss_and_gradients(call, wanted)[1], None
-            # On an accelerator nobody looks whether it is 1.
-            is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
-            return *compute.finish(call, *waiting, None if is_one else cotangent), None
+        call = call.detached(torch_rows.detach)
+        if waiting is None:
+            return *compute.loss_and_gradients(call, wanted)[1], None
+        # On an accelerator nobody looks whether it is 1.
+        is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
+        return *compute.finish(call, *waiting, None if is_one else cotangent), None
 
 
 def _differentiable(call: Call, wanted: Gradients) -> Gradients:

@@ -10,7 +10,6 @@ from typing import Any
 
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
-from polyce.graphs import rules
 from polyce.implementations.registry import select
 from polyce.linear.call import Call, Gradients
 
@@ -34,7 +33,6 @@ def loss(call: Call) -> Any:
 
 def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     """Compute the loss and the gradients wanted."""
-    call = call.detached(rules.of(call.whole.backend).detach)
     problem, operands = _described(call)
     path = select(problem, call.name)
     result, grad, _ = path.cross_entropy_with_grad(problem, operands, None)
