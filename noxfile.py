@@ -22,7 +22,8 @@ nox.needs_version = ">=2025.5.1"
 # where pip is configured to look for it.
 nox.options.default_venv_backend = "virtualenv"
 # What a change must pass before it is shown to others.
-nox.options.sessions = ["lint", "types", "build", "tests(numpy)", "tests(torch)", "doctest", "docs"]
+TIER_1 = ("numpy", "strict", "torch", "jax-x32", "dask", "cupy-emulated")
+nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in TIER_1), "docs"]
 # What else must hold; and what is so much like it that it runs beside all cases of all tests only.
 CI, FULL = ["ci"], ["full"]
 STRICT = nox.param("strict", id="strict", tags=FULL)
@@ -278,10 +279,7 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize(
     "backend",
-    [
-        nox.param(name, id=name, tags=[] if f"tests({name})" in nox.options.sessions else CI)
-        for name in BACKENDS
-    ],
+    [nox.param(name, id=name, tags=[] if name in TIER_1 else CI) for name in BACKENDS],
 )
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests on one array library."""
@@ -315,19 +313,13 @@ def minimums(session: nox.Session, backend: str) -> None:
 
 
 @nox.session
-def doctest(session: nox.Session) -> None:
-    """Run the examples in docstrings."""
+def docs(session: nox.Session) -> None:
+    """Run every example of docstrings and pages, and build the site into docs/_build/html."""
     # Every module is imported, so the libraries that some modules are written for must be there; of
     # CuPy a stand-in.
-    install(session, "triton", "jax")
+    install(session, "docs", "triton")
     env = {"PYTHONPATH": str(Path("tests/emulation").resolve())}
     session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs, env=env)
-
-
-@nox.session
-def docs(session: nox.Session) -> None:
-    """Run every example of the documentation, and build the site into docs/_build/html."""
-    install(session, "docs")
     build = ("sphinx-build", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
     # Read anew (-E): much of it is made from the code.
     session.run(*build, "-E", "-b", "doctest", "docs", "docs/_build/doctest")

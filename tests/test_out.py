@@ -127,9 +127,10 @@ def test_what_torch_keeps_an_eye_on(torch: Any) -> None:
 @pytest.mark.only("strict")
 def test_a_library_that_cannot_be_written() -> None:
     """jax, dask and lazy arrays: the sentence, from a stand-in that needs neither."""
+    from polyce.arrays.library import Library
     from polyce.call import outputs
     from polyce.call.problem import describe
 
     problem, operands = describe(X, LABELS)
     with pytest.raises(TypeError, match="out needs arrays that can be written, which those of jax"):
-        outputs.check(problem._replace(backend="jax"), operands, X)
+        outputs.check(problem._replace(library=Library("jax", np)), operands, X)
