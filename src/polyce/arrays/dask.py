@@ -11,7 +11,13 @@ import dask.array as da
 import numpy as np
 from dask.array.core import elemwise
 
-from polyce.arrays.library import Library, WithNumPyDtypes, along_axis, widens_nothing
+from polyce.arrays.library import (
+    Library,
+    WithNumPyDtypes,
+    along_axis,
+    cut_alike,
+    widens_nothing,
+)
 
 Find = Callable[..., tuple[Library, list[Any]]]
 
@@ -27,7 +33,7 @@ class _Dask(WithNumPyDtypes):
 
     def align(self, array: Any, logits: Any) -> Any:
         """Cut it as the logits are cut where it has their size."""
-        return aligned(array, logits)
+        return cut_alike(array, logits)
 
     def one_hot(self, labels: Any, logits: Any, axis: int, *, beside_logits: bool = True) -> Any:
         """Make masks of numbers cut as the classes are, beside the logits if that may wait.
@@ -57,12 +63,6 @@ class _Dask(WithNumPyDtypes):
     def divide(self, values: Any, divisor: Any) -> Any:
         """Divide in tasks that keep NumPy quiet, as they do not know what their caller keeps so."""
         return elemwise(_divided, values, divisor)
-
-
-def aligned(array: Any, logits: Any) -> Any:
-    """Rechunk an array that broadcasts against the logits as they are cut."""
-    pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
-    return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
 
 
 def _is_label(classes: Any, labels: Any, logits: Any) -> Any:

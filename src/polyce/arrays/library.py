@@ -320,6 +320,12 @@ def along_axis(vector: Any, axis: int, ndim: int) -> Any:
     return vector[(None,) * axis + (slice(None),) + (None,) * (ndim - axis - 1)]
 
 
+def cut_alike(array: Any, logits: Any) -> Any:
+    """Rechunk an array that broadcasts against the logits as they are cut."""
+    pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
+    return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
+
+
 FEW = 128
 """So many numbers may be added one by one."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polyce.arrays.library import Library, WithNumPyDtypes
+from polyce.arrays.library import Library, WithNumPyDtypes, cut_alike
 from polyce.arrays.numpy import OnNumPy
 
 
@@ -61,8 +61,7 @@ class Cubed(WithNumPyDtypes):
 
     def align(self, array: Any, logits: Any) -> Any:
         """Cut it as the logits are cut where it has their size."""
-        pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
-        return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
+        return cut_alike(array, logits)
 
     def one_hot(self, labels: Any, logits: Any, axis: int, *, beside_logits: bool = True) -> Any:
         """Make masks of numbers cut as the classes are."""
