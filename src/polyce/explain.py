@@ -166,7 +166,7 @@ def _of_logits(
     return Explanation(
         call=_call(function, problem, operands, [logits]),
         chosen=registry.select(problem, implementation).name,
-        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+        reasons={path.name: path.reasons(problem) for path in registry.TABLE},
     )
 
 
@@ -191,7 +191,7 @@ def _of_head(
     return Explanation(
         call=_call(function, whole, call.operands, parts),
         chosen=chosen.name,
-        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+        reasons={path.name: path.reasons(problem) for path in registry.TABLE},
         chunks=of_chunks,
     )
 
@@ -230,7 +230,7 @@ def versions() -> str:
     """Give the text that `show_versions` prints."""
     import platform
 
-    rows: list[tuple[str, str | None]] = [
+    entries: list[tuple[str, str | None]] = [
         ("polyce", __version__),
         ("python", platform.python_version()),
     ]
@@ -239,16 +239,16 @@ def versions() -> str:
         version = next((one for one in found if one), None)
         if version is None and find.installed(module):
             version = "installed, version unknown"
-        rows.append((module, version))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {version or 'not installed'}" for name, version in rows]
+        entries.append((module, version))
+    width = max(len(name) for name, _ in entries)
+    lines = [f"{name:<{width}}  {version or 'not installed'}" for name, version in entries]
 
     lines.append("")
     lines.append("implementations, in order of preference")
-    width = max(len(row.name) for row in registry.TABLE)
-    for row in registry.TABLE:
-        reason = row.unavailable()
-        lines.append(f"  {row.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
+    width = max(len(path.name) for path in registry.TABLE)
+    for path in registry.TABLE:
+        reason = path.unavailable()
+        lines.append(f"  {path.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
     if native.unavailable() is None:
         lines.append(f"native core  {_core()}")
     lines.append(_preferred())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
-from polyce.arrays.plain import plain_facts
+from polyce.arrays.plain import plain_key
 from polyce.call import checks
 from polyce.call.options import Options, check_heeded
 
@@ -136,16 +136,16 @@ def describe(
 
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
-    facts = None
+    plain = None
     if normalizer is None and (grad_output is None or type(grad_output) is float):
-        facts = plain_facts(input, target, weight, sample_weight)
-    if facts is not None:
+        plain = plain_key(input, target, weight, sample_weight)
+    if plain is not None:
         try:
             # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
-            key = (facts, options, probabilities, grad_output is None, *map(type, options))
+            key = (plain, options, probabilities, grad_output is None, *map(type, options))
             problem = _known.get(key)
         except TypeError:  # an option that has no hash, such as a list
-            facts = None
+            plain = None
         else:
             if problem is not None:
                 return problem, Operands(input, target, weight, sample_weight, None, grad_output)
@@ -160,7 +160,7 @@ def describe(
         grad_output=grad_output,
         probabilities=probabilities,
     )
-    if facts is not None:
+    if plain is not None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = problem

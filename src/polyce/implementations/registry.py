@@ -118,14 +118,14 @@ def find(name: str) -> Implementation:
 
 
 def _named(name: str) -> Implementation | None:
-    for row in TABLE:
-        if row.name == name:
-            return row
+    for path in TABLE:
+        if path.name == name:
+            return path
     return None
 
 
 def _known() -> str:
-    return ", ".join(row.name for row in TABLE)
+    return ", ".join(path.name for path in TABLE)
 
 
 def select(problem: Problem, name: str | None = None) -> Implementation:
@@ -158,9 +158,9 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
     if wanted is None and preferred is not None:
         wanted = preferred.name
-    for row in sorted(TABLE, key=lambda row: row.name != wanted):
-        if row.log_softmax is not None and row.serves(problem):
-            return row.log_softmax
+    for path in sorted(TABLE, key=lambda path: path.name != wanted):
+        if path.log_softmax is not None and path.serves(problem):
+            return path.log_softmax
     return rows.log_softmax
 
 
@@ -198,7 +198,7 @@ def _unforced(problem: Problem, preferred: Implementation | None) -> Implementat
 
 
 def _first(problem: Problem) -> Implementation:
-    for row in TABLE:
-        if row.serves(problem):
-            return row
+    for path in TABLE:
+        if path.serves(problem):
+            return path
     raise ValueError("no implementation can serve this call; see polyce.explain for the reasons")

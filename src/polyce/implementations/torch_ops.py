@@ -77,11 +77,11 @@ def cross_entropy(
     normalizer = operands.normalizer
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         summed, operands = torch_calls.without_normalizer(problem, operands)
-        total, facts = cross_entropy(implementation, summed, operands)
-        return (total / normalizer).to(problem.result_dtype), facts
+        total, found = cross_entropy(implementation, summed, operands)
+        return (total / normalizer).to(problem.result_dtype), found
     keep = torch.is_grad_enabled() and operands.logits.requires_grad
-    loss, facts, _, _ = _forward(implementation, problem, operands, keep)
-    return loss, facts
+    loss, found, _, _ = _forward(implementation, problem, operands, keep)
+    return loss, found
 
 
 def cross_entropy_with_grad(
@@ -89,25 +89,25 @@ def cross_entropy_with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Give the loss, the gradient and the stats of one call as part of a graph."""
     cotangent = operands.grad_output
-    loss, facts, rows, denominator = _forward(implementation, problem, operands, keep=True)
+    loss, found, rows, denominator = _forward(implementation, problem, operands, keep=True)
     if cotangent is None or isinstance(cotangent, float):
         ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
         cotangent = ones if cotangent is None else ones * cotangent
     tensors, asked = _arguments(implementation, problem.with_options(stats=None), operands)
     grad = _backward_operator(cotangent, *tensors, rows, denominator, *asked)
-    return loss, grad, facts
+    return loss, grad, found
 
 
 def _forward(
     implementation: str, problem: Problem, operands: Operands, keep: bool
 ) -> tuple[Any, Stats | None, Any, Any]:
     tensors, asked = _arguments(implementation, problem, operands)
-    loss, *found, rows, denominator = _operator(*tensors, keep, *asked)
+    loss, *entries, rows, denominator = _operator(*tensors, keep, *asked)
     if problem.options.stats is None:
         return loss, None, rows, denominator
     wanted = (*(name in problem.options.stats for name in Stats._fields[:-1]), True)
-    facts = Stats(*(a if is_wanted else None for a, is_wanted in zip(found, wanted, strict=True)))
-    return loss, facts, rows, denominator
+    found = Stats(*(a if is_on else None for a, is_on in zip(entries, wanted, strict=True)))
+    return loss, found, rows, denominator
 
 
 def _arguments(

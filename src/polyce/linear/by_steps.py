@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyce.call.problem import Operands
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     """Give what `in_place.run` gives."""
     xp = call.whole.xp
     spans = call.chunks.spans() or [slice(0, 0)]
@@ -29,7 +29,7 @@ def _added(parts: Sequence[Any]) -> Any:
     return parts[0] if parts[0] is None else sum(parts[1:], start=parts[0])
 
 
-def inputs(call: Call, cotangent: Any, span: slice) -> tuple[Any, ...]:
+def inputs(call: HeadCall, cotangent: Any, span: slice) -> tuple[Any, ...]:
     """Give what a step takes of a chunk's rows."""
     target, sample_weight, counted = call.target, call.sample_weight, call.counted
     of_rows = (call.hidden, target, sample_weight, counted, cotangent)
@@ -37,7 +37,7 @@ def inputs(call: Call, cotangent: Any, span: slice) -> tuple[Any, ...]:
 
 
 def step(
-    call: Call,
+    call: HeadCall,
     wanted: Gradients,
     hidden: Any,
     target: Any,
@@ -76,6 +76,6 @@ def step(
     )
 
 
-def product(call: Call, a: Any, b: Any) -> Any:
+def product(call: HeadCall, a: Any, b: Any) -> Any:
     """Multiply two matrices into the dtype that the gradients add up in."""
     return call.whole.library.matmul(a, b, call.sum_dtype, **call.product_options)

@@ -29,7 +29,7 @@ NONE = Gradients(False, False, False)
 
 
 @dataclass(frozen=True)
-class Call:
+class HeadCall:
     """One call, its rows in one axis."""
 
     whole: Problem
@@ -54,16 +54,16 @@ class Call:
         """What computes the losses of a chunk's logits, and their gradient."""
         return registry.select(self.part(self.chunks.rows), self.name)
 
-    def planned(self) -> Call:
+    def planned(self) -> HeadCall:
         """Read the target; raises IndexError for a bad label where labels are checked."""
         return replace(self, plan=targets.plan_rows(self.whole, self.operands))
 
-    def detached(self, detach: Callable[[Operands], Operands]) -> Call:
+    def detached(self, detach: Callable[[Operands], Operands]) -> HeadCall:
         """Give the call with its arrays cut from any graph."""
         head = detach(Operands(*self.head, *(None,) * 4))
         return replace(self, operands=detach(self.operands), head=Head(*head[:2]))
 
-    def without_arrays(self) -> Call:
+    def without_arrays(self) -> HeadCall:
         """Give the facts of the call alone."""
         name = self.implementation.name
         nothing = Operands(*(None,) * 6)
@@ -182,7 +182,7 @@ def describe(
     chunk_size: int | None,
     implementation: str | None,
     grad_output: Any = None,
-) -> Call:
+) -> HeadCall:
     """Check the arguments of a call."""
     size = chunks.check_chunk_size(chunk_size)
     whole, operands, head = describe_anew(
@@ -195,7 +195,7 @@ def describe(
         options,
         grad_output=grad_output,
     )
-    return Call(whole, operands, head, size, implementation)
+    return HeadCall(whole, operands, head, size, implementation)
 
 
 def check_wrt(wrt: Any) -> Gradients:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from polyce.linear import by_steps, in_place
-from polyce.linear.call import NONE, Call, Gradients
+from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def _run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     if _writes(call):
         return in_place.run(call, wanted, cotangent)
     if call.whole.backend == "jax":
@@ -19,16 +19,16 @@ def _run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]
     return by_steps.run(call, wanted, cotangent)
 
 
-def _computing(call: Call) -> Any:
+def _computing(call: HeadCall) -> Any:
     head = {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
     return call.whole.library.computing(call.operands.named() | head)
 
 
-def _writes(call: Call) -> bool:
-    return call.whole.backend in in_place.MEMORIES and call.whole.is_concrete
+def _writes(call: HeadCall) -> bool:
+    return call.whole.backend in in_place.PRODUCTS and call.whole.is_concrete
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Give the loss; no gradient is made."""
     with _computing(call):
         call = call.planned()
@@ -36,7 +36,7 @@ def loss(call: Call) -> Any:
         return call.reduce(rows)
 
 
-def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
+def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Any]:
     """Give the loss, the gradients wanted as they were added up, and a factor that they lack.
 
     The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by what a
@@ -52,7 +52,7 @@ def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
         return call.reduce(rows), sums, factor
 
 
-def finish(call: Call, sums: Gradients, *factors: Any) -> Gradients:
+def finish(call: HeadCall, sums: Gradients, *factors: Any) -> Gradients:
     """Give the gradients in the shapes and dtypes of what they belong to."""
     scales = [factor for factor in factors if factor is not None]
     given = Gradients(call.operands.logits, *call.head)
@@ -66,20 +66,20 @@ def finish(call: Call, sums: Gradients, *factors: Any) -> Gradients:
     return Gradients(*found)
 
 
-def select_counted(call: Call, of_input: Any) -> Any:
+def select_counted(call: HeadCall, of_input: Any) -> Any:
     """Give 0 for rows that do not count, which a factor of infinity or nan has made nan."""
     counted = call.planned().plan.counted
     return of_input if counted is None else call.whole.xp.where(counted, of_input, 0.0)
 
 
-def _finished(call: Call, array: Any, like: Any, scales: Sequence[Any]) -> Any:
+def _finished(call: HeadCall, array: Any, like: Any, scales: Sequence[Any]) -> Any:
     for scale in scales:
         array = _scaled(call, array, scale)
     array = call.whole.library.cast(array, like.dtype)
     return array if array.ndim == like.ndim else call.whole.xp.reshape(array, like.shape)
 
 
-def _scaled(call: Call, array: Any, factor: Any) -> Any:
+def _scaled(call: HeadCall, array: Any, factor: Any) -> Any:
     if not isinstance(factor, float):
         factor = call.whole.library.cast(factor, array.dtype)
     if not _writes(call):
@@ -88,7 +88,7 @@ def _scaled(call: Call, array: Any, factor: Any) -> Any:
     return array
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted."""
     result, sums, factor = loss_and_sums(call, wanted)
     return result, finish(call, sums, factor)

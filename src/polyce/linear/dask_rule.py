@@ -19,15 +19,15 @@ from polyce.implementations import registry
 from polyce.implementations.dask import path as dask
 from polyce.implementations.dask.blocks import itself, of_chunk, with_dtypes
 from polyce.linear import compute
-from polyce.linear.call import NONE, Call, Gradients
+from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Give the loss."""
     return loss_and_gradients(call, NONE)[0]
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted, all of them lazy."""
     import dask.array as da
 
@@ -39,11 +39,11 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     plan = _plan(call, operands)
     cotangent = targets.cotangent(whole, plan, operands.grad_output)
     axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
-    facts = call.without_arrays()
-    name = facts.name if facts.name == "reference" else None
-    facts = replace(facts, name=name)
+    bare = call.without_arrays()
+    name = bare.name if bare.name == "reference" else None
+    bare = replace(bare, name=name)
     results = da.blockwise(
-        partial(_block, facts, wanted, hidden.dtype),
+        partial(_block, bare, wanted, hidden.dtype),
         axes,
         *(hidden, axes),
         *(operands.target, axes if whole.kind == "probability" else lead),
@@ -75,7 +75,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     return targets.reduce(whole, plan, rows), found
 
 
-def _plan(call: Call, operands: Operands) -> Plan:
+def _plan(call: HeadCall, operands: Operands) -> Plan:
     """Read what the mean divides by, block by block; NumPy's labels are looked at now."""
     whole, given = call.whole, call.operands
     # Of the class weights the blocks take those of their labels.
@@ -86,7 +86,7 @@ def _plan(call: Call, operands: Operands) -> Plan:
     return found._replace(denominator=denominator)
 
 
-def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
+def _of_head(call: HeadCall, results: Any, index: int, first: Sequence[Any]) -> Any:
     """Add up what the blocks give, each in an array of its own along the last axis."""
     import dask.array as da
 
@@ -115,7 +115,7 @@ def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
 
 
 def _block(
-    facts: Call,
+    bare: HeadCall,
     wanted: Gradients,
     dtype: Any,
     hidden: Any,
@@ -127,8 +127,8 @@ def _block(
     bias: Any,
 ) -> tuple[Any, ...]:
     """Give a block's losses, or their sum, and its parts of the gradients wanted."""
-    summed = facts.whole.options.reduction != "none"
-    whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
+    summed = bare.whole.options.reduction != "none"
+    whole = of_chunk(bare.whole, hidden, (*hidden.shape[:-1], bare.whole.classes))
     library, xp = whole.library, whole.xp
     # As what dask says they are, chunks have one dtype.
     widest = max((a for a in (hidden, weight, bias) if a is not None), key=lambda a: a.itemsize)
@@ -141,13 +141,13 @@ def _block(
         ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
         cotangent = ones * (cotangent[..., 0] if getattr(cotangent, "ndim", 0) else cotangent)
     call = replace(
-        facts,
+        bare,
         whole=whole._replace(result_dtype=whole.row_dtype),
         operands=Operands(hidden, target, class_weight, sample_weight, None, cotangent),
         head=Head(weight, bias),
     )
     # What `use` names is meant for dask's arrays.
-    name = facts.name or registry.select_within(call.part(call.chunks.rows)).name
+    name = bare.name or registry.select_within(call.part(call.chunks.rows)).name
     call = replace(call, name=name)
     rows, sums, _ = compute.loss_and_sums(call, wanted)
     lead = (1,) * (hidden.ndim - 1)
@@ -158,7 +158,7 @@ def _block(
     of_head = (
         None
         if a is None
-        else xp.reshape(library.cast(a, facts.sum_dtype), (*lead, math.prod(a.shape)))
+        else xp.reshape(library.cast(a, bare.sum_dtype), (*lead, math.prod(a.shape)))
         for a in sums[1:]
     )
     return rows, of_hidden, *of_head

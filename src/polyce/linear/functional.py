@@ -8,7 +8,7 @@ from typing import Any
 
 from polyce.call.options import Options
 from polyce.linear import compute, unfused
-from polyce.linear.call import Call, check_wrt, describe
+from polyce.linear.call import HeadCall, check_wrt, describe
 
 
 def linear_cross_entropy(
@@ -226,7 +226,7 @@ def linear_cross_entropy_with_grad(
     return result, tuple(gradients)
 
 
-def check(call: Call, *, on_graph: bool = True) -> None:
+def check(call: HeadCall, *, on_graph: bool = True) -> None:
     """Refuse torch tensors that wait for a gradient which there is none of here."""
     if on_graph and call.whole.backend == "torch":
         from polyce.linear import torch_rule
@@ -255,7 +255,7 @@ def _dask() -> ModuleType:
 _RULES = {"torch": _torch, "jax": _jax, "dask": _dask}
 
 
-def rules(call: Call) -> ModuleType:
+def rules(call: HeadCall) -> ModuleType:
     """Return the module that computes a call: each has the same two functions."""
     if unfused.is_wanted(call.whole):
         return unfused

@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce.call.problem import Operands
-from polyce.linear.call import Call, Gradients
-from polyce.linear.memory import Memory, of_arrays
+from polyce.linear.call import Gradients, HeadCall
+from polyce.linear.memory import Products, of_arrays
 
 
-def _of_torch() -> Memory:
+def _of_torch() -> Products:
     from polyce.linear import torch_memory
 
-    return torch_memory.MEMORY
+    return torch_memory.PRODUCTS
 
 
-def _of_cupy() -> Memory:
+def _of_cupy() -> Products:
     import cupy
 
     return of_arrays(cupy)
 
 
-MEMORIES: dict[str, Callable[[], Memory]] = {
+PRODUCTS: dict[str, Callable[[], Products]] = {
     "numpy": lambda: of_arrays(np),
     "torch": _of_torch,
     "cupy": _of_cupy,
@@ -48,12 +48,12 @@ class _Chunk(NamedTuple):
     """What their losses depend on beside the logits."""
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     """Give the losses of all rows, and the gradients wanted, in the dtype that they add up in.
 
     `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
     """
-    own = MEMORIES[call.whole.backend]()
+    own = PRODUCTS[call.whole.backend]()
     whole, cut, classes = call.whole, call.chunks, call.whole.classes
     implementation = call.implementation
     hidden, features = call.hidden, call.features
@@ -129,7 +129,7 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
 class _Back(NamedTuple):
     """The products that lead back from a chunk's gradient, and where they go."""
 
-    own: Memory
+    own: Products
     wanted: Gradients
     found: Gradients
     of_input: Any
@@ -159,7 +159,7 @@ class _Back(NamedTuple):
         return self.of_input[: chunk.hidden.shape[0]]
 
 
-def _kept(call: Call, own: Memory) -> Any:
+def _kept(call: HeadCall, own: Products) -> Any:
     """Give the numbers of the rows that count, where some do not and a look tells which."""
     counted = call.counted
     if counted is None or not call.whole.library.is_at_hand(counted):
@@ -169,7 +169,7 @@ def _kept(call: Call, own: Memory) -> Any:
 
 
 def _chunks(
-    call: Call, own: Memory, kept: Any, spans: list[slice], cotangent: Any
+    call: HeadCall, own: Products, kept: Any, spans: list[slice], cotangent: Any
 ) -> Iterator[_Chunk]:
     whole, hidden, target = call.whole, call.hidden, call.target
     sample_weight = call.sample_weight

@@ -13,16 +13,16 @@ from polyce.arrays import dtypes
 from polyce.call.problem import Head, Operands
 from polyce.formula.targets import Plan
 from polyce.linear import by_steps, chunks
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
     """Give what `in_place.run` gives."""
     call = with_plain_labels(call, call.plan)
     return traced(call.without_arrays(), wanted, call.operands, call.head, cotangent)
 
 
-def with_plain_labels(call: Call, plan: Plan) -> Call:
+def with_plain_labels(call: HeadCall, plan: Plan) -> HeadCall:
     """Give the call with labels of jax's own: -1 where a row does not count, C where one is bad.
 
     Those of a caller may be NumPy's, of values that jax without 64-bit types does not have.
@@ -41,7 +41,7 @@ def with_plain_labels(call: Call, plan: Plan) -> Call:
     return replace(call, whole=whole, operands=call.operands._replace(target=label))
 
 
-def spans(call: Call) -> tuple[int, int]:
+def spans(call: HeadCall) -> tuple[int, int]:
     """Give how many chunks are full, and the rows of the last one that is not."""
     return divmod(call.chunks.total, call.chunks.rows)
 
@@ -51,19 +51,19 @@ def cut(array: Any, start: Any, rows: int) -> Any:
     return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
 
 
-def described(facts: Call, operands: Operands, head: Head) -> Call:
+def described(bare: HeadCall, operands: Operands, head: Head) -> HeadCall:
     """Give a call whose rows are not reduced, with what its target means."""
-    whole = facts.whole.with_options(reduction="none")._replace(normalized=False)
-    return replace(facts, whole=whole, operands=operands, head=head).planned()
+    whole = bare.whole.with_options(reduction="none")._replace(normalized=False)
+    return replace(bare, whole=whole, operands=operands, head=head).planned()
 
 
 # What is traced depends on the facts alone, and so is traced once for each.
 @partial(jax.jit, static_argnums=(0, 1))
 def traced(
-    facts: Call, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
+    bare: HeadCall, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
 ) -> tuple[Any, Gradients]:
     """Return the losses of all rows and the gradients wanted, as they add up."""
-    call = described(facts, operands, head)
+    call = described(bare, operands, head)
     of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
 
     def step(sums: Gradients, start: Any, rows: int) -> tuple[Gradients, Any]:
@@ -91,7 +91,7 @@ def traced(
     return rows, sums._replace(input=of_input)
 
 
-def _add_product(call: Call, total: Any, grad: Any, hidden: Any) -> Any:
+def _add_product(call: HeadCall, total: Any, grad: Any, hidden: Any) -> Any:
     """Add a chunk's part of the head's gradient, on a CPU by blocks of classes.
 
     XLA adds no product in place there: it would hold one as large as the head. With several devices
@@ -119,7 +119,7 @@ def flat(parts: Any) -> Any:
     return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
 
 
-def _zeros(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
+def _zeros(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
     """Give what the head's gradient is added to, for whatever axes of a mesh it will vary over."""
     given = jax.tree.leaves((call.operands, call.head, cotangent))
     zero = sum(jnp.zeros_like(array, call.sum_dtype, shape=()) for array in given)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Memory(NamedTuple):
+class Products(NamedTuple):
     """How a library's arrays are made, and multiplied into memory that is there."""
 
     empty: Callable[..., Any]
@@ -25,7 +25,7 @@ class Memory(NamedTuple):
     """Whether `add_product` wants memory for a product of its own."""
 
 
-def of_arrays(xp: Any) -> Memory:
+def of_arrays(xp: Any) -> Products:
     """Return what is known of NumPy's arrays, or of CuPy's, by the library's namespace."""
 
     def multiply(a: Any, b: Any, bias: Any, out: Any) -> None:
@@ -46,7 +46,7 @@ def of_arrays(xp: Any) -> Memory:
         is_packed = xp is np and array.strides[-1] == array.itemsize
         return array if is_packed else xp.ascontiguousarray(array)
 
-    return Memory(
+    return Products(
         empty=lambda shape, dtype, like: xp.empty(shape, dtype),
         multiply=multiply,
         add_product=add_product,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polyce.linear.memory import Memory
+from polyce.linear.memory import Products
 
 # Whether torch gives a product of 16 bits in 32 on CUDA: from 2.8 on. For ROCm it has the argument
 # too, and some versions refuse it. Otherwise a product is rounded to 16 bits, and added in 32.
@@ -37,7 +37,7 @@ def _add_product(
         total.add_(product)
 
 
-MEMORY = Memory(
+PRODUCTS = Products(
     empty=lambda shape, dtype, like: torch.empty(shape, dtype=dtype, device=like.device),
     multiply=_multiply,
     add_product=_add_product,

@@ -16,7 +16,7 @@ import torch
 from polyce.graphs import torch_rows, torch_state
 from polyce.implementations import torch_ops
 from polyce.linear import compute
-from polyce.linear.call import NONE, Call, Gradients, describe
+from polyce.linear.call import NONE, Gradients, HeadCall, describe
 
 
 class _Asked(NamedTuple):
@@ -51,7 +51,7 @@ _COUNT = 8
 _PARAMETERS = 3
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Give the loss of a call as part of a graph."""
     given = (call.operands.logits, *call.head)
     wanted = NONE
@@ -60,13 +60,13 @@ def loss(call: Call) -> Any:
     return _operator(*_arguments(call, wanted))[0]
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted as parts of a graph, without their own."""
     result, *sums, factor = _operator(*_arguments(call.detached(torch_rows.detach), wanted))
     return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
 
 
-def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
+def _arguments(call: HeadCall, wanted: Gradients) -> tuple[Any, ...]:
     whole, operands = call.whole, call.operands
     parameters = []
     for tensor in (operands.logits, *call.head):
@@ -82,7 +82,7 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     return *parameters, *rest, *asked.values()
 
 
-def _tensor(number: Any, call: Call) -> Any:
+def _tensor(number: Any, call: HeadCall) -> Any:
     """Give a number as a tensor, which does not become a constant of the graph."""
     if not isinstance(number, float):
         return number
@@ -90,7 +90,7 @@ def _tensor(number: Any, call: Call) -> Any:
     return torch.ones((), dtype=call.whole.row_dtype, device=device) * number
 
 
-def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
+def _described(arguments: tuple[Any, ...]) -> tuple[HeadCall, Gradients]:
     """Describe the call that the arguments of the operator are of."""
     hidden, linear_weight, linear_bias, target, *rest = arguments[:_COUNT]
     weight, sample_weight, normalizer, cotangent = rest
@@ -120,7 +120,7 @@ def _compute(*arguments: Any) -> tuple[Any, ...]:
     return result, *_filled(call, sums, factor)
 
 
-def _filled(call: Call, sums: Gradients, factor: Any) -> list[Any]:
+def _filled(call: HeadCall, sums: Gradients, factor: Any) -> list[Any]:
     """Give results as an operator does, an empty tensor for what is not there."""
     like = call.operands.logits
     if isinstance(factor, float):

@@ -16,10 +16,10 @@ from polyce.arrays import torch_memory
 from polyce.call.problem import Head, Operands
 from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Give the loss, on torch's graph if something waits for a gradient."""
     normalizer = call.operands.normalizer
     if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
@@ -38,7 +38,7 @@ def loss(call: Call) -> Any:
     return _Loss.apply(*arrays, call)
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Give the loss and the gradients wanted, none of them on a graph."""
     if call.whole.is_compiling:
         from polyce.linear import torch_op
@@ -48,7 +48,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
         return compute.loss_and_gradients(_detached(call), wanted)
 
 
-def check(call: Call) -> None:
+def check(call: HeadCall) -> None:
     """Refuse tensors that wait for a gradient which there is none of here."""
     operands = call.operands
     for name in ("target", "weight", "sample_weight"):
@@ -60,18 +60,18 @@ def check(call: Call) -> None:
             )
 
 
-def _detached(call: Call) -> Call:
+def _detached(call: HeadCall) -> HeadCall:
     return call.detached(torch_rows.detach)
 
 
-def _own_dtypes(call: Call) -> Any:
+def _own_dtypes(call: HeadCall) -> Any:
     """Keep autocast, which has been heeded, from the products."""
     return torch.autocast(call.operands.logits.device.type, enabled=False)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: Call) -> Any:
+    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: HeadCall) -> Any:
         call = _detached(call)
         operands = call.operands
         number = operands.normalizer
@@ -118,6 +118,6 @@ class _Loss(torch.autograd.Function):
             return *compute.finish(call, *waiting, None if is_one else cotangent), None
 
 
-def _differentiable(call: Call, wanted: Gradients) -> Gradients:
+def _differentiable(call: HeadCall, wanted: Gradients) -> Gradients:
     operands = call.operands._replace(logits=unfused.logits(call))
     return unfused.gradients(call, wanted, torch_calls.gradient(call.whole, operands))

@@ -12,7 +12,7 @@ from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
 from polyce.graphs import rules
 from polyce.implementations.registry import select
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
 """What `explain` says of it."""
@@ -25,14 +25,14 @@ def is_wanted(problem: Problem) -> bool:
     return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Compute the loss, on the library's graph where it has one."""
     problem, operands = _described(call)
     result, _ = select(problem, call.name).cross_entropy(problem, operands)
     return call.whole.library.cast(result, call.whole.result_dtype)
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Compute the loss and the gradients wanted."""
     call = call.detached(rules.of(call.whole.backend).detach)
     problem, operands = _described(call)
@@ -42,7 +42,7 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     return result, gradients(call, wanted, grad)
 
 
-def _described(call: Call) -> tuple[Problem, Operands]:
+def _described(call: HeadCall) -> tuple[Problem, Operands]:
     """Describe the call on all logits."""
     whole, given = call.whole, call.operands
     # Whether there are labels to look at has been decided.
@@ -58,7 +58,7 @@ def _described(call: Call) -> tuple[Problem, Operands]:
     )
 
 
-def logits(call: Call) -> Any:
+def logits(call: HeadCall) -> Any:
     """Give the logits, in the dtype that products are computed in."""
     xp, dtype = call.whole.xp, call.whole.logits_dtype
     weight = call.whole.library.cast(call.head.weight, dtype)
@@ -67,7 +67,7 @@ def logits(call: Call) -> Any:
     return product if bias is None else product + call.whole.library.cast(bias, dtype)
 
 
-def _states(call: Call) -> Any:
+def _states(call: HeadCall) -> Any:
     """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
     whole = call.whole.with_options(reduction="none")._replace(check_labels=False)
     states = whole.library.cast(call.operands.logits, whole.logits_dtype)
@@ -75,7 +75,7 @@ def _states(call: Call) -> Any:
     return states if counted is None else whole.xp.where(counted, states, 0.0)
 
 
-def gradients(call: Call, wanted: Gradients, grad: Any) -> Gradients:
+def gradients(call: HeadCall, wanted: Gradients, grad: Any) -> Gradients:
     """Give the gradients wanted, from that of the logits, in operations that have derivatives."""
     xp, dtype, head = call.whole.xp, call.whole.logits_dtype, call.head
     hidden = call.operands.logits

@@ -44,11 +44,11 @@ def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Tell calls apart, and the oracles that answered them."""
     key = hashlib.sha256(_oracle())
     for name, value in (*enumerate(arguments), *sorted(options.items())):
-        facts: tuple[Any, ...] = (name, value)
+        described: tuple[Any, ...] = (name, value)
         if isinstance(value, np.ndarray):
-            facts = (name, value.dtype.name, value.shape)
+            described = (name, value.dtype.name, value.shape)
             key.update(value.tobytes())
-        key.update(repr(facts).encode())
+        key.update(repr(described).encode())
     return key.hexdigest()
 
 

@@ -16,7 +16,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import Facts, Layout, Plan
+from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 
 # What goes for a null pointer: the one form that CuPy 13 takes as well.
 _NULL = 0
@@ -24,7 +24,7 @@ _NULL = 0
 _SUMS, _STATE = 16, 104
 _MOST_KNOWN = 1024
 
-_plans: dict[tuple[Problem, Facts], Plan] = {}
+_plans: dict[tuple[Problem, LaunchKey], LaunchPlan] = {}
 _kernels: dict[tuple[str, ...], Any] = {}
 
 
@@ -51,11 +51,11 @@ def cross_entropy_with_grad(
         return loss, grad, found
 
 
-class _Call(NamedTuple):
+class _KernelCall(NamedTuple):
     """One call: how it is launched, and its arrays as kernels take them."""
 
     problem: Problem
-    plan: Plan
+    plan: LaunchPlan
     logits: Any
     targets: tuple[Any, Any, Any]
     """Target, class weights and sample weights."""
@@ -70,7 +70,7 @@ class _Call(NamedTuple):
         kernel(grid, (cupy_plan.BLOCK,), (self.plan.call, *arguments))
 
 
-def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
+def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay a call out; what lies in no order that the kernels know is copied."""
     logits, target, weight, sample, normalizer, cotangent = operands
     if problem.check_labels:
@@ -92,7 +92,7 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
         if plan.copies[2]:
             grad = cupy.empty(problem.shape, problem.logits_dtype)
         plan = _plan(problem, logits, target if probability else None, grad, rest)
-    return _Call(
+    return _KernelCall(
         problem=problem,
         plan=plan,
         logits=logits,
@@ -103,22 +103,24 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
     )
 
 
-def _plan(problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any, ...]) -> Plan:
-    facts = Facts(
+def _plan(
+    problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any, ...]
+) -> LaunchPlan:
+    key = LaunchKey(
         _layout(logits),
         None if target is None else _layout(target),
         None if grad is None else _layout(grad),
         *rest,
     )
-    plan = _plans.get((problem, facts))
+    plan = _plans.get((problem, key))
     if plan is None:
         if len(_plans) >= _MOST_KNOWN:
             _plans.clear()
-        plan = _plans[problem, facts] = cupy_plan.plan(problem, facts)
+        plan = _plans[problem, key] = cupy_plan.plan(problem, key)
     return plan
 
 
-def _forward(call: _Call) -> tuple[Any, Stats | None]:
+def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
     """Read the rows once, and reduce their losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
@@ -137,7 +139,7 @@ def _forward(call: _Call) -> tuple[Any, Stats | None]:
     return loss, found
 
 
-def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
+def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
     """Write the gradient, and reduce the losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
@@ -169,8 +171,8 @@ def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
     by_row = problem.options.reduction == "none"
     loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
     found = stats.unfilled(problem, cupy.empty)
-    facts = (None,) * 5 if found is None else found
-    return loss, found, [loss if by_row else _NULL, *map(_or_null, facts)]
+    entries = (None,) * 5 if found is None else found
+    return loss, found, [loss if by_row else _NULL, *map(_or_null, entries)]
 
 
 def _memory(size: int) -> Any:

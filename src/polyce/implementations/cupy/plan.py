@@ -71,7 +71,7 @@ class Layout(NamedTuple):
     itemsize: int
 
 
-class Facts(NamedTuple):
+class LaunchKey(NamedTuple):
     """All that a plan depends on besides the problem; None for what is not there."""
 
     logits: Layout
@@ -86,7 +86,7 @@ class Facts(NamedTuple):
     cotangent_by_row: bool
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How a call is launched."""
 
     call: np.ndarray[Any, Any]
@@ -103,9 +103,9 @@ class Plan(NamedTuple):
     """Whether logits, probabilities and gradient lie in no order that the kernels know."""
 
 
-def plan(problem: Problem, facts: Facts) -> Plan:
+def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
     """Plan the launches of a call."""
-    given = [facts.logits, facts.probabilities, facts.grad]
+    given = [key.logits, key.probabilities, key.grad]
     laid = iter(
         rows_of(
             problem.shape,
@@ -116,7 +116,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     rows = [None if one is None else next(laid) for one in given]
     copies = tuple(a is not None and b is None for a, b in zip(given, rows, strict=True))
     x = rows[0] or Rows(1, 1, (0, 0, 0))
-    threads = _threads(problem, x, rows[1:], facts.logits.itemsize)
+    threads = _threads(problem, x, rows[1:], key.logits.itemsize)
     probability = problem.kind == "probability"
     real = dtypes.name_of(problem.arithmetic_dtype)
     scale, cap = transform.scale_and_cap(problem)
@@ -126,7 +126,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     mean = 0
     if problem.options.reduction == "mean":
         # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the text.
-        mean = {None: 1, "number": 2}.get(facts.normalizer, 3)
+        mean = {None: 1, "number": 2}.get(key.normalizer, 3)
     call = np.zeros(1, _CALL[real])
     for name, value in {
         "outer": x.outer,
@@ -142,16 +142,16 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "parts": threads.parts,
         "chunk": threads.chunk,
         "weighed": weighing,
-        "t_in_step": _in_step(threads.width, facts.logits, x, facts.probabilities, rows[1]),
-        "g_in_step": _in_step(threads.width, facts.logits, x, facts.grad, rows[2]),
+        "t_in_step": _in_step(threads.width, key.logits, x, key.probabilities, rows[1]),
+        "g_in_step": _in_step(threads.width, key.logits, x, key.grad, rows[2]),
         "ignores": ignored is not None,
         "ignore_index": ignored or 0,
         "mean": mean,
         "loss_kind": KINDS[dtypes.name_of(problem.result_dtype)],
-        "sample_kind": KINDS.get(facts.sample, 0),
-        "normalizer_kind": KINDS.get(facts.normalizer, 0),
-        "cotangent_kind": KINDS.get(facts.cotangent, 0),
-        "cotangent_by_row": facts.cotangent_by_row,
+        "sample_kind": KINDS.get(key.sample, 0),
+        "normalizer_kind": KINDS.get(key.normalizer, 0),
+        "cotangent_kind": KINDS.get(key.cotangent, 0),
+        "cotangent_by_row": key.cotangent_by_row,
         "exact_scale": scale,
         "exact_cap": cap,
         "scale": scale,
@@ -161,7 +161,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "z_loss": problem.options.z_loss,
     }.items():
         call[name] = value
-    return Plan(
+    return LaunchPlan(
         call=call,
         options=_options(problem, real, threads.width > 1),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),

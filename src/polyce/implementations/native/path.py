@@ -15,7 +15,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
 from polyce.implementations.native.core import unavailable
-from polyce.implementations.native.run import NUMPY, Memory, kernel, run
+from polyce.implementations.native.run import NUMPY, ArrayAccess, kernel, run
 
 BACKENDS = frozenset({"numpy", "torch"})
 # Under torch.compile the call of an operator takes 40 to 80 µs more than what the compiler makes of
@@ -49,16 +49,16 @@ def is_left_to_the_compiler(problem: Problem) -> bool:
     return bool(statically_known_true(math.prod(problem.shape) < FEWEST_COMPILED))
 
 
-_memories = {"numpy": NUMPY}
+_accesses = {"numpy": NUMPY}
 
 
-def memory(backend: str) -> Memory:
+def access(backend: str) -> ArrayAccess:
     """Give what is known of a backend's arrays."""
-    if backend not in _memories:
+    if backend not in _accesses:
         from polyce.implementations.native import torch as native_torch
 
-        _memories[backend] = native_torch.MEMORY
-    return _memories[backend]
+        _accesses[backend] = native_torch.TORCH
+    return _accesses[backend]
 
 
 def torch_kernels() -> Any:
@@ -70,7 +70,7 @@ def torch_kernels() -> Any:
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Compute the loss, on torch's graph where something waits for a gradient, and the stats."""
-    own = memory(problem.backend)
+    own = access(problem.backend)
     found = None if own.on_graph is None else own.on_graph(problem, operands)
     return run(own, problem, operands) if found is None else found
 
@@ -79,7 +79,7 @@ def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
     """Give the loss, the gradient, in `out` where it is given, and the stats."""
-    own = memory(problem.backend)
+    own = access(problem.backend)
     grad = own.empty_like(operands.logits) if out is None else out
     loss, found = run(own, problem, operands, grad, fresh=out is None)
     if out is not None:
@@ -89,7 +89,7 @@ def cross_entropy_with_grad(
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
     """Give log(softmax(logits)) along the class axis."""
-    own = memory(problem.backend)
+    own = access(problem.backend)
     result = own.empty_like(logits)
     kernel(problem).log_softmax(own.in_order(logits), result)
     return result

@@ -19,7 +19,7 @@ _MOST_KERNELS = 1024
 SAVED_FROM = 65
 
 
-class Memory(NamedTuple):
+class ArrayAccess(NamedTuple):
     """How the kernels come by the memory of a library's arrays."""
 
     empty: Callable[..., Any]
@@ -51,7 +51,7 @@ def _dense(name: str, array: Any, dtype: Any) -> Any:
     return array if array.flags.aligned else array.copy()
 
 
-NUMPY = Memory(
+NUMPY = ArrayAccess(
     empty=np.empty,
     empty_like=np.empty_like,
     in_order=_in_order,
@@ -61,7 +61,7 @@ NUMPY = Memory(
 
 
 def run(
-    own: Memory,
+    own: ArrayAccess,
     problem: Problem,
     operands: Operands,
     grad: Any = None,

@@ -71,7 +71,7 @@ def run(launches: Sequence[Launch], logits: torch.Tensor) -> None:
             kernel(**launch.arguments, **options)
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """One call, as its kernels see it."""
 
     problem: Problem
@@ -108,7 +108,7 @@ class Call(NamedTuple):
         return self.rows.outer * self.rows.inner
 
 
-def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> Call:
+def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> KernelCall:
     """Lay a call out; what lies in no order that the kernels know is copied."""
     logits, target, weight, sample_weight, *_ = operands
     arrays = [_plain(logits)]
@@ -133,7 +133,7 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
         if not sample_weight.is_floating_point():
             sample_weight = sample_weight.to(problem.row_dtype)
         sample_weight = _plain(sample_weight).contiguous()
-    return Call(
+    return KernelCall(
         problem=problem,
         logits=arrays[0],
         target=target if problem.kind == "index" else arrays[1],
@@ -159,7 +159,7 @@ def _labels(problem: Problem, target: torch.Tensor, *, check: bool) -> torch.Ten
     return target.reshape(problem.row_shape).contiguous()
 
 
-def _options(call: Call) -> dict[str, Any]:
+def _options(call: KernelCall) -> dict[str, Any]:
     """Give the arguments that all kernels of rows have."""
     problem = call.problem
     scale, cap = transform.scale_and_cap(problem)
@@ -196,7 +196,7 @@ def _named(name: str, rows: Rows | None) -> dict[str, int]:
     return dict(zip(places, (0, 0, 0) if rows is None else rows.strides, strict=True))
 
 
-def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
+def _vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any]:
     """Tell how 16-byte loads and stores come about: by rows that begin there, or by peeling."""
     classes, strides = call.problem.classes, call.rows.strides
     outer, lane, step = strides
@@ -230,7 +230,7 @@ def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
     return vectors
 
 
-def forward(call: Call, results: Results) -> list[Launch]:
+def forward(call: KernelCall, results: Results) -> list[Launch]:
     """Plan the launches that read the rows once, and reduce their losses."""
     problem, asked = call.problem, call.problem.options.stats or ()
     programs, classes = call.programs, problem.classes
@@ -311,7 +311,11 @@ def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def backward(
-    call: Call, saved: torch.Tensor, denominator: torch.Tensor, cotangent: Any, grad: torch.Tensor
+    call: KernelCall,
+    saved: torch.Tensor,
+    denominator: torch.Tensor,
+    cotangent: Any,
+    grad: torch.Tensor,
 ) -> list[Launch]:
     """Plan the launch that reads the logits once more and writes the gradient once."""
     problem, cotangent = call.problem, _plain(cotangent)
