@@ -247,7 +247,7 @@ MUTANTS = {
     "device-not-entered": wrong(
         cupy_checks.elsewhere,
         LAUNCH,
-        "with arrays.computing(problem.backend, operands.named())",
+        "with problem.library.computing(operands.named())",
         "with cupy.cuda.Device()",
     ),
     "unknown-order-not-copied": wrong(
