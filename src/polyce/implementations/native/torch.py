@@ -23,7 +23,7 @@ def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     return tensor
 
 
-# Not where torch's default device is.
+# torch's default device may be another.
 _CPU = torch.device("cpu")
 
 
@@ -32,7 +32,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _written(tensor: torch.Tensor) -> None:
-    """Let autograd see that a tensor which it may have saved is another one now."""
+    """Tell autograd that a tensor, which it may have saved, has changed."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
