@@ -1,4 +1,4 @@
-"""Facts of plain arrays, by which a call is known to be like one before."""
+"""The key of plain arrays, by which a call is found to repeat an earlier one."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def _probes_of(torch: Any) -> _Probes:
 
 
 def plain_key(*arrays: Any) -> tuple[Any, ...] | None:
-    """Give shape and dtype of each array where that is all that a description depends on.
+    """Return shape and dtype of each array if a call's description depends on nothing else.
 
-    So it is for NumPy's own arrays, for CuPy's with their devices, and for torch's own on a CPU
-    while nothing but its autograd watches. None stands for an array that is not there.
+    That is true of NumPy's own arrays, of CuPy's with their devices, and of torch's own on a CPU
+    while nothing but its autograd is active; else return None. An absent array is None in the key.
     """
     kind = type(arrays[0])
     if kind is not np.ndarray:
