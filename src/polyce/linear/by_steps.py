@@ -1,4 +1,4 @@
-"""One chunk as a step from arrays to arrays, for libraries whose arrays are not written."""
+"""One chunk as a step from arrays to arrays, for libraries whose arrays cannot be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyce.linear.call import Gradients, HeadCall
 
 
 def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Give what `in_place.run` gives."""
+    """Compute what `in_place.run` does."""
     xp = call.whole.xp
     spans = call.chunks.spans() or [slice(0, 0)]
     steps = [step(call, wanted, *inputs(call, cotangent, span)) for span in spans]
@@ -30,7 +30,7 @@ def _added(parts: Sequence[Any]) -> Any:
 
 
 def inputs(call: HeadCall, cotangent: Any, span: slice) -> tuple[Any, ...]:
-    """Give what a step takes of a chunk's rows."""
+    """Return a step's arguments for the rows of a chunk."""
     target, sample_weight, counted = call.target, call.sample_weight, call.counted
     of_rows = (call.hidden, target, sample_weight, counted, cotangent)
     return tuple(None if array is None else array[span, ...] for array in of_rows)
@@ -47,14 +47,14 @@ def step(
     *,
     of_weight: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[Any, Gradients]:
-    """Give the losses of a chunk's rows, and its parts of the gradients wanted.
+    """Compute the losses of a chunk's rows, and its parts of the gradients wanted.
 
-    `of_weight` makes another thing of the logits' gradient and the hidden states than the part of
-    the head's weight.
+    `of_weight` replaces the product of the logits' gradient and the hidden states, which is the
+    chunk's part of the weight's gradient.
     """
     xp, (weight, bias) = call.whole.xp, call.head
     if counted is not None:
-        # What a row holds that does not count may be infinite, and 0 times that is nan.
+        # A row that does not count may hold infinities, and 0 times these is nan.
         hidden = xp.where(counted[:, None], hidden, xp.zeros_like(hidden))
     part = call.part(hidden.shape[0])
     logits = product(call, hidden, weight.T)

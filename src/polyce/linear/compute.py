@@ -1,4 +1,4 @@
-"""The loss of a call and its gradients: which loop runs, and where the scale of a mean comes in."""
+"""The loss of a call and its gradients: which loop runs, and where a mean's scale is applied."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _writes(call: HeadCall) -> bool:
 
 
 def loss(call: HeadCall) -> Any:
-    """Give the loss; no gradient is made."""
+    """Compute the loss, without any gradient."""
     with _computing(call):
         call = call.planned()
         rows, _ = _run(call, NONE, None)
@@ -37,10 +37,10 @@ def loss(call: HeadCall) -> Any:
 
 
 def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Any]:
-    """Give the loss, the gradients wanted as they were added up, and a factor that they lack.
+    """Compute the loss, the sums of the gradients wanted, and a factor still to be applied.
 
-    The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by what a
-    mean divides by: its small entries would be 0. The sums, of 32 bits, are.
+    The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by the
+    mean's denominator, since small entries would become 0; the sums, in 32 bits, are.
     """
     with _computing(call):
         call = call.planned()
@@ -53,7 +53,7 @@ def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, An
 
 
 def finish(call: HeadCall, sums: Gradients, *factors: Any) -> Gradients:
-    """Give the gradients in the shapes and dtypes of what they belong to."""
+    """Return the gradients, scaled, in the shapes and dtypes of what they belong to."""
     scales = [factor for factor in factors if factor is not None]
     given = Gradients(call.operands.logits, *call.head)
     with _computing(call):
@@ -67,7 +67,7 @@ def finish(call: HeadCall, sums: Gradients, *factors: Any) -> Gradients:
 
 
 def select_counted(call: HeadCall, of_input: Any) -> Any:
-    """Give 0 for rows that do not count, which a factor of infinity or nan has made nan."""
+    """Replace rows that do not count by 0: a factor of infinity or nan has made them nan."""
     counted = call.planned().plan.counted
     return of_input if counted is None else call.whole.xp.where(counted, of_input, 0.0)
 
@@ -89,6 +89,6 @@ def _scaled(call: HeadCall, array: Any, factor: Any) -> Any:
 
 
 def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted."""
+    """Compute the loss and the gradients wanted."""
     result, sums, factor = loss_and_sums(call, wanted)
     return result, finish(call, sums, factor)

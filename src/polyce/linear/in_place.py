@@ -1,8 +1,8 @@
 """Chunk after chunk in one buffer, for libraries whose arrays can be written.
 
-A chunk's logits become their gradient where they lie. Then, block by block of classes, the gradient
-is multiplied back, and what has been used makes room for the next chunk's logits: so a block of the
-weight comes from memory once for a chunk, not twice.
+A chunk's logits are overwritten by their gradient. Then, one block of classes after the other, the
+gradient is multiplied back, and the next chunk's logits take its place: so a block of the weight is
+read from memory once for each chunk, not twice.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ PRODUCTS: dict[str, Callable[[], Products]] = {
     "torch": _of_torch,
     "cupy": _of_cupy,
 }
-"""What is known of the arrays of each library that this is for."""
+"""The products of each library that this is for."""
 
 
 class _Chunk(NamedTuple):
     """The rows of one chunk."""
 
     places: Any
-    """Where they are among all rows: a slice, or numbers."""
+    """Where the rows are among all rows: a slice, or row numbers."""
     hidden: Any
     operands: Operands
-    """What their losses depend on beside the logits."""
+    """What the losses depend on besides the logits."""
 
 
 def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Give the losses of all rows, and the gradients wanted, in the dtype that they add up in.
+    """Compute the losses of all rows, and the gradients wanted, in the dtype of their sums.
 
     `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
     """
@@ -133,12 +133,12 @@ class _Back(NamedTuple):
     wanted: Gradients
     found: Gradients
     of_input: Any
-    """Memory for one chunk, whose rows lie elsewhere, or otherwise, in the whole."""
+    """Memory for one chunk, if its rows are scattered, or laid out otherwise, in the whole."""
     ones: Any
     scratch: Any
 
     def add(self, chunk: _Chunk, grad: Any, weight: Any, block: slice, *, first: bool) -> None:
-        """Multiply the gradient of a block of classes."""
+        """Multiply the gradient of a block of classes, and add the products up."""
         add, count, grad = self.own.add_product, chunk.hidden.shape[0], self.own.packed(grad)
         if self.wanted.input:
             add(grad, weight, self._input(chunk), block.start == 0, self.scratch)
@@ -160,7 +160,7 @@ class _Back(NamedTuple):
 
 
 def _kept(call: HeadCall, own: Products) -> Any:
-    """Give the numbers of the rows that count, where some do not and a look tells which."""
+    """Return the numbers of the rows that count; None if all do, or if looking would wait."""
     counted = call.counted
     if counted is None or not call.whole.library.is_at_hand(counted):
         return None
@@ -173,7 +173,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     whole, hidden, target = call.whole, call.hidden, call.target
     sample_weight = call.sample_weight
-    # Nobody looks at a mask on an accelerator, but 0 times an infinity would be nan there.
+    # A mask on an accelerator is not looked at, but 0 times an infinity would be nan.
     counted = None if kept is not None else call.counted
     for span in spans:
         places = span if kept is None else kept[span]

@@ -1,8 +1,8 @@
-"""jax's transformations: chunks as the steps of a scan, and derivatives that are made beside them.
+"""jax's transformations: chunks as the steps of a scan, which also computes the derivatives.
 
-The rule is one of tangents, so that every transformation goes through it; in reverse mode the
-gradients are made with the loss and only multiplied later. Of the losses of rows, reduction 'none',
-the steps are computed a second time.
+The rule is one of tangents, so that every transformation works with it; in reverse mode the
+gradients are computed with the loss and only scaled later. For reduction 'none' the steps are
+computed a second time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from polyce.linear.call import NONE, Gradients, HeadCall
 
 
 def loss(call: HeadCall) -> Any:
-    """Give the loss, with its derivative rule."""
+    """Compute the loss, with its derivative rule."""
     plan, whole = call.planned().plan, call.whole
     call = jax_scan.with_plain_labels(call, plan)
     bare = call.without_arrays()
@@ -44,7 +44,7 @@ def loss(call: HeadCall) -> Any:
 
 
 def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted, cut from any derivative."""
+    """Compute the loss and the gradients wanted, cut from any derivative."""
     call = call.detached(jax_rows.detach)
     call = jax_scan.with_plain_labels(call, call.planned().plan)
     like = Gradients(*_inputs(call))
@@ -59,7 +59,7 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 
 
 def _rows_spec(call: HeadCall) -> Any:
-    """Tell how a loss is spread over a mesh: that of each row as the row is."""
+    """Return how a loss is sharded over a mesh: losses of rows as the rows are."""
     by_row = call.whole.options.reduction == "none"
     return P(*jax_mesh.spec(call.operands.logits)[:-1]) if by_row else P()
 
@@ -74,7 +74,7 @@ def _rest(call: HeadCall) -> Operands:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _total(bare: HeadCall, hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
-    """Give the sum of the rows' losses."""
+    """Compute the sum of the rows' losses."""
     rows, _ = jax_scan.traced(bare, NONE, rest._replace(logits=hidden), Head(weight, bias), None)
     return jnp.sum(rows)
 
@@ -99,7 +99,7 @@ def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     total = jnp.sum(rows)
     tangent = sum(parts, start=jnp.zeros_like(total))
     if counted is not None:
-        # Selected, for the cotangent is infinite where no row counts.
+        # Selected: the cotangent is infinite if no row counts.
         tangent = jnp.where(jnp.any(counted), tangent, 0.0)
     return total, tangent
 
@@ -121,7 +121,7 @@ def _is_constant(tangent: Any) -> bool:
 
 @jax.custom_jvp
 def _constant(rest: Operands) -> Operands:
-    """Give arrays that no derivative may come through."""
+    """Return arrays through which no derivative may pass."""
     return rest
 
 
@@ -134,9 +134,9 @@ def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @partial(jax.jit, static_argnums=(0,))
 def _rows(bare: HeadCall, operands: Operands, head: Head) -> Any:
-    """Give the rows' losses, whose derivatives compute each chunk's logits again."""
+    """Compute the rows' losses, whose derivatives compute each chunk's logits again."""
     call = replace(bare, operands=operands, head=head)
-    # The gradient adds up in what goes into the scan.
+    # The gradient is summed in the dtype of what goes into the scan.
     weight = call.whole.library.cast(head.weight, call.sum_dtype)
     of_rows = (call.hidden, call.target, call.sample_weight)
     of_all = (operands.weight, weight, head.bias)

@@ -1,4 +1,4 @@
-"""How a library's arrays are made, and multiplied into memory that is there."""
+"""A library's matrix products into existing memory, and what they need of its arrays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Products(NamedTuple):
-    """How a library's arrays are made, and multiplied into memory that is there."""
+    """A library's matrix products into existing memory, and what they need of its arrays."""
 
     empty: Callable[..., Any]
     """(shape, dtype, like) -> array on the device of `like`"""
@@ -18,15 +18,15 @@ class Products(NamedTuple):
     add_product: Callable[..., Any]
     """(a, b, total, first, scratch): total = a @ b the first time, then total += a @ b"""
     packed: Callable[[Any], Any]
-    """A matrix as products take it without a copy of their own."""
+    """A matrix in a layout that products take without copying it."""
     nonzero: Callable[[Any], Any]
-    """Numbers of the entries of a mask that are True."""
+    """Indices of the entries of a mask that are True."""
     has_scratch: bool
-    """Whether `add_product` wants memory for a product of its own."""
+    """Whether `add_product` needs memory for the product itself."""
 
 
 def of_arrays(xp: Any) -> Products:
-    """Return what is known of NumPy's arrays, or of CuPy's, by the library's namespace."""
+    """Return the products of NumPy, or of CuPy, by the library's namespace."""
 
     def multiply(a: Any, b: Any, bias: Any, out: Any) -> None:
         xp.matmul(a, b, out=out)
@@ -42,7 +42,7 @@ def of_arrays(xp: Any) -> Products:
         xp.add(total, product, out=total)
 
     def packed(array: Any) -> Any:
-        # BLAS takes any distance between rows, CuPy none.
+        # BLAS takes any distance between rows, CuPy only contiguous ones.
         is_packed = xp is np and array.strides[-1] == array.itemsize
         return array if is_packed else xp.ascontiguousarray(array)
 

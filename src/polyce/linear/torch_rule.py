@@ -1,8 +1,8 @@
-"""torch's autograd: gradients are made with the loss, chunk by chunk, and wait for its own.
+"""torch's autograd: gradients are computed with the loss, chunk by chunk, and kept for backward.
 
-A mean or a sum has one gradient, by which those that wait are multiplied. The losses of rows have
-one each: of reduction 'none' the chunks are computed again, and so they are for a second backward
-pass. A gradient that will be differentiated is made of operations of torch, on all logits at once.
+A mean or a sum has one cotangent, by which the kept gradients are multiplied. With reduction 'none'
+each row has its own, so the chunks are computed again, as they are for a second backward pass. A
+gradient that will be differentiated is computed in torch operations, on all logits at once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from polyce.linear.call import Gradients, HeadCall
 
 
 def loss(call: HeadCall) -> Any:
-    """Give the loss, on torch's graph if something waits for a gradient."""
+    """Compute the loss, on torch's graph if something requires a gradient."""
     normalizer = call.operands.normalizer
     if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
-        # torch divides, and so differentiates by the normalizer.
+        # torch divides, so that it differentiates by the normalizer.
         whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
         total = loss(replace(call, whole=whole, operands=operands))
         return (total / normalizer).to(call.whole.result_dtype)
@@ -39,7 +39,7 @@ def loss(call: HeadCall) -> Any:
 
 
 def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted, none of them on a graph."""
+    """Compute the loss and the gradients wanted, none of them on a graph."""
     if call.whole.is_compiling:
         from polyce.linear import torch_op
 
@@ -49,7 +49,7 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 
 
 def check(call: HeadCall) -> None:
-    """Refuse tensors that wait for a gradient which there is none of here."""
+    """Refuse tensors that require a gradient which is not computed here."""
     operands = call.operands
     for name in ("target", "weight", "sample_weight"):
         tensor = getattr(operands, name)
@@ -65,7 +65,7 @@ def _detached(call: HeadCall) -> HeadCall:
 
 
 def _own_dtypes(call: HeadCall) -> Any:
-    """Keep autocast, which has been heeded, from the products."""
+    """Turn autocast off for the products: the dtypes already follow it."""
     return torch.autocast(call.operands.logits.device.type, enabled=False)
 
 
@@ -107,13 +107,13 @@ class _Loss(torch.autograd.Function):
         wanted = Gradients(*ctx.needs_input_grad[:3])
         if torch.compiler.is_compiling() or torch_state.wants_operations(cotangent):
             return *_differentiable(call, wanted), None
-        # It is handed on, for nobody else to hold: a second pass makes its own.
+        # Scaled in place below, so it is not kept: a second pass computes its own.
         waiting, ctx.waiting = ctx.waiting, None
         with _own_dtypes(call):
             call = _detached(call)
             if waiting is None:
                 return *compute.loss_and_gradients(call, wanted)[1], None
-            # On an accelerator nobody looks whether it is 1.
+            # On an accelerator, looking whether it is 1 would wait.
             is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
             return *compute.finish(call, *waiting, None if is_one else cotangent), None
 

@@ -1,7 +1,7 @@
-"""The loss of all logits at once, where chunks would not do.
+"""The loss of all logits at once, where chunks cannot be used.
 
-So it is for libraries that cut and fuse for themselves, and where torch wants to see operations:
-under its transforms, in forward mode, for export, and to differentiate a gradient.
+This is for libraries that cut and fuse for themselves, and wherever torch needs operations of its
+own: under transforms, in forward mode, for export, and to differentiate a gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WHY = "no chunks: operations on all logits at once, which is what the arrays nee
 
 
 def is_wanted(problem: Problem) -> bool:
-    """Tell whether a call is computed so."""
+    """Tell whether a call has to be computed on all logits at once."""
     if not problem.library.cuts_heads:
         return True
     return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
@@ -45,7 +45,7 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 def _described(call: HeadCall) -> tuple[Problem, Operands]:
     """Describe the call on all logits."""
     whole, given = call.whole, call.operands
-    # Whether there are labels to look at has been decided.
+    # Whether labels are checked has been decided already.
     options = whole.options._replace(axis=-1, stats=False, validate=whole.check_labels or None)
     return describe(
         logits(call),
@@ -59,7 +59,7 @@ def _described(call: HeadCall) -> tuple[Problem, Operands]:
 
 
 def logits(call: HeadCall) -> Any:
-    """Give the logits, in the dtype that products are computed in."""
+    """Compute the logits, in the dtype of the product."""
     xp, dtype = call.whole.xp, call.whole.logits_dtype
     weight = call.whole.library.cast(call.head.weight, dtype)
     product = xp.matmul(_states(call), weight.T, **call.product_options)
@@ -68,7 +68,7 @@ def logits(call: HeadCall) -> Any:
 
 
 def _states(call: HeadCall) -> Any:
-    """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
+    """Return the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
     whole = call.whole.with_options(reduction="none")._replace(check_labels=False)
     states = whole.library.cast(call.operands.logits, whole.logits_dtype)
     counted = targets.plan_rows(whole, call.operands._replace(weight=None)).counted
@@ -76,7 +76,7 @@ def _states(call: HeadCall) -> Any:
 
 
 def gradients(call: HeadCall, wanted: Gradients, grad: Any) -> Gradients:
-    """Give the gradients wanted, from that of the logits, in operations that have derivatives."""
+    """Compute the gradients wanted from that of the logits, in operations that have derivatives."""
     xp, dtype, head = call.whole.xp, call.whole.logits_dtype, call.head
     hidden = call.operands.logits
     of_input = of_weight = of_bias = None
