@@ -1,4 +1,4 @@
-"""A few cases that stand for the grid, for libraries that take long over each."""
+"""A few cases that represent the grid, for libraries that are slow on each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def representative(cases: Iterable[Case], most: int | None = None) -> list[Case]
     cases : iterable of Case
         What to choose from.
     most : int, optional
-        Stop after so many, those with the most traits not seen before come first.
+        Stop after this many; cases with the most traits not seen before come first.
 
     Returns
     -------
