@@ -187,7 +187,7 @@ def _of_head(
         chosen, of_chunks, problem = registry.select(whole, call.name), unfused.WHY, whole
     else:
         cut, problem = call.chunks, call.part(call.chunks.rows)
-        chosen, of_chunks = call.implementation, chunks.told(whole, cut)
+        chosen, of_chunks = call.implementation, chunks.summary(whole, cut)
     return Explanation(
         call=_call(function, whole, call.operands, parts),
         chosen=chosen.name,

@@ -1,4 +1,4 @@
-"""For torch alone: the losses as modules, and a backward pass that needs no memory of its own.
+"""For torch only: the losses as modules, and a backward pass that needs no memory of its own.
 
 ``import polyce.torch`` imports torch, which ``import polyce`` does not.
 """

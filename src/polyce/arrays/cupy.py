@@ -33,7 +33,7 @@ class _CuPy(WithNumPyDtypes):
         return device
 
     def place(self, array: Any) -> Place | None:
-        """Tell where an array lies."""
+        """Return where an array lies."""
         if not hasattr(array, "dtype"):
             return None
         return Place(array.data.ptr, array.shape, array.strides, array.itemsize)

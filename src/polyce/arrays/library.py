@@ -172,7 +172,7 @@ class Library:
         return "float64" in self.xp.__array_namespace_info__().dtypes(device=where.device)
 
     def label_dtype(self, labels: Any) -> Any:
-        """Return the integer dtype for positions along the class axis, beside these labels."""
+        """Return the integer dtype for positions along the class axis, given the labels."""
         # Not every library has 64-bit integers on every device.
         return self.xp.__array_namespace_info__().default_dtypes(device=labels.device)["indexing"]
 

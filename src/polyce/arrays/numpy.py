@@ -19,7 +19,7 @@ class OnNumPy(Library):
         return True
 
     def device_kind(self, array: Any) -> str:
-        """Return "cpu"."""
+        """Return "cpu", which holds all of NumPy's arrays."""
         return "cpu"
 
     def adds_one_by_one(self, values: Any, axis: int) -> bool:
@@ -39,7 +39,7 @@ class _NumPy(OnNumPy, WithNumPyDtypes):
         return True
 
     def place(self, array: Any) -> Place | None:
-        """Tell where an array lies."""
+        """Return where an array lies."""
         if not hasattr(array, "dtype"):
             return None
         address = array.__array_interface__["data"][0]

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class _Probes(NamedTuple):
-    """What is asked of torch at each call, looked up once."""
+    """The functions of torch that are called for each key, looked up once."""
 
     tensor: Any
     strided: Any

@@ -62,7 +62,7 @@ class _Torch(Library):
         return contextlib.nullcontext()
 
     def place(self, array: Any) -> Place | None:
-        """Tell where a tensor lies."""
+        """Return where a tensor lies."""
         if not hasattr(array, "dtype"):
             return None
         strides = tuple(step * array.itemsize for step in array.stride())

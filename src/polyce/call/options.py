@@ -149,7 +149,7 @@ def check_ignore_index(ignore_index: Any) -> int:
     return int(ignore_index)
 
 
-def check_heeded(ignore_index: int, kind: str) -> None:
+def check_has_effect(ignore_index: int, kind: str) -> None:
     """Refuse a non-negative ignore_index for probabilities, where it would have no effect."""
     if kind == "probability" and ignore_index >= 0:
         raise ValueError(

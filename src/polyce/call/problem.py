@@ -12,7 +12,7 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
 from polyce.arrays.plain import plain_key
 from polyce.call import checks
-from polyce.call.options import Options, check_heeded
+from polyce.call.options import Options, check_has_effect
 
 
 class Problem(NamedTuple):
@@ -221,7 +221,7 @@ def describe_anew(
         logits_dtype = library.product_dtype(given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
-    check_heeded(options.ignore_index, kind)
+    check_has_effect(options.ignore_index, kind)
     if weight is not None:
         checks.weight(weight, shape[axis])
     if sample_weight is not None:

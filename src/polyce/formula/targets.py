@@ -166,8 +166,8 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
 def pivot_leads(problem: Problem) -> bool:
     """Tell whether the pivot of a row is the class of its largest logit, not its label.
 
-    So it is for probabilities, and if the entropy is asked for: with another class as the pivot,
-    the sum over the rest contains the 1 of the largest, and loses the digits of the others.
+    True for probabilities, and if the entropy is asked for: with another class as the pivot, the
+    sum over the rest contains the 1 of the largest, and loses the digits of the others.
     """
     return problem.kind == "probability" or problem.asks("entropy")
 

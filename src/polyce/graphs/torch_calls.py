@@ -119,7 +119,7 @@ class _Loss(torch.autograd.Function):
         traced = torch.compiler.is_dynamo_compiling()
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
-        by_operations = traced or torch_state.wants_operations(cotangent)
+        by_operations = traced or torch_state.needs_operations(cotangent)
         in_place = problem.inplace_backward and needs[0]
         if in_place:
             _check_written(ctx, by_operations)

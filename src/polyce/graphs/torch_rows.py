@@ -32,8 +32,8 @@ def detach(operands: Operands) -> Operands:
 def check(operands: Operands) -> None:
     """Refuse tensors that require a gradient which polyce does not compute."""
     # Under transforms requires_grad does not show everything, so the rules below check again.
-    weight = torch_state.waits(operands.weight) and not operands.target.is_floating_point()
-    _refuse(weight, torch_state.waits(operands.sample_weight))
+    weight = torch_state.needs_gradient(operands.weight) and not operands.target.is_floating_point()
+    _refuse(weight, torch_state.needs_gradient(operands.sample_weight))
 
 
 def _refuse(weight: bool, sample_weight: bool) -> None:
@@ -56,7 +56,7 @@ def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats
         return losses, _detached(stats)
     if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
-    if not any(map(torch_state.waits, (logits, plan.probabilities, plan.class_weight))):
+    if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
     losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
@@ -70,7 +70,7 @@ def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> A
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
         return problem.library.cast(result, problem.logits_dtype)
-    if not torch_state.waits(logits):
+    if not torch_state.needs_gradient(logits):
         return compute(problem, logits)
     return _LogSoftmax.apply(logits, problem, compute)
 
@@ -79,7 +79,7 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     """Compute the rows' losses for log-probabilities; a bad label's gradient is nan."""
     if torch_state.is_transformed() or torch.compiler.is_compiling():
         plan, log_probabilities = targets.spoil_rows(problem, plan, log_probabilities)
-    elif torch_state.waits(log_probabilities) and not problem.is_empty:
+    elif torch_state.needs_gradient(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
     return rows.nll(problem, plan, log_probabilities)
 
@@ -117,7 +117,7 @@ class _RowLosses(torch.autograd.Function):
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
         grad = None
-        if needs[0] and torch_state.wants_operations(cotangent):
+        if needs[0] and torch_state.needs_operations(cotangent):
             logits = readable(problem, plan, logits)
             grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
         elif needs[0]:

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def waits(tensor: Any) -> bool:
+def needs_gradient(tensor: Any) -> bool:
     """Tell whether a tensor, if there is one, requires a gradient."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
@@ -42,13 +42,13 @@ def _is_run(node: Any) -> bool:
         return True  # raised for leaves that torch.autograd.grad is asked for
 
 
-def wants_operations(cotangent: Any) -> bool:
+def needs_operations(cotangent: Any) -> bool:
     """Tell whether a gradient will be differentiated or is batched, which kernels cannot do."""
     return torch.is_grad_enabled() or is_transformed() or _is_batched(cotangent)
 
 
 def _is_batched(cotangent: Any) -> bool:
-    """Tell whether is_grads_batched is on, whose vmap is older than that of torch.func."""
+    """Tell whether is_grads_batched is on, which uses an older vmap than torch.func's."""
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))

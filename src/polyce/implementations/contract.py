@@ -1,4 +1,4 @@
-"""What a path is: how it computes a whole call, and what it declares that it serves."""
+"""What a path is: how it computes a whole call, and which calls it serves."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def limits_of(problem: Problem) -> Limits:
     return CPU if device == "cpu" else ACCELERATOR
 
 
-def told(problem: Problem, cut: Chunks) -> str:
+def summary(problem: Problem, cut: Chunks) -> str:
     """Describe how a call is cut, the memory it takes, and when all at once would be better."""
     if problem.backend == "dask":
         return "chunks within each of dask's blocks of rows"

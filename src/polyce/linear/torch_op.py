@@ -56,7 +56,7 @@ def loss(call: HeadCall) -> Any:
     given = (call.operands.logits, *call.head)
     wanted = NONE
     if call.whole.options.reduction != "none":
-        wanted = Gradients(*map(torch_state.waits, given))
+        wanted = Gradients(*map(torch_state.needs_gradient, given))
     return _operator(*_arguments(call, wanted))[0]
 
 

@@ -22,7 +22,7 @@ from polyce.linear.call import Gradients, HeadCall
 def loss(call: HeadCall) -> Any:
     """Compute the loss, on torch's graph if something requires a gradient."""
     normalizer = call.operands.normalizer
-    if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
+    if isinstance(normalizer, torch.Tensor) and torch_state.needs_gradient(normalizer):
         # torch divides, so that it differentiates by the normalizer.
         whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
         total = loss(replace(call, whole=whole, operands=operands))
@@ -32,7 +32,7 @@ def loss(call: HeadCall) -> Any:
 
         return torch_op.loss(call)
     arrays = (call.operands.logits, *call.head)
-    if not any(map(torch_state.waits, arrays)):
+    if not any(map(torch_state.needs_gradient, arrays)):
         with _own_dtypes(call):
             return compute.loss(_detached(call))
     return _Loss.apply(*arrays, call)
@@ -53,7 +53,7 @@ def check(call: HeadCall) -> None:
     operands = call.operands
     for name in ("target", "weight", "sample_weight"):
         tensor = getattr(operands, name)
-        if torch_state.waits(tensor):
+        if torch_state.needs_gradient(tensor):
             raise TypeError(
                 "linear_cross_entropy has gradients of input, linear_weight and linear_bias, but "
                 f"{name} requires grad; pass {name}.detach(), or give the logits to cross_entropy"
@@ -105,7 +105,7 @@ class _Loss(torch.autograd.Function):
             head=Head(weight, bias),
         )
         wanted = Gradients(*ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling() or torch_state.wants_operations(cotangent):
+        if torch.compiler.is_compiling() or torch_state.needs_operations(cotangent):
             return *_differentiable(call, wanted), None
         # Scaled in place below, so it is not kept: a second pass computes its own.
         waiting, ctx.waiting = ctx.waiting, None

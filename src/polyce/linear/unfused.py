@@ -15,7 +15,7 @@ from polyce.implementations.registry import select
 from polyce.linear.call import Gradients, HeadCall
 
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
-"""What `explain` says of it."""
+"""What `explain` says about it."""
 
 
 def is_wanted(problem: Problem) -> bool:

@@ -162,7 +162,7 @@ def _polyce_functions() -> Functions:
 
 
 def _given(case: Case, library: Backend) -> tuple[dict[str, Array], str]:
-    """Return a case's arrays as the library can have them, or the reason why it cannot."""
+    """Return a case's arrays in dtypes that the library has, or the reason why it cannot."""
     given = {}
     for key, array in case.arrays.items():
         given[key], reason = library.expressible(array)
@@ -195,7 +195,7 @@ def _failures(
     failures: list[str] = []
 
     def attempt(step: Callable[[], Any]) -> Any:
-        """Return the step's result, or write down why there is none and return None."""
+        """Return the step's result, or record why there is none and return None."""
         result, failure = outcome(step, library)
         if failure:
             failures.append(f"{case.name}: {failure}")

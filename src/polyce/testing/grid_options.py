@@ -1,4 +1,4 @@
-"""The groups of the conformance grid that are about row weights and all options together."""
+"""The groups of the conformance grid about row weights and all options together."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _saturated_cases(name: str) -> Iterator[Case]:
 def extreme_rows(name: str) -> Array:
     """Return ordinary rows, ties, and rows as large and as small as a dtype's numbers.
 
-    Their differences are finite, as they have to be where a scale makes them small again.
+    Their differences are finite, which they must be if a scale makes them small again.
     """
     large, small = {
         "float16": (3e4, 2.0**-14),
@@ -209,7 +209,7 @@ def _flat_cases(name: str) -> Iterator[Case]:
 
 
 def stats_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield calls that ask for stats: all and some, of rows of every kind."""
+    """Yield calls that ask for all or some stats, on rows of every kind."""
     for name in names:
         yield from _special_stats(name)
         yield from _plain_stats(name)

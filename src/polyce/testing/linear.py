@@ -29,7 +29,7 @@ GRADIENTS = ("input", "linear_weight", "linear_bias")
 PARTED = ("sizes/5x6x7/chunk-4/", "options/everything/mean/index/float32")
 """Prefixes of the names of cases that are called for every subset of the gradients."""
 MOST_CLASSES = 1200
-"""The grid's rows of more classes would need an identity of hundreds of megabytes."""
+"""The grid's rows with more classes would need an identity of hundreds of megabytes."""
 
 
 def grid_functions(chunks: int | None = None) -> Functions:

@@ -39,7 +39,7 @@ Target = int | tuple[float, ...]
 """A row's target: a class, or one number for each class."""
 
 DIGITS = 60
-"""Digits of every exponential, and of everything else beyond what cancellation takes."""
+"""Digits of every exponential, and of everything else after cancellation."""
 NEGLIGIBLE = -2000.0
 """exp of less is taken as 0: it is far below the smallest float64 and any rounding here."""
 ZERO, ONE, NAN = Decimal(0), Decimal(1), Decimal("nan")

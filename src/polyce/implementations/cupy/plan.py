@@ -200,7 +200,7 @@ def _in_step(width: int, logits: Layout, x: Rows, other: Layout | None, rows: Ro
 
 
 class _Threads(NamedTuple):
-    """How the threads of a block are shared out."""
+    """How the threads of a block are assigned."""
 
     lanes: int
     across: bool

@@ -85,7 +85,7 @@ def cross_entropy_with_grad(
 
 
 def keeps(problem: Problem) -> Saved:
-    """Tell what a forward pass saves."""
+    """Return what a forward pass saves."""
     if problem.is_empty:
         return Saved(rows=False, denominator=False)
     return Saved(rows=True, denominator=problem.options.reduction == "mean")

@@ -186,7 +186,7 @@ def tile_state(
     if SPREAD:
         r = tl.where(excluded, 0.0, coefficient)
         rest = tl.sum(r, 0).to(tl.float64)
-        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        # A class of coefficient 0 has no effect, not even as 0 times infinity.
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
     if ENTROPY:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
