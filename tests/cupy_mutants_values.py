@@ -24,7 +24,7 @@ CAPPED = right(LONG, logit_softcap=5.0, z_loss=0.1)
 MASKED = of_rows([[0.0, -INF, -INF, -INF, -INF, -INF, 1.0, -INF]], [0], table=SHARED, **LOSS)
 TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="prediction")
 BY_ROW = right((3, 10), grad_output=cupy_checks.thirds(3))
-OLD_KEY = "plan = _plans.get((problem, facts))"
+OLD_KEY = "plan = _plans.get((problem, key))"
 FIND_PIVOT = "if (x > pivot_logit || (pivot == NONE && x == pivot_logit))"
 UINT64 = [2**64 - 100, 3, 2**63]
 
@@ -230,25 +230,24 @@ MUTANTS = {
         two_calls({"shape": (2, 72)}, {"shape": (2, 72), "out_at": 1}),
         LAUNCH,
         OLD_KEY,
-        "real, facts = facts, facts._replace(grad=facts.grad._replace(address=0))\n    " + OLD_KEY,
+        "real, key = key, key._replace(grad=key.grad._replace(address=0))\n    " + OLD_KEY,
         LAUNCH,
-        "cupy_plan.plan(problem, facts)",
+        "cupy_plan.plan(problem, key)",
         "cupy_plan.plan(problem, real)",
     ),
     "strides-not-in-the-key": wrong(
         two_calls({"shape": (2, 10)}, {"shape": (2, 10), "apart": 2}),
         LAUNCH,
         OLD_KEY,
-        "real, facts = facts, facts._replace(logits=facts.logits._replace(strides=()))\n    "
-        + OLD_KEY,
+        "real, key = key, key._replace(logits=key.logits._replace(strides=()))\n    " + OLD_KEY,
         LAUNCH,
-        "cupy_plan.plan(problem, facts)",
+        "cupy_plan.plan(problem, key)",
         "cupy_plan.plan(problem, real)",
     ),
     "device-not-entered": wrong(
         cupy_checks.elsewhere,
         LAUNCH,
-        "with arrays.computing(problem.backend, operands.named())",
+        "with problem.library.computing(operands.named())",
         "with cupy.cuda.Device()",
     ),
     "unknown-order-not-copied": wrong(

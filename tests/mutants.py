@@ -64,8 +64,8 @@ class Mutant:
         def cross_entropy(*call: Any) -> Any:
             return whole.cross_entropy(*call, self.forward)
 
-        row = Implementation("mutant", cross_entropy, whole.cross_entropy_with_grad)
-        monkeypatch.setattr(registry, "TABLE", (row, *registry.TABLE))
+        path = Implementation("mutant", cross_entropy, whole.cross_entropy_with_grad)
+        monkeypatch.setattr(registry, "TABLE", (path, *registry.TABLE))
         monkeypatch.setattr(rows, "forward_backward", self.forward_backward)
         if self.patch is not None:
             monkeypatch.setattr(*self.patch)

@@ -17,7 +17,7 @@ from conftest import FULL
 from polyce.call.options import Options
 from polyce.call.problem import describe
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import Facts, Layout
+from polyce.implementations.cupy.plan import LaunchKey, Layout
 from polyce.testing.dtypes import dtype
 
 pytestmark = pytest.mark.only("cupy-compile")
@@ -55,8 +55,8 @@ def planned(
     problem, _ = describe(logits, given, options=Options.taken_from({"validate": False} | options))
     layout = Layout(logits.strides, 0, logits.itemsize)
     probabilities = Layout(given.strides, 0, given.itemsize) if given.ndim > 1 else None
-    facts = Facts(layout, probabilities, layout, None, None, None, False)
-    return cupy_plan.plan(problem, facts).options
+    key = LaunchKey(layout, probabilities, layout, None, None, None, False)
+    return cupy_plan.plan(problem, key).options
 
 
 def texts() -> list[tuple[str, tuple[str, ...], int]]:

@@ -13,7 +13,7 @@ import pytest
 from polyce.call.options import Options
 from polyce.call.problem import Problem, describe
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import Facts, Layout, Plan
+from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 from polyce.testing.dtypes import dtype
 
 pytestmark = pytest.mark.only("cupy-emulated")
@@ -54,7 +54,7 @@ def layout(
     return Layout(tuple(strides), address * size % 16, size)
 
 
-def planned(about: Problem, **layouts: Layout) -> Plan:
+def planned(about: Problem, **layouts: Layout) -> LaunchPlan:
     name = about.logits_dtype_name
     lie = {"logits": layout(about.shape, name), "grad": layout(about.shape, name)}
     if about.kind == "probability":
@@ -62,7 +62,7 @@ def planned(about: Problem, **layouts: Layout) -> Plan:
     given = {"probabilities": None} | lie | layouts
     return cupy_plan.plan(
         about,
-        Facts(**given, sample=None, normalizer=None, cotangent=None, cotangent_by_row=False),
+        LaunchKey(**given, sample=None, normalizer=None, cotangent=None, cotangent_by_row=False),
     )
 
 
@@ -180,7 +180,7 @@ def probe() -> Iterator[Any]:
 
     cupy.emulation.reset()
 
-    def run(plan: Plan, kernel: str, line: str, count: int) -> list[float]:
+    def run(plan: LaunchPlan, kernel: str, line: str, count: int) -> list[float]:
         text = f"""{cupy_plan.source()}
 extern "C" __global__ void probe(const Call call, double* out) {{ {line} }}"""
         options = tuple(each for each in plan.options[kernel] if "KERNEL=" not in each)

@@ -325,7 +325,7 @@ def test_wide_products_are_asked_for_where_they_are(
         patched.setattr(torch.version, "hip", hip)
         patched.setattr(torch.ops.aten.mm, "overloads", lambda: overloads)
         patched.setattr(torch, "mm", product)
-        importlib.reload(torch_memory).MEMORY.add_product(OnCuda(), OnCuda(), total, False, None)
+        importlib.reload(torch_memory).PRODUCTS.add_product(OnCuda(), OnCuda(), total, False, None)
     importlib.reload(torch_memory)
     assert asked == [{"out_dtype": torch.float32} if wide else {}]
     assert torch.equal(total, torch.full((2, 2), 4.0))

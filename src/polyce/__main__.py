@@ -13,7 +13,7 @@ USAGE = """usage: python -m polyce [demo]
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two commands and give the exit code."""
+    """Run one of the two commands and return the exit code."""
     if not arguments:
         show_versions()
         return 0

@@ -1,4 +1,4 @@
-"""Softmax regression on handwritten digits, trained with the gradient that polyce gives."""
+"""Softmax regression on handwritten digits, trained with the gradient that polyce computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODULES = {
 
 
 def digits() -> tuple[Any, Any]:
-    """Give the 1797 images as rows of 64 pixels in [0, 1], float32, and their labels."""
+    """Return the 1797 images as rows of 64 pixels in [0, 1], float32, and their labels."""
     with importlib.resources.files("polyce").joinpath("data/digits.npz").open("rb") as file:
         data = np.load(file)
         images, labels = data["images"], data["labels"]
@@ -35,7 +35,7 @@ def digits() -> tuple[Any, Any]:
 
 
 def demo() -> None:
-    """Train, then show that every array library found here gives the same loss and gradient."""
+    """Train, then show that every array library found here computes the same loss and gradient."""
     images, labels = digits()
     train, test = slice(None, TRAINED_ON), slice(TRAINED_ON, None)
     weights = np.zeros((64, 10), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What would run, and why not something else; what is installed."""
+"""Which implementation would run, and why not another; what is installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from polyce.linear.functional import (
 )
 from polyce.version import __version__
 
-# Import name and the distributions that bring it, of all that polyce works with.
+# Import name, and the distributions that provide it, of each library that polyce works with.
 _LIBRARIES = {
     "numpy": ("numpy",),
     "array_api_compat": ("array-api-compat",),
@@ -47,7 +47,7 @@ _LIBRARIES = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation a call would run, and what speaks against each of the others.
+    """Which implementation a call would run, and the reasons against the others.
 
     Printing it shows one line for each implementation.
     """
@@ -57,12 +57,12 @@ class Explanation:
     chosen: str
     """Name of the implementation that would run."""
     reasons: dict[str, tuple[str, ...]]
-    """For each implementation, by preference, the reasons against it; none means that it can."""
+    """For each implementation, by preference, the reasons against it; without any, it can run."""
     chunks: str | None = None
-    """How the rows of a linear head are cut, and what speaks for all at once; else None."""
+    """How the rows of a linear head are cut, and when all at once would be better; else None."""
 
     def __str__(self) -> str:
-        """Give a line for the call, one for each implementation and one for the chunks."""
+        """Return a line for the call, one for each implementation and one for the chunks."""
         width = max(len(name) for name in self.reasons)
         lines = [self.call]
         for name, reasons in self.reasons.items():
@@ -86,20 +86,20 @@ def explain(
     *arguments, **options
         What the function would be called with, by position and by name.
     function : callable, optional
-        The function that the call is of: `cross_entropy`, the default, which stands for that of
-        ``polyce.torch`` too, `cross_entropy_with_grad`, `linear_cross_entropy` or
+        The function of the call: `cross_entropy`, the default, which also stands for that of
+        ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy` or
         `linear_cross_entropy_with_grad`.
 
     Returns
     -------
     Explanation
         Prints a line for each implementation; for a linear head also how its rows are cut, how
-        much of the logits there is at a time, and when all logits at once would be faster.
+        much memory the logits take at a time, and when all logits at once would be faster.
 
     Raises
     ------
     TypeError, ValueError
-        As the call itself would, but for labels, which are not looked at.
+        As the call itself would, except for labels, whose values are not checked.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def explain(
     >>> print(told.chunks.partition(";")[0])
     37 chunks of 112 rows: 45 MB of logits at a time, not 1638
     """
-    # Which has been imported, if it is what was passed.
+    # Imported already, if its function was passed.
     for_torch = sys.modules.get("polyce.torch")
     inner: Callable[..., Any] = cross_entropy if function is None else function
     if for_torch is not None and function is for_torch.cross_entropy:
@@ -166,7 +166,7 @@ def _of_logits(
     return Explanation(
         call=_call(function, problem, operands, [logits]),
         chosen=registry.select(problem, implementation).name,
-        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+        reasons={path.name: path.reasons(problem) for path in registry.TABLE},
     )
 
 
@@ -187,11 +187,11 @@ def _of_head(
         chosen, of_chunks, problem = registry.select(whole, call.name), unfused.WHY, whole
     else:
         cut, problem = call.chunks, call.part(call.chunks.rows)
-        chosen, of_chunks = call.implementation, chunks.told(whole, cut)
+        chosen, of_chunks = call.implementation, chunks.summary(whole, cut)
     return Explanation(
         call=_call(function, whole, call.operands, parts),
         chosen=chosen.name,
-        reasons={row.name: row.reasons(problem) for row in registry.TABLE},
+        reasons={path.name: path.reasons(problem) for path in registry.TABLE},
         chunks=of_chunks,
     )
 
@@ -227,10 +227,10 @@ def show_versions() -> None:
 
 
 def versions() -> str:
-    """Give the text that `show_versions` prints."""
+    """Return the text that `show_versions` prints."""
     import platform
 
-    rows: list[tuple[str, str | None]] = [
+    entries: list[tuple[str, str | None]] = [
         ("polyce", __version__),
         ("python", platform.python_version()),
     ]
@@ -239,16 +239,16 @@ def versions() -> str:
         version = next((one for one in found if one), None)
         if version is None and find.installed(module):
             version = "installed, version unknown"
-        rows.append((module, version))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {version or 'not installed'}" for name, version in rows]
+        entries.append((module, version))
+    width = max(len(name) for name, _ in entries)
+    lines = [f"{name:<{width}}  {version or 'not installed'}" for name, version in entries]
 
     lines.append("")
     lines.append("implementations, in order of preference")
-    width = max(len(row.name) for row in registry.TABLE)
-    for row in registry.TABLE:
-        reason = row.unavailable()
-        lines.append(f"  {row.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
+    width = max(len(path.name) for path in registry.TABLE)
+    for path in registry.TABLE:
+        reason = path.unavailable()
+        lines.append(f"  {path.name:<{width}}  {'no   ' + reason if reason else 'yes'}")
     if native.unavailable() is None:
         lines.append(f"native core  {_core()}")
     lines.append(_preferred())
@@ -258,7 +258,7 @@ def versions() -> str:
 def _core() -> str:
     try:
         core = native.core()
-    except ValueError as problem:  # an environment variable that asks for what there is not
+    except ValueError as problem:  # an environment variable asks for what is not there
         return str(problem)
     others = [name for name in core.isas() if name != core.isa()]
     also = f" (here too: {', '.join(others)})" if others else ""

@@ -39,7 +39,7 @@ def cross_entropy(
     r"""Compute the softmax cross-entropy between logits and a target, in nats.
 
     The meaning is that of ``torch.nn.functional.cross_entropy``, for the arrays of any library.
-    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, a row x of weight v loses
+    With :math:`\mathrm{lse} = \log \sum_c e^{x_c}`, the loss of a row x of weight v is
 
     .. math:: v \, \big( \sum_c r_c \, (\mathrm{lse} - x_c) + λ \, \mathrm{lse}^2 \big)
 
@@ -59,8 +59,8 @@ def cross_entropy(
     size_average, reduce : bool, optional
         Deprecated, as in torch: either one overrides `reduction`.
     ignore_index : int, default -100
-        Rows with this class index lose 0, have gradient 0 and are not counted. It need not be a
-        class, and must be negative with probabilities, where it means nothing.
+        Rows with this class index have loss 0 and gradient 0, and are not counted. It need not be
+        a class. With probabilities it has no effect and must be negative.
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
         are not ignored (their number, without `weight`); for probabilities it is the sum divided
@@ -71,32 +71,32 @@ def cross_entropy(
     axis : int, optional
         The class axis of `input`; torch's by default: 1, or 0 if there is only one.
     sample_weight : array, optional
-        v, what multiplies each row's loss, of any real dtype and of input's shape without the
-        class axis; 1 for all by default. A row of weight 0 loses 0 and has gradient 0, whatever
-        its logits and its target hold.
+        v, the factor of each row's loss, of any real dtype and of input's shape without the class
+        axis; 1 for all by default. A row of weight 0 has loss 0 and gradient 0, whatever its
+        logits and its target hold.
     normalizer : float or array of shape (), optional
         What reduction 'mean' divides by, in place of the above: with the total of a whole batch,
         the gradients of its micro-batches add up to the gradient of the batch.
     z_loss : float, default 0.0
-        Weight of the squared lse, which draws lse to 0: λ is z_loss w_y for a class index y, and
-        z_loss for probabilities.
+        Weight of the squared lse, which pulls lse towards 0: λ is z_loss w_y for a class index y,
+        and z_loss for probabilities.
     logit_scale : float, optional
         A number from 1e-15 to 1e15 that multiplies the logits first: x is scaled; 1 by default.
-        One that is learned multiplies the logits before the call.
+        Multiply the logits by a learned scale before the call.
     logit_softcap : float, optional
-        A number from 1e-15 to 1e15: x is, after the scale, replaced by cap·tanh(x/cap). A masked
-        logit of -inf stays -inf. None is for no cap.
+        A number from 1e-15 to 1e15: after the scale, x is replaced by cap·tanh(x/cap). A masked
+        logit of -inf stays -inf. No cap by default.
     return_stats : bool or str or tuple of str, default False
-        Whether to return facts of each row too: True for all, or the names of some among 'lse',
-        'entropy', 'prediction' and 'correct'; see `Stats`.
+        Whether to return statistics of each row too: True for all, or the names of some among
+        'lse', 'entropy', 'prediction' and 'correct'; see `Stats`.
     validate : bool, optional
-        Whether to look at the class indices for one out of range. By default concrete arrays on a
-        CPU are checked; elsewhere such a row's loss and gradient are nan. True checks arrays on an
-        accelerator too, which waits for it. False never checks.
+        Whether to check that class indices are in range. By default concrete arrays on a CPU are
+        checked; elsewhere the loss and gradient of a row with a bad one are nan. True checks arrays
+        on an accelerator too, and waits for it. False never checks.
     implementation : str, optional
-        Name of the implementation to run, or to raise if it cannot; see `explain`.
+        Name of the implementation to run; an error if it cannot. See `explain`.
     dim : None
-        Not an argument, and an error that says so: the class axis is `axis`.
+        Not an argument: passing it is an error. The class axis is `axis`.
 
     Returns
     -------
@@ -190,7 +190,7 @@ def cross_entropy_with_grad(
     .. math:: g v \, \big( (\sum_c r_c + 2 λ \, \mathrm{lse}) \, \mathrm{softmax}(x) - r \big) / D
 
     with D what the mean divides by (1 for the other reductions), times the derivative of x by the
-    logit, where there is a scale or a softcap.
+    logit if there is a scale or a softcap.
 
     Parameters
     ----------
@@ -202,16 +202,17 @@ def cross_entropy_with_grad(
         As for `cross_entropy`.
     grad_output : array or float, optional
         g, the gradient with respect to the loss: an array of the rows' shape for reduction
-        'none', else a number or a 0-d array. 1 by default, so that reduction 'none' gives the
-        gradient of the sum.
+        'none', else a number or a 0-d array. 1 by default, so that with reduction 'none' the
+        gradient is that of the sum.
     out : array, optional
-        Where the gradient goes: a writable array of input's shape and dtype, on its device; `input`
-        itself, or memory that no argument lies in. Labels are checked before anything is written.
+        Where the gradient is written: a writable array of input's shape and dtype, on its device;
+        `input` itself, or memory that no argument uses. Labels are checked before anything is
+        written.
 
     Returns
     -------
     loss : array
-        As `cross_entropy` gives it.
+        As `cross_entropy` returns it.
     grad : array
         Of input's shape and dtype; `out`, if given. Neither result is on a torch or jax graph.
     stats : Stats
@@ -280,7 +281,7 @@ def nll_loss(
 ) -> Any:
     """Compute the negative log-likelihood of class indices, in nats, from log-probabilities.
 
-    A row x with label y and class weights w loses -w_y x_y. After `log_softmax` this is
+    The loss of a row x with label y and class weights w is -w_y x_y. After `log_softmax` this is
     `cross_entropy`, which does both at once and keeps digits that the log-probabilities lose.
 
     Parameters

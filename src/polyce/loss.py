@@ -13,7 +13,7 @@ class CrossEntropyLoss:
     """Softmax cross-entropy with its options kept: call it with logits and a target.
 
     The constructor, the attributes and the call are those of ``torch.nn.CrossEntropyLoss``; as
-    there, the options are checked when it is called. What changes from batch to batch goes with the
+    there, the options are checked when it is called. Pass what changes from batch to batch in the
     call: ``loss(input, target, sample_weight=..., normalizer=...)``.
 
     Parameters

@@ -1,4 +1,4 @@
-"""For torch alone: the losses as modules, and a backward pass that needs no memory of its own.
+"""For torch only: the losses as modules, and a backward pass that needs no memory of its own.
 
 ``import polyce.torch`` imports torch, which ``import polyce`` does not.
 """
@@ -56,36 +56,36 @@ def cross_entropy(
         As for `polyce.cross_entropy`.
     inplace_backward : bool, default False
         Whether the backward pass writes the gradient of `input` over `input`, which saves a tensor
-        of its size. The notes say for whom.
+        of its size. The notes say when this is safe.
 
     Returns
     -------
     torch.Tensor
-        The loss, of the shape and dtype that `polyce.cross_entropy` gives; with `return_stats`, the
-        pair of it and a `polyce.Stats`.
+        The loss, as `polyce.cross_entropy` returns it; with `return_stats`, the pair of it and a
+        `polyce.Stats`.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        As `polyce.cross_entropy` does; a TypeError for arrays that are no torch tensors. With
+        As `polyce.cross_entropy` does; a TypeError for arrays that are not torch tensors. With
         `inplace_backward` a ValueError for an `input` that is traced, overlaps itself (as an
         expanded tensor does), shares memory with another argument or with its own ``.grad``.
 
     Notes
     -----
-    With `inplace_backward` the logits are what they were until the backward pass; after it their
-    memory holds the gradient, and so does that part of whatever they are a view of. Nothing is
-    written where no gradient of the logits is asked for, as under ``torch.no_grad``.
+    With `inplace_backward` the logits keep their values until the backward pass; after it their
+    memory holds the gradient, and so does that part of any tensor that they are a view of. Nothing
+    is written if no gradient of the logits is asked for, as under ``torch.no_grad``.
 
-    - What needs the logits' values, such as an accuracy, reads them before the backward pass, or
-      takes `return_stats`. What was detached from them before reads the gradient afterwards.
+    - Code that needs the logits' values, such as an accuracy, must read them before the backward
+      pass, or use `return_stats`. A tensor detached from them before holds the gradient afterwards.
     - A second backward pass through this loss raises a RuntimeError, and so does one through
       another operation that saved the logits, unless it came first. ``create_graph=True`` and
       ``is_grads_batched=True`` raise one before anything is written.
-    - Logits that are a leaf share their memory with their ``.grad`` from then on. That has to be
+    - Logits that are a leaf share their memory with their ``.grad`` from then on. It has to be
       None again before the next call.
-    - Where ``torch.autograd.graph.saved_tensors_hooks`` bring back a copy of the logits, the
-      gradient is a new tensor and nothing is written over.
+    - If ``torch.autograd.graph.saved_tensors_hooks`` return a copy of the logits, the gradient is a
+      new tensor and nothing is overwritten.
 
     Examples
     --------
@@ -136,10 +136,10 @@ def _check(input: Any) -> None:
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Softmax cross-entropy as a module, in the place of ``torch.nn.CrossEntropyLoss``.
+    """Softmax cross-entropy as a module, in place of ``torch.nn.CrossEntropyLoss``.
 
-    It is one of torch's: ``isinstance`` says so, and ``state_dict`` has the same entries, so that
-    a checkpoint of either loads into the other. As there, options are checked in the call.
+    It is a subclass of torch's, and ``state_dict`` has the same entries, so that a checkpoint of
+    either loads into the other. As in torch, options are checked in the call.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     axis, z_loss, logit_scale, logit_softcap, return_stats, validate, implementation, dim
         As for `polyce.cross_entropy`.
     inplace_backward
-        As for `cross_entropy`, which says who may read the logits afterwards.
+        As for `cross_entropy`, which says when the logits may be read.
 
     Attributes
     ----------
@@ -161,7 +161,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     See Also
     --------
-    polyce.CrossEntropyLoss : The same for the arrays of any library, and no module.
+    polyce.CrossEntropyLoss : The same for the arrays of any library; not a module.
 
     Examples
     --------
@@ -249,10 +249,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class NLLLoss(torch.nn.NLLLoss):
-    """Negative log-likelihood as a module, in the place of ``torch.nn.NLLLoss``.
+    """Negative log-likelihood as a module, in place of ``torch.nn.NLLLoss``.
 
-    It is one of torch's, as `CrossEntropyLoss` is. There is no ``inplace_backward``: the backward
-    pass of the log_softmax before it needs the log-probabilities that it would write over.
+    It is a subclass of torch's. There is no ``inplace_backward``: the backward pass of the
+    log_softmax before it needs the log-probabilities that would be overwritten.
 
     Parameters
     ----------
@@ -270,7 +270,7 @@ class NLLLoss(torch.nn.NLLLoss):
 
     See Also
     --------
-    polyce.NLLLoss : The same for the arrays of any library, and no module.
+    polyce.NLLLoss : The same for the arrays of any library; not a module.
 
     Examples
     --------

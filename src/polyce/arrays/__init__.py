@@ -1,1 +1,1 @@
-"""One object for each array library, of which polyce asks all that it needs of arrays."""
+"""One object for each array library, which answers all that polyce asks about arrays."""

@@ -1,4 +1,4 @@
-"""CuPy: arrays on the device that they lie on, whichever is the current one."""
+"""CuPy: arrays are computed on the device that holds them, whichever is the current one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class _CuPy(WithNumPyDtypes):
     swaps_bytes = False
 
     def has_values(self, array: Any) -> bool:
-        """Tell that it has."""
+        """Return True: CuPy is eager."""
         return True
 
     def device(self, array: Any) -> Any:
-        """Return its own."""
+        """Return the array's device."""
         return array.device
 
     def device_kind(self, array: Any) -> str:
-        """Return what CuPy calls ROCm's too."""
+        """Return "cuda", as CuPy calls ROCm devices too."""
         return "cuda"
 
     def computing(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -33,13 +33,13 @@ class _CuPy(WithNumPyDtypes):
         return device
 
     def place(self, array: Any) -> Place | None:
-        """Tell where an array lies."""
+        """Return where an array lies."""
         if not hasattr(array, "dtype"):
             return None
         return Place(array.data.ptr, array.shape, array.strides, array.itemsize)
 
     def overwrite(self, function: Any, array: Any, *others: Any) -> Any:
-        """Write over the array."""
+        """Write the result over the array."""
         return function(array, *others, out=array)
 
 

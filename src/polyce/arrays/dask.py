@@ -1,4 +1,4 @@
-"""dask: lazy arrays in chunks, which stay cut as the logits are."""
+"""dask: lazy arrays in chunks, which are kept cut as the logits are."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class _Dask(WithNumPyDtypes):
     find: Find
 
     def device_kind(self, array: Any) -> str:
-        """Return what is true of NumPy's chunks."""
+        """Return "cpu", which is true of NumPy chunks."""
         return "cpu"
 
     def align(self, array: Any, logits: Any) -> Any:
-        """Cut it as the logits are cut where it has their size."""
+        """Rechunk along every axis on which the array has the logits' size."""
         return cut_alike(array, logits)
 
     def one_hot(self, labels: Any, logits: Any, axis: int, *, beside_logits: bool = True) -> Any:
-        """Make masks of numbers cut as the classes are, beside the logits if that may wait.
+        """Make masks cut as the classes are; with `beside_logits` each waits for its logits.
 
-        dask makes what it can as soon as it can: masks that need no logits would all be made ahead
-        of the gradient, which waits for the mean's denominator, and fill the memory.
+        dask computes what it can as soon as it can: masks that need no logits would all be made
+        before the gradient, which waits for the mean's denominator, and fill the memory.
         """
         classes = self.xp.arange(
             logits.shape[axis], dtype=labels.dtype, chunks=(logits.chunks[axis],)
@@ -50,18 +50,18 @@ class _Dask(WithNumPyDtypes):
         return classes == labels
 
     def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
-        """Sum within chunks as their own library does."""
+        """Sum within each chunk as the chunk's own library does."""
         if widens_nothing(values, axis, dtype):
             add = partial(_chunk_sum, self.find)
             return da.reduction(values, add, add, axis=axis, keepdims=True, dtype=dtype)
         return self.xp.sum(values, axis=axis, dtype=dtype, keepdims=True)
 
     def total(self, values: Any) -> Any:
-        """Add up 16 numbers a task; by itself dask adds two, as if they were large."""
+        """Add up 16 numbers a task; dask's default is two, which suits large arrays."""
         return values.sum(split_every=dict.fromkeys(range(values.ndim), 16))
 
     def divide(self, values: Any, divisor: Any) -> Any:
-        """Divide in tasks that keep NumPy quiet, as they do not know what their caller keeps so."""
+        """Divide in tasks that silence NumPy's warnings themselves, whatever the caller has set."""
         return elemwise(_divided, values, divisor)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-# Of jax, and of NumPy by ml_dtypes.
+# In jax, and in NumPy with ml_dtypes.
 SUB_BYTE = {"int2": (-2, 1), "int4": (-8, 7), "uint2": (0, 3), "uint4": (0, 15)}
 INTEGERS = {
     "int8": (-(2**7), 2**7 - 1),
@@ -21,7 +21,7 @@ INTEGERS = {
     **SUB_BYTE,
 }
 
-# NumPy works its dtypes' names out each time they are asked for.
+# A dict, as NumPy builds a dtype's name each time it is asked for.
 NUMPY_DTYPES = {
     name: np.dtype(name)
     for name in (*FLOATS, *INTEGERS)
@@ -31,12 +31,12 @@ _NUMPY_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 def dtype_name(array: Any) -> str:
-    """Name an array's dtype as the standard does, bfloat16 of any library included."""
+    """Return the standard's name of an array's dtype, bfloat16 of any library included."""
     return name_of(array.dtype)
 
 
 def name_of(dtype: Any) -> str:
-    """Name a dtype as the standard does."""
+    """Return the standard's name of a dtype."""
     if isinstance(dtype, np.dtype):
         return _NUMPY_NAMES.get(dtype) or dtype.name
     name = getattr(dtype, "name", None)
@@ -44,7 +44,7 @@ def name_of(dtype: Any) -> str:
 
 
 def holds_integers(array: Any) -> bool:
-    """Tell whether an array is of integers that can be computed with."""
+    """Tell whether an array holds integers that can be computed with."""
     name = dtype_name(array)
-    # torch has names for those below a byte, and not a single operation.
+    # torch has names for integers below a byte, but no operations on them.
     return name in INTEGERS and (name not in SUB_BYTE or isinstance(array.dtype, np.dtype))

@@ -1,4 +1,4 @@
-"""Which library the arrays of a call are from, and what is said of those that are not taken."""
+"""Which library the arrays of a call come from, and the errors about those that are not taken."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from polyce.arrays import numpy, others
 from polyce.arrays.library import Library
 
-# Libraries whose arrays are not taken, by top-level module: why, and the way round it. Some of
-# them pass for arrays of the standard and would give errors from deep inside, or wrong numbers.
+# Libraries whose arrays are not taken, by top-level module: why, and what to do instead. Some look
+# like arrays of the standard and would raise errors from deep inside, or return wrong numbers.
 NOT_TAKEN = {
     "blosc2": ("whose lazy where sums up wrongly", "pass {name}[:], a NumPy array"),
     "sparse": ("which has no gather and whose losses would be dense", "pass {name}.todense()"),
@@ -29,7 +29,7 @@ NOT_TAKEN = {
     ),
 }
 
-# The namespaces of those that have no file of their own.
+# The namespaces of the libraries that have no file of their own.
 _NAMESPACES = {
     "array-api-strict": "array_api_strict",
     "cubed": "cubed.array_api",
@@ -39,7 +39,8 @@ _NAMESPACES = {
 }
 # Arguments that have an entry for each row, and may be cut between rows.
 _OF_ROWS = ("input", "target", "sample_weight", "grad_output")
-# What marray is taken over: elsewhere a look at the mask could compute, or be impossible.
+# The libraries under which marray is taken: in others a look at the mask could start a computation,
+# or be impossible.
 _UNDER_MARRAY = ("numpy", "array_api_compat.numpy", "array_api_strict")
 
 
@@ -67,9 +68,9 @@ def _dask() -> Library:
     return dask.library(of)
 
 
-# Those with a file of their own, which is imported when one of their arrays comes.
+# Libraries with a file of their own, which is imported when the first of their arrays is seen.
 _IN_FILES = {"torch": _torch, "jax": _jax, "cupy": _cupy, "dask": _dask}
-# Those met so far, by name or, without a file, by that of their namespace: marray has several.
+# The libraries seen so far, by name or, without a file, by namespace: marray has several.
 _known: dict[str, Library] = {"numpy": numpy.LIBRARY}
 
 
@@ -95,7 +96,7 @@ def _of_namespace(name: str, xp: Any) -> Library:
 def of(**arrays: Any) -> tuple[Library, list[Any]]:
     """Find the one library of the arguments, and return it with the arrays.
 
-    The first argument decides. Those that are None stay None.
+    The first argument decides. Arguments that are None stay None.
     """
     values = list(arrays.values())
     if all(type(value) is np.ndarray or value is None for value in values):
@@ -114,8 +115,8 @@ def of(**arrays: Any) -> tuple[Library, list[Any]]:
         elif other is numpy.LIBRARY and library.takes_numpy:
             values[index] = np.asarray(values[index])
             if name != "target" or values[index].dtype.kind not in "iu":
-                # Labels stay in NumPy, where they can be looked at, and where jax without 64-bit
-                # types does not cut them down.
+                # Labels stay in NumPy, where they have values, and where jax without 64-bit types
+                # does not truncate them.
                 values[index] = library.xp.asarray(values[index])
         else:
             raise TypeError(
@@ -133,11 +134,11 @@ def _find(name: str, value: Any) -> Library:
                 f"{name} must be a plain array, got {_kind(value)}, whose own meaning polyce would "
                 f"lose; pass numpy.asarray({name}), and mark rows to leave out with ignore_index"
             )
-        # NumPy 2 is itself a namespace of the standard; array-api-compat's wrapper of it costs
-        # a tenth of a second at its first use and adds nothing that is needed here.
+        # NumPy 2 is a namespace of the standard itself; array-api-compat's wrapper takes a tenth of
+        # a second on first use and adds nothing that is needed here.
         return numpy.LIBRARY
-    # The classes are looked at here, not by array_api_compat.array_namespace, whose caches
-    # torch.compile warns of. A library that is not loaded has made no array.
+    # Not by array_api_compat.array_namespace: torch.compile warns about its caches. A library that
+    # is not loaded has made no array.
     loaded = sys.modules
     if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
         sharded = loaded.get("torch.distributed.tensor")
@@ -222,8 +223,8 @@ def _check_unmasked(name: str, value: Any, xp: Any) -> None:
         )
     masked = int(np.count_nonzero(np.asarray(value.mask)))
     if masked:
-        # By marray's rules sums pass over masked entries: which rows the mean is over, and whether
-        # smoothing counts a masked class, would depend on the way the loss is written.
+        # marray's sums skip masked entries: which rows the mean is over, and whether smoothing
+        # counts a masked class, would depend on how the loss is written.
         raise ValueError(
             f"{name} must have no masked entries, got {masked}: they might stand for rows or for "
             "classes to leave out; fill them, with ignore_index in target to leave out rows, "
@@ -238,7 +239,7 @@ def _kind(value: Any) -> str:
 
 
 def installed(module: str) -> bool:
-    """Tell whether a module is or could be imported, without importing it."""
+    """Tell whether a module is imported or could be, without importing it."""
     if module in sys.modules:
         return True
     return importlib.util.find_spec(module) is not None

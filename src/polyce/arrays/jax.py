@@ -1,4 +1,4 @@
-"""jax: traced arrays, meshes, and what XLA does better another way."""
+"""jax: traced arrays, meshes, and operations that are faster in XLA in another form."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from polyce.arrays.library import WithNumPyDtypes, along_axis
 class _Jax(WithNumPyDtypes):
     takes_numpy = True
     rounds_gradients = True
-    # By itself, or as it has been set, jax has accelerators multiply float32 in fewer bits.
+    # By default, and by its settings, jax lets accelerators multiply float32 in fewer bits.
     exact_products = MappingProxyType({"precision": "highest"})
 
     def has_values(self, array: Any) -> bool:
-        """Tell that all have but tracers."""
+        """Tell whether the array is not a tracer."""
         return not isinstance(array, jax.core.Tracer)
 
     def fuses(self, array: Any) -> bool:
-        """Tell that XLA does where arrays are traced."""
+        """Tell whether the array is traced: XLA fuses then."""
         return not self.has_values(array)
 
     def to_look_at(self, labels: Any) -> Any:
-        """Return NumPy's: inside a jit, jax would trace even what is done to known values."""
+        """Return a NumPy array: inside a jit, jax traces even operations on known values."""
         return np.asarray(labels)
 
     def device_kind(self, array: Any) -> str:
-        """Return the platform; new companions of an array are uncommitted and follow it."""
+        """Return the platform; new arrays are uncommitted and follow the given one."""
         if not isinstance(array, jax.Array):
             return "cpu"
         if not self.has_values(array):
@@ -45,16 +45,16 @@ class _Jax(WithNumPyDtypes):
         return str(jax.default_backend())
 
     def has_float64(self, where: Any) -> bool:
-        """Tell what its settings say."""
+        """Tell whether jax_enable_x64 is set."""
         info = self.xp.__array_namespace_info__()
         return str(info.default_dtypes()["real floating"]) == "float64"
 
     def label_dtype(self, labels: Any) -> Any:
-        """Return what its settings allow."""
+        """Return the indexing dtype that jax's settings allow."""
         return self.xp.__array_namespace_info__().default_dtypes()["indexing"]
 
     def integer(self, value: int, like: Any) -> Any:
-        """Return an array: jax takes no Python integer beyond the signed ones."""
+        """Return an array: jax takes no Python integer beyond the signed range."""
         return jnp.asarray(value, dtype=like.dtype)
 
     def pick(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
@@ -69,9 +69,9 @@ class _Jax(WithNumPyDtypes):
         return jax_mesh.automatically(take, jax.sharding.PartitionSpec(*rows), values, labels)
 
     def argmax(self, values: Any, axis: int) -> Any:
-        """Compare with the largest: XLA's own takes ten times as long on a CPU.
+        """Find the first class that equals the largest value.
 
-        It would also gather where the classes are sharded.
+        XLA's own argmax takes ten times as long on a CPU, and gathers sharded classes.
         """
         top = jnp.max(values, axis=axis, keepdims=True)
         classes = along_axis(jnp.arange(values.shape[axis]), axis, values.ndim)
@@ -80,12 +80,12 @@ class _Jax(WithNumPyDtypes):
         return jnp.where(top == top, first, 0)
 
     def row_count(self, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
-        """Count rows, of which an export knows the number by a name."""
+        """Count rows; in an export their number may be symbolic."""
         count = math.prod(row_shape)
         return float(count) if isinstance(count, int) else jnp.asarray(count, dtype=dtype)
 
     def matmul(self, a: Any, b: Any, dtype: Any, **options: Any) -> Any:
-        """Let XLA widen within the product."""
+        """Multiply two matrices; XLA widens within the product."""
         return jnp.matmul(a, b, preferred_element_type=dtype, **options)
 
 

@@ -1,7 +1,7 @@
-"""Arrays of jax on a mesh of explicit axes, and what is left to the compiler there.
+"""jax arrays on a mesh of explicit axes, and what is left to the compiler there.
 
-On such a mesh jax wants to be told how a result lies wherever that does not follow from the
-operands. On one of automatic axes the compiler finds it out.
+On such a mesh jax must be told how a result is sharded wherever that does not follow from the
+operands. On a mesh of automatic axes the compiler finds out.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def spec(array: Any) -> Any:
-    """Tell over which axes of a mesh each axis of an array is spread."""
+    """Return which mesh axes each axis of an array is sharded over."""
     return jax.typeof(array).sharding.spec
 
 
 def automatically(function: Callable[..., Any], specs: Any, *given: Any) -> Any:
-    """Call a function with the mesh's explicit axes made automatic; `specs` say how results lie."""
+    """Call a function with the mesh's explicit axes made automatic; `specs` shard the results."""
     shardings = [jax.typeof(array).sharding for array in jax.tree.leaves(given)]
     spread = [s for s in shardings if any(part is not None for part in s.spec)]
     if not spread:

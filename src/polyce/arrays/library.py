@@ -1,6 +1,6 @@
-"""What polyce asks of an array library, as one that follows the array API standard answers.
+"""What polyce asks of an array library, answered as for one that follows the array API standard.
 
-A library that deviates has a class of its own in this folder, which says how and nothing else.
+A library that deviates has a class of its own in this folder, which holds only the differences.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
     @property
     def extent(self) -> tuple[int, int]:
-        """The addresses from the first byte to behind the last one."""
+        """Return the addresses of the first byte and of the one after the last."""
         steps = [(size - 1) * step for size, step in zip(self.shape, self.strides, strict=True)]
         first = self.address + sum(step for step in steps if step < 0)
         last = self.address + sum(step for step in steps if step > 0)
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
     @property
     def overlaps_itself(self) -> bool:
-        """Whether two entries may share memory: each stride should reach over what is within it."""
+        """Tell whether two entries may share memory: a stride is too short for the axes within."""
         reach = self.itemsize
         for step, size in sorted(
             (abs(step), size) for step, size in zip(self.strides, self.shape, strict=True)
@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return False
 
     def meets(self, other: Place) -> bool:
-        """Tell whether two arrays lie in a common stretch of memory."""
+        """Tell whether the address ranges of two arrays overlap."""
         if 0 in self.shape or 0 in other.shape:
             return False
         (first, last), (there, end) = self.extent, other.extent
@@ -56,42 +56,42 @@ class Place(NamedTuple):
 
 
 class Library:
-    """An array library: its namespace, and what is asked of it."""
+    """An array library: its namespace, and all that polyce asks of it."""
 
     is_lazy = False
-    """Whether its arrays hold no values before a computation is asked for."""
+    """Whether its arrays hold no values until a computation is requested."""
     takes_numpy = False
-    """Whether its functions take NumPy arrays among its own."""
+    """Whether its functions accept NumPy arrays along with its own."""
     is_writable = False
     """Whether its arrays can be written in place."""
     swaps_bytes = True
-    """Whether it computes with bytes in another order than this processor's, if they can be."""
+    """Whether it computes with arrays whose bytes are not in this processor's order, if any."""
     cuts_heads = True
-    """Whether the logits of a linear head are made for some rows at a time."""
+    """Whether a linear head computes its logits for some rows at a time."""
     rounds_gradients = False
-    """Whether such logits have their gradient in 16 bits, however wide they are themselves."""
+    """Whether such logits have their gradient in input's 16 bits, even if they are wider."""
     stored_only: tuple[str, ...] = ()
     """Integer dtypes that it stores but hardly computes with."""
     is_exact = False
-    """Whether its numbers have any number of digits, and options should have as many."""
+    """Whether its numbers have arbitrarily many digits, and options should have as many."""
     quiet_numpy = False
-    """Whether it computes in NumPy as soon as it is called, whose warnings are kept away."""
+    """Whether it computes in NumPy at once, so that NumPy's warnings must be silenced."""
 
     exact_products: Mapping[str, Any] = MappingProxyType({})
-    """What its matmul is told for products of float32 in no fewer bits."""
+    """Options of its matmul that keep products of float32 in float32."""
 
     def __init__(self, name: str, xp: Any, converter: str = "") -> None:
         self.name = name
         self.xp = xp
         self.converter = converter or f"{name}'s asarray"
-        """How a user turns another library's array into one of this."""
+        """How a user converts another library's array to this one's."""
 
     def __repr__(self) -> str:
-        """Show its name."""
+        """Show the library's name."""
         return f"<array library {self.name}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Name the namespace: not all picklers can send a module to another process."""
+        """Pickle the namespace by name: not every pickler can send a module."""
         return self.__dict__ | {"xp": self.xp.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class Library:
     # Values and devices
 
     def has_values(self, array: Any) -> bool:
-        """Tell whether an array's values can be looked at: not traced, lazy, vmapped or meta."""
+        """Tell whether an array's values can be read: it is not traced, lazy, vmapped or meta."""
         if isinstance(array, np.ndarray):
             return True
         if self.is_lazy:
@@ -111,7 +111,7 @@ class Library:
         return not array_api_compat.is_lazy_array(array)
 
     def are_concrete(self, arrays: Iterable[Any]) -> bool:
-        """Tell whether all arrays are memory that a kernel may read, and no derivative waits."""
+        """Tell whether all arrays are memory that a kernel may read, outside of any transform."""
         return all(array is None or self.has_values(array) for array in arrays)
 
     def are_compiled(self, arrays: Iterable[Any]) -> bool:
@@ -119,32 +119,32 @@ class Library:
         return False
 
     def fuses(self, array: Any) -> bool:
-        """Tell whether a compiler will take what is written for this array apart, and fuse it."""
+        """Tell whether a compiler will rearrange and fuse the operations on this array."""
         return False
 
     def device(self, array: Any) -> Any:
-        """Tell the device of an array as the library compares them, None where it has no say."""
+        """Return an array's device, to compare; None if the library does not say."""
         return None
 
     def device_kind(self, array: Any) -> str:
-        """Tell what kind of device holds an array: cpu, cuda, ..., or unknown while tracing."""
+        """Return the kind of device of an array: cpu, cuda, ..., or unknown while tracing."""
         return "cpu" if isinstance(array, np.ndarray) else "unknown"
 
     def is_at_hand(self, array: Any) -> bool:
-        """Tell whether a look at an array's values costs no more than the look."""
+        """Tell whether reading an array's values neither computes nor waits."""
         # On an accelerator it would stall the host.
         return self.has_values(array) and self.device_kind(array) in ("cpu", "unknown")
 
     def default_device_kind(self) -> str:
-        """Tell on what kind of device traced arrays will be computed."""
+        """Return the kind of device that will compute traced arrays."""
         return "cpu"
 
     def to_look_at(self, labels: Any) -> Any:
-        """Return labels of known values as they can be looked at."""
+        """Return labels that have values in a form in which these can be read."""
         return labels
 
     def computing(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
-        """Prepare for computing with the arrays of a call, by what the caller calls them."""
+        """Prepare for computing with the arrays of a call, by the caller's names for them."""
         return self.quiet()
 
     def multiplying(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -152,47 +152,47 @@ class Library:
         return self.computing(operands)
 
     def quiet(self) -> contextlib.AbstractContextManager[Any]:
-        """Keep NumPy's warnings away: an infinity or nan is selected away or is the answer."""
+        """Silence NumPy's warnings: an infinity or nan is selected away or is the answer."""
         if self.quiet_numpy:
             return np.errstate(all="ignore")
         return contextlib.nullcontext()
 
     def place(self, array: Any) -> Place | None:
-        """Tell where an array lies; None for what is none, and where the library does not say."""
+        """Return where an array lies; None for other values, or if the library does not say."""
         return None
 
     def unwritable(self, out: Any) -> str | None:
-        """Say why results cannot go into an array, as what it must be and how; None if they can."""
+        """Return what an array must be for results to go into it and is not; None if it is."""
         return None
 
     def check_memory(self, arrays: Mapping[str, Any]) -> None:
-        """Refuse arrays that reach beyond their memory, by what the caller calls them."""
+        """Refuse arrays that reach beyond their memory, by the caller's names for them."""
 
     # Dtypes
 
     def float_dtype(self, name: str) -> Any:
-        """Return float32 or float64 as an array of the library shows it."""
+        """Return float32 or float64 as the library's arrays show it."""
         return getattr(self.xp, name)
 
     def has_float64(self, where: Any) -> bool:
-        """Tell whether it computes in float64 on the device that holds `where`."""
+        """Tell whether the library computes in float64 on the device that holds `where`."""
         return "float64" in self.xp.__array_namespace_info__().dtypes(device=where.device)
 
     def label_dtype(self, labels: Any) -> Any:
-        """Return the integer dtype for positions along the class axis, beside these labels."""
-        # Not all have 64-bit integers everywhere.
+        """Return the integer dtype for positions along the class axis, given the labels."""
+        # Not every library has 64-bit integers on every device.
         return self.xp.__array_namespace_info__().default_dtypes(device=labels.device)["indexing"]
 
     def result_dtype(self, dtype: Any, where: Any) -> Any:
-        """Return the dtype of a loss on the device of `where`, which would be `dtype`."""
+        """Return the dtype of a loss whose arrays promote to `dtype`, on the device of `where`."""
         return dtype
 
     def factor_dtype(self, dtype: Any, where: Any) -> Any:
-        """Return the dtype that a matrix product takes a factor of `dtype` in."""
+        """Return the dtype to which a matrix product converts a factor of `dtype`."""
         return dtype
 
     def product_dtype(self, dtype: Any, where: Any) -> Any:
-        """Return the dtype in which logits are best made, as a product of two such arrays."""
+        """Return the best dtype for logits that are a product of two arrays of `dtype`."""
         return dtype if name_of(dtype) in ("float32", "float64") else self.float_dtype("float32")
 
     def cast(self, array: Any, dtype: Any) -> Any:
@@ -200,12 +200,12 @@ class Library:
         if array.dtype is dtype or array.dtype == dtype:
             return array
         if isinstance(array, (np.ndarray, np.generic)):
-            # The method takes NumPy's scalars too, and starts in a quarter of the function's time.
+            # The method also takes NumPy's scalars, in a quarter of the function's overhead.
             return array.astype(dtype)
         return self.xp.astype(array, dtype)
 
     def integer(self, value: int, like: Any) -> Any:
-        """Return an integer as an array's entries are compared with it."""
+        """Return an integer in a form that compares with the array's entries."""
         return value
 
     def exact(self, number: float) -> Any:
@@ -215,15 +215,15 @@ class Library:
     # Rows and classes
 
     def align(self, array: Any, logits: Any) -> Any:
-        """Cut an array that broadcasts against the logits as they are cut, so that they stay so."""
+        """Cut an array that broadcasts against the logits as they are cut, so they stay cut so."""
         return array
 
     def one_hot(self, labels: Any, logits: Any, axis: int, *, beside_logits: bool = True) -> Any:
-        """Mark in every row of the logits the class that labels name, in the logits' shape."""
+        """Mark each row's label, in the logits' shape."""
         return self.classes(labels, logits, axis) == labels
 
     def classes(self, labels: Any, logits: Any, axis: int, **options: Any) -> Any:
-        """Return the numbers of the classes along the class axis, in the labels' dtype."""
+        """Return 0, ..., C - 1 along the class axis, in the labels' dtype."""
         where = self.device(logits)
         if where is not None:
             options["device"] = where
@@ -238,7 +238,7 @@ class Library:
 
     def pick_by_mask(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
         """Do what `pick` does where there is no gather."""
-        # The mask is the one that the loss needs: who puts off computing makes it once.
+        # The loss needs the same mask: a lazy library computes it once.
         of_logits = values.shape == logits.shape
         mask = self.one_hot(labels, logits, axis, beside_logits=of_logits)
         return self.xp.sum(self.xp.where(mask, values, 0.0), axis=axis, keepdims=True)
@@ -246,8 +246,7 @@ class Library:
     def class_max(self, values: Any, axis: int) -> Any:
         """Return the largest value over the classes; the class axis stays, of length 1.
 
-        It only serves to move a row to a place where exponentials do not overflow, and no
-        derivative depends on it.
+        It only shifts a row so that exponentials do not overflow; no derivative depends on it.
         """
         return self.xp.max(values, axis=axis, keepdims=True)
 
@@ -256,7 +255,7 @@ class Library:
         return self.xp.argmax(values, axis=axis, keepdims=True)
 
     def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
-        """Sum over the classes, accurately for any layout, into a dtype at least as wide.
+        """Sum over the classes, accurately in any layout, into a dtype at least as wide.
 
         The class axis stays, of length 1.
         """
@@ -265,11 +264,11 @@ class Library:
         return self.xp.sum(values, axis=axis, dtype=dtype, keepdims=True)
 
     def adds_one_by_one(self, values: Any, axis: int) -> bool:
-        """Tell whether a sum along an axis adds one number after the other, as NumPy's may."""
+        """Tell whether a sum along an axis adds numbers one by one, as NumPy's may."""
         return False
 
     def sum_by_blocks(self, values: Any, axis: int) -> Any:
-        """Sum blocks as long as there are many, then what they give: an error of two roots."""
+        """Sum in √n blocks of √n, then add these up: the error grows with √n, not with n."""
         before, size, after = values.shape[:axis], values.shape[axis], values.shape[axis + 1 :]
         block = math.isqrt(size)
         whole = size // block * block
@@ -285,23 +284,23 @@ class Library:
         return self.xp.sum(values)
 
     def row_count(self, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
-        """Count rows: a float, or a 0-d array of `dtype` where only a run will tell."""
+        """Count rows: a float, or a 0-d array of `dtype` if only a run will tell."""
         return float(math.prod(row_shape))
 
     def divide(self, values: Any, divisor: Any) -> Any:
-        """Divide by what may be 0, the denominator of a mean over nothing."""
+        """Divide by a denominator that is 0 in a mean over nothing."""
         return values / divisor
 
     def replace(self, mask: Any, value: Any, array: Any, *, owned: bool) -> Any:
-        """Put value where the mask is True; an array that is `owned` may be changed."""
+        """Put `value` where the mask is True; the array may be overwritten if it is `owned`."""
         return self.xp.where(mask, value, array)
 
     def overwrite(self, function: Any, array: Any, *others: Any) -> Any:
-        """Apply an elementwise function to an array that nobody else holds, in place if it can."""
+        """Apply an elementwise function to an array that is not used again, in place if it can."""
         return function(array, *others)
 
     def is_any(self, mask: Any) -> bool:
-        """Tell whether a mask whose values are at hand is True anywhere."""
+        """Tell whether a mask, whose values can be read, is True anywhere."""
         return bool(self.xp.any(mask))
 
     def matmul(self, a: Any, b: Any, dtype: Any, **options: Any) -> Any:
@@ -321,31 +320,31 @@ def along_axis(vector: Any, axis: int, ndim: int) -> Any:
 
 
 def cut_alike(array: Any, logits: Any) -> Any:
-    """Rechunk an array that broadcasts against the logits as they are cut."""
+    """Rechunk an array that broadcasts against the logits to match their chunks."""
     pairs = zip(array.shape, logits.shape, logits.chunks, strict=True)
     return array.rechunk(tuple(cuts if size == full else (size,) for size, full, cuts in pairs))
 
 
 FEW = 128
-"""So many numbers may be added one by one."""
+"""Up to this many numbers may be added one by one."""
 
 
 def widens_nothing(values: Any, axis: int, dtype: Any) -> bool:
-    """Tell whether a sum of many numbers is in their own dtype, so that its order matters."""
+    """Tell whether a sum of many numbers stays in their dtype, so that its order matters."""
     return values.dtype == dtype and values.shape[axis] > FEW
 
 
 class WithNumPyDtypes(Library):
-    """A library whose arrays show NumPy's dtypes, all of which it computes in."""
+    """A library whose arrays have NumPy's dtypes and which computes in all of them."""
 
     def float_dtype(self, name: str) -> Any:
-        """Return NumPy's."""
+        """Return NumPy's dtype."""
         return NUMPY_DTYPES[name]
 
     def has_float64(self, where: Any) -> bool:
-        """Tell that it has."""
+        """Return True."""
         return True
 
     def label_dtype(self, labels: Any) -> Any:
-        """Return what numbers every axis."""
+        """Return int64, which can number every axis."""
         return self.xp.int64

@@ -1,4 +1,4 @@
-"""NumPy, and what deviates from it where NumPy does the computing."""
+"""NumPy, and what all libraries have in common that compute in NumPy."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from polyce.arrays.library import Library, Place, WithNumPyDtypes, widens_nothin
 
 
 class OnNumPy(Library):
-    """A library that computes in NumPy: on a CPU, at once, and one by one along outer axes."""
+    """A library that computes in NumPy: eagerly, on a CPU, and adding one by one on outer axes."""
 
     quiet_numpy = True
 
     def has_values(self, array: Any) -> bool:
-        """Tell that it has."""
+        """Return True: NumPy is eager."""
         return True
 
     def device_kind(self, array: Any) -> str:
-        """Tell that it is a CPU."""
+        """Return "cpu", which holds all of NumPy's arrays."""
         return "cpu"
 
     def adds_one_by_one(self, values: Any, axis: int) -> bool:
-        """Tell that a sum does, but along the innermost axis."""
+        """Tell whether the axis is not the innermost one in memory."""
         if hasattr(values, "strides"):
             return abs(values.strides[axis]) != values.itemsize
         return axis != values.ndim - 1
 
 
 class _NumPy(OnNumPy, WithNumPyDtypes):
-    """Ways that start in a part of the time of the standard's functions, or take a part of it."""
+    """NumPy, by functions with less overhead, or less work, than the standard's."""
 
     is_writable = True
 
     def are_concrete(self, arrays: Any) -> bool:
-        """Tell that they are."""
+        """Return True."""
         return True
 
     def place(self, array: Any) -> Place | None:
-        """Tell where an array lies."""
+        """Return where an array lies."""
         if not hasattr(array, "dtype"):
             return None
         address = array.__array_interface__["data"][0]
         return Place(address, array.shape, array.strides, array.itemsize)
 
     def unwritable(self, out: Any) -> str | None:
-        """Refuse one that is read-only."""
+        """Refuse a read-only array."""
         if out.flags.writeable:
             return None
         return "be writeable, got a read-only array; pass a copy of it"
 
     def pick(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
-        """Do what take_along_axis does, for a few rows in half the time."""
+        """Gather as take_along_axis does, for a few rows in half the time."""
         if axis == 1 and values.ndim == 2 and len(values) == len(labels):
             return values[np.arange(len(values))[:, None], labels]
         return np.take_along_axis(values, labels, axis=axis)
@@ -72,13 +72,13 @@ class _NumPy(OnNumPy, WithNumPyDtypes):
         return np.add.reduce(values, axis=None)
 
     def replace(self, mask: Any, value: Any, array: Any, *, owned: bool) -> Any:
-        """Copy and store under a mask, in half the time of NumPy's where."""
+        """Copy the array and write through the mask, in half the time of NumPy's where."""
         result = array if owned else array.copy(order="K")
         np.copyto(result, value, where=mask)
         return result
 
     def overwrite(self, function: Any, array: Any, *others: Any) -> Any:
-        """Write over the array."""
+        """Write the result over the array."""
         return function(array, *others, out=array)
 
     def is_any(self, mask: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Facts of plain arrays, by which a call is known to be like one before."""
+"""The key of plain arrays, by which a call is found to repeat an earlier one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class _Probes(NamedTuple):
-    """What is asked of torch at each call, looked up once."""
+    """The functions of torch that are called for each key, looked up once."""
 
     tensor: Any
     strided: Any
@@ -39,61 +39,61 @@ def _probes_of(torch: Any) -> _Probes:
     return _probes[0]
 
 
-def plain_facts(*arrays: Any) -> tuple[Any, ...] | None:
-    """Give shape and dtype of each array where that is all that a description depends on.
+def plain_key(*arrays: Any) -> tuple[Any, ...] | None:
+    """Return shape and dtype of each array if a call's description depends on nothing else.
 
-    So it is for NumPy's own arrays, for CuPy's with their devices, and for torch's own on a CPU
-    while nothing but its autograd watches. None stands for an array that is not there.
+    That is true of NumPy's own arrays, of CuPy's with their devices, and of torch's own on a CPU
+    while nothing but its autograd is active; else return None. An absent array is None in the key.
     """
     kind = type(arrays[0])
     if kind is not np.ndarray:
         cupy = sys.modules.get("cupy")
         if cupy is not None and kind is cupy.ndarray:
-            return _plain_cupy_facts(kind, arrays)
-        return _plain_torch_facts(arrays)
-    facts: list[Any] = []
+            return _plain_cupy_key(kind, arrays)
+        return _plain_torch_key(arrays)
+    key: list[Any] = []
     for array in arrays:
         if array is None:
-            facts.append(None)
+            key.append(None)
         elif type(array) is kind:
-            facts.append((array.shape, array.dtype))
+            key.append((array.shape, array.dtype))
         else:
             return None
-    return tuple(facts)
+    return tuple(key)
 
 
-def _plain_cupy_facts(kind: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    facts: list[Any] = []
+def _plain_cupy_key(kind: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    key: list[Any] = []
     for array in arrays:
         if array is None:
-            facts.append(None)
+            key.append(None)
         elif type(array) is kind:
-            facts.append((array.shape, array.dtype, array.data.device_id))
+            key.append((array.shape, array.dtype, array.data.device_id))
         else:
             return None
-    return tuple(facts)
+    return tuple(key)
 
 
-def _plain_torch_facts(arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _plain_torch_key(arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
     torch = sys.modules.get("torch")
     if torch is None or torch.compiler.is_compiling():
         return None
     ask = _probes_of(torch)
-    facts: list[Any] = []
+    key: list[Any] = []
     for array in arrays:
         if array is None:
-            facts.append(None)
+            key.append(None)
         elif (
             type(array) is ask.tensor
             and array.is_cpu
             and array.layout is ask.strided
             and not array.is_nested
         ):
-            facts.append((array.shape, array.dtype))
+            key.append((array.shape, array.dtype))
         else:
             return None
     if ask.modes() or ask.tracing() is not None or ask.transformed():
         return None
     if ask.forward_mode._current_level >= 0 or ask.autocast("cpu"):
         return None
-    return tuple(facts)
+    return tuple(key)

@@ -1,4 +1,4 @@
-"""torch: tensors of its own kinds, traced and transformed ones, and its autocast."""
+"""torch: plain, traced and transformed tensors, and autocast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Torch(Library):
     # Values and devices
 
     def has_values(self, array: Any) -> bool:
-        """Tell that plain tensors have them while nothing traces them and no vmap holds them."""
+        """Tell whether this is a plain tensor that is not traced and not inside a vmap."""
         return not (
             _is_traced()
             or not torch_memory.is_plain(array)
@@ -31,16 +31,16 @@ class _Torch(Library):
         )
 
     def are_concrete(self, arrays: Iterable[Any]) -> bool:
-        """Tell that they are not under a transform or at a level of forward mode.
+        """Tell whether all are memory, outside of transforms and forward mode.
 
-        There torch wants to see operations of its own.
+        Those need torch operations.
         """
         return super().are_concrete(arrays) and not is_transformed()
 
     def are_compiled(self, arrays: Iterable[Any]) -> bool:
         """Tell whether torch.compile traces these arrays.
 
-        torch.export wants operations of torch alone, and so do transforms and forward mode.
+        Not so for torch.export, transforms and forward mode, which need torch operations.
         """
         if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
             return False
@@ -49,15 +49,15 @@ class _Torch(Library):
         )
 
     def device(self, array: Any) -> Any:
-        """Return its own."""
+        """Return the tensor's device."""
         return array.device
 
     def device_kind(self, array: Any) -> str:
-        """Return its own."""
+        """Return the device's type."""
         return str(array.device.type)
 
     def computing(self, operands: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
-        """Look at the tensors' storages, which torch's own operations do not."""
+        """Check the tensors' storages, which torch's own operations do not."""
         self.check_memory(operands)
         return contextlib.nullcontext()
 
@@ -67,14 +67,14 @@ class _Torch(Library):
         return torch.autocast(operands["input"].device.type, enabled=False)
 
     def place(self, array: Any) -> Place | None:
-        """Tell where a tensor lies."""
+        """Return where a tensor lies."""
         if not hasattr(array, "dtype"):
             return None
         strides = tuple(step * array.itemsize for step in array.stride())
         return Place(array.data_ptr(), tuple(array.shape), strides, array.itemsize)
 
     def unwritable(self, out: Any) -> str | None:
-        """Refuse one that is on a graph or not in memory as it is read."""
+        """Refuse a tensor that requires a gradient, or whose memory holds other values."""
         if out.is_neg():
             return "lie in memory as it is read, got a negated view; pass a copy"
         if out.requires_grad:
@@ -88,15 +88,15 @@ class _Torch(Library):
     # Dtypes
 
     def has_float64(self, where: Any) -> bool:
-        """Tell that all devices have it but Apple's."""
+        """Tell whether the device is not Apple's, the only one without it."""
         return bool(where.device.type != "mps")
 
     def label_dtype(self, labels: Any) -> Any:
-        """Return what its gather takes."""
+        """Return int64, which torch's gather takes."""
         return torch.int64
 
     def result_dtype(self, dtype: Any, where: Any) -> Any:
-        """Widen 16 bits as torch does in its autocast."""
+        """Widen 16 bits under autocast, as torch does."""
         if name_of(dtype) in ("float16", "bfloat16"):
             kind = where.device.type
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -104,7 +104,7 @@ class _Torch(Library):
         return dtype
 
     def factor_dtype(self, dtype: Any, where: Any) -> Any:
-        """Return what autocast has its products take."""
+        """Return the dtype that autocast prescribes for products."""
         if name_of(dtype) != "float64":
             kind = where.device.type
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -112,9 +112,9 @@ class _Torch(Library):
         return dtype
 
     def product_dtype(self, dtype: Any, where: Any) -> Any:
-        """Keep 16 bits, for which its libraries have units of their own.
+        """Keep 16 bits, for which there is hardware; except float16 on a CPU.
 
-        On a CPU its float16 takes a hundred times as long as float32.
+        There torch takes a hundred times as long for it as for float32.
         """
         if name_of(dtype) == "float16" and where.device.type == "cpu":
             return torch.float32
@@ -123,21 +123,21 @@ class _Torch(Library):
     # Rows and classes
 
     def pick(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
-        """Gather: the standard's function also minds negative labels, and fixes symbolic sizes."""
+        """Gather; the standard's function also handles negative labels and fixes symbolic sizes."""
         shape = labels.shape[:axis] + values.shape[axis : axis + 1] + labels.shape[axis + 1 :]
         values = values if values.shape == shape else values.expand(shape)
         return torch.gather(values, axis, labels)
 
     def class_max(self, values: Any, axis: int) -> Any:
-        """Detach: torch would split the derivative among classes that tie, to cancel it later."""
+        """Return the largest value, detached: its derivative, split among ties, would cancel."""
         return self.xp.max(values.detach(), axis=axis, keepdims=True)
 
     def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
-        """Sum first: it adds in a cascade, whatever the axis, and would copy all to widen them."""
+        """Sum before widening, which would copy all values: torch adds in a cascade on any axis."""
         return self.cast(self.xp.sum(values, axis=axis, keepdims=True), dtype)
 
     def row_count(self, row_shape: tuple[Any, ...], logits: Any, axis: int, dtype: Any) -> Any:
-        """Count rows, of which an export knows the number by a name."""
+        """Count rows; in an export their number may be symbolic."""
         count = math.prod(row_shape)
         return float(count) if isinstance(count, int) else torch.sym_float(count)
 

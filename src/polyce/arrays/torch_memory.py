@@ -1,8 +1,8 @@
-"""What is asked of torch's tensors before their memory is read.
+"""The checks of torch tensors before their memory is read.
 
-A storage can be resized under its tensors, also to nothing, and hooks can give back other tensors
-than autograd has saved. torch's own operations look for neither, most of them, and would read or
-write what is not there.
+A storage can be resized under its tensors, even to nothing, and hooks can return other tensors than
+autograd has saved. Most of torch's own operations check neither, and would read or write memory
+that is gone.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 
 
 def is_plain(array: Any) -> bool:
-    """Tell whether something is a tensor of torch's own kinds, on a device that holds values."""
+    """Tell whether something is a plain tensor or parameter, on a device that holds values."""
     return type(array) in (torch.Tensor, torch.nn.Parameter) and array.device.type != "meta"
 
 
 def check_storages(**tensors: Any) -> None:
-    """Refuse tensors that reach beyond their storages; what is no plain tensor has none."""
+    """Refuse tensors that reach beyond their storages; only plain tensors have one."""
     if torch.compiler.is_compiling():
         return
     for name, tensor in tensors.items():
@@ -42,9 +42,9 @@ def check_storages(**tensors: Any) -> None:
 
 
 def kinds(tensors: Iterable[Any]) -> list[Any] | None:
-    """Tell what a backward pass has to be given back for the tensors that autograd saves.
+    """Return shape and dtype of the tensors that autograd saves and a backward pass expects back.
 
-    A graph that is being compiled has no hooks, and gives None.
+    While a graph is being compiled there are no hooks, and the result is None.
     """
     if torch.compiler.is_compiling():
         return None

@@ -1,4 +1,4 @@
-"""What each array of a call may be: its shape, its dtype, its device; the errors that say so."""
+"""The checks of each array of a call: its shape, dtype and device, and the errors about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyce.call import options
 
 
 def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tuple[int, ...], int]:
-    """Give the shape of the logits and the class axis, counted from the front."""
+    """Check the logits; return their shape and the class axis, counted from the front."""
     if dtypes.dtype_name(logits) not in dtypes.FLOATS:
         advice = "convert it to one of these first"
         if _hold_labels(logits, target) and _fit_without_one_axis(target, logits):
@@ -33,7 +33,7 @@ def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tup
 
 
 def _hold_labels(array: Any, target: Any) -> bool:
-    """Tell whether an array is of integers and the target of floats, as if they were swapped."""
+    """Tell whether an array holds integers and the target floats, as if they were swapped."""
     return (
         target is not None
         and dtypes.holds_integers(array)
@@ -48,7 +48,7 @@ def _fit_without_one_axis(logits: Any, labels: Any) -> bool:
 
 
 def _class_axes(shape: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
-    """List the axes without which a shape is that of the rows, the last one first."""
+    """List the axes whose removal turns a shape into that of the rows, the last one first."""
     every = range(len(shape) - 1, -1, -1)
     return [axis for axis in every if shape[:axis] + shape[axis + 1 :] == rows]
 
@@ -58,9 +58,9 @@ def _swapped(names: str, target: Any) -> str:
 
 
 def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
-    """Give the one dtype of hidden states and head, that of torch's autocast where it is on.
+    """Return the one dtype of hidden states and head: torch's autocast dtype where that is on.
 
-    As torch's own product, none of them is promoted.
+    As in torch's own product, none of them is promoted.
     """
     given = {"input": hidden, "linear_weight": weight, "linear_bias": bias}
     first = None
@@ -88,7 +88,7 @@ def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target:
 
 
 def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
-    """Give the shape of the logits that a head makes of hidden states."""
+    """Check hidden states and head; return the shape of their logits."""
     shape, head = _known_shape("input", hidden), _known_shape("linear_weight", weight)
     if not shape:
         raise ValueError(
@@ -123,7 +123,7 @@ def _show(array: Any) -> str:
 
 
 def _known_shape(name: str, array: Any) -> tuple[int, ...]:
-    # None is a size that an ONNX graph learns when it runs.
+    # None is a size that an ONNX graph only learns when it runs.
     shape = tuple(array.shape)
     for size in shape:
         if isinstance(size, float) and math.isnan(size):
@@ -146,7 +146,7 @@ def devices(library: Library, operands: Mapping[str, Any]) -> None:
 
 
 def byte_order(operands: Mapping[str, Any]) -> None:
-    """Refuse arrays with their bytes turned round, of a library that does not know of such."""
+    """Refuse arrays whose bytes are swapped, for a library that cannot compute with them."""
     for name, array in operands.items():
         if array is not None and not array.dtype.isnative:
             raise TypeError(
@@ -194,7 +194,7 @@ def target_kind(
 def _to_fit(
     shape: tuple[int, ...], row_shape: tuple[int, ...], target: Any, takes_axis: bool
 ) -> str:
-    """Say what to do about a target whose shape fits neither indices nor probabilities."""
+    """Return advice about a target whose shape fits neither indices nor probabilities."""
     given = tuple(target.shape)
     if given == shape:
         return "probabilities and one-hot targets are for cross_entropy"
@@ -250,7 +250,7 @@ def _real_numbers(name: str, array: Any) -> None:
 
 
 def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) -> None:
-    """Refuse a grad_output that is not shaped as the loss."""
+    """Refuse a grad_output whose shape is not the loss's."""
     expected = row_shape if reduction == "none" else ()
     if tuple(grad_output.shape) != expected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The options of a call that are no arrays: one record, what each may be, torch's old ones."""
+"""The options of a call other than arrays: one record, the checks, torch's deprecated ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import warnings
 from typing import Any, NamedTuple
 
 REDUCTIONS = ("none", "mean", "sum")
-# Of logit_scale and logit_softcap, whatever the dtype: their quotient and what the formula makes of
-# both stay far from where float32 ends.
+# The limits of logit_scale and logit_softcap, whatever the dtype: their quotient, and all that the
+# formula computes from both, stays well within float32.
 SMALLEST, LARGEST = 1e-15, 1e15
 STATS = ("lse", "entropy", "prediction", "correct")
 
 
 class Options(NamedTuple):
-    """What a call is asked for besides its arrays: as given, or as `checked` returns it."""
+    """The options of a call: as given, or as `checked` returns them."""
 
     axis: int | None = None
     """The class axis as given; a problem counts it from the front."""
@@ -26,10 +26,10 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     logit_scale: float | None = None
-    """None for no scale, and for 1 once checked."""
+    """None for no scale; a checked 1 is None as well."""
     logit_softcap: float | None = None
     stats: Any = False
-    """As return_stats is given; once checked the names of what is asked for, None for nothing."""
+    """return_stats as given; once checked, the names that are asked for, or None."""
     validate: bool | None = None
 
     @classmethod
@@ -39,7 +39,7 @@ class Options(NamedTuple):
         return cls(**{own: given.pop(name) for own, name in names.items() if name in given})
 
     def checked(self) -> Options:
-        """Return the options in one form each; refuse those that are none."""
+        """Check each option and return it in its one form."""
         check_reduction(self.reduction)
         scale = check_positive("logit_scale", self.logit_scale)
         return Options(
@@ -56,7 +56,7 @@ class Options(NamedTuple):
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The options that are on and that an implementation may lack, as callers name them."""
+        """Return the names of the options in use that an implementation may lack."""
         on = {
             "label_smoothing": self.label_smoothing > 0.0,
             "z_loss": self.z_loss > 0.0,
@@ -76,7 +76,7 @@ def check_reduction(reduction: object) -> None:
 
 
 def current_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """Read torch's deprecated pair size_average and reduce, which overrides reduction."""
+    """Return the reduction, which torch's deprecated pair size_average and reduce overrides."""
     if size_average is None and reduce is None:
         if reduction == "elementwise_mean":
             warnings.warn(
@@ -102,10 +102,10 @@ def current_reduction(size_average: bool | None, reduce: bool | None, reduction:
 
 
 def shown(kept: Any, kind: type) -> str:
-    """Show what an object keeps of its constructor's arguments and is not at its default."""
+    """Show the constructor arguments that an object keeps and that are not at their default."""
     found = []
     for name, parameter in inspect.signature(kind).parameters.items():
-        # What it does not keep, torch's deprecated pair and a head's shape, is not shown.
+        # Not kept, so not shown: torch's deprecated pair and a head's shape.
         value = getattr(kept, name, parameter.default)
         if hasattr(value, "shape"):
             found.append(f"{name} of shape {tuple(value.shape)}")
@@ -115,7 +115,7 @@ def shown(kept: Any, kind: type) -> str:
 
 
 def refuse_dim() -> TypeError:
-    """Say what torch's `dim` is called here."""
+    """Return the error that says what torch's `dim` is called here."""
     return TypeError("dim is not an argument, the class axis is axis=; pass axis instead")
 
 
@@ -140,7 +140,7 @@ def class_axis(shape: tuple[int, ...], axis: int | None) -> int:
 
 
 def check_ignore_index(ignore_index: Any) -> int:
-    """Refuse an ignore_index that is no integer."""
+    """Refuse an ignore_index that is not an integer."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
             f"ignore_index must be an integer, got {ignore_index!r}; "
@@ -149,8 +149,8 @@ def check_ignore_index(ignore_index: Any) -> int:
     return int(ignore_index)
 
 
-def check_heeded(ignore_index: int, kind: str) -> None:
-    """Refuse an ignore_index that probabilities would not heed."""
+def check_has_effect(ignore_index: int, kind: str) -> None:
+    """Refuse a non-negative ignore_index for probabilities, where it would have no effect."""
     if kind == "probability" and ignore_index >= 0:
         raise ValueError(
             f"ignore_index is for class indices, got {ignore_index} with a target of class "
@@ -175,7 +175,7 @@ def check_smoothing(label_smoothing: Any) -> float:
 
 
 def check_z_loss(z_loss: Any) -> float:
-    """Refuse a z_loss that is no finite number from 0 on."""
+    """Refuse a z_loss that is negative or not a finite number."""
     value = _real("z_loss", z_loss, "pass a Python float; 0 turns it off")
     if not 0.0 <= value < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}; 0 turns it off")
@@ -183,7 +183,7 @@ def check_z_loss(z_loss: Any) -> float:
 
 
 def check_positive(name: str, option: Any) -> float | None:
-    """Refuse a logit_scale or logit_softcap out of range; None is for none."""
+    """Refuse a logit_scale or logit_softcap out of range; None turns it off."""
     if option is None:
         return None
     value = _real(name, option, "a scale that is learned multiplies the logits before the call")

@@ -1,4 +1,4 @@
-"""Memory of the caller's that the gradient is written to: what it may be, and the writing."""
+"""The caller's memory that a gradient is written to: the checks of it, and the writing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polyce.call.problem import Operands, Problem
 
 
 def check(problem: Problem, operands: Operands, out: Any) -> None:
-    """Refuse what cannot take the gradient, before anything is written."""
+    """Refuse an `out` that cannot take the gradient, before anything is written."""
     logits, library = operands.logits, problem.library
     if not library.is_writable:
         raise TypeError(
@@ -58,7 +58,7 @@ def check(problem: Problem, operands: Operands, out: Any) -> None:
 
 
 def _show_dtype(dtype: Any) -> str:
-    """Name a dtype, with the order of its bytes where that is not this processor's."""
+    """Name a dtype, with its byte order if that is not this processor's."""
     name = dtypes.name_of(dtype)
     return name if getattr(dtype, "isnative", True) else f"{name} of bytes in the order {dtype.str}"
 
@@ -86,7 +86,7 @@ def check_inplace(problem: Problem, operands: Operands) -> None:
                 "with inplace_backward input must share no memory with the other arguments, and "
                 f"does with {name}; pass a copy of it"
             )
-    # Of a view, autograd hands the gradient on to what it is a view of.
+    # Autograd passes the gradient of a view on to the tensor that it is a view of.
     for tensor in (logits, logits._base):
         if tensor is None or not (tensor.is_leaf or tensor.retains_grad) or tensor.grad is None:
             continue

@@ -1,7 +1,7 @@
 """What a call asks for, before any value is looked at: every shape, dtype and option error.
 
-`describe` turns the arguments of a call into a `Problem`, hashable and free of arrays, so that a
-traced or lazy call takes the same way as an eager one.
+`describe` turns the arguments of a call into a `Problem`, which is hashable and holds no arrays, so
+that a traced or lazy call takes the same path as an eager one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
-from polyce.arrays.plain import plain_facts
+from polyce.arrays.plain import plain_key
 from polyce.call import checks
-from polyce.call.options import Options, check_heeded
+from polyce.call.options import Options, check_has_effect
 
 
 class Problem(NamedTuple):
@@ -32,9 +32,9 @@ class Problem(NamedTuple):
     target_dtype: str
     result_dtype: Any
     arithmetic_dtype: Any
-    """float64 for float64, else float32: what is computed for every logit."""
+    """The dtype of what is computed for every logit: float64 for float64, else float32."""
     row_dtype: Any
-    """What is computed for every row: float64 where the library has it."""
+    """The dtype of what is computed for every row: float64 where the library has it."""
     options: Options
     is_concrete: bool
     """Whether the arrays are memory that can be read now: not traced, lazy, transformed or meta."""
@@ -42,45 +42,45 @@ class Problem(NamedTuple):
     weighted: bool = False
     sample_weighted: bool = False
     normalized: bool = False
-    """Whether the call brings what the mean divides by."""
+    """Whether the caller passes what the mean divides by."""
     inplace_backward: bool = False
     """Whether torch's backward pass writes the gradient over the logits."""
     is_compiling: bool = False
-    """Whether torch.compile traces plain tensors, and may call kernels by an operator."""
+    """Whether torch.compile traces plain tensors, so that it may call kernels as operators."""
 
     @property
     def xp(self) -> Any:
-        """The array library's namespace."""
+        """Return the array library's namespace."""
         return self.library.xp
 
     @property
     def backend(self) -> str:
-        """The array library's name."""
+        """Return the array library's name."""
         return self.library.name
 
     @property
     def classes(self) -> int:
-        """C, the length of the class axis."""
+        """Return C, the length of the class axis."""
         return self.shape[self.axis]
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no logits: no rows or no classes."""
+        """Tell whether there are no logits: no rows or no classes."""
         return 0 in self.shape
 
     @property
     def logits_dtype_name(self) -> str:
-        """The dtype of the logits, as the standard names it."""
+        """Return the logits' dtype by its name in the standard."""
         return dtypes.name_of(self.logits_dtype)
 
     @property
     def used_options(self) -> tuple[str, ...]:
-        """What the call uses that an implementation may lack, as callers name it."""
+        """Return the names of the arguments in use that an implementation may lack."""
         weights = {"weight": self.weighted, "sample_weight": self.sample_weighted}
         return (*(name for name, is_there in weights.items() if is_there), *self.options.used)
 
     def asks(self, *names: str) -> bool:
-        """Tell whether the caller wants to know one of these of each row."""
+        """Tell whether the caller asks for any of these stats."""
         stats = self.options.stats
         return stats is not None and any(name in stats for name in names)
 
@@ -109,12 +109,12 @@ class Operands(NamedTuple):
     grad_output: Any
 
     def named(self) -> dict[str, Any]:
-        """Give the operands by what the caller calls them."""
+        """Return the operands by the caller's names for them."""
         return {"input": self.logits, **dict(zip(self._fields[1:], self[1:], strict=True))}
 
 
-# A call is described from these facts alone where its arrays are plain ones. Small calls are mostly
-# like one before, and describing them anew would take longer than computing them.
+# The problems of earlier calls on plain arrays: a small call mostly repeats an earlier one, and
+# describing it again would take longer than computing it.
 _MOST_KNOWN = 1024
 _known: dict[tuple[Any, ...], Problem] = {}
 
@@ -132,20 +132,20 @@ def describe(
     grad_output: Any = None,
     probabilities: bool = True,
 ) -> tuple[Problem, Operands]:
-    """Check the arguments of a call, its options as given, and state its static facts.
+    """Check the arguments of a call, with options as given, and return its problem and operands.
 
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
-    facts = None
+    plain = None
     if normalizer is None and (grad_output is None or type(grad_output) is float):
-        facts = plain_facts(input, target, weight, sample_weight)
-    if facts is not None:
+        plain = plain_key(input, target, weight, sample_weight)
+    if plain is not None:
         try:
-            # With their types: True, 1 and 1.0 are equal, but not all of them are valid.
-            key = (facts, options, probabilities, grad_output is None, *map(type, options))
+            # With their types: True, 1 and 1.0 are equal, but not all of them are valid options.
+            key = (plain, options, probabilities, grad_output is None, *map(type, options))
             problem = _known.get(key)
-        except TypeError:  # an option that has no hash, such as a list
-            facts = None
+        except TypeError:  # an option without a hash, such as a list
+            plain = None
         else:
             if problem is not None:
                 return problem, Operands(input, target, weight, sample_weight, None, grad_output)
@@ -160,7 +160,7 @@ def describe(
         grad_output=grad_output,
         probabilities=probabilities,
     )
-    if facts is not None:
+    if plain is not None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = problem
@@ -179,10 +179,10 @@ def describe_anew(
     grad_output: Any = None,
     probabilities: bool = True,
 ) -> tuple[Problem, Operands, Head]:
-    """Describe a call whatever has been described before.
+    """Describe a call without looking at earlier ones.
 
-    With a head, the problem is that of the logits that it makes of `input`, in the dtype that
-    products are computed in; in the operands `input` stands in their place.
+    With a head, the problem is that of the logits that it computes from `input`, in the dtype of
+    the product; in the operands `input` stands in the logits' place.
     """
     options = options.checked()
     reduction = options.reduction
@@ -221,7 +221,7 @@ def describe_anew(
         logits_dtype = library.product_dtype(given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
-    check_heeded(options.ignore_index, kind)
+    check_has_effect(options.ignore_index, kind)
     if weight is not None:
         checks.weight(weight, shape[axis])
     if sample_weight is not None:
@@ -280,7 +280,7 @@ def _check_given(head: Head | None, input: Any, target: Any) -> None:
 
 
 def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
-    """Check the arguments of a function of logits alone and state its static facts."""
+    """Check the arguments of a function of logits alone; return its problem and the logits."""
     options = options.checked()
     if input is None:
         raise TypeError("input must be an array, got None; pass the logits")
@@ -303,7 +303,7 @@ def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
 
 
 def _with_exact_options(problem: Problem) -> Problem:
-    """Let what is computed from the options alone have as many digits as the arrays."""
+    """Turn float options into the library's numbers, with as many digits as the arrays have."""
     given = problem.options._asdict()
     exact = problem.library.exact
     floats = {name: exact(value) for name, value in given.items() if type(value) is float}
@@ -334,7 +334,7 @@ def _checks_labels(kind: str, target: Any, library: Library, validate: bool | No
 
 
 def _promote(library: Library, dtype: Any, *operands: Any) -> Any:
-    """Promote a floating dtype with those of operands; float16 with bfloat16 gives float32."""
+    """Promote a floating dtype with those of operands; float16 with bfloat16 is float32."""
     given = (dtype, *(array.dtype for array in operands if array is not None))
     found = {dtypes.name_of(each): each for each in given}
     for name in ("float64", "float32"):

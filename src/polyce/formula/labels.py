@@ -1,4 +1,4 @@
-"""Class indices: which rows count, which labels are out of range, and the error that says so."""
+"""Class indices: which rows count, which labels are out of range, and the error about those."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from polyce.call.problem import Problem
 
 
 def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
-    """Give each row's label, always in range; which rows count; and which have a bad label.
+    """Return each row's label, always in range, which rows count, and which have a bad label.
 
-    None stands for "all rows count" and for "no label is bad". Where labels are checked, a bad one
+    None means that all rows count, or that no label is bad. Where labels are checked, a bad one
     raises IndexError. The results keep the class axis, of length 1.
     """
     if problem.check_labels:
@@ -39,7 +39,7 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     if problem.check_labels:
         odd = _either(ignored, invalid)
         if odd is None or not library.is_any(odd):
-            # Most calls: every row counts, and what follows is cheaper for knowing it.
+            # In most calls every row counts; knowing it makes what follows cheaper.
             ignored = invalid = None
     if ignored is not None and invalid is not None:
         invalid = invalid & ~ignored
@@ -64,9 +64,9 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
 
 
 def ignored_label(problem: Problem) -> int | None:
-    """Give the label that marks ignored rows; None where the target's dtype does not hold it.
+    """Return the label that marks ignored rows; None if the target's dtype cannot hold it.
 
-    Compared as numbers: a cast to the target's dtype could turn it into another label.
+    Not by a cast to that dtype, which could turn it into another label.
     """
     lowest, highest = dtypes.INTEGERS[problem.target_dtype]
     ignored = problem.options.ignore_index
@@ -74,30 +74,30 @@ def ignored_label(problem: Problem) -> int | None:
 
 
 def ignored_as_signed(problem: Problem) -> int | None:
-    """Give that label where labels are read as int64.
+    """Return that label as it is when labels are read as int64.
 
-    Those of uint64 from 2^63 on turn negative, which no label is, and this one turns with them.
+    uint64 labels from 2^63 on become negative, as no other label is, and so does this one.
     """
     ignored = ignored_label(problem)
     return ignored - 2**64 if ignored is not None and ignored >= 2**63 else ignored
 
 
 def _out_of_range(target: Any, lowest: int, highest: int, classes: int) -> Any:
-    """Mark labels outside 0, ..., C - 1; None where the dtype holds no such value."""
+    """Mark labels outside 0, ..., C - 1; return None if the dtype holds no such value."""
     below = target < 0 if lowest < 0 else None
     above = target >= classes if classes <= highest else None
     return _either(below, above)
 
 
 def _either(one: Any, other: Any) -> Any:
-    """Combine two masks, of which None marks nothing."""
+    """Combine two masks; None marks nothing."""
     if one is None or other is None:
         return other if one is None else one
     return one | other
 
 
 def bad_label(problem: Problem, value: int, row: int) -> IndexError:
-    """Say what label is out of range, in which of the rows counted in C order."""
+    """Return the error about a label that is out of range, in a row counted in C order."""
     position = tuple(int(i) for i in np.unravel_index(row, problem.row_shape))
     if problem.target_dtype == "uint64":
         value %= 2**64

@@ -1,6 +1,7 @@
 """Loss and gradient of every row, in operations of the array API standard.
 
-What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
+Arrays with one entry for each row keep the class axis, of length 1, to broadcast against the
+logits.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
 
 
 def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
-    """Compute what `backward` does, in operations whose derivatives keep their digits as well.
+    """Compute what `backward` does, in operations whose derivatives keep their digits too.
 
     With the largest class as the pivot no derivative is a difference of nearly equal numbers: that
     of p_c by x_c is p_c (1 - p_c), where p_c is at most 1/2 for all classes but the pivot, and for
-    the pivot the sum of the others over the whole.
+    the pivot 1 - p_c is the sum of the others over the whole.
     """
     if problem.is_empty:
         return logits * 0.0
@@ -57,20 +58,20 @@ def forward_backward(
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
-    """Give the rows' losses -w_y x_y for log-probabilities x, in the row dtype."""
+    """Compute the rows' losses -w_y x_y for log-probabilities x, in the row dtype."""
     if problem.is_empty:
         return _empty_rows(problem, plan, log_probabilities)
     xp = problem.xp
     picked = problem.library.pick(log_probabilities, plan.label, log_probabilities, problem.axis)
     rows = -problem.library.cast(picked, problem.row_dtype)
     if plan.label_weight is not None:
-        # Selected rather than multiplied: a weight of 0 takes no part, not even times infinity.
+        # Selected, not multiplied: a weight of 0 has no effect, not even times infinity.
         rows = xp.where(plan.label_weight == 0.0, 0.0, plan.label_weight * rows)
     return targets.weigh_rows(plan, xp, rows)
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
-    """Give log(softmax(logits)) along the class axis, accurate at the largest logit too."""
+    """Compute log(softmax(logits)) along the class axis, accurate at the largest logit too."""
     if problem.is_empty:
         return logits
     xp, library, axis = problem.xp, problem.library, problem.axis
@@ -79,7 +80,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     mask = library.one_hot(pivot, logits, axis)
     top = library.pick(logits, pivot, logits, axis)
     state, _ = _state(problem, logits, mask, top, None, None)
-    # What the likeliest class lacks to a log-probability of 0 is its loss.
+    # The log-probability of the likeliest class is minus its loss.
     losses = rowstate.loss(problem, state)
     losses = library.cast(losses, problem.arithmetic_dtype)
     gaps = transform.difference(problem, logits, top)
@@ -90,7 +91,7 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
 def log_softmax_backward(
     problem: Problem, cotangent: Any, logits: Any, log_probabilities: Any
 ) -> Any:
-    """Give the gradient of `log_softmax` with respect to the logits, from its result.
+    """Compute the gradient of `log_softmax` with respect to the logits, from its result.
 
     The logits themselves are only needed for a softcap.
     """
@@ -105,13 +106,13 @@ def log_softmax_backward(
 
 
 class _Read(NamedTuple):
-    """What one reading of the logits leaves for the losses, the gradient and the stats."""
+    """What one pass over the logits provides for the losses, the gradient and the stats."""
 
     logits: Any
     """In the arithmetic dtype."""
     pivot: Any
     leads: bool
-    """Whether that is the class of the largest logit."""
+    """Whether the pivot is the class of the largest logit."""
     excluded: Any
     state: RowState
     rest_exp: Any
@@ -119,7 +120,7 @@ class _Read(NamedTuple):
 
 
 def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
-    """Read the logits, with the class of the largest one as the pivot if it `leads`."""
+    """Read the logits; the pivot is the class of the largest one if it `leads`, else the label."""
     library, axis = problem.library, problem.axis
     given_dtype = logits.dtype
     logits = library.cast(logits, problem.arithmetic_dtype)
@@ -186,7 +187,7 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
 
 
 def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
-    """Give what the problem asks for of whole rows, of which `pivot` is the pivot's class."""
+    """Compute the stats that the problem asks for, of whole rows with the given pivot class."""
     if problem.options.stats is None:
         return None
     return RowStats(
@@ -201,14 +202,14 @@ def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
 
 
 def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Sum over nothing: of no rows, none; of no classes, 0, for a label can only be ignored."""
+    """Return the losses without logits: 0 for each row, as every label must be ignored."""
     nothing = problem.library.cast(logits, problem.row_dtype)
     rows = problem.xp.sum(nothing, axis=problem.axis, keepdims=True)
     return targets.weigh_rows(plan, problem.xp, rows)
 
 
 def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
-    """Of no classes there is no softmax, and no prediction."""
+    """Return the stats without logits: a row without classes has no softmax and no prediction."""
     if problem.options.stats is None:
         return None
     xp = problem.xp

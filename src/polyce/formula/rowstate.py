@@ -3,8 +3,8 @@
 Written as R·lse - Σ r_c x_c, the loss of a confident row cancels to 0 in float32 from a gap of 17
 on, and so does its gradient. Here one class k of each row, the pivot, is kept apart (the label, or
 the class of the largest logit: `targets.pivot_leads` says which) and every sum runs over the
-*other* classes, so that only non-negative terms are added (for non-negative coefficients) and
-nothing cancels:
+*other* classes, so that only non-negative terms are added (if the coefficients are non-negative)
+and nothing cancels:
 
     m' = max x_c    d' = Σ exp(x_c - m')    q' = Σ r_c (m' - x_c)    R' = Σ r_c        (c ≠ k)
     δ = m' - x_k
@@ -31,14 +31,14 @@ from polyce.formula import transform
 
 
 class RowState(NamedTuple):
-    """All that the loss of each row needs to know of a part of its classes.
+    """All that the loss of each row needs from a part of its classes.
 
-    Every entry is an array of the logits' shape with 1 for the class axis. Parts over disjoint
-    classes `merge`.
+    Every entry is an array of the logits' shape with 1 for the class axis. `merge` joins parts over
+    disjoint classes.
     """
 
     rest_max: Any
-    """The logit of m', the largest besides the pivot's; -inf where there is none."""
+    """The logit of m', the largest besides the pivot's; -inf if there is no other class."""
     rest_sum: Any
     """d', the sum of exp(x_c - m') over the classes besides the pivot."""
     pivot_logit: Any
@@ -50,9 +50,9 @@ class RowState(NamedTuple):
     rest_excess: Any
     """q', the sum of r_c (m' - x_c) besides the pivot's; None where the r_c are all 0."""
     rest_entropy: Any = None
-    """The sum of exp(x_c - m') (m' - x_c) besides the pivot's; None if nobody asks."""
+    """The sum of exp(x_c - m') (m' - x_c) besides the pivot's; None if not asked for."""
     rest_first: Any = None
-    """The first class besides the pivot with the logit of m'; None if nobody asks."""
+    """The first class besides the pivot with the logit of m'; None if not asked for."""
 
 
 def from_logits(
@@ -63,7 +63,7 @@ def from_logits(
     pivot_coefficient: Any,
     coefficients: Any,
 ) -> tuple[RowState, Any]:
-    """Read a part of each row once: its state, and exp(x_c - m'), anything at excluded classes.
+    """Read a part of each row once; return its state and exp(x_c - m'), unset where excluded.
 
     `logits` are in the arithmetic dtype. `excluded` marks the pivot, if it lies in this part, and
     whatever else must not be read. `coefficients` are the r_c: an array that broadcasts against the
@@ -89,8 +89,8 @@ def from_logits(
     elif coefficients is not None:
         others = xp.where(excluded, 0.0, coefficients)
         rest_coefficient = library.class_sum(others, axis=axis, dtype=row_dtype)
-        # A class of coefficient 0 takes no part, not even as 0 times infinity. Elsewhere it is
-        # multiplied all the same: the derivative by the coefficient needs the factor.
+        # A class of coefficient 0 has no effect, not even as 0 times infinity. A finite factor is
+        # multiplied even so: the derivative by the coefficient needs it.
         skipped = (others == 0.0) & (rest == -math.inf)
         others = others * xp.where(skipped, 0.0, -rest)
         rest_excess = library.class_sum(others, axis=axis, dtype=row_dtype)
@@ -161,7 +161,7 @@ def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
 
 
 def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState:
-    """Count the pivot, of class `pivot`, among the other classes in the rows marked."""
+    """Move the pivot, of class `pivot`, among the other classes in the marked rows."""
     xp = problem.xp
     coefficient = xp.where(rows, state.pivot_coefficient, 0.0)
     logit = xp.where(rows, state.pivot_logit, -math.inf)
@@ -188,22 +188,23 @@ class _Scalars(NamedTuple):
     """The few numbers of a row from which its loss and its gradient follow."""
 
     below: Any
-    """True where the pivot is at least as large as all the other classes: δ ≤ 0."""
+    """True where the pivot is at least as large as every other class: δ ≤ 0."""
     behind: Any
-    """max(δ, 0), by how much the pivot is smaller than the largest of the others."""
+    """max(δ, 0), how far the pivot is below the largest of the others."""
     opposite: Any
-    """-δ, by how much it is larger where it is."""
+    """-δ, how far the pivot is above them."""
     decay: Any
     """exp(-|δ|): a or b above."""
     excess: Any
-    """E, what the sum of all exponentials has beyond the largest of them."""
+    """E, the sum of all exponentials relative to the largest, minus 1."""
 
 
 def _scalars(problem: Problem, state: RowState) -> _Scalars:
     xp = problem.xp
     delta = transform.difference(problem, state.rest_max, state.pivot_logit)
     below = delta <= 0.0
-    # Not abs and maximum: at a tie their derivatives would be wrong, and so the second derivative.
+    # Not abs and maximum: at a tie their derivatives would be wrong, and so would the second
+    # derivative.
     opposite = -delta
     decay = xp.exp(xp.where(below, delta, opposite))
     if problem.row_dtype == problem.arithmetic_dtype:
@@ -218,7 +219,7 @@ def _scalars(problem: Problem, state: RowState) -> _Scalars:
 
 
 def lse(problem: Problem, state: RowState) -> Any:
-    """Give log Σ exp(x_c) of each row, from the state of the whole row; nan without a softmax."""
+    """Compute log Σ exp(x_c) of each row from the state of the whole row; nan without a softmax."""
     return _lse(problem, state, _scalars(problem, state))
 
 
@@ -228,7 +229,7 @@ def _lse(problem: Problem, state: RowState, s: _Scalars) -> Any:
 
 
 def entropy(problem: Problem, state: RowState) -> Any:
-    """Give -Σ p_c log p_c of each row: the p_c times lse - x_c, of which none is negative."""
+    """Compute -Σ p_c log p_c of each row: the p_c times lse - x_c, none of which is negative."""
     xp = problem.xp
     s = _scalars(problem, state)
     h = xp.log1p(s.excess)
@@ -236,13 +237,13 @@ def entropy(problem: Problem, state: RowState) -> Any:
     ahead = xp.where(s.below & (state.rest_sum != 0.0), s.opposite, 0.0)
     behind = xp.where(at_pivot == 0.0, 0.0, s.behind)
     share = state.rest_sum * factor
-    # The lead may be beyond the largest number where nothing is left for the others.
+    # The lead may overflow where the others have no probability left.
     others = factor * state.rest_entropy + xp.where(share == 0.0, 0.0, share * (ahead + h))
     return others + at_pivot * (behind + h)
 
 
 def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
-    """Give the first class with the largest logit of each row, of which pivot is the pivot."""
+    """Return the first class with the largest logit of each row; `pivot` is the pivot's class."""
     first = state.rest_first
     leads = (state.pivot_logit > state.rest_max) | (
         (state.pivot_logit == state.rest_max) & (pivot < first)
@@ -251,7 +252,7 @@ def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
 
 
 def _factor(xp: Any, s: _Scalars) -> Any:
-    """Give f, by which exp(x_c - m') becomes a probability."""
+    """Compute f, which turns exp(x_c - m') into a probability."""
     return xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
 
 
@@ -260,7 +261,7 @@ def _pivot_probability(xp: Any, s: _Scalars) -> Any:
 
 
 def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
-    """Give each row's loss, from the state of the whole row, with lse_penalty · lse² added."""
+    """Compute each row's loss, from the state of the whole row, with lse_penalty · lse² added."""
     xp = problem.xp
     s = _scalars(problem, state)
     h = xp.log1p(s.excess)
@@ -274,7 +275,7 @@ def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
     others = state.rest_coefficient
     if others is not None:
         ahead = xp.where(s.below & (others != 0.0), s.opposite, 0.0)
-        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        # It is nan where an infinite coefficient meets a gap of 0: the other terms suffice then.
         excess = xp.where(state.rest_excess == state.rest_excess, state.rest_excess, 0.0)
         rows = rows + (excess + others * (ahead + h))
     if lse_penalty is not None:
@@ -296,12 +297,12 @@ def gradient(
     *,
     leads: bool,
 ) -> Any:
-    """Give scale times each row's gradient with respect to its logits, in the arithmetic dtype.
+    """Compute scale times each row's gradient by its logits, in the arithmetic dtype.
 
-    `rest_exp` is exp(x_c - m') as `from_logits` gives it, and the gradient may take its place;
-    `scale` is shaped as the state; where `counted` is False, all classes are `excluded` and the
-    gradient is 0. The `logits` are read where there is a softcap. `leads` says whether the pivot is
-    the class of the largest logit.
+    `rest_exp` is exp(x_c - m') as `from_logits` returns it, and the gradient may overwrite it.
+    `scale` is shaped like the state. Where `counted` is False, all classes are `excluded` and the
+    gradient is 0. The `logits` are only read for a softcap. `leads` says whether the pivot is the
+    class of the largest logit.
     """
     xp, library = problem.xp, problem.library
     s = _scalars(problem, state)
@@ -313,15 +314,15 @@ def gradient(
     others = 0.0 if state.rest_coefficient is None else state.rest_coefficient
     at_pivot = others - away
     if not isinstance(total, float):
-        # R p_k - r_k is the same, and torch's where these are infinite. Of the two, the one with
-        # the smaller terms keeps its digits: with a label as the pivot always the first.
+        # R p_k - r_k is the same number, and torch's form where the terms are infinite. The form
+        # with the smaller terms keeps its digits: with a label as the pivot always the first.
         near = total * _pivot_probability(xp, s)
         if leads:
             is_larger = xp.abs(near) + xp.abs(state.pivot_coefficient) > xp.abs(away) + xp.abs(
                 others
             )
         else:
-            # On a mesh of jax's, spread as the rows are.
+            # On a jax mesh this is spread as the rows are.
             is_larger = xp.isfinite(total + xp.zeros_like(near))
         at_pivot = xp.where(is_larger, at_pivot, near - state.pivot_coefficient)
     if lse_penalty is not None:
@@ -337,7 +338,7 @@ def gradient(
     if coefficients is None:
         grad = library.overwrite(xp.multiply, rest_exp, narrow(scale * (total * factor)))
     else:
-        # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+        # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
         grad = library.overwrite(xp.multiply, rest_exp, narrow(total * factor))
         grad = library.overwrite(xp.subtract, grad, coefficients)
         grad = library.overwrite(xp.multiply, grad, narrow(scale))

@@ -1,4 +1,4 @@
-"""What the pass over the logits tells of each row beside its loss."""
+"""Statistics of each row, computed in the same pass over the logits as its loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from polyce.formula.targets import Plan
 
 
 class Stats(NamedTuple):
-    """Facts of each row, from the same pass over the logits as its loss.
+    """Statistics of each row, from the same pass over the logits as its loss.
 
     Arrays of the rows' shape (input's shape without the class axis), without a gradient; None for
     what was not asked for. Rows that do not count, ignored ones and those with a sample weight of
@@ -50,7 +50,7 @@ class Stats(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What an implementation reports of each row; None for what the problem does not ask for.
+    """The stats that the rows' formula computes; None for what the problem does not ask for.
 
     The arrays keep the class axis, of length 1.
     """
@@ -64,7 +64,7 @@ class RowStats(NamedTuple):
 
 
 def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> Stats | None:
-    """Give arrays for what the caller asked for, from empty(shape, dtype), for a kernel to fill."""
+    """Allocate the stats asked for, by empty(shape, dtype), for a kernel to fill."""
     if problem.options.stats is None:
         return None
     xp, arithmetic = problem.xp, problem.arithmetic_dtype
@@ -83,7 +83,7 @@ def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> 
 
 
 def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
-    """Give what the caller asked for, in the rows' shape."""
+    """Return the stats that the caller asked for, in the row shape."""
     xp, asked = problem.xp, problem.options.stats or ()
     valid = plan.counted
     if valid is None:

@@ -1,6 +1,6 @@
 """What a target means: each row's class, its weight, and what the mean divides by.
 
-The one place for coefficients, the denominator and the cotangent of a row.
+This is the only place that defines the coefficients, the denominator and the cotangent of a row.
 Nothing here looks at the logits' values.
 
 A row's loss is R·lse - Σ r_c x_c, and every kind of target is a choice of the coefficients r:
@@ -13,7 +13,7 @@ probabilities p, smoothing ε   r_c = w_c ((1 - ε) p_c + ε / C)
 =============================  ==========================================
 
 A row counts v times: 0 times if it is ignored, else as its sample weight says. The mean is
-Σ v loss / D, where D = Σ v w_y for labels, Σ v for probabilities, or what the caller gives.
+Σ v loss / D, where D = Σ v w_y for labels, Σ v for probabilities, or what the caller passes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from polyce.formula import labels
 
 
 class Plan(NamedTuple):
-    """What the target of one call means, as arrays. None stands for what is not there.
+    """What the target of one call means, as arrays; None for what is absent.
 
-    What has one entry for each row keeps the class axis, of length 1, so that it meets the logits.
+    Arrays with one entry for each row keep the class axis, of length 1, to broadcast against the
+    logits.
     """
 
     label: Any
     """Class of each row, always in range; None for probabilities."""
     counted: Any
-    """False for rows that are ignored or have a sample weight of 0; None where none can be."""
+    """False for rows that are ignored or have a sample weight of 0; None if none can be."""
     invalid: Any
-    """True for rows whose label is out of range; None where labels were checked."""
+    """True for rows whose label is out of range; None if labels were checked."""
     label_weight: Any
     """Class weight of each row's label, in the row dtype; None for 1."""
     class_weight: Any
@@ -61,9 +62,9 @@ def plan(problem: Problem, operands: Operands) -> Plan:
 
 
 def plan_rows(problem: Problem, operands: Operands) -> Plan:
-    """Read what a target means for whole rows: all of `plan` but the probabilities themselves.
+    """Read all that `plan` does but the probabilities themselves.
 
-    Of the logits no more is asked than where they lie.
+    The logits only say where they lie.
     """
     xp, library, axis = problem.xp, problem.library, problem.axis
     logits = operands.logits
@@ -117,7 +118,7 @@ def plan_rows(problem: Problem, operands: Operands) -> Plan:
 
 
 def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight: Any) -> Any:
-    """Give what the mean divides by; a Python float where it is known without looking."""
+    """Compute what the mean divides by; a Python float if no array's values are needed."""
     xp = problem.xp
     if problem.options.reduction != "mean":
         return None
@@ -126,7 +127,7 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
             return operands.normalizer
         return problem.library.cast(operands.normalizer, problem.row_dtype)
     if problem.kind == "probability" and problem.classes == 0:
-        # torch divides the number of logits by C, and so finds no rows.
+        # torch counts rows as the number of logits over C, so it finds none.
         return 0.0
     if row_weight is None:
         if counted is None:
@@ -140,10 +141,10 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
 
 
 def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
-    """Give r of a row: at its label, and at all classes as if none were the label.
+    """Compute r of each row: at its label, and at every class that is not the label.
 
-    For labels, (label's coefficient per row, what smoothing gives every class); for probabilities,
-    (None, the coefficient of every class). None stands for 1 at the label and for 0 elsewhere.
+    For labels this is (the label's coefficient, every class's share of the smoothing); for
+    probabilities (None, the coefficient of every class). None is 1 at the label and 0 elsewhere.
     """
     smoothing = problem.options.label_smoothing
     share = smoothing / max(problem.classes, 1)
@@ -165,23 +166,23 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
 def pivot_leads(problem: Problem) -> bool:
     """Tell whether the pivot of a row is the class of its largest logit, not its label.
 
-    It is for probabilities, and wherever the entropy is asked for: with another class as the pivot
-    the sum over the rest holds the largest's 1, in which the digits of the others are lost.
+    True for probabilities, and if the entropy is asked for: with another class as the pivot, the
+    sum over the rest contains the 1 of the largest, and loses the digits of the others.
     """
     return problem.kind == "probability" or problem.asks("entropy")
 
 
 def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> Any:
-    """Give r of every class, a label's own among them, for a pivot that need not be the label.
+    """Compute r of every class, the label's included, for a pivot that need not be the label.
 
-    `is_label` marks the label of each row; `rows` is an array in the arithmetic dtype, shaped as
-    the plan's. Neither is looked at for probabilities.
+    `is_label` marks the label of each row; `rows` is an array in the arithmetic dtype, shaped like
+    the plan's. Neither is used for probabilities.
     """
     xp = problem.xp
     at_label, everywhere = coefficients(problem, plan)
     if plan.label is None:
         return everywhere
-    if plan.label_weight is None:  # then it is a number, the library's own for mparray
+    if plan.label_weight is None:  # at_label is a number then, for mparray one of its own
         at_label = xp.full_like(rows, 1.0 if at_label is None else at_label)
     at_label = problem.library.cast(at_label, problem.arithmetic_dtype)
     return xp.where(is_label, at_label, 0.0 if everywhere is None else everywhere)
@@ -190,9 +191,9 @@ def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> 
 def coefficients_backward(
     problem: Problem, plan: Plan, gradient: Any, *, needs: tuple[bool, bool] = (True, True)
 ) -> tuple[Any, Any]:
-    """Chain a gradient with respect to r, for probabilities, to these and to the class weights.
+    """Chain a gradient by r to the probabilities and to the class weights.
 
-    The gradient has the logits' shape. What is not needed, or not there, is None.
+    The gradient has the logits' shape. A result that is not needed, or has no array, is None.
     """
     xp = problem.xp
     of_probabilities = of_class_weight = None
@@ -202,7 +203,7 @@ def coefficients_backward(
             of_probabilities = of_probabilities * plan.class_weight
     if needs[1] and plan.class_weight is not None:
         _, share = coefficients(problem, plan._replace(class_weight=None))
-        # A class of probability 0 takes no part, not even at a logit of -inf.
+        # A class of probability 0 has no effect, not even at a logit of -inf.
         gradient = xp.where((share == 0.0) & xp.isinf(gradient), 0.0, gradient)
         sizes = enumerate(plan.class_weight.shape)
         rows = tuple(a for a, size in sizes if size == 1 and a != problem.axis)
@@ -211,7 +212,7 @@ def coefficients_backward(
 
 
 def lse_penalty(problem: Problem, plan: Plan) -> Any:
-    """Give λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
+    """Return λ, the coefficient of each row's lse²: z_loss times the label's weight; None for 0."""
     z_loss = problem.options.z_loss
     if not z_loss:
         return None
@@ -219,7 +220,7 @@ def lse_penalty(problem: Problem, plan: Plan) -> Any:
 
 
 def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
-    """Multiply by the sample weights; give rows that do not count 0, those with a bad label nan."""
+    """Multiply by the sample weights; set rows that do not count to 0, bad labels' rows to nan."""
     if plan.sample_weight is not None:
         rows = rows * plan.sample_weight
     if plan.counted is not None:
@@ -230,9 +231,9 @@ def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
 
 
 def spoil_rows(problem: Problem, plan: Plan, array: Any) -> tuple[Plan, Any]:
-    """Make rows with a bad label nan, all of their derivatives included, and none of them bad.
+    """Multiply rows with a bad label by nan, derivatives included, and clear their mark.
 
-    So a product does it, where `weigh_rows` chooses.
+    `weigh_rows` selects nan instead, which has no derivative.
     """
     if plan.invalid is None:
         return plan, array
@@ -241,7 +242,7 @@ def spoil_rows(problem: Problem, plan: Plan, array: Any) -> tuple[Plan, Any]:
 
 
 def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
-    """Give the gradient of the reduced loss with respect to each row's loss: g or g / D."""
+    """Compute the gradient of the reduced loss with respect to each row's loss: g or g / D."""
     scale: Any = 1.0 if grad_output is None else grad_output
     if not isinstance(scale, float):
         scale = problem.library.cast(scale, problem.row_dtype)
@@ -249,14 +250,14 @@ def cotangent(problem: Problem, plan: Plan, grad_output: Any) -> Any:
             scale = expand(scale, problem.axis)
     if problem.options.reduction == "mean":
         if type(plan.denominator) is float and not plan.denominator:  # NumPy's is a float too
-            # Python's own division by 0 would raise.
+            # Python would raise ZeroDivisionError.
             return scale * math.copysign(math.inf, plan.denominator)
         scale = problem.library.divide(scale, plan.denominator)
     return scale
 
 
 def reduce(problem: Problem, plan: Plan, rows: Any) -> Any:
-    """Reduce the rows' losses; the result is rounded once, to the result dtype."""
+    """Reduce the rows' losses and round the result once, to the result dtype."""
     xp = problem.xp
     if problem.options.reduction == "none":
         rows = xp.squeeze(rows, axis=problem.axis)

@@ -2,10 +2,10 @@
 
     x = s·logits, then, with a softcap, cap·tanh(x / cap);  -inf stays -inf
 
-Softmax and loss need only differences of the x. Taken after the transform they would lose digits,
-to a large common offset and to the tanh where it flattens. So the logits are kept as they came,
-and the difference of two transformed ones is computed from them, by a form in which nothing
-cancels; with u = s·logit/cap and p = exp(-2|u|):
+Softmax and loss need only differences of the x. Taken after the transform they would lose digits to
+a large common offset, and where tanh is flat. So the logits are kept as they came, and the
+difference of two transformed ones is computed from them, in a form in which nothing cancels. With
+u = s·logit/cap and p = exp(-2|u|):
 
     tanh(u) - tanh(v) = tanh(u - v) (1 - tanh(u) tanh(v))
     1 - tanh(u) tanh(v) = 2 (p + q, or 1 + p q where the signs differ) / ((1 + p) (1 + q))
@@ -38,7 +38,7 @@ def scale_and_cap(problem: Problem) -> tuple[float, float]:
 
 
 def difference(problem: Problem, logits: Any, reference: Any, *, owned: bool = False) -> Any:
-    """Give x(logits) - x(reference); the logits, where they are `owned`, may be overwritten."""
+    """Compute x(logits) - x(reference); the logits may be overwritten if they are `owned`."""
     xp, library, cap = problem.xp, problem.library, problem.options.logit_softcap
     if cap is None:
         gap = _subtract(problem, logits, reference, owned)
@@ -60,12 +60,12 @@ def _subtract(problem: Problem, logits: Any, reference: Any, owned: bool) -> Any
 
 
 def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
-    """Give what rounding took from `difference`, where that can be told: without a softcap."""
+    """Compute the rounding error of `difference`; with a softcap it is unknown, and 0 here."""
     xp, scale = problem.xp, scale_of(problem)
     if is_capped(problem):
         return xp.zeros_like(reference)
     gap = logits - reference
-    # In two steps for where's derivative: what is not finite must not be computed with at all.
+    # Selected before the arithmetic: `where` would pass on the derivative of what is not finite.
     digits = 53 if dtypes.name_of(problem.row_dtype) == "float64" else 24
     splitter = 2.0 ** ((digits + 1) // 2) + 1.0
     finite = xp.isfinite(gap * (splitter * max(scale, 1.0)))
@@ -88,13 +88,13 @@ def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
 
 
 def _rounded(number: float, digits: int) -> float:
-    """Round to so many binary digits."""
+    """Round to this many binary digits."""
     mantissa, exponent = math.frexp(number)
     return math.ldexp(round(mantissa * 2.0**digits) * 2.0**-digits, exponent)
 
 
 def value(problem: Problem, logits: Any) -> Any:
-    """Give x itself."""
+    """Compute x itself."""
     xp, scale, cap = problem.xp, scale_of(problem), problem.options.logit_softcap
     if cap is None:
         return logits if scale == 1.0 else logits * scale
@@ -102,7 +102,7 @@ def value(problem: Problem, logits: Any) -> Any:
 
 
 def slope(problem: Problem, logits: Any) -> Any:
-    """Give dx/dlogits: a number without a softcap, and 0 where a softcap meets -inf."""
+    """Compute dx/dlogits: a number without a softcap; with one, 0 at -inf."""
     if not is_capped(problem):
         return scale_of(problem)
     e = _decay(problem, logits)
@@ -110,7 +110,7 @@ def slope(problem: Problem, logits: Any) -> Any:
 
 
 def _decay(problem: Problem, logits: Any) -> Any:
-    """Give exp(-2|u|)."""
+    """Compute exp(-2|u|)."""
     twice = logits * (2.0 * scale_of(problem) / problem.options.logit_softcap)
-    # Not abs: at 0 its derivative would be wrong, and so the second derivative of the loss.
+    # Not abs: at 0 its derivative would be wrong, and so would the loss's second derivative.
     return problem.xp.exp(problem.xp.where(twice < 0.0, twice, -twice))

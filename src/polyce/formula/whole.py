@@ -25,7 +25,7 @@ def cross_entropy(
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Compute the loss, the gradient, in `out` where that is given, and the stats; no graph."""
+    """Compute the loss, the gradient, in `out` if that is given, and the stats; no graph."""
     with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)

@@ -1,9 +1,9 @@
-"""The row state of traced jax arrays, written so that XLA need not store what it can compute anew.
+"""The row state of traced jax arrays, written so that XLA stores nothing that it can recompute.
 
 XLA stores an expression over all logits that two of its loops share, and on a CPU also one that it
-cannot fuse into a reduction, as any choice. With the logits of a language model each costs as much
-memory as they do. So every sum here goes back to the logits by an expression of its own, for what
-is stored once and soon done with finds room in the gradient.
+cannot fuse into a reduction, such as any `where`. In a language model each of these takes as much
+memory as the logits. So every sum here starts from the logits by an expression of its own: one that
+is stored and used once can share the gradient's memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def from_logits(
     coefficients: Any,
     given_dtype: Any,
 ) -> tuple[rowstate.RowState, Any]:
-    """Give what `rowstate.from_logits` gives."""
+    """Compute what `rowstate.from_logits` does."""
     axis, row_dtype = problem.axis, problem.row_dtype
     scale = 1.0 if transform.is_capped(problem) else transform.scale_of(problem)
     unscaled = problem if scale == 1.0 else problem.with_options(logit_scale=None)
@@ -42,7 +42,7 @@ def from_logits(
     rest_sum = class_sum(jnp.exp(transform.difference(problem, rest, offset)))
 
     def gaps(*earlier: Any, store: bool = False) -> Any:
-        """Give x_c - m', and 0 where excluded."""
+        """Compute x_c - m', and 0 where excluded."""
         top = _after(offset, *earlier)
         filled = jnp.where(excluded, top, logits)
         if store:
@@ -57,12 +57,11 @@ def from_logits(
         rest_excess = class_sum(gaps(rest_sum, store=True) * share)
         rest_coefficient = jnp.full_like(rest_excess, coefficients * (logits.shape[axis] - 1))
     elif coefficients is not None:
-        # 0, but nan where there is no softmax: a value that XLA has to wait for, until the sum
-        # before is done.
+        # 0, but nan where there is no softmax: XLA has to wait for the sum before it.
         nothing = jnp.where(rest_sum == rest_sum, 0.0, math.nan).astype(logits.dtype)
         others = jnp.where(excluded, nothing, coefficients)
         rest_coefficient = class_sum(others)
-        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        # A class of coefficient 0 has no effect, not even as 0 times infinity.
         skipped = excluded | (coefficients == 0.0)
         gap = gaps(rest_sum, rest_coefficient)
         rest_excess = class_sum(jnp.where(skipped, 0.0, coefficients * -gap))
@@ -87,7 +86,7 @@ def from_logits(
 
 @jax.custom_jvp
 def _after(rows: Any, *others: Any) -> Any:
-    """Give rows as an array that XLA does not know to be rows, nor what comes after others."""
+    """Return rows behind a barrier, through which XLA does not see, and computed after others."""
     return jax.lax.optimization_barrier((rows, *others))[0]
 
 
@@ -98,7 +97,7 @@ def _after_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _stored(dtype: Any, array: Any) -> tuple[Any, Any]:
-    """Give an array as it is to be stored, in bfloat16 if that holds it exactly, and wide.
+    """Return an array as it is to be stored, in bfloat16 if it came in that, and widened again.
 
     float16 would not help: XLA for CPUs does not widen it within a reduction.
     """
@@ -106,14 +105,14 @@ def _stored(dtype: Any, array: Any) -> tuple[Any, Any]:
         return array, array
 
     def keep(array: Any) -> Any:
-        # As integers, for XLA takes back a conversion to 16 bits that one to 32 bits follows.
+        # As integers: XLA removes a conversion to 16 bits that is followed by one to 32 bits.
         bits = jax.lax.bitcast_convert_type(array.astype(dtype), jnp.uint16)
         return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), dtype)
 
     def pass_on(array: Any) -> Any:
         return array.astype(dtype)
 
-    # On other devices XLA fuses choices, and a barrier would make it store this one.
+    # On other devices XLA fuses `where`, and a barrier would make it store the result.
     narrow = jax.lax.platform_dependent(array, cpu=keep, default=pass_on)
     return narrow, narrow.astype(array.dtype)
 
@@ -121,6 +120,6 @@ def _stored(dtype: Any, array: Any) -> tuple[Any, Any]:
 @_stored.defjvp
 def _stored_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
     narrow, wide = _stored(dtype, *primals)
-    # Of the narrow one only the largest is asked for, by which a row's terms are all divided:
-    # as good as a constant. A tangent would be rounded to 16 bits.
+    # Only the row's largest logit is taken from the narrow array, and no result depends on it: it
+    # is a constant here. A tangent would be rounded to 16 bits.
     return (narrow, wide), (jnp.zeros_like(narrow), tangents[0])

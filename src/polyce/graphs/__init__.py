@@ -1,1 +1,1 @@
-"""The derivative rules of torch and jax, and what these do around a call."""
+"""The derivative rules of torch and jax, and what these libraries do around a call."""

@@ -1,4 +1,4 @@
-"""What derivative rules are: the functions that each library's are made of."""
+"""What derivative rules are: the functions that every library's rules consist of."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> 
 
 
 class Rules(NamedTuple):
-    """How a library's derivatives are served; by default it has none."""
+    """How a library differentiates; the defaults are for one that does not."""
 
     check: Callable[[Operands], None] = _check
-    """Refuses arrays that wait for a gradient which polyce does not give."""
+    """Refuses arrays that require a gradient which polyce does not compute."""
     detach: Callable[..., Any] = _detach
     """Cuts a named tuple of arrays from any derivative."""
     row_losses: Callable[..., tuple[Any, RowStats | None]] = rows.forward
@@ -36,4 +36,4 @@ class Rules(NamedTuple):
     nll: Callable[..., Any] = rows.nll
     """(problem, plan, log_probabilities) -> losses"""
     log_softmax: Callable[..., Any] = _log_softmax
-    """(problem, logits, compute) -> log(softmax(logits)) as compute(problem, logits) gives it"""
+    """(problem, logits, compute) -> compute(problem, logits) with its derivative"""

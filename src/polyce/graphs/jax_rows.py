@@ -1,6 +1,6 @@
 """jax's transformations: the analytic gradient of the rows' losses as a derivative rule.
 
-The rule is written in jax operations, so that jit, vmap and higher derivatives go through it.
+The rule is written in jax operations, so that jit, vmap and higher derivatives work with it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from polyce.graphs.contract import ArraysT, Rules
 
 def detach(given: ArraysT) -> ArraysT:
     """Cut the operands from any derivative."""
-    # Labels have none, and inside a jit they must stay the arrays of known values that they are.
+    # Labels have no derivative, and inside a jit they must remain arrays with known values.
     return type(given)(*(jax.lax.stop_gradient(a) if _is_float(a) else a for a in given))
 
 
 def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
     """Compute the rows' losses and stats, the losses with their derivative rule."""
-    # The rule asks for a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
+    # The rule computes a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
     problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
-    # What the mean divides by plays no part in a row and is differentiated where it divides.
+    # The rows do not depend on the mean's denominator; it is differentiated where it divides.
     plan = plan._replace(denominator=None)
     return _row_losses(problem, plan, logits)
 
@@ -46,7 +46,7 @@ def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any,
     plan, logits = primals
     plan_tangent, tangent = tangents
     _refuse(problem, plan_tangent)
-    # Through the rule once more: the losses' own derivative, of a higher order, is not jax's.
+    # Through the rule again: derivatives of a higher order must not be jax's own of the formula.
     result = _row_losses(problem, plan, logits)
     losses, stats = result
     losses_tangent = jnp.zeros_like(losses)
@@ -59,7 +59,7 @@ def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any,
         if along is not None:
             losses_tangent = losses_tangent + along
     if plan.counted is not None:
-        # Selected, for the cotangent of an ignored row is infinite where all rows are ignored.
+        # Selected: where all rows are ignored, their cotangents are infinite.
         losses_tangent = jnp.where(plan.counted, losses_tangent, 0.0)
     return result, (losses_tangent, jax.tree.map(no_tangent, stats))
 
@@ -71,7 +71,7 @@ def _gradient(problem: Problem, plan: Plan, logits: Any) -> Any:
 
 @_gradient.defjvp
 def _gradient_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # By another form, which is no faster, but whose own derivatives keep their digits.
+    # In another form, which is not faster, but whose own derivatives keep their digits.
     def gradient(plan: Plan, logits: Any) -> Any:
         return rows.differentiable_gradient(problem, plan, 1.0, logits)
 
@@ -80,7 +80,7 @@ def _gradient_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, A
 
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:
-    """Refuse derivatives with respect to what has none."""
+    """Refuse derivatives with respect to arguments that have none."""
     if not is_constant(plan_tangent.sample_weight):
         raise TypeError(
             "polyce gives no derivative with respect to sample_weight, which is being "
@@ -97,7 +97,7 @@ def _refuse(problem: Problem, plan_tangent: Plan) -> None:
 
 
 def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any) -> Any:
-    """Give the rows' tangents through probabilities and class weights; None where they have none.
+    """Compute the rows' tangents through probabilities and class weights; None if these have none.
 
     The loss is linear in the coefficients r, with the slope lse - x_c, and r is linear in the
     probabilities and in the weights.
@@ -108,7 +108,7 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
     if not tangents:
         return None
     if plan.counted is not None:
-        # A row that does not count may hold anything, but 0 times it must be 0.
+        # A row that does not count may hold anything; 0 times it must be 0.
         logits = jnp.where(plan.counted, logits, 0.0)
     logits = problem.library.cast(logits, problem.arithmetic_dtype)
     surprise = -_log_softmax(problem.with_options(stats=None), logits)
@@ -120,8 +120,8 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
 
         value = getattr(plan, name)
         _, slope = jax.jvp(coefficients, (value,), (jnp.ones_like(value),))
-        # A slope of 0 takes no part, not even as 0 times infinity. Where the surprise is finite it
-        # is kept, for the derivatives of a higher order.
+        # A slope of 0 has no effect, not even as 0 times infinity. A finite surprise is kept even
+        # then, for the derivatives of a higher order.
         skipped = (slope == 0.0) & ~jnp.isfinite(surprise)
         parts.append(_times(slope * tangent, jnp.where(skipped, 0.0, surprise)))
     along = _row_sums(problem, sum(parts[1:], start=parts[0]))
@@ -129,10 +129,9 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
 
 
 def _times(tangent: Any, factor: Any) -> Any:
-    """Multiply a tangent, of which 0 times infinity is 0, by operations that are linear in it.
+    """Multiply a tangent by a factor such that 0 times infinity is 0, linearly in the tangent.
 
-    Infinity is the product of three numbers: each of them leaves a 0 as it is, and whatever else
-    there is overflows.
+    Infinity is replaced by three finite factors, under which a 0 stays 0 and all else overflows.
     """
     largest = jnp.finfo(factor.dtype).max
     is_infinite = jax.lax.stop_gradient(factor) == math.inf
@@ -144,7 +143,7 @@ def _times(tangent: Any, factor: Any) -> Any:
 
 @jax.custom_jvp
 def _finite(factor: Any) -> Any:
-    """Give 0 for infinity, which has the derivative of the factor nevertheless."""
+    """Replace infinity by 0, but keep the factor's derivative."""
     return jnp.where(factor == math.inf, 0.0, factor)
 
 
@@ -159,7 +158,7 @@ def _row_sums(problem: Problem, values: Any) -> Any:
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
-    """Give the rows' losses for log-probabilities; one of a bad label has a derivative of nan."""
+    """Compute the rows' losses for log-probabilities; a bad label's derivative is nan."""
     if not all(problem.library.has_values(a) for a in jax.tree.leaves((plan, log_probabilities))):
         plan = _constant(problem, plan._replace(denominator=None))
         plan, log_probabilities = targets.spoil_rows(problem, plan, log_probabilities)
@@ -168,7 +167,7 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _constant(problem: Problem, plan: Plan) -> Plan:
-    """Give a plan that no derivative may come through."""
+    """Return the plan, through which no derivative may pass."""
     return plan
 
 
@@ -180,7 +179,7 @@ def _constant_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, A
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
-    """Give log(softmax(logits)), with its derivative rule, which goes through the reference."""
+    """Compute log(softmax(logits)) by the reference, with its derivative rule."""
     logits = problem.library.cast(logits, problem.arithmetic_dtype)
     wide = problem._replace(logits_dtype=logits.dtype)
     return problem.library.cast(_log_softmax(wide, logits), problem.logits_dtype)
@@ -205,7 +204,7 @@ def _is_float(array: Any) -> bool:
 
 
 def no_tangent(array: Any) -> Any:
-    """Give the tangent of what has none, on the mesh of the array."""
+    """Return a zero tangent, on the array's mesh."""
     return SymbolicZero(jax.typeof(array).to_tangent_aval())
 
 
@@ -214,9 +213,9 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def is_constant(tangent: Any) -> bool:
-    """Tell whether a tangent is not there, or is known to be 0."""
+    """Tell whether a tangent is absent or known to be 0."""
     return tangent is None or _is_zero(tangent)
 
 
-# Which arrays are being differentiated shows in the rules alone, which refuse what has none.
+# No `check`: only inside the rules can be seen what is differentiated; they refuse it there.
 RULES = Rules(detach=detach, row_losses=row_losses, nll=nll, log_softmax=log_softmax)

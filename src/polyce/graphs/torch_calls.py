@@ -1,8 +1,8 @@
 """Whole calls on torch's graph, for a path whose kernels plan and reduce themselves.
 
-A backward pass is one run of the path's kernels. What will be differentiated again, or is batched,
-and the gradients of probabilities and of class weights follow the reference's rules, which are
-operations of torch.
+A backward pass is one run of the path's kernels. A gradient that will be differentiated or is
+batched, and the gradients of probabilities and class weights, follow the reference's rules, in
+torch operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polyce.graphs import torch_rows, torch_state
 
 
 class Saved(NamedTuple):
-    """What a backward pass wants beside the operands; None for what a path does not keep."""
+    """What a backward pass needs besides the operands; None for what a path does not keep."""
 
     rows: Any = None
     """(rows, 4) in float64"""
@@ -30,7 +30,7 @@ class Saved(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """How a path computes a whole call, and its gradient with respect to the logits."""
+    """How a path computes a whole call and its gradient with respect to the logits."""
 
     name: str
     """The implementation's name."""
@@ -39,17 +39,17 @@ class Kernels(NamedTuple):
     backward: Callable[..., Any]
     """(problem, operands, saved, out) -> gradient, the cotangent being `operands.grad_output`
 
-    It goes to `out`, which may be the logits themselves, or to memory of its own for None.
+    It is written to `out`, which may be the logits themselves, or to new memory for None.
     """
     keeps: Callable[[Problem], Saved]
-    """(problem) -> whether a forward pass with `keep` gives rows, and a denominator
+    """(problem) -> whether a forward pass with `keep` saves rows, and a denominator
 
-    Told from static facts: it is asked where nothing runs.
+    It looks at the problem alone, since it is also asked while nothing runs.
     """
 
 
 def needs_graph(problem: Problem, operands: Operands) -> bool:
-    """Tell whether something waits for a gradient; refuse what waits for one that is not given."""
+    """Tell whether something requires a gradient; refuse arrays that polyce computes none for."""
     logits, target, weight, sample_weight, normalizer, _ = operands
     if weight is not None or sample_weight is not None:
         torch_rows.check(operands)
@@ -64,13 +64,13 @@ def needs_graph(problem: Problem, operands: Operands) -> bool:
 def cross_entropy(
     kernels: Kernels, problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
-    """Compute the loss, on torch's graph if something waits for a gradient, and the stats."""
+    """Compute the loss, on torch's graph if something requires a gradient, and the stats."""
     if not needs_graph(problem, operands):
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
     logits, target, weight, _, normalizer, _ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
-        # torch divides, and so differentiates by the normalizer.
+        # torch divides, so that it differentiates by the normalizer.
         summed, operands = without_normalizer(problem, operands)
         total, found = cross_entropy(kernels, summed, operands)
         return (total / normalizer).to(problem.result_dtype), found
@@ -79,7 +79,7 @@ def cross_entropy(
 
 
 def without_normalizer(problem: Problem, operands: Operands) -> tuple[Problem, Operands]:
-    """Give the call whose loss, divided by the normalizer, is that of this one."""
+    """Return the call whose loss, divided by the normalizer, is that of this one."""
     summed = problem.with_options(reduction="sum")._replace(
         normalized=False, result_dtype=problem.row_dtype
     )
@@ -87,7 +87,7 @@ def without_normalizer(problem: Problem, operands: Operands) -> tuple[Problem, O
 
 
 class _Loss(torch.autograd.Function):
-    # An old-style function, the kind that starts soonest; each argument costs time.
+    # An old-style function, which has the least overhead; each argument costs time.
 
     @staticmethod
     def forward(
@@ -115,11 +115,11 @@ class _Loss(torch.autograd.Function):
         normalizer = number if divisor is None else divisor
         operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
         saved = Saved(*saved_rows)
-        # torch's compiled autograd traces what is done here, the only time that this is traced.
+        # This is only ever traced by torch's compiled autograd.
         traced = torch.compiler.is_dynamo_compiling()
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
-        by_operations = traced or torch_state.wants_operations(cotangent)
+        by_operations = traced or torch_state.needs_operations(cotangent)
         in_place = problem.inplace_backward and needs[0]
         if in_place:
             _check_written(ctx, by_operations)
@@ -136,7 +136,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _check_written(ctx: Any, by_operations: bool) -> None:
-    """Refuse a backward pass that would need logits which are, or will be, written over."""
+    """Refuse a backward pass that needs logits which have been or will be overwritten."""
     if by_operations:
         raise RuntimeError(
             "with inplace_backward there is one gradient, without a graph, but create_graph, "
@@ -150,10 +150,10 @@ def _check_written(ctx: Any, by_operations: bool) -> None:
 
 
 def _write(ctx: Any, kernels: Kernels, problem: Problem, operands: Operands, saved: Saved) -> Any:
-    """Write the gradient over the logits, and give it as a tensor on their memory."""
+    """Write the gradient over the logits, and return it as a tensor in their memory."""
     logits, cotangent = operands.logits, operands.grad_output
     if logits.data_ptr() != ctx.address:
-        # Hooks for saved tensors brought a copy back, which may have to serve others too.
+        # Hooks for saved tensors returned a copy, which others may use too.
         return kernels.backward(problem, operands, saved, None)
     if cotangent.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
         operands = operands._replace(grad_output=cotangent.clone())
@@ -162,7 +162,7 @@ def _write(ctx: Any, kernels: Kernels, problem: Problem, operands: Operands, sav
         out.copy_(kernels.backward(problem, operands, saved, None))
     else:
         kernels.backward(problem, operands, saved, out)
-    # Whoever saved the logits as well has to see that they are no longer what they were.
+    # Other operations that saved the logits must notice the change.
     torch.autograd.graph.increment_version(logits)
     ctx.is_written = True
     return out
@@ -181,11 +181,11 @@ def _backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> A
 
 
 REFERENCE = Kernels("reference", _forward, _backward, lambda problem: Saved(False, False))
-"""The rows' formula as kernels: for calls in place, and for those without logits."""
+"""The rows' formula as kernels: for calls in place, and for calls without logits."""
 
 
 def check_operands(problem: Problem, operands: Operands) -> None:
-    """Refuse tensors that a backward pass was given back as others, or without their memory."""
+    """Refuse saved tensors that came back changed, or whose memory is gone."""
     if torch.compiler.is_compiling():
         return
     logits, target, weight, sample_weight, normalizer, cotangent = operands
@@ -203,13 +203,13 @@ def check_operands(problem: Problem, operands: Operands) -> None:
 
 
 def _plan(problem: Problem, operands: Operands) -> Plan:
-    """Read the target, whose labels a forward pass has checked if they can be."""
+    """Read the target, whose labels the forward pass has checked if it could."""
     check_operands(problem, operands)
     return targets.plan(problem._replace(check_labels=False), operands)
 
 
 def gradient(problem: Problem, operands: Operands) -> Any:
-    """Give the gradient of the logits as operations of torch."""
+    """Compute the gradient of the logits in torch operations."""
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     readable = torch_rows.readable(problem, plan, operands.logits)
@@ -219,7 +219,7 @@ def gradient(problem: Problem, operands: Operands) -> Any:
 def target_gradients(
     problem: Problem, operands: Operands, needs: tuple[bool, bool]
 ) -> tuple[Any, Any]:
-    """Give those of the gradients of target and class weights that are needed, as operations."""
+    """Compute the gradients of target and class weights that are needed, in torch operations."""
     logits, target, weight, *_ = operands
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)

@@ -1,10 +1,9 @@
 """torch's autograd: the analytic gradient of the rows' losses, never torch's own of the formula.
 
-A call comes in by one of three doors. Plain eager calls use an old-style `autograd.Function`, the
-kind that starts soonest. Under a torch.func transform, or at a level of
-forward mode, a new-style one goes through the reference, whose operations torch can batch and
-differentiate again. torch.compile traces the old-style one, where no operator of `torch_ops` takes
-the whole call; torch.export, which keeps no rule, the operations themselves.
+Plain eager calls use an old-style `autograd.Function`, which has the least overhead. Under a
+torch.func transform, or in forward mode, a new-style one runs the reference, whose operations torch
+can batch and differentiate again. torch.compile traces the old-style one, unless an operator of
+`torch_ops` takes the whole call; torch.export, which keeps no rule, traces the operations.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ def detach(given: ArraysT) -> ArraysT:
 
 
 def check(operands: Operands) -> None:
-    """Refuse tensors that wait for a gradient which polyce does not give."""
-    # Under transforms this attribute does not tell all, so the rules below refuse them again.
-    weight = torch_state.waits(operands.weight) and not operands.target.is_floating_point()
-    _refuse(weight, torch_state.waits(operands.sample_weight))
+    """Refuse tensors that require a gradient which polyce does not compute."""
+    # Under transforms requires_grad does not show everything, so the rules below check again.
+    weight = torch_state.needs_gradient(operands.weight) and not operands.target.is_floating_point()
+    _refuse(weight, torch_state.needs_gradient(operands.sample_weight))
 
 
 def _refuse(weight: bool, sample_weight: bool) -> None:
@@ -57,30 +56,30 @@ def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats
         return losses, _detached(stats)
     if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
-    if not any(map(torch_state.waits, (logits, plan.probabilities, plan.class_weight))):
+    if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
     losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
 
 
 def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
-    """Give log(softmax(logits)) as `compute` does, with its gradient on torch's graph."""
+    """Return compute(problem, logits), which is log(softmax(logits)), with its gradient."""
     if problem.is_empty or torch_state.is_traced_without_rules():
         return rows.log_softmax(problem, logits)
     if torch_state.is_transformed():
         wide, logits = _widened(problem, logits)
         result = _TransformedLogSoftmax.apply(logits, wide)
         return problem.library.cast(result, problem.logits_dtype)
-    if not torch_state.waits(logits):
+    if not torch_state.needs_gradient(logits):
         return compute(problem, logits)
     return _LogSoftmax.apply(logits, problem, compute)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
-    """Give the rows' losses for log-probabilities; one of a bad label has a gradient of nan."""
+    """Compute the rows' losses for log-probabilities; a bad label's gradient is nan."""
     if torch_state.is_transformed() or torch.compiler.is_compiling():
         plan, log_probabilities = targets.spoil_rows(problem, plan, log_probabilities)
-    elif torch_state.waits(log_probabilities) and not problem.is_empty:
+    elif torch_state.needs_gradient(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
     return rows.nll(problem, plan, log_probabilities)
 
@@ -90,7 +89,7 @@ def _detached(stats: RowStats | None) -> RowStats | None:
 
 
 class _RowLosses(torch.autograd.Function):
-    # Each argument costs time: the plan's tensors that have gradients are passed, and the plan.
+    # Each argument costs time: only the plan and those of its tensors that have gradients.
 
     @staticmethod
     def forward(
@@ -118,7 +117,7 @@ class _RowLosses(torch.autograd.Function):
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
         grad = None
-        if needs[0] and torch_state.wants_operations(cotangent):
+        if needs[0] and torch_state.needs_operations(cotangent):
             logits = readable(problem, plan, logits)
             grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
         elif needs[0]:
@@ -149,7 +148,7 @@ class _LogSoftmax(torch.autograd.Function):
 
 
 class _Nll(torch.autograd.Function):
-    # A rule, where torch could derive it, since what autograd gives back has to be looked at.
+    # torch could derive this, but what autograd returns has to be checked.
 
     @staticmethod
     def forward(ctx: Any, log_probabilities: Any, problem: Problem, plan: Plan) -> Any:
@@ -173,7 +172,7 @@ class _Nll(torch.autograd.Function):
 
 
 def _keep(ctx: Any, logits: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Save as torch wants it, so that its hooks and its check for changed tensors apply."""
+    """Save tensors by torch's own means, so that its hooks and its check for changes apply."""
     tensors = (logits, *(v if isinstance(v, torch.Tensor) else None for v in values))
     ctx.save_for_backward(*tensors)
     ctx.numbers = tuple(None if isinstance(v, torch.Tensor) else v for v in values)
@@ -192,7 +191,7 @@ def _kept(ctx: Any) -> tuple[Any, Plan]:
 def target_gradients(
     problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: tuple[bool, bool]
 ) -> tuple[Any, Any]:
-    """Give the gradients of the probabilities and of the class weights, those that are needed."""
+    """Compute the gradients of the probabilities and of the class weights, as far as needed."""
     scale = targets.weigh_rows(plan, problem.xp, cotangent)
     scale = problem.library.cast(scale, problem.arithmetic_dtype)
     gradient = scale * _gaps(problem, plan, logits)
@@ -200,21 +199,21 @@ def target_gradients(
 
 
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Give lse - x_c, the derivative of a row's loss with respect to its coefficients."""
+    """Compute lse - x_c, the derivative of a row's loss with respect to its coefficients."""
     problem, logits = _widened(problem, readable(problem, plan, logits))
     return -log_softmax(problem, logits, rows.log_softmax)
 
 
 def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
-    """Blank out the rows that do not count, which may hold infinities and nans.
+    """Replace the rows that do not count, which may hold infinities and nans, by 0.
 
-    The losses and the gradient select them away, but 0 times nan is a derivative of that.
+    The losses and the gradient select them away, but the derivative of that would be 0 times nan.
     """
     return logits if plan.counted is None else problem.xp.where(plan.counted, logits, 0.0)
 
 
 def _widened(problem: Problem, logits: Any) -> tuple[Problem, Any]:
-    """Widen the logits outside of a rule, so that what it gives is rounded once; drop the stats."""
+    """Widen the logits before a rule, so that its result is rounded once; drop the stats."""
     logits = problem.library.cast(logits, problem.arithmetic_dtype)
     return problem.with_options(stats=None)._replace(logits_dtype=logits.dtype), logits
 
@@ -226,7 +225,7 @@ def _transformed_row_losses(
     if problem.options.stats is not None:
         _, stats = rows.forward(problem, plan, logits)
     wide, logits = _widened(problem, readable(problem, plan, logits))
-    # The rows do not depend on what they will be divided by.
+    # The rows do not depend on the mean's denominator.
     plan = plan._replace(denominator=None)
     return _TransformedRowLosses.apply(logits, wide, *plan), _detached(stats)
 
@@ -285,7 +284,7 @@ def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved
     coefficients = _coefficients_tangent(problem, plan, moved)
     if coefficients is not None:
         gaps = _gaps(problem, plan, logits)
-        # A class that stays at coefficient 0 takes no part, not even at a logit of -inf.
+        # A class that stays at coefficient 0 has no effect, not even at a logit of -inf.
         gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
         product = library.class_sum(coefficients * gaps, axis, problem.row_dtype)
         terms.append(targets.weigh_rows(plan, xp, product))
@@ -293,7 +292,7 @@ def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved
 
 
 def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
-    """Give the tangent of r, which is linear in the class weights and in the probabilities."""
+    """Compute the tangent of r, which is linear in the class weights and in the probabilities."""
     terms = []
     if moved.probabilities is not None:
         share = moved.probabilities * (1.0 - problem.options.label_smoothing)
@@ -337,7 +336,7 @@ class _TransformedLogSoftmax(torch.autograd.Function):
 
 
 def _batched(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
-    """Put the axis that vmap goes along first, where there is one more axis of rows."""
+    """Move vmap's axis to the front, where it is one more axis of rows."""
     found = []
     for value, dim in zip(values, dims, strict=True):
         if not isinstance(value, torch.Tensor):
@@ -356,10 +355,10 @@ def _batched_problem(size: int, problem: Problem) -> Problem:
 
 
 def _primal(value: Any) -> Any:
-    """Take off the tangent of this level, so that a rule's result is differentiated once.
+    """Remove the tangent of this level, so that a rule's result is differentiated once.
 
-    Around a rule torch switches forward mode off, and so a tangent within a tangent is lost
-    (https://github.com/pytorch/pytorch/issues/197867); a rule that switches it on has to do this.
+    torch switches forward mode off around a rule, which loses a tangent within a tangent
+    (https://github.com/pytorch/pytorch/issues/197867); a rule that switches it on must do this.
     """
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return forward_ad.unpack_dual(value).primal

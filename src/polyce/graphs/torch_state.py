@@ -9,13 +9,13 @@ import torch
 from torch.autograd import forward_ad
 
 
-def waits(tensor: Any) -> bool:
-    """Tell whether a tensor, if there is one, waits for a gradient."""
+def needs_gradient(tensor: Any) -> bool:
+    """Tell whether a tensor, if there is one, requires a gradient."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def is_traced_without_rules() -> bool:
-    """Tell whether what is traced keeps no rule: an export, or transforms under torch.compile."""
+    """Tell whether a trace drops rules: in an export, or in transforms under torch.compile."""
     return torch.compiler.is_compiling() and (torch.compiler.is_exporting() or is_transformed())
 
 
@@ -25,9 +25,9 @@ def is_transformed() -> bool:
 
 
 def asked_for(ctx: Any) -> Sequence[bool]:
-    """Tell which gradients a backward pass is for: logits, target and class weights.
+    """Tell which gradients this backward pass must compute: of logits, target, class weights.
 
-    What torch says by itself is which there could be.
+    ctx.needs_input_grad only says which could be asked for.
     """
     if torch.compiler.is_compiling():
         return ctx.needs_input_grad
@@ -39,16 +39,16 @@ def _is_run(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
-        return True  # what it says of leaves that torch.autograd.grad is asked for
+        return True  # raised for leaves that torch.autograd.grad is asked for
 
 
-def wants_operations(cotangent: Any) -> bool:
-    """Tell whether a gradient will be differentiated or is batched, which no kernel knows of."""
+def needs_operations(cotangent: Any) -> bool:
+    """Tell whether a gradient will be differentiated or is batched, which kernels cannot do."""
     return torch.is_grad_enabled() or is_transformed() or _is_batched(cotangent)
 
 
 def _is_batched(cotangent: Any) -> bool:
-    """Tell whether is_grads_batched is on, whose vmap is older than that of torch.func."""
+    """Tell whether is_grads_batched is on, which uses an older vmap than torch.func's."""
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))

@@ -1,4 +1,4 @@
-"""What a path is: how it computes a whole call, and what it declares that it serves."""
+"""What a path is: how it computes a whole call, and which calls it serves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _available() -> str | None:
 class Implementation:
     """A path that computes the loss of a call, and the gradient of its logits.
 
-    None stands for no restriction, and for what a path does not have.
+    None means no restriction, or that the path does not have it.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Implementation:
     cross_entropy_with_grad: Callable[..., tuple[Any, Any, Any]]
     """(problem, operands, out) -> (loss, gradient, stats), of operands cut from any graph
 
-    The gradient lies in `out` where that is given.
+    The gradient is written to `out` if that is given.
     """
     backends: frozenset[str] | None = None
     devices: frozenset[str] | None = None
@@ -38,14 +38,14 @@ class Implementation:
     refuses: Callable[[Problem], str | None] | None = None
     """Any other reason against a problem, or None."""
     by_name_only: Callable[[Problem], bool] | None = None
-    """Whether it takes a problem, if at all, only where it is asked for by name."""
+    """Whether it takes this problem only when it is asked for by name."""
     torch_kernels: Callable[[], Any] | None = None
-    """() -> `torch_calls.Kernels`, which torch.compile may put into its graph"""
+    """() -> the `torch_calls.Kernels` that torch.compile may put into its graph"""
     log_softmax: Callable[..., Any] | None = None
     """(problem, logits) -> log(softmax(logits))"""
 
     def reasons(self, problem: Problem) -> tuple[str, ...]:
-        """Return all reasons against running this problem; none means that it can."""
+        """Return all reasons against running this problem; if there are none, it can."""
         found = []
         missing = self.unavailable()
         if missing is not None:
@@ -68,7 +68,7 @@ class Implementation:
         return tuple(found)
 
     def serves(self, problem: Problem) -> bool:
-        """Tell whether it can be chosen unasked, soon for another library's arrays."""
+        """Tell whether it can be chosen without being named; quick for other libraries' arrays."""
         if self.backends is not None and problem.backend not in self.backends:
             return False
         if self.by_name_only is not None and self.by_name_only(problem):

@@ -12,7 +12,7 @@ from polyce.implementations.contract import Implementation
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Compute the loss, on the library's graph, and the stats."""
+    """Compute the loss, on the library's graph if it has one, and the stats."""
     if problem.inplace_backward:
         from polyce.graphs import torch_calls
 

@@ -1,6 +1,6 @@
 """The implementations, in order of preference, and which of them serves a problem.
 
-To add one, write `implementations/<name>.py`, which ends in its `PATH`, and put that into `TABLE`.
+To add one, write `implementations/<name>.py`, which ends in its `PATH`, and add that to `TABLE`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIABLE = "POLYCE_IMPLEMENTATION"
 
 
 def select_within(problem: Problem) -> Implementation:
-    """Choose the implementation of a part of a call, which `use` was not meant for."""
+    """Choose the implementation of a part of a call, where `use` does not apply."""
     return _unforced(problem, preference())
 
 
@@ -39,8 +39,8 @@ TABLE: tuple[Implementation, ...] = (
 )
 
 _forced: ContextVar[str | None] = ContextVar("polyce.use", default=None)
-# The same for code that torch.compile traces: it cannot read a context variable, but follows a
-# thread-local and compiles anew when that has changed.
+# The same for code that torch.compile traces: it cannot read a context variable, but it can read a
+# thread-local and recompiles when that has changed.
 _forced_in_graphs = threading.local()
 
 
@@ -52,17 +52,17 @@ def use(implementation: str) -> Iterator[None]:
     ----------
     implementation : str
         Name of the implementation, as `polyce.explain` lists them. The innermost block wins;
-        the argument ``implementation=`` of a call goes before it.
+        the argument ``implementation=`` of a call overrides it.
 
     Raises
     ------
     ValueError
-        If no implementation has that name, and from the calls inside if it cannot serve one.
+        If no implementation has that name; and by the calls inside that it cannot serve.
 
     Notes
     -----
-    A function of ``torch.compile`` knows of threads alone: where tasks of one thread overlap, it
-    takes the choice of the task that entered or left a block last.
+    A function compiled by ``torch.compile`` sees the thread, not the task: where tasks of one
+    thread overlap, it takes the choice of the task that entered or left a block last.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def use(implementation: str) -> Iterator[None]:
 
 
 def _force(name: str | None) -> None:
-    # Not by a token: a generator may be closed in another context than it was started in.
+    # No token to reset: a generator may be closed in another context than it was started in.
     _forced.set(name)
     _forced_in_graphs.name = name
 
@@ -101,14 +101,14 @@ def _is_compiling() -> bool:
 
 
 def _forced_while_tracing(problem: Problem) -> str | None:
-    """Give the choice of the innermost `use` for arrays that may be traced."""
+    """Return the choice of the innermost `use` for arrays that may be traced."""
     if problem.backend == "torch" and _is_compiling():
         return getattr(_forced_in_graphs, "name", None)
     return _forced.get()
 
 
 def find(name: str) -> Implementation:
-    """Find an implementation by name."""
+    """Return an implementation by name; ValueError if there is none."""
     found = _named(name)
     if found is None:
         raise ValueError(
@@ -118,21 +118,21 @@ def find(name: str) -> Implementation:
 
 
 def _named(name: str) -> Implementation | None:
-    for row in TABLE:
-        if row.name == name:
-            return row
+    for path in TABLE:
+        if path.name == name:
+            return path
     return None
 
 
 def _known() -> str:
-    return ", ".join(row.name for row in TABLE)
+    return ", ".join(path.name for path in TABLE)
 
 
 def select(problem: Problem, name: str | None = None) -> Implementation:
     """Choose the implementation of a call.
 
-    The argument decides, else the innermost `use`: both raise where it cannot serve. Else the
-    environment variable is a preference, else the first row of the table that can serve.
+    The argument decides, else the innermost `use`; both raise if that path cannot serve. Else the
+    path that the environment variable names, if it can serve, else the first in the table that can.
     """
     preferred = preference()
     if name is None:
@@ -150,22 +150,22 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
 
 
 def select_log_softmax(problem: Problem) -> Callable[..., Any]:
-    """Choose what computes log(softmax(logits)): of the rows that have it, the first that serves.
+    """Choose what computes log(softmax(logits)): the first path that has it and can serve.
 
-    One that `use` or the environment variable names goes before the others, where it can serve.
+    A path that `use` or the environment variable names comes before the others.
     """
     preferred = preference()
     wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
     if wanted is None and preferred is not None:
         wanted = preferred.name
-    for row in sorted(TABLE, key=lambda row: row.name != wanted):
-        if row.log_softmax is not None and row.serves(problem):
-            return row.log_softmax
+    for path in sorted(TABLE, key=lambda path: path.name != wanted):
+        if path.log_softmax is not None and path.serves(problem):
+            return path.log_softmax
     return rows.log_softmax
 
 
 def preference() -> Implementation | None:
-    """Find what the environment variable names, None where it is not set."""
+    """Return the path that the environment variable names, None if it is not set."""
     preferred = os.environ.get(VARIABLE)
     if not preferred:
         return None
@@ -178,7 +178,7 @@ def preference() -> Implementation | None:
     return found
 
 
-# What the table gives, for problems met before: to ask every row takes as long as a small call.
+# The choice for problems met before: asking every path takes as long as a small call.
 _MOST_KNOWN = 1024
 _choices: dict[Problem, tuple[tuple[Implementation, ...], Implementation]] = {}
 
@@ -198,7 +198,7 @@ def _unforced(problem: Problem, preferred: Implementation | None) -> Implementat
 
 
 def _first(problem: Problem) -> Implementation:
-    for row in TABLE:
-        if row.serves(problem):
-            return row
+    for path in TABLE:
+        if path.serves(problem):
+            return path
     raise ValueError("no implementation can serve this call; see polyce.explain for the reasons")

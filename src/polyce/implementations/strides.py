@@ -1,6 +1,6 @@
-"""How kernels go over an array of logits: its rows by two indices, in parts where they are long.
+"""How kernels go over an array of logits: rows by two indices, in parts where they are long.
 
-Facts of shapes and strides alone.
+Everything here follows from shapes and strides alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Rows(NamedTuple):
-    """The rows of an array of logits: outer index, lane and class, and the strides of these."""
+    """The rows of an array of logits: sizes of outer index and lane; strides of these and class."""
 
     outer: int
     inner: int
@@ -19,9 +19,9 @@ class Rows(NamedTuple):
 
 
 def rows_of(shape: Sequence[int], axis: int, *strides: Sequence[int]) -> tuple[Rows | None, ...]:
-    """Give the rows of arrays of one shape that lie as `strides` say, in common indices.
+    """Return the rows of arrays of one shape with these strides, in the same indices for all.
 
-    None stands for an array whose rows no two indices reach, which must be copied first.
+    None stands for an array whose rows no two indices reach; it must be copied first.
     """
     before, behind = slice(0, axis), slice(axis + 1, None)
     outer, inner = math.prod(shape[before]), math.prod(shape[behind])
@@ -42,7 +42,7 @@ def rows_of(shape: Sequence[int], axis: int, *strides: Sequence[int]) -> tuple[R
 
 
 def _stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Give the one stride that several axes have together; None if there is none."""
+    """Return the one stride that walks over several axes in order; None if there is none."""
     step, reach = 0, None
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size == 1:
@@ -57,7 +57,7 @@ def _stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def cut(classes: int, size: int, wanted: int) -> tuple[int, int]:
-    """Cut a row into about so many parts, each a whole number of tiles: how many, how long."""
+    """Cut a row into about `wanted` parts of whole tiles; return their number and length."""
     tiles = cdiv(classes, size)
     chunk = size * cdiv(tiles, min(tiles, wanted))
     return cdiv(classes, chunk), chunk
@@ -69,5 +69,5 @@ def cdiv(size: int, step: int) -> int:
 
 
 def power_of_two(size: int) -> int:
-    """Give the next power of two, from a number from 1 on up."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()

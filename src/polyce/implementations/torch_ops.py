@@ -1,8 +1,8 @@
-"""The kernels as operators of torch, for torch.compile to put into its graph.
+"""The kernels as torch operators, which torch.compile puts into its graph.
 
-torch calls an operator with its arguments alone, so that a call is described in them again. One
-operator gives the loss, the stats and what a backward pass wants, the other the gradient of the
-logits. What is not there is an empty tensor, for an operator gives as many as it says.
+torch passes an operator nothing but its arguments, so they describe the whole call again. One
+operator returns the loss, the stats and what the backward pass needs, the other the gradient of the
+logits. An operator always returns as many tensors as it declares: an absent one is empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polyce.graphs import torch_calls, torch_rows
 from polyce.graphs.torch_calls import Kernels, Saved
 from polyce.implementations import registry
 
-# The options as a schema writes them, less the last: labels are not looked at in a graph.
+# The options as a schema writes them, without the last: a graph never checks labels.
 _TYPES: dict[Any, str] = {
     int: "int",
     str: "str",
@@ -35,7 +35,7 @@ OPTION_COUNT = len(_KINDS)
 
 
 def flat(problem: Problem) -> tuple[Any, ...]:
-    """Return a problem's options as operators take them."""
+    """Return a problem's options as the operators take them."""
     options = problem.options
     stats = None if options.stats is None else ",".join(options.stats)
     return options._replace(axis=problem.axis, stats=stats)[:-1]
@@ -49,7 +49,7 @@ def options_of(given: tuple[Any, ...]) -> Options:
 
 
 class _Asked(NamedTuple):
-    """What both operators take beside tensors."""
+    """What both operators take besides tensors."""
 
     options: tuple[Any, ...]
     """As `flat` returns them."""
@@ -57,7 +57,7 @@ class _Asked(NamedTuple):
     implementation: str
 
     def values(self) -> tuple[Any, ...]:
-        """Return it in the order of the schemas."""
+        """Return the values in the order of the schemas."""
         return *self.options, self.result_dtype, self.implementation
 
 
@@ -72,42 +72,42 @@ _FOUND = "Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor cor
 def cross_entropy(
     implementation: str, problem: Problem, operands: Operands
 ) -> tuple[Any, Stats | None]:
-    """Give the loss and the stats of one call as part of a graph."""
+    """Compute the loss and the stats of one call as part of a graph."""
     torch_rows.check(operands)
     normalizer = operands.normalizer
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         summed, operands = torch_calls.without_normalizer(problem, operands)
-        total, facts = cross_entropy(implementation, summed, operands)
-        return (total / normalizer).to(problem.result_dtype), facts
+        total, found = cross_entropy(implementation, summed, operands)
+        return (total / normalizer).to(problem.result_dtype), found
     keep = torch.is_grad_enabled() and operands.logits.requires_grad
-    loss, facts, _, _ = _forward(implementation, problem, operands, keep)
-    return loss, facts
+    loss, found, _, _ = _forward(implementation, problem, operands, keep)
+    return loss, found
 
 
 def cross_entropy_with_grad(
     implementation: str, problem: Problem, operands: Operands
 ) -> tuple[Any, Any, Stats | None]:
-    """Give the loss, the gradient and the stats of one call as part of a graph."""
+    """Compute the loss, the gradient and the stats of one call as part of a graph."""
     cotangent = operands.grad_output
-    loss, facts, rows, denominator = _forward(implementation, problem, operands, keep=True)
+    loss, found, rows, denominator = _forward(implementation, problem, operands, keep=True)
     if cotangent is None or isinstance(cotangent, float):
         ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
         cotangent = ones if cotangent is None else ones * cotangent
     tensors, asked = _arguments(implementation, problem.with_options(stats=None), operands)
     grad = _backward_operator(cotangent, *tensors, rows, denominator, *asked)
-    return loss, grad, facts
+    return loss, grad, found
 
 
 def _forward(
     implementation: str, problem: Problem, operands: Operands, keep: bool
 ) -> tuple[Any, Stats | None, Any, Any]:
     tensors, asked = _arguments(implementation, problem, operands)
-    loss, *found, rows, denominator = _operator(*tensors, keep, *asked)
+    loss, *entries, rows, denominator = _operator(*tensors, keep, *asked)
     if problem.options.stats is None:
         return loss, None, rows, denominator
     wanted = (*(name in problem.options.stats for name in Stats._fields[:-1]), True)
-    facts = Stats(*(a if is_wanted else None for a, is_wanted in zip(found, wanted, strict=True)))
-    return loss, facts, rows, denominator
+    found = Stats(*(a if is_on else None for a, is_on in zip(entries, wanted, strict=True)))
+    return loss, found, rows, denominator
 
 
 def _arguments(
@@ -115,8 +115,8 @@ def _arguments(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     logits, target, weight, sample_weight, normalizer, _ = operands
     if isinstance(normalizer, float):
-        # It may change with every batch: a number that goes into a product does not become a
-        # constant of the graph, but one of an operator's arguments does.
+        # It may change with every batch: as an operator's argument a number would become a constant
+        # of the graph, as a factor of a product it does not.
         one = torch.ones((), dtype=problem.row_dtype, device=logits.device)
         normalizer = one * normalizer
     asked = _Asked(flat(problem), problem.result_dtype, implementation)
@@ -126,11 +126,11 @@ def _arguments(
 def _described(
     tensors: tuple[Any, ...], asked: _Asked, cotangent: Any = None
 ) -> tuple[Problem, Operands]:
-    """Describe the call that the arguments of an operator are of."""
+    """Describe the call that an operator's arguments belong to."""
     logits, target, weight, sample_weight, normalizer = tensors
     options = options_of(asked.options)
     problem, operands = describe(logits, target, weight, sample_weight, options=options)
-    # The autocast that was on when the call was traced need not be on now.
+    # The autocast that was on when the call was traced may be off now.
     problem = problem._replace(result_dtype=asked.result_dtype, normalized=normalizer is not None)
     return problem, operands._replace(normalizer=normalizer, grad_output=cotangent)
 
@@ -164,7 +164,7 @@ _DTYPES = (*(torch.float32,) * 2, torch.int64, *(torch.bool,) * 2, *(torch.float
 
 
 def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[Any, ...]:
-    """Give results as an operator does, an empty tensor for what is not there."""
+    """Return results in the operator's form, with an empty tensor for what is absent."""
     given = (*(found or (None,) * len(Stats._fields)), *saved)
     return loss, *(
         logits.new_empty(0, dtype=dtype) if tensor is None else tensor
@@ -173,7 +173,7 @@ def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[
 
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
-    """Give results without values, as `_compute` gives them."""
+    """Return results without values, in the form of `_compute`."""
     tensors, keep, asked = _taken(arguments)
     check_imagined(*tensors)
     problem, _ = _described(tensors, asked)
@@ -207,7 +207,7 @@ def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
 
 
 def check_imagined(*tensors: Any) -> None:
-    """Refuse tensors with values beside one on the meta device, for which torch imagines all."""
+    """Refuse tensors with values together with one on the meta device, which has none."""
     plain = [tensor for tensor in tensors if type(tensor) is torch.Tensor]
     if len({tensor.device.type == "meta" for tensor in plain}) > 1:
         raise TypeError(
@@ -243,7 +243,7 @@ def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-    """Differentiate the gradient, as operations of torch give it."""
+    """Differentiate the gradient, computed again in torch operations."""
     first, *tensors = ctx.saved_tensors
     wanted = [
         a for a, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed
@@ -259,8 +259,8 @@ def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     return *grads, *(None,) * (2 + len(ctx.asked.values()))
 
 
-# What `torch.library.custom_op` does is done here by hand, less its checks at each call: they take
-# as long as describing the call and half of a small kernel's time.
+# By hand instead of `torch.library.custom_op`, whose checks at each call take as long as describing
+# the call, and half of a small kernel's time.
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")
 _LIBRARY.define(
     f"cross_entropy({_OPERANDS}, bool keep, {_ASKED}) "

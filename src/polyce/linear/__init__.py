@@ -1,1 +1,1 @@
-"""The loss of a linear head without its logits: cross-entropy of products made chunk by chunk."""
+"""The loss of a linear head without all its logits: they are computed chunk by chunk."""

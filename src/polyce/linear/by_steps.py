@@ -1,4 +1,4 @@
-"""One chunk as a step from arrays to arrays, for libraries whose arrays are not written."""
+"""One chunk as a step from arrays to arrays, for libraries whose arrays cannot be written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polyce.call.problem import Operands
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Give what `in_place.run` gives."""
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Compute what `in_place.run` does."""
     xp = call.whole.xp
     spans = call.chunks.spans() or [slice(0, 0)]
     steps = [step(call, wanted, *inputs(call, cotangent, span)) for span in spans]
@@ -29,15 +29,15 @@ def _added(parts: Sequence[Any]) -> Any:
     return parts[0] if parts[0] is None else sum(parts[1:], start=parts[0])
 
 
-def inputs(call: Call, cotangent: Any, span: slice) -> tuple[Any, ...]:
-    """Give what a step takes of a chunk's rows."""
+def inputs(call: HeadCall, cotangent: Any, span: slice) -> tuple[Any, ...]:
+    """Return a step's arguments for the rows of a chunk."""
     target, sample_weight, counted = call.target, call.sample_weight, call.counted
     of_rows = (call.hidden, target, sample_weight, counted, cotangent)
     return tuple(None if array is None else array[span, ...] for array in of_rows)
 
 
 def step(
-    call: Call,
+    call: HeadCall,
     wanted: Gradients,
     hidden: Any,
     target: Any,
@@ -47,14 +47,14 @@ def step(
     *,
     of_weight: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[Any, Gradients]:
-    """Give the losses of a chunk's rows, and its parts of the gradients wanted.
+    """Compute the losses of a chunk's rows, and its parts of the gradients wanted.
 
-    `of_weight` makes another thing of the logits' gradient and the hidden states than the part of
-    the head's weight.
+    `of_weight` replaces the product of the logits' gradient and the hidden states, which is the
+    chunk's part of the weight's gradient.
     """
     xp, (weight, bias) = call.whole.xp, call.head
     if counted is not None:
-        # What a row holds that does not count may be infinite, and 0 times that is nan.
+        # A row that does not count may hold infinities, and 0 times these is nan.
         hidden = xp.where(counted[:, None], hidden, xp.zeros_like(hidden))
     part = call.part(hidden.shape[0])
     logits = product(call, hidden, weight.T)
@@ -76,6 +76,6 @@ def step(
     )
 
 
-def product(call: Call, a: Any, b: Any) -> Any:
+def product(call: HeadCall, a: Any, b: Any) -> Any:
     """Multiply two matrices into the dtype that the gradients add up in."""
     return call.whole.library.matmul(a, b, call.sum_dtype, **call.product_options)

@@ -1,4 +1,4 @@
-"""One call on a linear head: its facts, how it is cut, and what computes a chunk's losses."""
+"""One call on a linear head: its problem, how it is cut, and what computes a chunk's losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polyce.linear.chunks import Chunks
 
 
 class Gradients(NamedTuple):
-    """What belongs to the hidden states, to the head's weight and to its bias."""
+    """One entry each for the hidden states, the head's weight and its bias."""
 
     input: Any
     linear_weight: Any
@@ -29,76 +29,76 @@ NONE = Gradients(False, False, False)
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call, its rows in one axis."""
+class HeadCall:
+    """One call on a linear head, with its rows in one axis."""
 
     whole: Problem
-    """The facts of all logits, in the shape of the call."""
+    """The problem of all logits, in the shape of the call."""
     operands: Operands
-    """As given, `input` in the place of the logits."""
+    """As given, with `input` in place of the logits."""
     head: Head
     chunk_size: int | None
-    """Rows of a chunk, if the caller says so."""
+    """Rows of a chunk, if the caller chooses."""
     name: str | None
-    """Of the implementation, if the caller says so."""
+    """Name of the implementation, if the caller chooses."""
     plan: Any = None
     """What the target means, a `targets.Plan`, once `planned` has read it."""
 
     @property
     def chunks(self) -> Chunks:
-        """How the rows are cut."""
+        """Return how the rows are cut."""
         return chunks.choose(self.whole, self.features, self.chunk_size)
 
     @property
     def implementation(self) -> Implementation:
-        """What computes the losses of a chunk's logits, and their gradient."""
+        """Return the implementation for the losses of a chunk's logits and their gradient."""
         return registry.select(self.part(self.chunks.rows), self.name)
 
-    def planned(self) -> Call:
+    def planned(self) -> HeadCall:
         """Read the target; raises IndexError for a bad label where labels are checked."""
         return replace(self, plan=targets.plan_rows(self.whole, self.operands))
 
-    def detached(self, detach: Callable[..., Any]) -> Call:
-        """Give the call with its arrays cut from any graph."""
+    def detached(self, detach: Callable[..., Any]) -> HeadCall:
+        """Return the call with its arrays cut from any graph."""
         return replace(self, operands=detach(self.operands), head=detach(self.head))
 
-    def without_arrays(self) -> Call:
-        """Give the facts of the call alone."""
+    def without_arrays(self) -> HeadCall:
+        """Return the call without its arrays, with the name of its implementation."""
         name = self.implementation.name
         nothing = Operands(*(None,) * 6)
         return replace(self, operands=nothing, head=Head(None), name=name, plan=None)
 
     @property
     def hidden(self) -> Any:
-        """The hidden states, (rows, features)."""
+        """Return the hidden states, (rows, features)."""
         return self._flat(self.operands.logits, self.features)
 
     @property
     def target(self) -> Any:
-        """Labels, (rows,), or probabilities, (rows, classes)."""
+        """Return the labels, (rows,), or probabilities, (rows, classes)."""
         target = self.operands.target
         return self._flat(target, *([self.whole.classes] * (self.whole.kind == "probability")))
 
     @property
     def sample_weight(self) -> Any:
-        """The rows' weights, (rows,), or None."""
+        """Return the sample weights, (rows,), or None."""
         weight = self.operands.sample_weight
         return weight if weight is None else self._flat(weight)
 
     @property
     def features(self) -> int:
-        """F, the length of a hidden state."""
+        """Return F, the length of a hidden state."""
         return self.operands.logits.shape[-1]
 
     @property
     def sum_dtype(self) -> Any:
-        """What gradients add up in: float64 for float64, else float32."""
+        """Return the dtype that gradients are summed in: float64 for float64, else float32."""
         name = "float64" if dtypes.name_of(self.whole.logits_dtype) == "float64" else "float32"
         return self.whole.library.float_dtype(name)
 
     @property
     def rounds_gradient(self) -> bool:
-        """Whether the gradient of the logits is held in 16 bits, for products of such."""
+        """Tell whether the gradient of the logits is held in 16 bits, for 16-bit products."""
         dtype = self.whole.logits_dtype
         if self.whole.library.rounds_gradients:
             dtype = self.operands.logits.dtype
@@ -106,12 +106,12 @@ class Call:
 
     @property
     def product_options(self) -> Mapping[str, Any]:
-        """What the library's matrix product is told besides its operands."""
+        """Return the options of the library's matrix product."""
         return {} if self.rounds_gradient else self.whole.library.exact_products
 
     @property
     def scales_sums(self) -> bool:
-        """Whether what the mean divides by comes in after the gradients are added up."""
+        """Tell whether gradients are divided by the mean's denominator after they are summed."""
         return self.rounds_gradient and self.whole.options.reduction != "none"
 
     def _flat(self, array: Any, *rest: int) -> Any:
@@ -120,21 +120,21 @@ class Call:
 
     @property
     def counted(self) -> Any:
-        """Which rows count, (rows,), or None where all do."""
+        """Return which rows count, (rows,), or None if all do."""
         counted = self.plan.counted
         return counted if counted is None else self._flat(counted[..., 0])
 
     def cotangent(self) -> Any:
-        """Give the gradient of the call's result by each row's loss, (rows,), in the row dtype."""
+        """Compute the gradient of the result by each row's loss, (rows,), in the row dtype."""
         scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
         if not isinstance(scale, float) and scale.ndim:
             return self._flat(scale[..., 0])
         return scale + self._zeros()
 
     def scale_of_sums(self) -> Any:
-        """Give the gradient of the call's result by each row's loss, one number for all rows.
+        """Compute the gradient of the result by each row's loss, as one number for all rows.
 
-        It is 0 where no row counts, although the mean over nothing divides by 0.
+        It is 0 if no row counts, although the mean over nothing divides by 0.
         """
         xp, counted = self.whole.xp, self.plan.counted
         scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
@@ -144,13 +144,13 @@ class Call:
         return xp.where(xp.any(counted), nothing + scale, nothing)
 
     def _zeros(self) -> Any:
-        """Give a 0 for each row, (rows,), beside the arrays of the call."""
+        """Return a 0 for each row, (rows,), on the device of the call's arrays."""
         xp = self.whole.xp
         zeros = xp.sum(xp.zeros_like(self.hidden[:, : min(self.features, 1)]), axis=1)
         return self.whole.library.cast(zeros, self.whole.row_dtype)
 
     def part(self, rows: int) -> Problem:
-        """Give the facts of a chunk's logits, whose rows are neither checked again nor reduced."""
+        """Return the problem of a chunk's logits, whose rows are not checked again nor reduced."""
         return self.whole._replace(
             shape=(rows, self.whole.classes),
             axis=1,
@@ -181,8 +181,8 @@ def describe(
     chunk_size: int | None,
     implementation: str | None,
     grad_output: Any = None,
-) -> Call:
-    """Check the arguments of a call."""
+) -> HeadCall:
+    """Check the arguments of a call on a linear head, and describe it."""
     size = chunks.check_chunk_size(chunk_size)
     whole, operands, head = describe_anew(
         Head(linear_weight, linear_bias),
@@ -194,11 +194,11 @@ def describe(
         options,
         grad_output=grad_output,
     )
-    return Call(whole, operands, head, size, implementation)
+    return HeadCall(whole, operands, head, size, implementation)
 
 
 def check_wrt(wrt: Any) -> Gradients:
-    """Tell which gradients are wanted, by their names."""
+    """Read which gradients are wanted from their names."""
     names = (wrt,) if isinstance(wrt, str) else wrt
     if not isinstance(names, Sequence):
         raise TypeError(

@@ -1,15 +1,15 @@
 """How many rows of logits exist at a time, and how many classes are multiplied at once.
 
-The model. A chunk of n rows costs three products of n by F by C; each of them goes over the whole
-weight, of C by F, or over its gradient. Few rows leave a processor waiting for the weight; many
-take memory. So n is what a budget of bytes allows, which is measured for CPUs and set by what keeps
-a GPU's products efficient there; chunks of one call are then as equal as may be.
+The model: a chunk of n rows costs three products of n by F by C, and each reads or writes the whole
+weight, C by F, or its gradient. With few rows the processor waits for the weight; many rows take
+memory. So n is what a budget of bytes allows: one that was measured for CPUs, and one that keeps
+products efficient on GPUs. The chunks of a call are then made as equal as possible.
 
-Within a chunk the classes are taken in blocks, so small that a block of the weight is still in a
-cache when it is used again: for the product with the gradient, then for the next chunk's logits.
+Within a chunk the classes are taken in blocks, small enough that a block of the weight is still in
+a cache when it is used again: for the product with the gradient, then for the next chunk's logits.
 
-In torch on a CPU, few rows of a wide head have their logits class by class: MKL multiplies a tall
-matrix by a narrow one in less time than the other way round, by more than the loss takes longer.
+In torch on a CPU, the logits of few rows of a wide head are stored class by class: MKL multiplies a
+tall matrix by a narrow one faster than the reverse, which saves more than the loss then loses.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from polyce.call.problem import Problem
 
 @dataclass(frozen=True)
 class Limits:
-    """What a kind of device is best given."""
+    """The best sizes for a kind of device."""
 
     bytes: int
     """Of a chunk's logits."""
     fewest: int
-    """Rows of a chunk, whatever they take."""
+    """Rows of a chunk at least, whatever memory they take."""
     most: int
     multiple: int
-    """Of which a product takes rows, so that none of its tiles are left half empty."""
+    """What the rows are a multiple of, so that no tile of a product is half empty."""
     block_bytes: int
-    """Of a block's weight, and of what it makes of a chunk."""
+    """Of a block's weight and its logits in a chunk."""
 
 
 CPU = Limits(bytes=48 << 20, fewest=16, most=4096, multiple=16, block_bytes=4 << 20)
 ACCELERATOR = Limits(bytes=512 << 20, fewest=2048, most=8192, multiple=128, block_bytes=64 << 20)
 
-# Below so many rows of a chunk on a CPU, the weight is read for longer than it is computed with.
+# With fewer rows of a chunk on a CPU, reading the weight takes longer than computing with it.
 FEW_ROWS = 128
-# From so many features on, faster products of few rows make up for their slower loss.
+# From this many features on, faster products of few rows make up for their slower loss.
 WIDE = 512
 _CLASSES = 64
 
@@ -63,21 +63,21 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        """How many chunks there are."""
+        """Return the number of chunks."""
         return -(-self.total // self.rows) if self.total else 0
 
     def spans(self, total: int | None = None) -> list[slice]:
-        """Give the rows of each chunk, of fewer rows than planned if it is so told."""
+        """Return the rows of each chunk, of `total` rows if that is given."""
         total = self.total if total is None else total
         return [slice(i, min(i + self.rows, total)) for i in range(0, total, self.rows)]
 
     def blocks(self, classes: int) -> list[slice]:
-        """Give the classes of each block."""
+        """Return the classes of each block."""
         return [slice(i, min(i + self.classes, classes)) for i in range(0, classes, self.classes)]
 
 
 def check_chunk_size(chunk_size: Any) -> int | None:
-    """Refuse a chunk_size that is no number of rows."""
+    """Refuse a chunk_size that is not a number of rows."""
     if chunk_size is None:
         return None
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral):
@@ -94,15 +94,15 @@ def check_chunk_size(chunk_size: Any) -> int | None:
 
 
 def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
-    """Cut a call, into the rows that the caller wants or that the model gives."""
+    """Choose the chunks of a call, from the caller's chunk size or else by the model."""
     if problem.library.is_lazy:
-        # They cut for themselves, and may not know yet how many rows there are.
+        # Lazy libraries cut for themselves, and may not know the number of rows yet.
         total = 0 if None in problem.row_shape else math.prod(problem.row_shape)
         return Chunks(total, max(total, 1), max(problem.classes, 1))
     total = math.prod(problem.row_shape)
     is_jax = problem.backend == "jax"
     if is_jax and not isinstance(total, int):
-        # An export that knows the rows by a name loops over no number of chunks that may be 0.
+        # An export with symbolic rows cannot loop over a number of chunks that may be 0.
         return Chunks(total, total, max(problem.classes, 1))
     limits = limits_of(problem)
     itemsize = _itemsize(problem)
@@ -123,9 +123,9 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
 
 
 def _without_rest(total: int, count: int) -> int:
-    """Give the rows of equal chunks, of so many or some more; 0 where there are none.
+    """Return the rows of equal chunks, `count` or a few more of them; 0 if there are none.
 
-    XLA would keep memory for a last, smaller one beside that of the others.
+    XLA would keep extra memory for a smaller last chunk.
     """
     equal = (total // more for more in range(count, 2 * count + 1) if total % more == 0)
     return next(equal, 0)
@@ -136,15 +136,15 @@ def _itemsize(problem: Problem) -> int:
 
 
 def limits_of(problem: Problem) -> Limits:
-    """Give the limits of the device that a call will run on."""
+    """Return the limits of the device that a call will run on."""
     device = problem.device
     if device == "unknown":
         device = problem.library.default_device_kind()
     return CPU if device == "cpu" else ACCELERATOR
 
 
-def told(problem: Problem, cut: Chunks) -> str:
-    """Say how a call is cut, what that takes, and what speaks for all logits at once."""
+def summary(problem: Problem, cut: Chunks) -> str:
+    """Describe how a call is cut, the memory it takes, and when all at once would be better."""
     if problem.backend == "dask":
         return "chunks within each of dask's blocks of rows"
     row = problem.classes * _itemsize(problem) / 1e6
@@ -156,7 +156,7 @@ def told(problem: Problem, cut: Chunks) -> str:
 
 
 def advice(problem: Problem, cut: Chunks) -> str:
-    """Say when the loss of all logits at once would be the better choice."""
+    """Describe when the loss of all logits at once would be better."""
     if cut.count <= 1:
         return "no more than the loss of all logits at once, which is as fast"
     if problem.options.reduction == "none":

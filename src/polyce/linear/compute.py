@@ -1,4 +1,4 @@
-"""The loss of a call and its gradients: which loop runs, and where the scale of a mean comes in."""
+"""The loss of a call and its gradients: which loop runs, and where a mean's scale is applied."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 from polyce.linear import by_steps, in_place
-from polyce.linear.call import NONE, Call, Gradients
+from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def _loop(call: Call) -> ModuleType:
+def _loop(call: HeadCall) -> ModuleType:
     """Choose the module that runs the chunks."""
     if _writes(call):
         return in_place
@@ -21,28 +21,28 @@ def _loop(call: Call) -> ModuleType:
     return by_steps
 
 
-def _computing(call: Call) -> Any:
+def _computing(call: HeadCall) -> Any:
     head = {"linear_weight": call.head.weight, "linear_bias": call.head.bias}
     return call.whole.library.multiplying(call.operands.named() | head)
 
 
-def _writes(call: Call) -> bool:
-    return call.whole.backend in in_place.MEMORIES and call.whole.is_concrete
+def _writes(call: HeadCall) -> bool:
+    return call.whole.backend in in_place.PRODUCTS and call.whole.is_concrete
 
 
-def loss(call: Call) -> Any:
-    """Give the loss; no gradient is made."""
+def loss(call: HeadCall) -> Any:
+    """Compute the loss, without any gradient."""
     with _computing(call):
         call = call.planned()
         rows, _ = _loop(call).run(call, NONE, None)
         return call.reduce(rows)
 
 
-def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
-    """Give the loss, the gradients wanted as they were added up, and a factor that they lack.
+def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Any]:
+    """Compute the loss, the sums of the gradients wanted, and a factor still to be applied.
 
-    The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by what a
-    mean divides by: its small entries would be 0. The sums, of 32 bits, are.
+    The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by the
+    mean's denominator, since small entries would become 0; the sums, in 32 bits, are.
     """
     with _computing(call):
         call = call.planned()
@@ -54,8 +54,8 @@ def loss_and_sums(call: Call, wanted: Gradients) -> tuple[Any, Gradients, Any]:
         return call.reduce(rows), sums, factor
 
 
-def finish(call: Call, sums: Gradients, *factors: Any) -> Gradients:
-    """Give the gradients in the shapes and dtypes of what they belong to."""
+def finish(call: HeadCall, sums: Gradients, *factors: Any) -> Gradients:
+    """Return the gradients, scaled, in the shapes and dtypes of what they belong to."""
     scales = [factor for factor in factors if factor is not None]
     given = Gradients(call.operands.logits, *call.head)
     with _computing(call):
@@ -68,20 +68,20 @@ def finish(call: Call, sums: Gradients, *factors: Any) -> Gradients:
     return Gradients(*found)
 
 
-def select_counted(call: Call, of_input: Any) -> Any:
-    """Give 0 for rows that do not count, which a factor of infinity or nan has made nan."""
+def select_counted(call: HeadCall, of_input: Any) -> Any:
+    """Replace rows that do not count by 0: a factor of infinity or nan has made them nan."""
     counted = call.planned().plan.counted
     return of_input if counted is None else call.whole.xp.where(counted, of_input, 0.0)
 
 
-def _finished(call: Call, array: Any, like: Any, scales: Sequence[Any]) -> Any:
+def _finished(call: HeadCall, array: Any, like: Any, scales: Sequence[Any]) -> Any:
     for scale in scales:
         array = _scaled(call, array, scale)
     array = call.whole.library.cast(array, like.dtype)
     return array if array.ndim == like.ndim else call.whole.xp.reshape(array, like.shape)
 
 
-def _scaled(call: Call, array: Any, factor: Any) -> Any:
+def _scaled(call: HeadCall, array: Any, factor: Any) -> Any:
     if not isinstance(factor, float):
         factor = call.whole.library.cast(factor, array.dtype)
     if not _writes(call):
@@ -90,7 +90,7 @@ def _scaled(call: Call, array: Any, factor: Any) -> Any:
     return array
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Compute the loss and the gradients wanted."""
     result, sums, factor = loss_and_sums(call, wanted)
     return result, finish(call, sums, factor)

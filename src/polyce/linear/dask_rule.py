@@ -1,7 +1,7 @@
 """dask: a task for each block of rows, which does what a call on the block would do.
 
-The head is the same for all of them and goes to each of them whole. Their parts of its gradient are
-added up two by two, for each is as large as the head.
+Every task gets the whole head. Their parts of its gradient are added up in pairs, since each is as
+large as the head.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from polyce.implementations import registry
 from polyce.implementations.dask import path as dask
 from polyce.implementations.dask.blocks import itself, of_chunk, with_dtypes
 from polyce.linear import compute
-from polyce.linear.call import NONE, Call, Gradients
+from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def loss(call: Call) -> Any:
-    """Give the loss."""
+def loss(call: HeadCall) -> Any:
+    """Compute the loss."""
     return loss_and_gradients(call, NONE)[0]
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted, all of them lazy."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Compute the loss and the gradients wanted, all of them lazy."""
     import dask.array as da
 
     whole, hidden = call.whole, call.operands.logits
@@ -39,11 +39,11 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     plan = _plan(call, operands)
     cotangent = targets.cotangent(whole, plan, operands.grad_output)
     axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
-    facts = call.without_arrays()
-    name = facts.name if facts.name == "reference" else None
-    facts = replace(facts, name=name)
+    bare = call.without_arrays()
+    name = bare.name if bare.name == "reference" else None
+    bare = replace(bare, name=name)
     results = da.blockwise(
-        partial(_block, facts, wanted, hidden.dtype),
+        partial(_block, bare, wanted, hidden.dtype),
         axes,
         *(hidden, axes),
         *(operands.target, axes if whole.kind == "probability" else lead),
@@ -59,8 +59,8 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     )
     summed = whole.options.reduction != "none"
     cuts = (1,) * len(axes) if summed else results.chunks
-    # A block's result stays until all is taken. The head's parts are as large as the head, and are
-    # taken last, to be added up at once: else dask could keep those of many blocks.
+    # A block's result is kept until all of it is taken. The parts of the head's gradient are as
+    # large as the head: taken last, they are added up at once, and dask does not keep many.
     rows = dask.take(whole, results, 0, whole.row_dtype, cuts)
     first, of_input = [rows], None
     if wanted.input:
@@ -75,10 +75,10 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     return targets.reduce(whole, plan, rows), found
 
 
-def _plan(call: Call, operands: Operands) -> Plan:
-    """Read what the mean divides by, block by block; NumPy's labels are looked at now."""
+def _plan(call: HeadCall, operands: Operands) -> Plan:
+    """Read the target, and the mean's denominator block by block; NumPy labels are checked now."""
     whole, given = call.whole, call.operands
-    # Of the class weights the blocks take those of their labels.
+    # The blocks look up the class weights of their labels.
     found = targets.plan_rows(whole, given._replace(weight=None))
     denominator = found.denominator
     if whole.kind == "index" and whole.options.reduction == "mean" and not whole.normalized:
@@ -86,8 +86,8 @@ def _plan(call: Call, operands: Operands) -> Plan:
     return found._replace(denominator=denominator)
 
 
-def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
-    """Add up what the blocks give, each in an array of its own along the last axis."""
+def _of_head(call: HeadCall, results: Any, index: int, first: Sequence[Any]) -> Any:
+    """Add up the blocks' parts of the gradient of weight or bias, flat along the last axis."""
     import dask.array as da
 
     like = call.head[index - 2]
@@ -115,7 +115,7 @@ def _of_head(call: Call, results: Any, index: int, first: Sequence[Any]) -> Any:
 
 
 def _block(
-    facts: Call,
+    bare: HeadCall,
     wanted: Gradients,
     dtype: Any,
     hidden: Any,
@@ -126,11 +126,11 @@ def _block(
     weight: Any,
     bias: Any,
 ) -> tuple[Any, ...]:
-    """Give a block's losses, or their sum, and its parts of the gradients wanted."""
-    summed = facts.whole.options.reduction != "none"
-    whole = of_chunk(facts.whole, hidden, (*hidden.shape[:-1], facts.whole.classes))
+    """Compute a block's losses, or their sum, and its parts of the gradients wanted."""
+    summed = bare.whole.options.reduction != "none"
+    whole = of_chunk(bare.whole, hidden, (*hidden.shape[:-1], bare.whole.classes))
     library, xp = whole.library, whole.xp
-    # As what dask says they are, chunks have one dtype.
+    # dask's arrays have one dtype, but their chunks may deviate.
     widest = max((a for a in (hidden, weight, bias) if a is not None), key=lambda a: a.itemsize)
     hidden, weight = (library.cast(a, widest.dtype) for a in (hidden, weight))
     bias = bias if bias is None else library.cast(bias, widest.dtype)
@@ -141,13 +141,13 @@ def _block(
         ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
         cotangent = ones * (cotangent[..., 0] if getattr(cotangent, "ndim", 0) else cotangent)
     call = replace(
-        facts,
+        bare,
         whole=whole._replace(result_dtype=whole.row_dtype),
         operands=Operands(hidden, target, class_weight, sample_weight, None, cotangent),
         head=Head(weight, bias),
     )
-    # What `use` names is meant for dask's arrays.
-    name = facts.name or registry.select_within(call.part(call.chunks.rows)).name
+    # `use` applies to dask's arrays, not to chunks.
+    name = bare.name or registry.select_within(call.part(call.chunks.rows)).name
     call = replace(call, name=name)
     rows, sums, _ = compute.loss_and_sums(call, wanted)
     lead = (1,) * (hidden.ndim - 1)
@@ -158,7 +158,7 @@ def _block(
     of_head = (
         None
         if a is None
-        else xp.reshape(library.cast(a, facts.sum_dtype), (*lead, math.prod(a.shape)))
+        else xp.reshape(library.cast(a, bare.sum_dtype), (*lead, math.prod(a.shape)))
         for a in sums[1:]
     )
     return rows, of_hidden, *of_head

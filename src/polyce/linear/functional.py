@@ -9,7 +9,7 @@ from typing import Any
 from polyce.call.options import Options
 from polyce.graphs import rules as derivatives
 from polyce.linear import compute, unfused
-from polyce.linear.call import Call, check_wrt, describe
+from polyce.linear.call import HeadCall, check_wrt, describe
 
 
 def linear_cross_entropy(
@@ -34,15 +34,15 @@ def linear_cross_entropy(
     """Compute the softmax cross-entropy of a linear head, in nats, without holding its logits.
 
     It is `cross_entropy` of ``input @ linear_weight.T + linear_bias`` with the classes on the last
-    axis. The logits are made for some rows at a time, so that of the whole array, in a language
-    model the largest of a training step, there is only ever a part. `explain` says how large a one.
+    axis. The logits, in a language model the largest array of a training step, are computed for
+    some rows at a time and never held whole. `explain` says how many.
 
     Parameters
     ----------
     input : array, shape (F,) or (..., F)
         Hidden states, in float16, bfloat16, float32 or float64.
     linear_weight : array, shape (C, F)
-        Weight of the head, of input's dtype, as a linear layer of torch holds it.
+        Weight of the head, of input's dtype, in the layout of torch's linear layers.
     target : array
         Class indices in 0 to C - 1, of any integer dtype and of input's shape without the last
         axis, or class probabilities, of any floating dtype and with the classes last.
@@ -53,7 +53,7 @@ def linear_cross_entropy(
     logit_scale, logit_softcap, validate
         As for `cross_entropy`.
     chunk_size : int, optional
-        How many rows of logits to make at a time; by default what keeps the products fast within
+        How many rows of logits to compute at a time; by default what keeps the products fast within
         48 MiB of logits on a CPU, and at least 2048 on an accelerator.
     implementation : str, optional
         Name of the implementation that computes the loss of each chunk's logits; see `explain`.
@@ -61,9 +61,9 @@ def linear_cross_entropy(
     Returns
     -------
     array
-        As `cross_entropy` gives it: without reduction the losses, of input's shape without the last
-        axis; else a scalar. The dtype is input's; for probabilities the floating dtypes of `input`,
-        `target` and `weight` promote.
+        As `cross_entropy` returns it: without reduction the losses, of input's shape without the
+        last axis; else a scalar. The dtype is input's; for probabilities the floating dtypes of
+        `input`, `target` and `weight` promote.
 
     Raises
     ------
@@ -78,17 +78,17 @@ def linear_cross_entropy(
     See Also
     --------
     linear_cross_entropy_with_grad : The gradients too, without automatic differentiation.
-    cross_entropy : The loss of logits that are there.
+    cross_entropy : The loss of logits.
 
     Notes
     -----
     On torch's graph, and under jax's transformations, the loss has gradients with respect to
-    `input`, `linear_weight` and `linear_bias`. They are made together with the loss, while a
-    chunk's logits are there; for reduction 'none' the logits are made a second time.
+    `input`, `linear_weight` and `linear_bias`. They are computed together with the loss, while a
+    chunk's logits exist; for reduction 'none' the logits are computed a second time.
 
-    Products are computed in input's dtype; those of 16 bits in float32, but for torch's on an
-    accelerator and its bfloat16 on a CPU, and those of torch's autocast in its dtype. What is added
-    up over chunks is float32 at least.
+    Products are computed in input's dtype, under torch's autocast in autocast's. 16-bit products
+    are computed in float32, except in torch on an accelerator, and in bfloat16 on a CPU. Sums over
+    chunks are at least float32.
 
     Examples
     --------
@@ -151,7 +151,7 @@ def linear_cross_entropy_with_grad(
     """Compute the softmax cross-entropy of a linear head and its gradients, without its logits.
 
     The gradients need no automatic differentiation, so every library has them. With G the gradient
-    with respect to the logits, as `cross_entropy_with_grad` gives it, they are ``G @
+    with respect to the logits, as `cross_entropy_with_grad` returns it, they are ``G @
     linear_weight``, ``G.T @ input`` and the sum of G over the rows.
 
     Parameters
@@ -165,19 +165,18 @@ def linear_cross_entropy_with_grad(
     chunk_size, implementation
         As for `linear_cross_entropy`.
     wrt : str or tuple of str
-        With respect to what: the names of some among 'input', 'linear_weight' and 'linear_bias'.
-        The others are not computed.
+        What to differentiate by: names among 'input', 'linear_weight' and 'linear_bias'. The
+        other gradients are not computed.
     grad_output : array or float, optional
         The gradient with respect to the loss, as for `cross_entropy_with_grad`; 1 by default.
 
     Returns
     -------
     loss : array
-        As `linear_cross_entropy` gives it.
+        As `linear_cross_entropy` returns it.
     gradients : tuple of three arrays or None
         Of `input`, `linear_weight` and `linear_bias`, each of its shape and dtype; None for what is
-        not in `wrt`, and for a bias that is not there. None of the results is part of a torch or
-        jax graph.
+        not in `wrt`, and for an absent bias. No result is part of a torch or jax graph.
 
     Raises
     ------
@@ -228,27 +227,27 @@ def linear_cross_entropy_with_grad(
     return result, tuple(gradients)
 
 
-def check(call: Call, *, on_graph: bool = True) -> None:
-    """Refuse torch tensors that wait for a gradient which there is none of here."""
+def check(call: HeadCall, *, on_graph: bool = True) -> None:
+    """Refuse torch tensors that require a gradient which is not computed here."""
     if on_graph and call.whole.backend == "torch":
         from polyce.linear import torch_rule
 
         torch_rule.check(call)
 
 
-def _torch(call: Call) -> ModuleType:
+def _torch(call: HeadCall) -> ModuleType:
     from polyce.linear import torch_rule
 
     return torch_rule if torch_rule.is_needed(call) else compute
 
 
-def _jax(call: Call) -> ModuleType:
+def _jax(call: HeadCall) -> ModuleType:
     from polyce.linear import jax_rule
 
     return jax_rule
 
 
-def _dask(call: Call) -> ModuleType:
+def _dask(call: HeadCall) -> ModuleType:
     from polyce.linear import dask_rule
 
     return dask_rule
@@ -257,8 +256,8 @@ def _dask(call: Call) -> ModuleType:
 _RULES = {"torch": _torch, "jax": _jax, "dask": _dask}
 
 
-def rules(call: Call) -> ModuleType:
-    """Return the module that computes a call: each has the same two functions."""
+def rules(call: HeadCall) -> ModuleType:
+    """Return the module that computes a call; all have the same two functions."""
     if unfused.is_wanted(call.whole):
         return unfused
     own = _RULES.get(call.whole.backend)

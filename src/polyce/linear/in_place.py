@@ -1,8 +1,8 @@
 """Chunk after chunk in one buffer, for libraries whose arrays can be written.
 
-A chunk's logits become their gradient where they lie. Then, block by block of classes, the gradient
-is multiplied back, and what has been used makes room for the next chunk's logits: so a block of the
-weight comes from memory once for a chunk, not twice.
+A chunk's logits are overwritten by their gradient. Then, one block of classes after the other, the
+gradient is multiplied back, and the next chunk's logits take its place: so a block of the weight is
+read from memory once for each chunk, not twice.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce.call.problem import Operands
-from polyce.linear.call import Call, Gradients
-from polyce.linear.memory import Memory, of_arrays
+from polyce.linear.call import Gradients, HeadCall
+from polyce.linear.memory import Products, of_arrays
 
 
-def _of_torch() -> Memory:
+def _of_torch() -> Products:
     from polyce.linear import torch_memory
 
-    return torch_memory.MEMORY
+    return torch_memory.PRODUCTS
 
 
-def _of_cupy() -> Memory:
+def _of_cupy() -> Products:
     import cupy
 
     return of_arrays(cupy)
 
 
-MEMORIES: dict[str, Callable[[], Memory]] = {
+PRODUCTS: dict[str, Callable[[], Products]] = {
     "numpy": lambda: of_arrays(np),
     "torch": _of_torch,
     "cupy": _of_cupy,
 }
-"""What is known of the arrays of each library that this is for."""
+"""The products of each library that this is for."""
 
 
 class _Chunk(NamedTuple):
     """The rows of one chunk."""
 
     places: Any
-    """Where they are among all rows: a slice, or numbers."""
+    """Where the rows are among all rows: a slice, or row numbers."""
     hidden: Any
     operands: Operands
-    """What their losses depend on beside the logits."""
+    """What the losses depend on besides the logits."""
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Give the losses of all rows, and the gradients wanted, in the dtype that they add up in.
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Compute the losses of all rows, and the gradients wanted, in the dtype of their sums.
 
     `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
     """
-    own = MEMORIES[call.whole.backend]()
+    own = PRODUCTS[call.whole.backend]()
     whole, cut, classes = call.whole, call.chunks, call.whole.classes
     implementation = call.implementation
     hidden, features = call.hidden, call.features
@@ -129,16 +129,16 @@ def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
 class _Back(NamedTuple):
     """The products that lead back from a chunk's gradient, and where they go."""
 
-    own: Memory
+    own: Products
     wanted: Gradients
     found: Gradients
     of_input: Any
-    """Memory for one chunk, whose rows lie elsewhere, or otherwise, in the whole."""
+    """Memory for one chunk, if its rows are scattered, or laid out otherwise, in the whole."""
     ones: Any
     scratch: Any
 
     def add(self, chunk: _Chunk, grad: Any, weight: Any, block: slice, *, first: bool) -> None:
-        """Multiply the gradient of a block of classes."""
+        """Multiply the gradient of a block of classes, and add the products up."""
         add, count, grad = self.own.add_product, chunk.hidden.shape[0], self.own.packed(grad)
         if self.wanted.input:
             add(grad, weight, self._input(chunk), block.start == 0, self.scratch)
@@ -159,8 +159,8 @@ class _Back(NamedTuple):
         return self.of_input[: chunk.hidden.shape[0]]
 
 
-def _kept(call: Call, own: Memory) -> Any:
-    """Give the numbers of the rows that count, where some do not and a look tells which."""
+def _kept(call: HeadCall, own: Products) -> Any:
+    """Return the numbers of the rows that count; None if all do, or if looking would wait."""
     counted = call.counted
     if counted is None or not call.whole.library.is_at_hand(counted):
         return None
@@ -169,11 +169,11 @@ def _kept(call: Call, own: Memory) -> Any:
 
 
 def _chunks(
-    call: Call, own: Memory, kept: Any, spans: list[slice], cotangent: Any
+    call: HeadCall, own: Products, kept: Any, spans: list[slice], cotangent: Any
 ) -> Iterator[_Chunk]:
     whole, hidden, target = call.whole, call.hidden, call.target
     sample_weight = call.sample_weight
-    # Nobody looks at a mask on an accelerator, but 0 times an infinity would be nan there.
+    # A mask on an accelerator is not looked at, but 0 times an infinity would be nan.
     counted = None if kept is not None else call.counted
     for span in spans:
         places = span if kept is None else kept[span]

@@ -1,8 +1,8 @@
-"""jax's transformations: chunks as the steps of a scan, and derivatives that are made beside them.
+"""jax's transformations: chunks as the steps of a scan, which also computes the derivatives.
 
-The rule is one of tangents, so that every transformation goes through it; in reverse mode the
-gradients are made with the loss and only multiplied later. Of the losses of rows, reduction 'none',
-the steps are computed a second time.
+The rule is one of tangents, so that every transformation works with it; in reverse mode the
+gradients are computed with the loss and only scaled later. For reduction 'none' the steps are
+computed a second time.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from polyce.arrays import jax_mesh
 from polyce.call.problem import Head, Operands
 from polyce.graphs import jax_rows
 from polyce.linear import compute, jax_scan, unfused
-from polyce.linear.call import NONE, Call, Gradients
+from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def loss(call: Call) -> Any:
-    """Give the loss, with its derivative rule."""
+def loss(call: HeadCall) -> Any:
+    """Compute the loss, with its derivative rule."""
     plan, whole = call.planned().plan, call.whole
     call = jax_scan.with_plain_labels(call, plan)
-    facts = call.without_arrays()
+    bare = call.without_arrays()
     if whole.options.reduction == "none":
 
         def rows(hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
-            losses = _rows(facts, rest._replace(logits=hidden), Head(weight, bias))
+            losses = _rows(bare, rest._replace(logits=hidden), Head(weight, bias))
             return jnp.reshape(losses, whole.row_shape)
 
         result = jax_mesh.automatically(
             rows, _rows_spec(call), *_inputs(call), _constant(_rest(call))
         )
         return whole.library.cast(result, whole.result_dtype)
-    total = jax_mesh.automatically(partial(_total, facts), P(), *_inputs(call), _rest(call))
+    total = jax_mesh.automatically(partial(_total, bare), P(), *_inputs(call), _rest(call))
     if whole.options.reduction == "mean":
         total = total / plan.denominator
     return whole.library.cast(total, whole.result_dtype)
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted, cut from any derivative."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Compute the loss and the gradients wanted, cut from any derivative."""
     call = jax_scan.with_plain_labels(call, call.planned().plan)
     like = Gradients(*_inputs(call))
     pairs = zip(like, wanted, strict=True)
@@ -57,36 +57,36 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     return jax_mesh.automatically(compute_all, (_rows_spec(call), specs), call.operands, call.head)
 
 
-def _rows_spec(call: Call) -> Any:
-    """Tell how a loss is spread over a mesh: that of each row as the row is."""
+def _rows_spec(call: HeadCall) -> Any:
+    """Return how a loss is sharded over a mesh: losses of rows as the rows are."""
     by_row = call.whole.options.reduction == "none"
     return P(*jax_mesh.spec(call.operands.logits)[:-1]) if by_row else P()
 
 
-def _inputs(call: Call) -> tuple[Any, ...]:
+def _inputs(call: HeadCall) -> tuple[Any, ...]:
     return call.operands.logits, *call.head
 
 
-def _rest(call: Call) -> Operands:
+def _rest(call: HeadCall) -> Operands:
     return call.operands._replace(logits=None, normalizer=None, grad_output=None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(facts: Call, hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
-    """Give the sum of the rows' losses."""
-    rows, _ = jax_scan.traced(facts, NONE, rest._replace(logits=hidden), Head(weight, bias), None)
+def _total(bare: HeadCall, hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
+    """Compute the sum of the rows' losses."""
+    rows, _ = jax_scan.traced(bare, NONE, rest._replace(logits=hidden), Head(weight, bias), None)
     return jnp.sum(rows)
 
 
 @partial(_total.defjvp, symbolic_zeros=True)
-def _total_jvp(facts: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     hidden, weight, bias, rest = primals
     *inputs, of_rest = tangents
     _refuse(of_rest)
     wanted = Gradients(*(not _is_constant(tangent) for tangent in inputs))
     operands, head = rest._replace(logits=hidden), Head(weight, bias)
-    rows, found = jax_scan.traced(facts, wanted, operands, head, None)
-    counted = jax_scan.described(facts, operands, head).counted
+    rows, found = jax_scan.traced(bare, wanted, operands, head, None)
+    counted = jax_scan.described(bare, operands, head).counted
     parts = []
     for grad, given in zip(found, inputs, strict=True):
         if grad is None:
@@ -98,7 +98,7 @@ def _total_jvp(facts: Call, primals: Any, tangents: Any) -> tuple[Any, Any]:
     total = jnp.sum(rows)
     tangent = sum(parts, start=jnp.zeros_like(total))
     if counted is not None:
-        # Selected, for the cotangent is infinite where no row counts.
+        # Selected: the cotangent is infinite if no row counts.
         tangent = jnp.where(jnp.any(counted), tangent, 0.0)
     return total, tangent
 
@@ -120,7 +120,7 @@ def _is_constant(tangent: Any) -> bool:
 
 @jax.custom_jvp
 def _constant(rest: Operands) -> Operands:
-    """Give arrays that no derivative may come through."""
+    """Return arrays through which no derivative may pass."""
     return rest
 
 
@@ -132,10 +132,10 @@ def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _rows(facts: Call, operands: Operands, head: Head) -> Any:
-    """Give the rows' losses, whose derivatives compute each chunk's logits again."""
-    call = replace(facts, operands=operands, head=head)
-    # The gradient adds up in what goes into the scan.
+def _rows(bare: HeadCall, operands: Operands, head: Head) -> Any:
+    """Compute the rows' losses, whose derivatives compute each chunk's logits again."""
+    call = replace(bare, operands=operands, head=head)
+    # The gradient is summed in the dtype of what goes into the scan.
     weight = call.whole.library.cast(head.weight, call.sum_dtype)
     of_rows = (call.hidden, call.target, call.sample_weight)
     of_all = (operands.weight, weight, head.bias)

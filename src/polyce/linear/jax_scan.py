@@ -13,19 +13,19 @@ from polyce.arrays import dtypes
 from polyce.call.problem import Head, Operands
 from polyce.formula.targets import Plan
 from polyce.linear import by_steps, chunks
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def run(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Give what `in_place.run` gives."""
+def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+    """Compute what `in_place.run` does."""
     call = with_plain_labels(call, call.plan)
     return traced(call.without_arrays(), wanted, call.operands, call.head, cotangent)
 
 
-def with_plain_labels(call: Call, plan: Plan) -> Call:
-    """Give the call with labels of jax's own: -1 where a row does not count, C where one is bad.
+def with_plain_labels(call: HeadCall, plan: Plan) -> HeadCall:
+    """Return the call with jax labels: -1 for a row that does not count, C for a bad label.
 
-    Those of a caller may be NumPy's, of values that jax without 64-bit types does not have.
+    The caller's may be NumPy labels, with values that jax without 64-bit types cannot hold.
     """
     whole = call.whole
     if whole.kind != "index":
@@ -41,8 +41,8 @@ def with_plain_labels(call: Call, plan: Plan) -> Call:
     return replace(call, whole=whole, operands=call.operands._replace(target=label))
 
 
-def spans(call: Call) -> tuple[int, int]:
-    """Give how many chunks are full, and the rows of the last one that is not."""
+def spans(call: HeadCall) -> tuple[int, int]:
+    """Return how many chunks are full, and the rows of the last one that is not."""
     return divmod(call.chunks.total, call.chunks.rows)
 
 
@@ -51,19 +51,19 @@ def cut(array: Any, start: Any, rows: int) -> Any:
     return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
 
 
-def described(facts: Call, operands: Operands, head: Head) -> Call:
-    """Give a call whose rows are not reduced, with what its target means."""
-    whole = facts.whole.with_options(reduction="none")._replace(normalized=False)
-    return replace(facts, whole=whole, operands=operands, head=head).planned()
+def described(bare: HeadCall, operands: Operands, head: Head) -> HeadCall:
+    """Return the call with arrays and with its target read, but without reduction."""
+    whole = bare.whole.with_options(reduction="none")._replace(normalized=False)
+    return replace(bare, whole=whole, operands=operands, head=head).planned()
 
 
-# What is traced depends on the facts alone, and so is traced once for each.
+# The trace depends on the bare call alone, so each call is traced once.
 @partial(jax.jit, static_argnums=(0, 1))
 def traced(
-    facts: Call, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
+    bare: HeadCall, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
 ) -> tuple[Any, Gradients]:
-    """Return the losses of all rows and the gradients wanted, as they add up."""
-    call = described(facts, operands, head)
+    """Compute the losses of all rows, and the sums of the gradients wanted."""
+    call = described(bare, operands, head)
     of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
 
     def step(sums: Gradients, start: Any, rows: int) -> tuple[Gradients, Any]:
@@ -91,11 +91,11 @@ def traced(
     return rows, sums._replace(input=of_input)
 
 
-def _add_product(call: Call, total: Any, grad: Any, hidden: Any) -> Any:
+def _add_product(call: HeadCall, total: Any, grad: Any, hidden: Any) -> Any:
     """Add a chunk's part of the head's gradient, on a CPU by blocks of classes.
 
-    XLA adds no product in place there: it would hold one as large as the head. With several devices
-    the classes may lie on several, and a block then on none.
+    XLA cannot add a product in place there, and would hold one as large as the head. With several
+    devices the classes may be sharded, and blocks would cut across the shards.
     """
     width, classes = call.chunks.classes, call.whole.classes
     is_alone = chunks.limits_of(call.whole) is chunks.CPU and jax.device_count() == 1
@@ -113,14 +113,14 @@ def _add_product(call: Call, total: Any, grad: Any, hidden: Any) -> Any:
 
 
 def flat(parts: Any) -> Any:
-    """Put the rows of chunks, (chunks, rows, ...), into one axis."""
+    """Reshape the rows of chunks, (chunks, rows, ...), into one axis."""
     if parts is None:
         return None
     return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
 
 
-def _zeros(call: Call, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
-    """Give what the head's gradient is added to, for whatever axes of a mesh it will vary over."""
+def _zeros(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
+    """Return zeros to sum the head's gradient in, varying over the same mesh axes as the arrays."""
     given = jax.tree.leaves((call.operands, call.head, cotangent))
     zero = sum(jnp.zeros_like(array, call.sum_dtype, shape=()) for array in given)
     shapes = ((call.whole.classes, call.features), (call.whole.classes,))

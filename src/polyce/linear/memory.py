@@ -1,4 +1,4 @@
-"""How a library's arrays are made, and multiplied into memory that is there."""
+"""A library's matrix products into existing memory, and what they need of its arrays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Memory(NamedTuple):
-    """How a library's arrays are made, and multiplied into memory that is there."""
+class Products(NamedTuple):
+    """A library's matrix products into existing memory, and what they need of its arrays."""
 
     empty: Callable[..., Any]
     """(shape, dtype, like) -> array on the device of `like`"""
@@ -18,15 +18,15 @@ class Memory(NamedTuple):
     add_product: Callable[..., Any]
     """(a, b, total, first, scratch): total = a @ b the first time, then total += a @ b"""
     packed: Callable[[Any], Any]
-    """A matrix as products take it without a copy of their own."""
+    """A matrix in a layout that products take without copying it."""
     nonzero: Callable[[Any], Any]
-    """Numbers of the entries of a mask that are True."""
+    """Indices of the entries of a mask that are True."""
     has_scratch: bool
-    """Whether `add_product` wants memory for a product of its own."""
+    """Whether `add_product` needs memory for the product itself."""
 
 
-def of_arrays(xp: Any) -> Memory:
-    """Return what is known of NumPy's arrays, or of CuPy's, by the library's namespace."""
+def of_arrays(xp: Any) -> Products:
+    """Return the products of NumPy, or of CuPy, by the library's namespace."""
 
     def multiply(a: Any, b: Any, bias: Any, out: Any) -> None:
         xp.matmul(a, b, out=out)
@@ -42,11 +42,11 @@ def of_arrays(xp: Any) -> Memory:
         xp.add(total, product, out=total)
 
     def packed(array: Any) -> Any:
-        # BLAS takes any distance between rows, CuPy none.
+        # BLAS takes any distance between rows, CuPy only contiguous ones.
         is_packed = xp is np and array.strides[-1] == array.itemsize
         return array if is_packed else xp.ascontiguousarray(array)
 
-    return Memory(
+    return Products(
         empty=lambda shape, dtype, like: xp.empty(shape, dtype),
         multiply=multiply,
         add_product=add_product,

@@ -1,4 +1,4 @@
-"""torch's products into memory that is there."""
+"""torch's matrix products into existing memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from polyce.linear.memory import Memory
+from polyce.linear.memory import Products
 
-# Whether torch gives a product of 16 bits in 32 on CUDA: from 2.8 on. For ROCm it has the argument
-# too, and some versions refuse it. Otherwise a product is rounded to 16 bits, and added in 32.
+# Whether torch returns products of 16 bits in 32 bits on CUDA: from 2.8 on. On ROCm the argument
+# exists, but some versions refuse it. Otherwise a product is rounded to 16 bits, then added in 32.
 _HAS_WIDE_PRODUCTS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
@@ -37,7 +37,7 @@ def _add_product(
         total.add_(product)
 
 
-MEMORY = Memory(
+PRODUCTS = Products(
     empty=lambda shape, dtype, like: torch.empty(shape, dtype=dtype, device=like.device),
     multiply=_multiply,
     add_product=_add_product,

@@ -10,7 +10,7 @@ from polyce.call.options import shown
 from polyce.linear.functional import linear_cross_entropy
 
 LEAF = "torch.nn"
-"""What torch.fx reads, as the `__module__` of an object, on modules that are not to be traced."""
+"""The `__module__` by which torch.fx knows modules that it should not trace into."""
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -51,8 +51,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     Notes
     -----
-    There is no ``out_features``: hidden states may have any axes before their last, so that heads
-    of several outputs are as many calls. torch's ``options`` choose chunks, as `chunk_size` does.
+    There is no ``out_features``: for a head of several outputs call it once for each. Hidden states
+    may have any axes before their last. torch's ``options`` choose chunks, as `chunk_size` does.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""A call as an operator of torch, for torch.compile to put into its graph.
+"""A call as a torch operator, which torch.compile puts into its graph.
 
-torch calls an operator with its arguments alone, so that a call is described in them again. It
-gives the loss, and of what is wanted the gradients as they were added up, with the factor that they
-lack; what is not there is an empty tensor.
+torch passes an operator nothing but its arguments, so they describe the call again. It returns the
+loss, the sums of the gradients wanted, and a factor still to be applied to these; an absent result
+is an empty tensor.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from polyce.graphs import torch_state
 from polyce.implementations import torch_ops
 from polyce.linear import compute
-from polyce.linear.call import NONE, Call, Gradients, describe
+from polyce.linear.call import NONE, Gradients, HeadCall, describe
 
 
 class _Asked(NamedTuple):
-    """What the operator takes beside tensors, in the order of its schema."""
+    """What the operator takes besides tensors, in the order of its schema."""
 
     wanted: Gradients
     options: tuple[Any, ...]
@@ -30,13 +30,13 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, values: tuple[Any, ...]) -> _Asked:
-        """Read what stands in the arguments behind the tensors."""
+        """Read the arguments after the tensors."""
         wanted, rest = values[:_PARAMETERS], values[_PARAMETERS:]
         options, rest = rest[: torch_ops.OPTION_COUNT], rest[torch_ops.OPTION_COUNT :]
         return cls(Gradients(*wanted), options, *rest)
 
     def values(self) -> tuple[Any, ...]:
-        """Return what `of` reads."""
+        """Return the arguments that `of` reads."""
         return *self.wanted, *self.options, *self[2:]
 
 
@@ -51,26 +51,26 @@ _COUNT = 8
 _PARAMETERS = 3
 
 
-def loss(call: Call) -> Any:
-    """Give the loss of a call as part of a graph."""
+def loss(call: HeadCall) -> Any:
+    """Compute the loss of a call as part of a graph."""
     given = (call.operands.logits, *call.head)
     wanted = NONE
     if call.whole.options.reduction != "none":
-        wanted = Gradients(*map(torch_state.waits, given))
+        wanted = Gradients(*map(torch_state.needs_gradient, given))
     return _operator(*_arguments(call, wanted))[0]
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Give the loss and the gradients wanted as parts of a graph, without their own."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Compute the loss and the gradients wanted as parts of a graph, without derivatives."""
     result, *sums, factor = _operator(*_arguments(call, wanted))
     return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
 
 
-def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
+def _arguments(call: HeadCall, wanted: Gradients) -> tuple[Any, ...]:
     whole, operands = call.whole, call.operands
     parameters = []
     for tensor in (operands.logits, *call.head):
-        # The autocast that is on now need not be on when the operator runs.
+        # The autocast that is on now may be off when the operator runs.
         dtype = None if tensor is None else whole.library.factor_dtype(tensor.dtype, tensor)
         is_cast = dtype is not None and dtype != tensor.dtype
         parameters.append(tensor.to(dtype) if is_cast else tensor)
@@ -82,16 +82,16 @@ def _arguments(call: Call, wanted: Gradients) -> tuple[Any, ...]:
     return *parameters, *rest, *asked.values()
 
 
-def _tensor(number: Any, call: Call) -> Any:
-    """Give a number as a tensor, which does not become a constant of the graph."""
+def _tensor(number: Any, call: HeadCall) -> Any:
+    """Return a number as a tensor, which does not become a constant of the graph."""
     if not isinstance(number, float):
         return number
     device = call.operands.logits.device
     return torch.ones((), dtype=call.whole.row_dtype, device=device) * number
 
 
-def _described(arguments: tuple[Any, ...]) -> tuple[Call, Gradients]:
-    """Describe the call that the arguments of the operator are of."""
+def _described(arguments: tuple[Any, ...]) -> tuple[HeadCall, Gradients]:
+    """Describe the call that the operator's arguments belong to."""
     hidden, linear_weight, linear_bias, target, *rest = arguments[:_COUNT]
     weight, sample_weight, normalizer, cotangent = rest
     asked = _Asked.of(arguments[_COUNT:])
@@ -120,8 +120,8 @@ def _compute(*arguments: Any) -> tuple[Any, ...]:
     return result, *_filled(call, sums, factor)
 
 
-def _filled(call: Call, sums: Gradients, factor: Any) -> list[Any]:
-    """Give results as an operator does, an empty tensor for what is not there."""
+def _filled(call: HeadCall, sums: Gradients, factor: Any) -> list[Any]:
+    """Return results in the operator's form, with an empty tensor for what is absent."""
     like = call.operands.logits
     if isinstance(factor, float):
         factor = like.new_full((), factor, dtype=call.whole.row_dtype)
@@ -129,7 +129,7 @@ def _filled(call: Call, sums: Gradients, factor: Any) -> list[Any]:
 
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
-    """Give results without values, as `_compute` gives them."""
+    """Return results without values, in the form of `_compute`."""
     torch_ops.check_imagined(*arguments[:_COUNT])
     call, wanted = _described(arguments)
     like, whole = call.operands.logits, call.whole
@@ -150,7 +150,7 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
 def _finished(
     wanted: Gradients, given: tuple[Any, ...], sums: Any, factor: Any, cotangent: Any
 ) -> Gradients:
-    """Give the gradients wanted, in operations of torch, where the sums may not be written."""
+    """Return the gradients wanted, by torch operations, since the sums must not be overwritten."""
     scales = [scale for scale in (factor, cotangent) if scale is not None and scale.numel()]
 
     def finished(array: Any, like: Any) -> Any:
@@ -179,7 +179,7 @@ def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
     asked, given = ctx.asked, arguments[:_PARAMETERS]
     wanted = Gradients(*ctx.needs_input_grad[:_PARAMETERS])
     if torch_ops.options_of(asked.options).reduction == "none":
-        # Made anew, each row's with its own gradient.
+        # Computed again, each row's scaled by its own cotangent.
         arguments = (*arguments[: _COUNT - 1], cotangent)
         _, *sums, factor = _operator(*arguments, *asked._replace(wanted=wanted).values())
         cotangent = None

@@ -1,8 +1,8 @@
-"""torch's autograd: gradients are made with the loss, chunk by chunk, and wait for its own.
+"""torch's autograd: gradients are computed with the loss, chunk by chunk, and kept for backward.
 
-A mean or a sum has one gradient, by which those that wait are multiplied. The losses of rows have
-one each: of reduction 'none' the chunks are computed again, and so they are for a second backward
-pass. A gradient that will be differentiated is made of operations of torch, on all logits at once.
+A mean or a sum has one cotangent, by which the kept gradients are multiplied. With reduction 'none'
+each row has its own, so the chunks are computed again, as they are for a second backward pass. A
+gradient that will be differentiated is computed in torch operations, on all logits at once.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from polyce.arrays import torch_memory
 from polyce.call.problem import Head, Operands
 from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 
-def is_needed(call: Call) -> bool:
-    """Tell whether torch has to know of a call: it compiles it, or a gradient waits for it."""
+def is_needed(call: HeadCall) -> bool:
+    """Tell whether a call goes on torch's graph, or into one that torch compiles."""
     given = (call.operands.logits, *call.head, call.operands.normalizer)
     return call.whole.is_compiling or any(
-        isinstance(array, torch.Tensor) and torch_state.waits(array) for array in given
+        isinstance(array, torch.Tensor) and torch_state.needs_gradient(array) for array in given
     )
 
 
-def loss(call: Call) -> Any:
-    """Compute the loss, on torch's graph if something waits for a gradient."""
+def loss(call: HeadCall) -> Any:
+    """Compute the loss, on torch's graph if something requires a gradient."""
     normalizer = call.operands.normalizer
-    if isinstance(normalizer, torch.Tensor) and torch_state.waits(normalizer):
-        # torch divides, and so differentiates by the normalizer.
+    if isinstance(normalizer, torch.Tensor) and torch_state.needs_gradient(normalizer):
+        # torch divides, so that it differentiates by the normalizer.
         whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
         total = loss(replace(call, whole=whole, operands=operands))
         return (total / normalizer).to(call.whole.result_dtype)
@@ -40,24 +40,24 @@ def loss(call: Call) -> Any:
 
         return torch_op.loss(call)
     arrays = (call.operands.logits, *call.head)
-    if not any(map(torch_state.waits, arrays)):
+    if not any(map(torch_state.needs_gradient, arrays)):
         return compute.loss(call)
     return _Loss.apply(*arrays, call)
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted, of a call that torch compiles."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Compute the loss and the gradients wanted of a call that torch compiles."""
     from polyce.linear import torch_op
 
     return torch_op.loss_and_gradients(call, wanted)
 
 
-def check(call: Call) -> None:
-    """Refuse tensors that wait for a gradient which there is none of here."""
+def check(call: HeadCall) -> None:
+    """Refuse tensors that require a gradient which is not computed here."""
     operands = call.operands
     for name in ("target", "weight", "sample_weight"):
         tensor = getattr(operands, name)
-        if torch_state.waits(tensor):
+        if torch_state.needs_gradient(tensor):
             raise TypeError(
                 "linear_cross_entropy has gradients of input, linear_weight and linear_bias, but "
                 f"{name} requires grad; pass {name}.detach(), or give the logits to cross_entropy"
@@ -66,7 +66,7 @@ def check(call: Call) -> None:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: Call) -> Any:
+    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: HeadCall) -> Any:
         call = call.detached(torch_rows.detach)
         operands = call.operands
         number = operands.normalizer
@@ -99,18 +99,18 @@ class _Loss(torch.autograd.Function):
             head=Head(weight, bias),
         )
         wanted = Gradients(*ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling() or torch_state.wants_operations(cotangent):
+        if torch.compiler.is_compiling() or torch_state.needs_operations(cotangent):
             return *_differentiable(call, wanted), None
-        # It is handed on, for nobody else to hold: a second pass makes its own.
+        # Scaled in place below, so it is not kept: a second pass computes its own.
         waiting, ctx.waiting = ctx.waiting, None
         call = call.detached(torch_rows.detach)
         if waiting is None:
             return *compute.loss_and_gradients(call, wanted)[1], None
-        # On an accelerator nobody looks whether it is 1.
+        # On an accelerator, looking whether it is 1 would wait.
         is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
         return *compute.finish(call, *waiting, None if is_one else cotangent), None
 
 
-def _differentiable(call: Call, wanted: Gradients) -> Gradients:
+def _differentiable(call: HeadCall, wanted: Gradients) -> Gradients:
     operands = call.operands._replace(logits=unfused.logits(call))
     return unfused.gradients(call, wanted, torch_calls.gradient(call.whole, operands))

@@ -1,7 +1,7 @@
-"""The loss of all logits at once, where chunks would not do.
+"""The loss of all logits at once, where chunks cannot be used.
 
-So it is for libraries that cut and fuse for themselves, and where torch wants to see operations:
-under its transforms, in forward mode, for export, and to differentiate a gradient.
+This is for libraries that cut and fuse for themselves, and wherever torch needs operations of its
+own: under transforms, in forward mode, for export, and to differentiate a gradient.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Any
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
 from polyce.implementations.registry import select
-from polyce.linear.call import Call, Gradients
+from polyce.linear.call import Gradients, HeadCall
 
 WHY = "no chunks: operations on all logits at once, which is what the arrays need here"
-"""What `explain` says of it."""
+"""What `explain` says about it."""
 
 
 def is_wanted(problem: Problem) -> bool:
-    """Tell whether a call is computed so."""
+    """Tell whether a call has to be computed on all logits at once."""
     if not problem.library.cuts_heads:
         return True
     return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
 
 
-def loss(call: Call) -> Any:
+def loss(call: HeadCall) -> Any:
     """Compute the loss, on the library's graph where it has one."""
     problem, operands = _described(call)
     result, _ = select(problem, call.name).cross_entropy(problem, operands)
     return call.whole.library.cast(result, call.whole.result_dtype)
 
 
-def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Compute the loss and the gradients wanted."""
     problem, operands = _described(call)
     path = select(problem, call.name)
@@ -40,10 +40,10 @@ def loss_and_gradients(call: Call, wanted: Gradients) -> tuple[Any, Gradients]:
     return result, gradients(call, wanted, grad)
 
 
-def _described(call: Call) -> tuple[Problem, Operands]:
+def _described(call: HeadCall) -> tuple[Problem, Operands]:
     """Describe the call on all logits."""
     whole, given = call.whole, call.operands
-    # Whether there are labels to look at has been decided.
+    # Whether labels are checked has been decided already.
     options = whole.options._replace(axis=-1, stats=False, validate=whole.check_labels or None)
     return describe(
         logits(call),
@@ -56,8 +56,8 @@ def _described(call: Call) -> tuple[Problem, Operands]:
     )
 
 
-def logits(call: Call) -> Any:
-    """Give the logits, in the dtype that products are computed in."""
+def logits(call: HeadCall) -> Any:
+    """Compute the logits, in the dtype of the product."""
     xp, dtype = call.whole.xp, call.whole.logits_dtype
     weight = call.whole.library.cast(call.head.weight, dtype)
     product = xp.matmul(_states(call), weight.T, **call.product_options)
@@ -65,16 +65,16 @@ def logits(call: Call) -> Any:
     return product if bias is None else product + call.whole.library.cast(bias, dtype)
 
 
-def _states(call: Call) -> Any:
-    """Give the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
+def _states(call: HeadCall) -> Any:
+    """Return the hidden states, 0 in rows that do not count, which may hold infinities and nans."""
     whole = call.whole.with_options(reduction="none")._replace(check_labels=False)
     states = whole.library.cast(call.operands.logits, whole.logits_dtype)
     counted = targets.plan_rows(whole, call.operands._replace(weight=None)).counted
     return states if counted is None else whole.xp.where(counted, states, 0.0)
 
 
-def gradients(call: Call, wanted: Gradients, grad: Any) -> Gradients:
-    """Give the gradients wanted, from that of the logits, in operations that have derivatives."""
+def gradients(call: HeadCall, wanted: Gradients, grad: Any) -> Gradients:
+    """Compute the gradients wanted from that of the logits, in operations that have derivatives."""
     xp, dtype, head = call.whole.xp, call.whole.logits_dtype, call.head
     hidden = call.operands.logits
     of_input = of_weight = of_bias = None

@@ -1,4 +1,4 @@
-"""Exact answers kept in a folder, where test runs name one: the large ones take long."""
+"""Exact answers cached in a folder, if a test run names one: large ones take long."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .oracle import Answer
 VARIABLE = "POLYCE_ANSWERS"
 """The environment variable that names the folder."""
 LARGE = 1000
-"""How many logits a call has at least whose answer is kept."""
+"""Answers of calls with at least this many logits are kept."""
 
 
 def exact_answer(logits: Any, *arguments: Any, **options: Any) -> Answer:
-    """Return what `oracle.exact_answer` does, found in the folder if it lies there."""
+    """Return what `oracle.exact_answer` does, from the folder if it is there."""
     folder = os.environ.get(VARIABLE)
     if not folder or logits.size < LARGE:
         return oracle.exact_answer(logits, *arguments, **options)
@@ -33,7 +33,7 @@ def exact_answer(logits: Any, *arguments: Any, **options: Any) -> Answer:
         return kept
     answer = oracle.exact_answer(logits, *arguments, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Other processes see the whole file or none.
+    # Other processes see the whole file or no file.
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         pickle.dump(answer, file)
     os.replace(file.name, path)
@@ -41,14 +41,14 @@ def exact_answer(logits: Any, *arguments: Any, **options: Any) -> Answer:
 
 
 def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """Tell calls apart, and the oracles that answered them."""
+    """Return a key of the call and of the oracle's source."""
     key = hashlib.sha256(_oracle())
     for name, value in (*enumerate(arguments), *sorted(options.items())):
-        facts: tuple[Any, ...] = (name, value)
+        described: tuple[Any, ...] = (name, value)
         if isinstance(value, np.ndarray):
-            facts = (name, value.dtype.name, value.shape)
+            described = (name, value.dtype.name, value.shape)
             key.update(value.tobytes())
-        key.update(repr(facts).encode())
+        key.update(repr(described).encode())
     return key.hexdigest()
 
 

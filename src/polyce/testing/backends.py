@@ -1,7 +1,7 @@
 """The array libraries that the conformance grid can be run on.
 
-A library is imported when its backend is asked for, and not before. One that is missing is an
-ImportError: nothing is skipped silently.
+A library is imported when its backend is asked for, not before. A missing one is an ImportError:
+nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Backend:
     Attributes
     ----------
     name : str
-        The backend's name; its own accuracy, where it has one, is found by it.
+        The backend's name, by which its own accuracy, if it has one, is found.
     asarray : callable
         NumPy array to the library's array, in memory of its own or in the memory given. It
         keeps the strides where the library can express them.
@@ -36,7 +36,7 @@ class Backend:
     floats, integers : tuple of str
         Names of the dtypes that the library has.
     stand_ins : dict
-        Integer dtypes that the library lacks, with the one that its users have in their place.
+        Integer dtypes that the library lacks, each with the one that its users use instead.
         Labels that fit are converted.
     quiet : bool
         Whether a RuntimeWarning during a call counts as a failure.
@@ -55,7 +55,7 @@ class Backend:
     notes: dict[str, str] = field(default_factory=dict)
 
     def expressible(self, array: Array) -> tuple[Array, str]:
-        """Return an array in a dtype that the library has, or the reason why there is none.
+        """Return an array in a dtype that the library has, or the reason why that is impossible.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ def _torch() -> Backend:
             return asarray(array.view(np.int16)).view(torch.bfloat16)
         if array.size == 0 or min(array.strides, default=0) < 0:
             return torch.from_numpy(array.copy())
-        # The memory between the elements goes along, so that the strides can stay what they are.
+        # The memory between the elements is copied too, so that the strides are kept.
         steps = [step // array.itemsize for step in array.strides]
         extent = 1 + sum((n - 1) * step for n, step in zip(array.shape, steps, strict=True))
         memory = np.lib.stride_tricks.as_strided(array, (extent,), (array.itemsize,)).copy()
@@ -172,7 +172,7 @@ def dask(axis: int | None = None, size: int = 2, name: str = "dask") -> Backend:
         return da.from_array(array, chunks=tuple(chunks))
 
     def to_numpy(array: Any) -> Array:
-        # NumPy computes here what dask put off; its warnings are not about the call any more.
+        # NumPy computes here what dask has deferred; its warnings are no longer about the call.
         with np.errstate(all="ignore"):
             return np.asarray(array.compute(scheduler="synchronous"))
 
@@ -202,7 +202,7 @@ def _ndonnx() -> Backend:
     return Backend(
         "ndonnx",
         lambda array: ndx.asarray(array.copy()),
-        # Arrays made of known values know their own; what they were made by ran in onnxruntime.
+        # Arrays computed from known values have values too, computed by onnxruntime.
         lambda array: np.asarray(array.unwrap_numpy()),
         lambda result: isinstance(result, ndx.Array),
         floats=WITHOUT_BFLOAT16,
@@ -211,7 +211,7 @@ def _ndonnx() -> Backend:
 
 def _cubed() -> Backend:
     cubed = importlib.import_module("cubed")
-    # In one thread and in memory: what is computed here is small and much.
+    # In one thread and in memory: there are many small computations.
     spec = cubed.Spec(allowed_mem="500MB", executor_name="single-threaded", intermediate_store={})
 
     def asarray(array: Array) -> Any:
@@ -223,7 +223,7 @@ def _cubed() -> Backend:
         return cubed.from_array(array.copy(), chunks=tuple(max(1, n) for n in chunks), spec=spec)
 
     def to_numpy(array: Any) -> Array:
-        # NumPy computes here what cubed put off; its warnings are not about the call any more.
+        # NumPy computes here what cubed has deferred; its warnings are no longer about the call.
         with np.errstate(all="ignore"):
             return np.asarray(array.compute())
 
@@ -241,7 +241,7 @@ def _mlx() -> Backend:
 
     def asarray(array: Array) -> Any:
         if array.size == 0:
-            # Computing with an empty array that was NumPy's deadlocks now and then.
+            # Computing with an empty array from NumPy sometimes deadlocks.
             return mx.zeros(array.shape, dtype=getattr(mx, array.dtype.name))
         array = array.copy(order="C")
         if array.dtype.name == "bfloat16":
@@ -268,10 +268,10 @@ def _mparray() -> Backend:
 
     def to_numpy(array: Any) -> Array:
         if xp.isdtype(array.dtype, "real floating"):
-            # Numbers there have no largest one; what the dtype cannot hold is infinity in it.
+            # mpmath's numbers have no upper limit; those beyond the dtype become infinity.
             with np.errstate(over="ignore"):
                 values = np.asarray(array._data, np.float64)
-                # mpmath's nan becomes one with a sign.
+                # mpmath's nan is converted to one with a sign.
                 return np.where(np.isnan(values), np.nan, values).astype(array.dtype)
         return np.asarray(array._data, array.dtype)
 
@@ -323,7 +323,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 
 
 def get_backend(name: str) -> Backend:
-    """Return a backend; ValueError for a name that is none, ImportError without its library.
+    """Return a backend; ValueError for an unknown name, ImportError without its library.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One case of the conformance grid, and the memory layouts that its arrays can be given."""
+"""One case of the conformance grid, and the memory layouts that its arrays can have."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Case:
     group : str
         The group of the grid that it belongs to.
     logits, target, weight : ndarray
-        The arrays of the call. They are read-only: `arrange` makes the copies to hand out.
+        The arrays of the call. They are read-only: `arrange` makes the copies to pass.
     options : mapping
-        Keyword arguments of the call that are no arrays: reduction, label_smoothing,
+        Keyword arguments of the call that are not arrays: reduction, label_smoothing,
         ignore_index, axis, validate, normalizer as a number, z_loss, logit_scale, logit_softcap
         and return_stats.
     grad_output : ndarray, float or None
         The gradient that flows in.
     layout, target_layout : str
-        The memory layouts in which logits and target are to be handed over, see `arrange`.
+        The memory layouts in which logits and target are passed, see `arrange`.
     sample_weight, normalizer : ndarray
-        More arrays of the call; the normalizer has no dimension.
+        More arrays of the call; the normalizer is 0-d.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The arrays of the call by the name of their argument, without absent ones."""
+        """Return the arrays of the call by the names of their arguments, without absent ones."""
         candidates = {
             "input": self.logits,
             "target": self.target,
@@ -74,17 +74,17 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Whether the target holds class indices or probabilities: "index" or "probability"."""
+        """Return what the target holds: "index" for class indices, or "probability"."""
         return "probability" if is_float(self.target) else "index"
 
     @property
     def asks_for_stats(self) -> bool:
-        """Whether the call returns stats at all."""
+        """Tell whether the call returns stats at all."""
         return self.options.get("return_stats", False) is not False
 
     @property
     def stats_names(self) -> tuple[str, ...]:
-        """The stats that the call asks for by name."""
+        """Return the names of the stats that the call asks for."""
         asked = self.options.get("return_stats", False)
         if isinstance(asked, bool):
             return STATS if asked else ()
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def shape_key(self) -> str:
-        """The shapes and dtypes of the call; a library that compiles, compiles once for each."""
+        """Return the shapes and dtypes of the call; a compiler compiles once for each of these."""
         return " ".join(
             f"{name}:{'x'.join(map(str, a.shape))}:{a.dtype.name}"
             for name, a in self.arrays.items()
@@ -100,7 +100,7 @@ class Case:
 
     @cached_property
     def answer(self) -> Answer:
-        """The exact answer, computed when first asked for."""
+        """Return the exact answer, computed when first asked for."""
         given: dict[str, Any] = {"sample_weight": self.sample_weight, "normalizer": self.normalizer}
         given |= {k: v for k, v in self.options.items() if k not in ("validate", "return_stats")}
         return exact_answer(

@@ -24,7 +24,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of the grid consisted of.
+    """Which cases of the grid ran.
 
     Attributes
     ----------
@@ -35,8 +35,8 @@ class Report:
     ran : mapping
         How many cases ran, by group.
     left_out : mapping
-        The names of the cases that did not run, by reason. A reason without names stands for
-        cases that could not be built.
+        The names of the cases that did not run, by reason. A reason without names is for cases
+        that could not be built.
     """
 
     implementation: str | None
@@ -62,7 +62,7 @@ class Functions:
     Attributes
     ----------
     cross_entropy, cross_entropy_with_grad : callable
-        They are called as polyce's functions are, with arrays by position or by name.
+        They are called like polyce's functions, with arrays by position or by name.
     """
 
     cross_entropy: Callable[..., Any]
@@ -84,16 +84,16 @@ def check_implementation(
 
     Every case of the grid goes through `polyce.cross_entropy` and
     `polyce.cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
-    checked, those of the stats as well where a case asks for some, and that the arrays passed in
-    are unchanged.
+    checked, also those of the stats if a case asks for some, and that the arrays passed in are
+    unchanged.
 
     Parameters
     ----------
     name : str or None
         Passed as ``implementation=``; None leaves the choice to polyce.
     backend : str or Backend, optional
-        The array library: a name from `BACKENDS`, or one's own converters. By default NumPy, or
-        what the implementation takes where it does not take that, as torch for 'triton'.
+        The array library: a name from `BACKENDS`, or your own converters. By default NumPy, or a
+        library that the implementation takes if it does not take NumPy, such as torch for 'triton'.
     groups, dtypes, few_shapes
         Which part of the grid to run, see `cases`.
     wrap : callable, optional
@@ -102,8 +102,8 @@ def check_implementation(
     functions : Functions, optional
         What to call in place of polyce's functions.
     leave_out : callable, optional
-        Gives the reason why a case is not for this implementation, or an empty text. The
-        report lists them.
+        Returns the reason why a case is not for this implementation, or an empty string. The
+        report lists these reasons.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def check_implementation(
     AssertionError
         If any case fails; with the first failures in numbers, and how many there are.
     ValueError
-        For an unknown backend, group or dtype, or if nothing at all ran.
+        For an unknown backend, group or dtype, or if no case ran.
     """
     if backend is None:
         backend = "numpy" if name is None or functions else _default_backend(name)
@@ -162,7 +162,7 @@ def _polyce_functions() -> Functions:
 
 
 def _given(case: Case, library: Backend) -> tuple[dict[str, Array], str]:
-    """Return a case's arrays as the library can have them, or the reason why it cannot."""
+    """Return a case's arrays in dtypes that the library has, or the reason why it cannot."""
     given = {}
     for key, array in case.arrays.items():
         given[key], reason = library.expressible(array)
@@ -195,7 +195,7 @@ def _failures(
     failures: list[str] = []
 
     def attempt(step: Callable[[], Any]) -> Any:
-        """Return the step's result, or write down why there is none and return None."""
+        """Return the step's result, or record why there is none and return None."""
         result, failure = outcome(step, library)
         if failure:
             failures.append(f"{case.name}: {failure}")
@@ -231,7 +231,7 @@ def _failures(
     check(functions.cross_entropy, ["cross_entropy"], forward, options)
     attempt(check_arguments)
     if failures:
-        # The gradient's errors would say the same again, or start from spoilt arrays.
+        # The gradient's failures would repeat these, or come from modified arrays.
         return failures
     names = ["loss of cross_entropy_with_grad", "grad"]
     check(functions.cross_entropy_with_grad, names, arrays, with_grad)
@@ -240,7 +240,7 @@ def _failures(
 
 
 def outcome(step: Callable[[], Any], library: Backend) -> tuple[Any, str]:
-    """Return a step's result and an empty text, or None and what it raised."""
+    """Return a step's result and an empty string, or None and what it raised."""
     try:
         with warnings.catch_warnings():
             if library.quiet:
@@ -248,7 +248,7 @@ def outcome(step: Callable[[], Any], library: Backend) -> tuple[Any, str]:
             return step(), ""
     except AssertionError as error:
         return None, str(error) or "AssertionError"
-    # Whatever it is, it is the failure of one case, and the others are still to run.
+    # Whatever it is, one case has failed, and the others still have to run.
     except Exception as error:  # noqa: BLE001
         return None, f"{type(error).__name__}: {error}"
 
@@ -259,7 +259,7 @@ def call_by_name(
     options: Mapping[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> Any:
-    """Call a function of arrays by their names, wrapped where it is a function of them alone."""
+    """Call a function with arrays by name; wrap it as a function of the arrays alone."""
     names = tuple(arrays)
 
     def of_arrays(*values: Any) -> Any:
@@ -281,7 +281,7 @@ def _check_grad(case: Case, library: Backend, grad: Any, what: str) -> None:
 
 
 def _check_stats(case: Case, library: Backend, stats: Any, what: str) -> None:
-    """Check the stats that were asked for, that no other one is there, and what rows count."""
+    """Check the stats that were asked for, that there are no others, and which rows count."""
     if getattr(stats, "_fields", None) != (*STATS, "valid"):
         raise AssertionError(f"{what}: {type(stats).__name__} is not ({', '.join(STATS)}, valid)")
     exact = case.answer.stats

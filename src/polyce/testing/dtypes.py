@@ -1,6 +1,6 @@
 """The floating formats of the conformance grid, as numbers: digits, ranges and spacings.
 
-`numpy.finfo` knows nothing of bfloat16, so the four formats are written down here.
+`numpy.finfo` does not know bfloat16, so the four formats are defined here.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class FloatFormat:
 
     @property
     def unit(self) -> float:
-        """Unit roundoff: the largest relative error of one rounding."""
+        """Return the unit roundoff: the largest relative error of one rounding."""
         return float(2.0**-self.digits)
 
     @property
     def tiny(self) -> float:
-        """Smallest normal number."""
+        """Return the smallest normal number."""
         return float(2.0**self.smallest)
 
     @property
     def subnormal(self) -> float:
-        """Spacing of the numbers around zero."""
+        """Return the spacing of the numbers around zero."""
         return float(2.0 ** (self.smallest - self.digits + 1))
 
     def spacing(self, values: Floats) -> Floats:
@@ -94,14 +94,14 @@ def missing() -> dict[str, str]:
 
 
 def is_float(array: Array) -> bool:
-    """Return whether the dtype is one of the four floating formats."""
+    """Tell whether the dtype is one of the four floating formats."""
     return array.dtype.name in FORMATS
 
 
 def promote(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
     """Return the floating dtype that some floating dtypes promote to.
 
-    float16 with bfloat16 gives float32; otherwise the widest wins.
+    float16 with bfloat16 is float32; otherwise the widest wins.
     """
     names = {item.name for item in dtypes}
     if len(names) == 1:

@@ -5,7 +5,7 @@ alone, little-endian, in C order whatever the layout of the case. Arrays that ca
 written once.
 
 A line of ``cases.txt`` that starts with ``#`` is a comment; every other line is one case, made of
-``key=value`` fields with one space in between; no value holds a space. The fields, in this order:
+``key=value`` fields separated by one space; no value contains a space. The fields, in this order:
 
 =================  ============================================================================
 name, group        of the case
@@ -69,7 +69,7 @@ def dump(directory: str | Path, cases: Iterable[Case] | None = None) -> Path:
     Parameters
     ----------
     directory : path
-        Where the files go; made if it is not there.
+        Where the files are written; created if it does not exist.
     cases : iterable of Case, optional
         The whole grid by default.
 

@@ -1,7 +1,7 @@
-"""The conformance grid: every call that every implementation has to answer alike.
+"""The conformance grid: the calls that every implementation has to answer alike.
 
-`cases` builds it. Each group is one function that yields cases; those about unusual values are in
-`grid_values`, and those about options that torch lacks in `grid_options` and `grid_transforms`.
+`cases` builds it. Each group is one function that yields cases; the groups about unusual values are
+in `grid_values`, those about options that torch lacks in `grid_options` and `grid_transforms`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def option_cases(names: Sequence[str]) -> Iterator[Case]:
 
 
 def shape_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield shapes of every rank, empty ones among them, and the class axis elsewhere."""
+    """Yield shapes of every rank, empty ones included, and class axes elsewhere."""
     for name in (n for n in names if n in ("float32", "float64")):
         for seed, (label, shape, axis) in enumerate(SHAPES, start=10):
             class_axis = axis if axis is not None else min(1, len(shape) - 1)
@@ -68,7 +68,7 @@ def shape_cases(names: Sequence[str]) -> Iterator[Case]:
             labels = draw_labels(seed, rows, classes)
             targets = {"index": labels}
             if len(shape) == 1:
-                # One label in one dimension goes with logits of one dimension as well.
+                # Logits of one dimension also take one label in one dimension.
                 targets["index-1"] = labels.reshape(1)
             targets["probability"] = draw_probabilities(seed, shape, name, class_axis)
             where = {} if axis is None else {"axis": axis}
@@ -118,7 +118,7 @@ def layout_cases(names: Sequence[str]) -> Iterator[Case]:
 
 
 def target_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield dtypes of targets and weights, ignore_index at odd values, labels that do not exist."""
+    """Yield dtypes of targets and weights, unusual ignore_index, labels that do not exist."""
     name = "float32" if "float32" in names else names[0]
     logits = draw_logits(41, (ROWS, CLASSES), name)
     labels = np.array([1, IGNORED, 6, 0, 2])
@@ -134,7 +134,7 @@ def target_cases(names: Sequence[str]) -> Iterator[Case]:
             yield case(f"{integer}/{reduction}", target, reduction=reduction, ignore_index=IGNORED)
         yield case(f"{integer}/smoothing", target, label_smoothing=0.1)
     for integer, ignored in product(("uint8", "int8"), (-100, -1, 255, 256 + IGNORED, 2**62)):
-        # Numbers that the dtype cannot hold match nothing, also not what they would wrap to.
+        # A number that the dtype cannot hold matches nothing, not even what it would wrap to.
         yield case(
             f"{integer}/ignore_index/{ignored}", labels.astype(integer), ignore_index=ignored
         )
@@ -196,7 +196,7 @@ def mixed_dtype_cases(names: Sequence[str]) -> Iterator[Case]:
 
 
 def cotangent_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield gradients that flow in: rows for none, numbers otherwise; negative, large and 0."""
+    """Yield incoming gradients: rows for none, numbers otherwise; negative, large and 0."""
     for name, kind, shape in product(
         names, ("index", "probability"), ((ROWS, CLASSES), (2, CLASSES, 3))
     ):
@@ -264,8 +264,8 @@ def cases(
         installed (`missing` says what is left out); a named dtype is never left out.
     few_shapes : bool
         Take every case of the group options, which has one shape, and of every other group the
-        first index case and the first probability case: for libraries that compile anew for
-        each shape.
+        first index case and the first probability case: for libraries that compile for each
+        shape.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from .dtypes import Array, dtype
 
 ROWS, CLASSES = 5, 7
 IGNORED = 3
-"""The class that is ignored wherever an existing class is."""
+"""The class that is ignored in every case that ignores an existing class."""
 REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -19,7 +19,7 @@ def draw_logits(seed: int, shape: tuple[int, ...], name: str, spread: float = 2.
 
 
 def draw_labels(seed: int, shape: tuple[int, ...], classes: int) -> Array:
-    """Return random labels, all ignored (-100) where there is no class to choose."""
+    """Return random labels, all ignored (-100) if there is no class to choose."""
     if classes == 0:
         return np.full(shape, -100, dtype=np.int64)
     return np.asarray(np.random.default_rng(seed).integers(0, classes, shape), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The groups of the conformance grid that are about row weights and all options together."""
+"""The groups of the conformance grid about row weights and all options together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def small_targets(name: str) -> dict[str, tuple[Array, dict[str, Any]]]:
 def combined_cases(names: Sequence[str]) -> Iterator[Case]:
     """Yield the product of all options on one shape: whole for float32 rows, thinned for others.
 
-    The thinned parts hold every pair of choices, for they step through the product by a prime.
+    Thinned parts contain every pair of choices, as they step through the product by a prime.
     """
     for at, name in enumerate(names):
         logits, weight = draw_logits(91, (ROWS, CLASSES), name), draw_weight(93, CLASSES, name)
@@ -91,14 +91,14 @@ def combined_cases(names: Sequence[str]) -> Iterator[Case]:
 
 
 def sample_weight_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield weights of rows that hold anything, of every dtype, that cancel, in every shape."""
+    """Yield weights for rows of any content, of every dtype, that cancel, in every shape."""
     for name in names:
         yield from _silent_cases(name)
         yield from _total_cases(name)
         yield from _many_rows_cases(name)
     name = "float32" if "float32" in names else names[0]
     for other in [n for n in (*names, "int32", "uint8") if n != name]:
-        # Thirds are not exact: every dtype brings its own ones.
+        # Thirds are not exact: they differ in every dtype.
         values = np.array([1, 2, 0, 1, 3]) / (1 if "int" in other else 3)
         weight = values.astype(dtype(other))
         for kind, (target, options) in small_targets(name).items():
@@ -177,7 +177,7 @@ def _total_cases(name: str) -> Iterator[Case]:
 
 
 def _many_rows_cases(name: str) -> Iterator[Case]:
-    """Yield more rows than a float16 can count, or a float32 add up one by one."""
+    """Yield more rows than a float16 can count, or a float32 can add up one by one."""
     if name == "float64":
         return
     rows = np.random.default_rng(98).normal(0.0, 1.0, (20, 2))
@@ -226,7 +226,7 @@ def _shape_cases(name: str) -> Iterator[Case]:
 
 
 def normalizer_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield what a mean is divided by: numbers and arrays, positive, negative and 0."""
+    """Yield normalizers of a mean: numbers and arrays, positive, negative and 0."""
     for name in names:
         arrays = [np.array(value).astype(dtype(name)) for value in (0.375, -8.0, 0.0)]
         divisors: list[tuple[str, float | Array]] = [

@@ -21,13 +21,13 @@ from .grid_values import (
 )
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "scale-0.37": {"logit_scale": 0.37},  # no number of the binary formats
+    "scale-0.37": {"logit_scale": 0.37},  # not exact in any binary format
     "scale-3": {"logit_scale": 3.0},
     "softcap-30": {"logit_softcap": 30.0},
     "softcap-50": {"logit_softcap": 50.0},
     "scale-0.37-softcap-30": {"logit_scale": 0.37, "logit_softcap": 30.0},
 }
-# The ends of what logit_scale and logit_softcap may be.
+# The limits of logit_scale and logit_softcap.
 ENDS = (1e-15, 1e15)
 EXTREMES: dict[str, dict[str, Any]] = {
     f"scale-{scale}-softcap-{cap}": {"logit_scale": scale, "logit_softcap": cap}
@@ -81,7 +81,7 @@ def _special_cases(name: str) -> Iterator[Case]:
 
 
 def _tie_cases(name: str) -> Iterator[Case]:
-    """Yield equal logits, at 0 and where the softcap has all but flattened."""
+    """Yield equal logits, at 0 and where the softcap is almost flat."""
     for classes, value in product((2, CLASSES), (0.0, -3.0, 1e4)):
         logits = np.full((ROWS, classes), value)
         labels = np.arange(ROWS) % classes
@@ -94,7 +94,7 @@ def _tie_cases(name: str) -> Iterator[Case]:
 
 
 def _saturated_cases(name: str) -> Iterator[Case]:
-    """Yield logits at which tanh has reached 1, or not left 0, and the largest ones."""
+    """Yield logits at which tanh is 1 or still near 0, and the largest logits."""
     large = 6e4 if name == "float16" else 3e38
     rows = np.array(
         [
@@ -116,11 +116,11 @@ def _saturated_cases(name: str) -> Iterator[Case]:
 def extreme_rows(name: str) -> Array:
     """Return ordinary rows, ties, and rows as large and as small as a dtype's numbers.
 
-    Their differences are finite, as they have to be where a scale makes them small again.
+    Their differences are finite, which they must be if a scale makes them small again.
     """
     large, small = {
         "float16": (3e4, 2.0**-14),
-        # Larger ones the tolerances, which are float64 themselves, cannot be worked out for.
+        # For larger ones the tolerances, in float64 themselves, cannot be computed.
         "float64": (1e120, 2.0**-1000),
     }.get(name, (1.5e38, 2.0**-120))
     rows = draw_logits(146, (8, CLASSES), name).astype(np.float64)
@@ -137,7 +137,7 @@ def extreme_rows(name: str) -> Array:
 def _extreme_cases(name: str) -> Iterator[Case]:
     rows = extreme_rows(name)
     labels = np.arange(len(rows)) % CLASSES
-    # The label of the row with a class at -inf is another.
+    # The label of the row with a class at -inf is another class.
     soft = draw_probabilities(147, rows.shape, name, 1)
     soft[6] = soft[6] * (np.arange(CLASSES) != 4)
     plain = rows[[0, 1, 2, 6, 7]]
@@ -175,7 +175,7 @@ def _margin_cases(name: str) -> Iterator[Case]:
         rows = margin_rows(142, classes, margins, offset)
         for t, target in (("top", labels), ("wrong", (labels + 1) % classes), ("one-hot", one_hot)):
             yield _case(f"offset/{offset:g}/{change}/{t}", name, rows, target, **options)
-    # The z-loss where lse is the small difference of two numbers.
+    # The z-loss where lse is a small difference of two numbers.
     near = np.full((ROWS, classes), -np.log(classes)) + np.arange(ROWS)[:, None] * 1e-5
     yield _case("lse-near-0", name, near, np.arange(ROWS), z_loss=0.5)
     many = margin_rows(143, 1000, margins[:6])
@@ -184,7 +184,7 @@ def _margin_cases(name: str) -> Iterator[Case]:
 
 
 def _narrow_cases(name: str) -> Iterator[Case]:
-    """Yield 16-bit logits, which are to be computed in float32 and rounded once."""
+    """Yield 16-bit logits, which must be computed in float32 and rounded once."""
     labels = np.arange(len(MARGINS)) % 10
     rows = margin_rows(144, 10, MARGINS)
     for change, reduction in product(CHANGES, ("none", "mean")):
@@ -196,7 +196,7 @@ def _narrow_cases(name: str) -> Iterator[Case]:
 
 
 def flat_rows() -> Array:
-    """Return two rows of 32000 classes, of which none stands out."""
+    """Return two rows of 32000 classes, none of which stands out."""
     rows = np.tile(np.random.default_rng(145).normal(0.0, 0.25, 125), (2, 256))
     rows[1] = 0.25
     return rows
@@ -209,7 +209,7 @@ def _flat_cases(name: str) -> Iterator[Case]:
 
 
 def stats_cases(names: Sequence[str]) -> Iterator[Case]:
-    """Yield calls that ask for stats: all and some, of rows of every kind."""
+    """Yield calls that ask for all or some stats, on rows of every kind."""
     for name in names:
         yield from _special_stats(name)
         yield from _plain_stats(name)
@@ -271,7 +271,7 @@ def _plain_stats(name: str) -> Iterator[Case]:
         ("none", "sum", "mean"), (("index", labels), ("probability", soft))
     ):
         yield _stats(f"plain/{kind}/{reduction}", name, logits, target, reduction=reduction)
-    # Of several largest logits the first one is predicted, whichever is the label.
+    # The first of several largest logits is predicted, whichever is the label.
     tied = np.zeros((CLASSES, CLASSES))
     tied[1:, 3] = tied[1:, 5] = tied[2:, 1] = 2.0
     tied[3, :] = -4.0
@@ -283,7 +283,7 @@ def _plain_stats(name: str) -> Iterator[Case]:
         label = np.full(CLASSES, 3)
         yield _stats(f"tie/same-index/{change}", name, tied, label, **options)
         yield _stats(f"tie/probability/{change}", name, tied, uniform, **options)
-    # What tanh has flattened was not equal before.
+    # Different logits that tanh makes equal.
     flat = np.arange(ROWS)[:, None] * 100.0 + np.array([1000.0, 1500.0, 1250.0])
     yield _stats("saturated", name, flat, np.array([1, 0, 2, 1, 1]), logit_softcap=5.0)
     single = draw_logits(154, (ROWS, 1), name)
@@ -304,7 +304,7 @@ def _named_stats(name: str) -> Iterator[Case]:
             f"named/{label}", name, logits, (soft, labels)[i % 2], asked=names, reduction="mean",
             sample_weight=weight,
         )  # fmt: skip
-    # What stands in for a label that does not exist must not be taken for a right guess.
+    # The stand-in for a label that does not exist must not count as a correct prediction.
     logits = logits.copy()
     logits[1, 0] = 9.0
     for bad, eps in product((-1, CLASSES, 2**40), (0.0, 0.1)):

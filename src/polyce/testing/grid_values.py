@@ -1,4 +1,4 @@
-"""The groups of the conformance grid that are about values: special ones, and lost digits."""
+"""The groups of the conformance grid about values: special ones, and lost digits."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PLACEMENTS = (
     "nan-elsewhere",
     "nan-and-inf",
 )
-"""Where a row holds what: rows of the special cases, in this order."""
+"""Which special values a row holds, and where: rows of the special cases, in this order."""
 
 
 def place(row: Array, placement: str) -> Array:
-    """Return a row of logits with special values put in, seen from its label."""
+    """Return a row of logits with special values put in, relative to its label."""
     row = row.copy()
     other = 5
     if placement == "minus-inf-but-label":
@@ -106,7 +106,7 @@ def special_cases(names: Sequence[str]) -> Iterator[Case]:
         yield from _tie_cases(name)
         yield from _large_cases(name)
     for name in (n for n in names if n in ("float32", "float64")):
-        # One special row among ordinary ones: what it does to a sum, and to other rows.
+        # One special row among ordinary ones: its effect on a sum, and on other rows.
         logits = special_logits(name)
         plain = np.random.default_rng(72).normal(0.0, 2.0, (ROWS, CLASSES)).astype(dtype(name))
         for (i, placement), t, eps, reduction in product(
@@ -144,7 +144,7 @@ def weights_of_rows(name: str) -> Array:
 
 
 def _tie_cases(name: str) -> Iterator[Case]:
-    """Yield equal logits: there a maximum or a clamp has no derivative, the loss has one."""
+    """Yield equal logits: a maximum or a clamp has no derivative there, but the loss has."""
     for classes, value, eps, reduction in product(
         (2, CLASSES), (0.0, -3.0, 1e4), (0.0, 0.1), ("none", "mean")
     ):
@@ -165,7 +165,7 @@ def _tie_cases(name: str) -> Iterator[Case]:
 
 
 def _large_cases(name: str) -> Iterator[Case]:
-    """Yield logits near the largest float32: their differences overflow, the answers do not."""
+    """Yield logits near the largest float32: their differences overflow, but not the answers."""
     if name == "float16":
         return
     rows = np.zeros((ROWS, CLASSES))
@@ -181,7 +181,7 @@ def _large_cases(name: str) -> Iterator[Case]:
                 f"special/large/{t}/{name}", "special", rows.astype(dtype(name)), target, None,
                 options,
             )  # fmt: skip
-    # With smoothing every class counts, and the sum of all differences is not to overflow.
+    # With smoothing every class counts, and the sum of all differences must not overflow.
     smooth = {"reduction": "none", "label_smoothing": 0.1}
     target = special_targets(ROWS, name)["kept"]
     lower = (rows / 16).astype(dtype(name))
@@ -193,7 +193,7 @@ DOUBLE_MARGINS = (0.3, 4.7, 17.7, 36.1, 37.3, 52.9, 88.1, 151.3, 303.7, 498.1, 6
 
 
 def margin_rows(seed: int, classes: int, margins: Sequence[float], offset: float = 0.0) -> Array:
-    """Return rows whose class 0 .. leads the largest other logit by the given margins."""
+    """Return rows whose classes 0, 1, ... lead the largest other logit by the given margins."""
     rows = np.random.default_rng(seed).normal(0.0, 1.0, (len(margins), classes)) + offset
     for i, margin in enumerate(margins):
         rows[i, i % classes] = -INF
@@ -226,7 +226,7 @@ def accuracy_cases(names: Sequence[str]) -> Iterator[Case]:
                 )
             yield case(f"margins/{classes}/one-hot", rows, one_hot)
             yield case(f"margins/{classes}/mean", rows, target, reduction="mean")
-            # Below the top instead of above it.
+            # The label lies below the top by the margin, not above.
             yield case(f"margins/{classes}/wrong", rows, (target + 1) % classes)
             spread = (target + 1) % classes
             mixed = 0.75 * one_hot + 0.25 * (spread[:, None] == np.arange(classes))
@@ -252,7 +252,7 @@ def accuracy_cases(names: Sequence[str]) -> Iterator[Case]:
 
 
 def _likeliest_cases(name: str) -> Iterator[Case]:
-    """Yield rows whose likeliest class has a small share of 512, as its coefficient is."""
+    """Yield rows of 512 classes whose likeliest class has a small probability and coefficient."""
     rows, classes = 8, 512
     one_hot = (np.arange(rows)[:, None] * 7 == np.arange(classes)).astype(np.float64)
     drawn = draw_probabilities(87, (rows, classes), "float64", 1)
@@ -269,7 +269,7 @@ def _likeliest_cases(name: str) -> Iterator[Case]:
 
 
 def _long_cases(name: str) -> Iterator[Case]:
-    """Yield many classes, whose sum adds up errors, and many rows, where the last sum does."""
+    """Yield many classes, whose sum accumulates errors, and many rows, whose sum does."""
     flat = np.tile(np.random.default_rng(84).normal(0.0, 0.25, 125), (2, 256))
     flat[1] = 0.25
     flat = flat.astype(dtype(name))
@@ -279,7 +279,7 @@ def _long_cases(name: str) -> Iterator[Case]:
         yield Case(
             f"accuracy/flat/32000/smoothing-{eps:g}/{name}", "accuracy", flat, labels, None, options
         )
-        # The classes of a row far from one another, as libraries add them up in another order.
+        # The classes of a row far apart in memory, where libraries add them up in another order.
         yield Case(
             f"accuracy/apart/32000/smoothing-{eps:g}/{name}", "accuracy", flat.T[None].copy(),
             labels[None], None, options,
@@ -302,7 +302,7 @@ def _long_cases(name: str) -> Iterator[Case]:
 
 
 def _narrow_cases(name: str) -> Iterator[Case]:
-    """Yield 16-bit logits, which are to be computed in float32 and rounded once."""
+    """Yield 16-bit logits, which must be computed in float32 and rounded once."""
     if name not in ("float16", "bfloat16"):
         return
     labels = np.arange(len(MARGINS))

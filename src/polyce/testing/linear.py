@@ -2,7 +2,7 @@
 
 `grid_functions` sends the grid through a head whose weight is the identity. `check_linear` runs
 `linear_cases`, whose inputs are small integers times powers of two: their logits are exact in every
-dtype, and so what `exact_answer` says of them holds for the head as well.
+dtype, so that `exact_answer` of the logits holds for the head too.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .tolerances import accuracy, compare, loss_tolerance
 GRADIENTS = ("input", "linear_weight", "linear_bias")
 """What `wrt` may name."""
 PARTED = ("sizes/5x6x7/chunk-4/", "options/everything/mean/index/float32")
-"""Beginnings of the names of cases that are called for every part of the gradients."""
+"""Prefixes of the names of cases that are called for every subset of the gradients."""
 MOST_CLASSES = 1200
-"""The grid's rows of more classes would need an identity of hundreds of megabytes."""
+"""The grid's rows with more classes would need an identity of hundreds of megabytes."""
 
 
 def grid_functions(chunks: int | None = None) -> Functions:
-    """Return the functions of a linear head in the place of those that the grid is about.
+    """Return functions that compute the grid's calls by a linear head.
 
     A case's logits are the hidden states and the weight is the identity, so that the products are
     exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. The head
-    returns no stats: those that a case asks for are `polyce.cross_entropy`'s.
+    returns no stats: those that a case asks for come from `polyce.cross_entropy`.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def grid_functions(chunks: int | None = None) -> Functions:
 def _as_head(
     logits: Any, target: Any, axis: int | None
 ) -> tuple[Any, Any, Any, Callable[[Any], Any]]:
-    """Return hidden states, weight and target of a call's logits, and the gradient's way back."""
+    """Return hidden states, weight and target for a call's logits, and how to move its gradient."""
     find = importlib.import_module("polyce.arrays.find")
     library, _ = find.of(input=logits)
     xp = library.xp
@@ -108,7 +108,7 @@ def _as_head(
 
 
 def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
-    """Return why a case of the grid cannot be had as a head's, or an empty text.
+    """Return why a case of the grid cannot be computed by a head, or an empty string.
 
     Parameters
     ----------
@@ -116,8 +116,8 @@ def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
         A case of the grid.
     narrow : sequence of str
         Names of the dtypes in which the gradient of the logits is rounded before it is multiplied.
-        That of a mean or a sum is scaled afterwards, and so is rounded twice, which the tolerances
-        of the grid are not for; those of `check_linear` are.
+        That of a mean or a sum is scaled afterwards and so rounded twice. The tolerances of
+        `check_linear` allow for that, those of the grid do not.
     """
     if case.logits.dtype.name in narrow and case.options.get("reduction") != "none":
         return "the gradient is rounded twice"
@@ -148,15 +148,15 @@ def check_linear(
 
     Every one of `linear_cases` goes through `polyce.linear_cross_entropy` and
     `polyce.linear_cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
-    checked, and that the arrays passed in are unchanged. Some are called for every part of the
-    gradients as well.
+    checked, and that the arrays passed in are unchanged. Some are also called for every subset of
+    the gradients.
 
     Parameters
     ----------
     name : str or None
         Passed as ``implementation=``; None leaves the choice to polyce.
     backend : str or Backend, optional
-        The array library: a name from `BACKENDS`, or one's own converters. NumPy by default.
+        The array library: a name from `BACKENDS`, or your own converters. NumPy by default.
     wrap : callable, optional
         Applied to the function of the call's arrays alone before it is called, such as `jax.jit`.
     chosen : callable, optional
@@ -172,7 +172,7 @@ def check_linear(
     AssertionError
         If any case fails; with the first failures in numbers, and how many there are.
     ValueError
-        If nothing at all ran.
+        If no case ran.
     """
     library = get_backend(backend or "numpy") if isinstance(backend, str | None) else backend
     ran: Counter[str] = Counter()
@@ -248,7 +248,7 @@ def _failure(
 def _check(
     case: LinearCase, library: Backend, product: str, returned: Any, part: Sequence[str] | None
 ) -> None:
-    """Check a loss, and beside it the gradients by the names in `part` unless that is None."""
+    """Check a loss and, unless `part` is None, the gradients named in it."""
     answer, dtype = case.of_logits.answer, case.of_logits.answer.loss_dtype
     loss, gradients = (returned, ()) if part is None else returned
     allowed = loss_tolerance(answer, dtype.name, accuracy(dtype.name, library.name))
@@ -274,7 +274,7 @@ def _compare(
 
 
 def _product_dtype(library: Backend, array: Any, name: str) -> str:
-    """Return the dtype in which the gradient of the logits is multiplied: some have 16 bits."""
+    """Return the dtype in which the gradient of the logits is multiplied, which may be 16 bits."""
     if name in ("float32", "float64"):
         return name
     on_torch = library.name == "torch" and (name == "bfloat16" or array.device.type != "cpu")

@@ -1,8 +1,8 @@
 """Calls on a linear head whose answers are known exactly.
 
 Hidden states and weights are small integers times powers of two, such that the logits, and every
-sum on the way to them, are exact in the dtype of the call. So what `exact_answer` says of these
-logits holds for the head.
+sum on the way to them, are exact in the dtype of the call. So `exact_answer` of these logits holds
+for the head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class LinearCase:
         The same call of ``cross_entropy_with_grad``, on the exact logits. Its layouts are those
         of input, linear_weight and target.
     input, linear_weight, linear_bias : ndarray
-        The head, in the place of the logits. Rows of input that do not count may hold anything.
+        Hidden states and head, in place of the logits. Rows of input that do not count may hold
+        anything.
     chunk_size : int or None
         Rows at a time.
     """
@@ -45,19 +46,19 @@ class LinearCase:
 
     @property
     def name(self) -> str:
-        """A readable identity, without spaces."""
+        """Return a readable identity, without spaces."""
         return self.of_logits.name
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The arrays of the call by the name of their argument, without absent ones."""
+        """Return the arrays of the call by the names of their arguments, without absent ones."""
         head = {"linear_weight": self.linear_weight, "linear_bias": self.linear_bias}
         found = self.of_logits.arrays | {"input": self.input}
         return found | {name: array for name, array in head.items() if array is not None}
 
     @cached_property
     def factors(self) -> dict[str, tuple[Any, Any]]:
-        """What is multiplied for each gradient: the logits' gradient and an exact array.
+        """Return the two factors of each gradient: the logits' gradient and an exact array.
 
         Both have a first axis to sum over, of rows for the head and of classes for input. Rows of
         input that do not count are 0.
@@ -75,7 +76,7 @@ class LinearCase:
 
     @cached_property
     def gradients(self) -> dict[str, Floats]:
-        """The exact gradients by the name of their array, of its shape; rounded to float64."""
+        """Return the exact gradients by the names of their arrays, rounded to float64."""
         products = {name: (grad.T @ other) for name, (grad, other) in self.factors.items()}
         return {
             name: product.reshape(self.arrays[name].shape).astype(np.float64)
@@ -88,8 +89,8 @@ class LinearCase:
         An entry is a sum over K entries G of the logits' gradient, each times an exact number w.
         Allowed are
 
-        - what `grad_tolerance` allows each G, times ``|w|``: for products of 16 bits that has the
-          rounding of G to these;
+        - what `grad_tolerance` allows each G, times ``|w|``: for products of 16 bits this includes
+          the rounding of G to these;
         - K + 2 unit roundoffs of the arithmetic times the sum of ``|G * w|``, for sums in any
           order: K - 1 additions, a product, and the answer's own rounding on both sides;
         - for products of 16 bits one unit roundoff of these times the same sum, since parts of the
@@ -123,7 +124,7 @@ class LinearCase:
 
 
 STEPS = {"bfloat16": 4, "float16": 8, "float32": 2**9, "float64": 2**20}
-"""Integers up to this are drawn: a dozen products of two of them add up exactly."""
+"""The largest integers drawn: a dozen products of two of them add up exactly."""
 SIZES: tuple[tuple[tuple[int, ...], int, int, int | None], ...] = (
     ((5,), 6, 7, None),
     ((5,), 6, 7, 1),
@@ -159,7 +160,7 @@ _FIELDS = ("weight", "grad_output", "layout", "target_layout", "sample_weight", 
 
 
 def linear_cases(dtypes: Sequence[str] | None = None) -> list[LinearCase]:
-    """Build the cases; always the same ones.
+    """Build the cases, always the same ones.
 
     Parameters
     ----------
@@ -172,7 +173,7 @@ def linear_cases(dtypes: Sequence[str] | None = None) -> list[LinearCase]:
         Of groups "sizes" and "options". The exact answers are computed when they are asked for.
     """
     names = [n for n in FLOAT_NAMES if n not in missing()] if dtypes is None else list(dtypes)
-    # float32 first, which has most, as in `cases`.
+    # float32 first, which has the most cases, as in `cases`.
     names.sort(key=lambda name: name != "float32")
     return [
         case for name in names for build in (_size_cases, _option_cases) for case in build(name)
@@ -180,7 +181,7 @@ def linear_cases(dtypes: Sequence[str] | None = None) -> list[LinearCase]:
 
 
 def _size_cases(name: str) -> Iterator[LinearCase]:
-    """Yield every size, and reductions and biases in turn; for most dtypes a third of them."""
+    """Yield every size, with reductions and biases in turn; for most dtypes a third of them."""
     for i, ((rows, features, classes, chunk_size), kind) in enumerate(
         product(SIZES, ("index", "probability"))
     ):
@@ -196,7 +197,7 @@ def _size_cases(name: str) -> Iterator[LinearCase]:
 
 
 def _option_cases(name: str) -> Iterator[LinearCase]:
-    """Yield options by themselves and together, on chunks of two rows, the last one of one."""
+    """Yield options alone and together, on chunks of two rows and a last one of one row."""
     kinds = ("index", "probability")
     weight, rows = draw_weight(5, 7, name), np.array(ROW_WEIGHTS).astype(dtype(name))
     left_out: dict[str, Any] = {"target": LABELS, "ignore_index": IGNORED, "silent": SILENT}
@@ -262,7 +263,7 @@ def _case(
     silent: Sequence[int] = (),
     **given: Any,
 ) -> LinearCase:
-    """Build a case in a dtype; what is given beyond that are fields of its `Case`, or options."""
+    """Build a case in a dtype; the other arguments are fields of its `Case`, or options."""
     steps = STEPS[name]
     hidden = _draw(1, (*rows, features), steps, 2.0)
     head = _draw(2, (classes, features), steps, 1.0)

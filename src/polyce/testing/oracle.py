@@ -1,6 +1,6 @@
 """Exact answers of whole calls: rows of `oracle_row`, weighted, reduced and put in their place.
 
-What arithmetic on infinities would decide differently is decided by rule:
+Rules decide what arithmetic on infinities would decide otherwise:
 
 - a row that is ignored or has sample weight 0 has loss 0 and gradient 0, whatever it holds;
 - a label outside 0 .. C-1 makes its row nan; the row counts as if its class weight were 1;
@@ -48,8 +48,8 @@ class ExactStats:
         Whether the prediction is the label, or the first class of the largest probability; and
         whether the row counts.
     lse_scale : ndarray of float64
-        Magnitude for errors of lse: the larger one of its largest logit and of what the log of
-        the sum adds to that.
+        Magnitude for errors of lse: the larger of the row's largest logit and what the log of the
+        sum adds to it.
     entropy_spread, entropy_lead : ndarray of float64
         Error of the entropy for one unit of relative error in every gap, and in the `lead`.
     """
@@ -66,7 +66,7 @@ class ExactStats:
 
 @dataclass(frozen=True)
 class Answer:
-    """The exact result of one call, and the magnitudes that errors are measured by.
+    """The exact result of one call, and the magnitudes against which errors are measured.
 
     Attributes
     ----------
@@ -132,7 +132,7 @@ class Answer:
 
     @property
     def grad_scale(self) -> Floats:
-        """Magnitude for gradient errors: both parts together."""
+        """Return the magnitude for gradient errors: both parts together."""
         return self.softmax_part + self.coefficient_part
 
 
@@ -148,7 +148,7 @@ def scaled_row(row_key: tuple[Any, ...], scale: Decimal) -> dict[str, Floats]:
 
 
 def _magnitude(values: Floats) -> Floats:
-    # Magnitudes say how wrong a finite number may be; there is nothing to measure at others.
+    # Magnitudes say how wrong a finite number may be; other numbers are compared exactly.
     return np.where(np.isfinite(values), np.abs(values), 0.0)
 
 
@@ -181,7 +181,7 @@ logit_scale, logit_softcap, grad_output
     Returns
     -------
     Answer
-        Exact results, and the magnitudes that rounding errors are measured by.
+        Exact results, and the magnitudes against which rounding errors are measured.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is one of none, sum and mean, got {reduction!r}")
@@ -266,7 +266,7 @@ def _columns(
     condition: float,
     classes: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return what an answer has for every class, and for every row, of all rows."""
+    """Return the answer's arrays with an entry for every class, or for every row."""
     count = len(keys)
     found: dict[str, npt.NDArray[Any]] = {name: np.zeros((count, classes)) for name in PER_CLASS}
     found |= {name: np.zeros(count) for name in ("spread", "lead", *STATS)}
@@ -294,7 +294,7 @@ def _columns(
 def row_weight(target: Target, weight: tuple[float, ...] | None, classes: int) -> Decimal:
     """Return what a row adds to the denominator of the mean, for a sample weight of 1."""
     if isinstance(target, tuple):
-        # torch divides by the number of logits over C, and there are no rows when C is 0.
+        # torch counts rows as the number of logits over C, so it finds none if C is 0.
         return ONE if classes else ZERO
     if weight is None or not 0 <= target < classes:
         return ONE

@@ -16,11 +16,11 @@ probabilities p, smoothing e      w_c * ((1 - e) * p_c + e / C)
 ================================  =======================================
 
 l is the z-loss, times w_y for an index. x is logit_scale * logit, and with a softcap
-cap * tanh(that / cap), of slope logit_scale * (1 - tanh**2); -inf stays -inf, there of slope 0.
+cap * tanh(that / cap), of slope logit_scale * (1 - tanh**2); -inf stays -inf, with slope 0.
 
-This textbook form loses every digit of a confident row in floating point. Here it is taken with
+In floating point this textbook form loses every digit of a confident row. Here it is computed with
 as many decimal digits as the row needs, so it shares neither formula nor arithmetic with what it
-judges. Inputs count as exactly the numbers that their floats hold.
+judges. Inputs are taken as exactly the numbers that their floats hold.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Target = int | tuple[float, ...]
 """A row's target: a class, or one number for each class."""
 
 DIGITS = 60
-"""Digits of every exponential, and of everything else beyond what cancellation takes."""
+"""Digits of every exponential, and of everything else after cancellation."""
 NEGLIGIBLE = -2000.0
-"""exp of less than this is 0: it is far below the smallest float64 and any rounding here."""
+"""exp of less is taken as 0: it is far below the smallest float64 and any rounding here."""
 ZERO, ONE, NAN = Decimal(0), Decimal(1), Decimal("nan")
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """What a row of logits is before a target is known; None stands for a row without softmax.
+    """The softmax of a row of logits, whatever its target.
 
     Attributes
     ----------
@@ -64,8 +64,8 @@ class Softmax:
     slopes : tuple of Decimal
         Derivatives of the transformed logits with respect to the logits.
     angles : tuple of float
-        ``2 * |logit_scale * logit| / cap``, what the slope is the exponential of; 0 without a
-        softcap and at -inf.
+        ``2 * |logit_scale * logit| / cap``, whose negative exponential the slope is made of; 0
+        without a softcap and at -inf.
     """
 
     digits: int
@@ -82,7 +82,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Measures:
-    """A row's stats, and how far its rounding errors reach, see `ExactStats` and `Answer`."""
+    """A row's stats, and measures of its rounding errors; see `ExactStats` and `Answer`."""
 
     lse: float
     entropy: float
@@ -119,14 +119,14 @@ def context(digits: int) -> decimal.Context:
 
 
 def exp(exponent: Decimal) -> Decimal:
-    """Return the exponential of a number up to 0."""
+    """Compute the exponential of a number that is at most 0."""
     return exponent.exp() if exponent > NEGLIGIBLE else ZERO
 
 
 def without_noise(difference: Decimal, size: Decimal) -> Decimal:
-    """Return a difference of numbers of some size, 0 if only rounding is left of it.
+    """Return a difference of numbers of some size, or 0 if it consists of rounding alone.
 
-    Where logits tie, a third times three is to be one: an exact 0 times an infinite scale is nan.
+    Where logits tie, three times a third must be one: an exact 0 times an infinite scale is nan.
     """
     noise = size.scaleb(DIGITS // 6 - decimal.getcontext().prec)
     return ZERO if abs(difference) <= noise else difference
@@ -146,7 +146,7 @@ def coefficients(
         return [
             w * ((1 - smoothing) * p + uniform) for w, p in zip(weights, probabilities, strict=True)
         ]
-    # Without smoothing the other classes' weights are not looked at: a nan there is harmless.
+    # Without smoothing the other classes' weights are not used: a nan there is harmless.
     r = [ZERO] * classes if label_smoothing == 0 else [uniform * w for w in weights]
     if label_smoothing != 1:
         # Nothing times an infinite weight is nothing.
@@ -159,7 +159,7 @@ def transform(
 ) -> tuple[Decimal, Decimal, Decimal]:
     """Return the transformed logit, its slope and its angle, in the current decimal context.
 
-    An absolute error of a rounding is all that matters: exp turns it into a relative one.
+    Only the absolute error of a rounding matters: exp turns it into a relative one.
     """
     scaled = scale * Decimal(logit)
     if cap is None:
@@ -176,10 +176,10 @@ def transform(
 def softmax_of(
     logits: tuple[float, ...], logit_scale: float | None, logit_softcap: float | None
 ) -> Softmax | None:
-    """Return the softmax of a row, None where it holds nan, +inf or nothing but -inf.
+    """Compute the softmax of a row; None if it holds nan, +inf or nothing but -inf.
 
-    1 + exp(-gap) has to be told from 1, so the largest gap at the top costs gap / ln 10 digits.
-    An exponential itself does well with fewer: it is only ever added to larger ones.
+    1 + exp(-gap) must differ from 1, so the gap below the largest logit costs gap / ln 10 digits.
+    An exponential itself needs fewer digits: it is only added to larger ones.
     """
     if any(math.isnan(v) or v == math.inf for v in logits) or not any(map(math.isfinite, logits)):
         return None
@@ -220,7 +220,7 @@ def row_answer(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
 ) -> Row:
-    """Return the exact answer of one row that counts, before its weight v_i."""
+    """Compute the exact answer of one row that counts, before its weight v_i."""
     classes = len(logits)
     bad_label = isinstance(target, int) and not 0 <= target < classes
     if classes == 0 and not bad_label:
@@ -233,22 +233,22 @@ def row_answer(
     pivot = target if isinstance(target, int) else max(range(classes), key=lambda c: logits[c])
     with decimal.localcontext(context(row.digits)):
         r = coefficients(target, classes, weight, label_smoothing)
-        # Both sums in the loss and every softmax are unchanged when all logits are shifted.
+        # Loss and softmax do not change when all logits are shifted.
         total_r = sum(r, ZERO)
         if total_r.is_infinite():
-            # As torch multiplies: R times a log of 0 would be nan.
+            # Multiplied as torch does: R times a log of 0 would be nan.
             loss = sum(
                 (c * (row.log_sum - z) for c, z in zip(r, row.shifted, strict=True) if c), ZERO
             )
         else:
             loss = total_r * row.log_sum
             for coefficient, z in zip(r, row.shifted, strict=True):
-                # nan coefficients are not 0 and reach the loss.
+                # A nan coefficient is not 0 and reaches the loss.
                 if coefficient != 0:
                     loss -= coefficient * z
         plain, square_part, pull, pull_size = abs(loss), ZERO, ZERO, ZERO
         if z_loss:
-            # lse may be the small sum of two large parts of unlike sign.
+            # lse may be a small sum of two large parts of opposite sign.
             zeta, size = Decimal(z_loss), abs(row.top) + row.log_sum
             if isinstance(target, int) and weight is not None:
                 zeta *= Decimal(weight[target])
@@ -266,7 +266,7 @@ def row_answer(
         rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
         other_softmax = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
         other_r = sum(coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO)
-        # The likeliest class has the form with the smaller terms, a label always this one.
+        # The likeliest class uses the form with the smaller terms, a label always this one.
         if isinstance(target, int) or not (
             softmax_part[pivot] + coefficient_part[pivot] < other_softmax + other_r
         ):
@@ -289,7 +289,7 @@ def measures(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
 ) -> Measures | None:
-    """Return a row's stats and measures as seen from a pivot; from any class for -1."""
+    """Compute a row's stats and measures relative to a pivot; for -1 the worst of all classes."""
     row = softmax_of(logits, logit_scale, logit_softcap)
     if row is None:
         return None
@@ -298,7 +298,7 @@ def measures(
     top: float = z[rest].max(initial=-math.inf)
     gap = np.where(rest & finite, top - np.where(finite, z, 0.0), 0.0)
     decay = np.where(rest & finite, np.exp(-gap), 0.0)
-    # What one unit of relative error in every gap does to the sum, and to the entropy.
+    # The effect of one unit of relative error in every gap on the sum, and on the entropy.
     spread = float((gap * decay).sum() / decay.sum()) if decay.any() else 0.0
     lacking = np.where(finite, float(row.log_sum) - z, 0.0)
     reach = p * np.abs(lacking - entropy)

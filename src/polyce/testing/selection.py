@@ -1,4 +1,4 @@
-"""A few cases that stand for the grid, for libraries that take long over each."""
+"""A few cases that represent the grid, for libraries that are slow on each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .case import Case
 
 
 def traits(case: Case) -> set[tuple[str, ...]]:
-    """Return what a case tries: each word of its name, and each two facts of its call together.
+    """Return what a case tries: each word of its name, and each pair of properties of its call.
 
     Parameters
     ----------
@@ -17,9 +17,9 @@ def traits(case: Case) -> set[tuple[str, ...]]:
         A case of the grid.
     """
     words = {(case.group, word) for word in case.name.split("/")}
-    facts = {case.kind, *(f"{name}:{array.dtype}" for name, array in case.arrays.items())}
-    facts |= {f"{key}:{value}" for key, value in case.options.items() if key != "ignore_index"}
-    return words | set(combinations(sorted(facts), 2))
+    properties = {case.kind, *(f"{name}:{array.dtype}" for name, array in case.arrays.items())}
+    properties |= {f"{key}:{value}" for key, value in case.options.items() if key != "ignore_index"}
+    return words | set(combinations(sorted(properties), 2))
 
 
 def representative(cases: Iterable[Case], most: int | None = None) -> list[Case]:
@@ -30,7 +30,7 @@ def representative(cases: Iterable[Case], most: int | None = None) -> list[Case]
     cases : iterable of Case
         What to choose from.
     most : int, optional
-        Stop after so many, those with the most traits not seen before come first.
+        Stop after this many; cases with the most traits not seen before come first.
 
     Returns
     -------

@@ -1,13 +1,12 @@
 """How far an implementation may be from the exact answer: one table, and the comparison.
 
-Losses and pivot entries of the gradient are sums of terms that do not cancel, so they are held
-to ulps of their own size. The other gradient entries are ``R * softmax_c - r_c``: the rounding of
+Losses and pivot entries of the gradient are sums of terms that do not cancel, so their errors are
+limited to a few ulps. The other gradient entries are ``R * softmax_c - r_c``: the rounding of
 ``x_c - max`` alone costs them half an ulp for every unit of that gap, which the table allows for,
-and the two parts may cancel, so their errors are measured against the parts.
+and the two parts may cancel, so errors are measured against the parts.
 
-Where the logits are transformed, every gap is rounded a few times more. A relative error of a gap
-is an absolute one of its exponent, so what it costs grows with the gap: `Transformed` says by how
-much.
+If the logits are transformed, every gap is rounded a few times more. A relative error of a gap is
+an absolute error of its exponent, so its cost grows with the gap: `Transformed` says by how much.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from .oracle import Answer
 
 @dataclass(frozen=True)
 class Transformed:
-    """What is allowed beyond `Accuracy` where the logits are transformed.
+    """What is allowed beyond `Accuracy` if the logits are transformed.
 
     Attributes
     ----------
     spread : float
         Ulps of loss, lse, entropy and pivot entry for every unit of the row's spread, its mean gap
-        as its exponentials see it.
+        weighted by the exponentials.
     lead : float
         The same for every unit of the gap between the pivot and the largest other class.
     gap : float
@@ -56,7 +55,7 @@ _SCALED = Transformed(spread=2.0, gap=2.0, slope=3.0, value=1.0)
 # A difference of two tanh is a tanh of the difference and a quotient; the slope is an exponential
 # of the angle, which the scale, the product and the quotient by the cap have rounded.
 _CAPPED = Transformed(spread=4.0, gap=6.0, slope=8.0, slope_angle=2.0, value=2.0)
-# One more gap, the pivot's, is as inexact where no wider arithmetic is at hand for it.
+# The pivot's gap is as inexact if there is no wider arithmetic for it.
 _CAPPED_NARROW = replace(_CAPPED, lead=4.0)
 # XLA's tanh is off by up to 4 ulps in float32 and 7 in float64.
 _CAPPED_XLA = replace(_CAPPED, spread=8.0, lead=8.0, gap=16.0, value=8.0)
@@ -64,13 +63,13 @@ _CAPPED_XLA = replace(_CAPPED, spread=8.0, lead=8.0, gap=16.0, value=8.0)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What is asked of one result dtype.
+    """The accuracy that is required of one result dtype.
 
     Attributes
     ----------
     arithmetic : str
-        The dtype that all the following is counted in. Where the result is narrower, its one
-        rounding at the end (half an ulp of the result dtype) comes on top.
+        The dtype whose ulps and roundoffs are meant below. If the result is narrower, its one
+        rounding at the end (half an ulp of the result dtype) is added.
     loss_ulp, pivot_ulp : float
         Ulps of the loss, and of the pivot's gradient entry.
     entry : float
@@ -78,7 +77,7 @@ class Accuracy:
     entry_gap : float
         Unit roundoffs of the entry's softmax part, for every unit of its gap.
     lse_ulp : float
-        Ulps of lse, as large as the larger one of the two numbers that it is the sum of.
+        Ulps of lse, measured at the larger of the two numbers that it is the sum of.
     entropy_ulp : float
         Ulps of the entropy: three terms, each of them a product of two numbers as inexact as a
         loss is.
@@ -86,7 +85,7 @@ class Accuracy:
         Results may be off by this much whatever their size: the subnormal spacing, or the
         smallest normal number where a library computes without subnormal numbers.
     scaled, capped : Transformed
-        What is allowed beyond that with a logit_scale, and with a logit_softcap.
+        What is allowed in addition with a logit_scale, and with a logit_softcap.
     """
 
     arithmetic: str
@@ -108,16 +107,16 @@ class Accuracy:
 
 _SINGLE = Accuracy("float32", flush=8 * FORMATS["float32"].subnormal)
 _DOUBLE = Accuracy("float64", flush=8 * FORMATS["float64"].subnormal, capped=_CAPPED_NARROW)
-# XLA's CPU code takes subnormal numbers for 0.
+# XLA's CPU code treats subnormal numbers as 0.
 _SINGLE_XLA = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny, capped=_CAPPED_XLA)
 _DOUBLE_XLA = replace(_DOUBLE, flush=8 * FORMATS["float64"].tiny, capped=_CAPPED_XLA)
 
-# CuPy compiles all kernels so that in float32 subnormal numbers are taken for 0.
+# CuPy compiles all kernels so that they treat subnormal float32 numbers as 0.
 _SINGLE_CUPY = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny)
 
-# mlx's exp loses 0.75 unit roundoffs of float32 for each unit of its argument, and what is below
-# the smallest normal number; that of float64 loses twice as much, and a sum over a thousand
-# classes what a thousand of them have lost.
+# mlx's exp is off by 0.75 unit roundoffs of float32 for each unit of its argument, and is 0 below
+# the smallest normal number; that of float64 is off by twice as much, and a sum over a thousand
+# classes by the errors of all of them.
 _MLX = replace(_SINGLE_XLA, loss_ulp=72.0, pivot_ulp=72.0, entry=72.0, entropy_ulp=216.0)
 _MLX_DOUBLE = replace(
     _MLX,
@@ -145,11 +144,11 @@ ACCURACY: dict[tuple[str | None, str], Accuracy] = {
     ("mlx", "float32"): _MLX,
     ("mlx", "float64"): _MLX_DOUBLE,
 }
-"""What is asked of a result dtype, by (backend or None for all others, dtype)."""
+"""The accuracy required of a result dtype, by (backend or None for all others, dtype)."""
 
 
 def accuracy(dtype: str, backend: str | None = None) -> Accuracy:
-    """Return the table's row for a result dtype, a backend's own one where there is one.
+    """Return the table's entry for a result dtype, a backend's own if there is one.
 
     Parameters
     ----------
@@ -178,7 +177,7 @@ def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     dtype : str
         Name of the dtype of the loss.
     rule : Accuracy
-        What is asked, see `accuracy`.
+        What is required, see `accuracy`.
     """
     arithmetic = FORMATS[rule.arithmetic]
     more = rule.transformed(answer)
@@ -199,7 +198,7 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     dtype : str
         Name of the dtype of the gradient.
     rule : Accuracy
-        What is asked, see `accuracy`.
+        What is required, see `accuracy`.
     """
     arithmetic, more = FORMATS[rule.arithmetic], rule.transformed(answer)
     scale, part = answer.grad_scale, answer.softmax_part
@@ -210,7 +209,7 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     slope = more.slope + more.slope_angle * answer.angle
     shared = 2.0 * (reach * np.where(answer.pivot, scale, part) + more.value * answer.pull_part)
     shared = arithmetic.unit * (shared + slope * scale)
-    # An exponential below the smallest normal number may be taken for 0.
+    # An exponential below the smallest normal number may be treated as 0.
     vanishing = _exponential_underflows(gap, arithmetic) & ~answer.pivot
     tolerance = np.where(answer.pivot, at_pivot, elsewhere) + shared + rule.flush
     tolerance = tolerance + np.where(vanishing, part, 0.0)
@@ -227,7 +226,7 @@ def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
     answer : Answer
         The exact answer.
     rule : Accuracy
-        What is asked, see `accuracy`.
+        What is required, see `accuracy`.
     """
     arithmetic, more, stats = FORMATS[rule.arithmetic], rule.transformed(answer), answer.stats
     spread, lead = (a.reshape(stats.lse.shape) for a in (answer.spread, answer.lead))
@@ -236,7 +235,7 @@ def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
     lse = ulps * arithmetic.spacing(stats.lse_scale) + reach * stats.lse_scale + rule.flush
     reach = more.spread * stats.entropy_spread + more.lead * stats.entropy_lead
     entropy = rule.entropy_ulp * arithmetic.spacing(stats.entropy)
-    # An exponential that is taken for 0 stands for a term larger by its exponent.
+    # An exponential treated as 0 loses a term that is larger by the factor of its exponent.
     entropy = entropy + 2.0 * arithmetic.unit * reach - rule.flush * np.log(arithmetic.tiny)
     known = np.isfinite(stats.lse)
     return np.where(known, lse, 0.0), np.where(known, entropy, 0.0)
@@ -251,9 +250,8 @@ def compare(
 ) -> None:
     """Raise AssertionError unless an array is what it has to be.
 
-    The dtype, the shape, and where there are nans and which infinities have to be exactly
-    right; finite numbers may be off by the tolerance, and the sign of zero is free. A number
-    too large for the dtype has to be infinity there.
+    The dtype, the shape, nans and infinities must be exactly right; finite numbers may be off by
+    the tolerance, and the sign of zero is free. A number too large for the dtype must be infinity.
 
     Parameters
     ----------
@@ -291,7 +289,7 @@ def compare(
     if not wrong.any():
         return
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        # nan and infinity in the wrong place come before any number of ulps.
+        # nan and infinity in the wrong place count as worse than any number of ulps.
         excess = np.nan_to_num(error / tolerance, nan=np.inf, posinf=np.inf)
     index = np.unravel_index(int(np.argmax(np.where(wrong, excess, -1.0))), want.shape)
     place = f"[{', '.join(map(str, index))}]" if index else ""

@@ -1,7 +1,7 @@
 """The cupy path's calls: memory for what the kernels write, and their launches.
 
-All goes to the current stream of the device that the logits lie on. Nothing waits for it, but for
-the look at the labels that validate=True asks for.
+Everything runs on the current stream of the logits' device. Nothing waits for it, except the check
+of the labels that validate=True asks for.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import Facts, Layout, Plan
+from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 
-# What goes for a null pointer: the one form that CuPy 13 takes as well.
+# A null pointer, in the one form that CuPy 13 also takes.
 _NULL = 0
-# Bytes of two sums, and what the state of a part of a row takes at the most.
+# Bytes of two sums, and at most of the state of a part of a row.
 _SUMS, _STATE = 16, 104
 _MOST_KNOWN = 1024
 
-_plans: dict[tuple[Problem, Facts], Plan] = {}
+_plans: dict[tuple[Problem, LaunchKey], LaunchPlan] = {}
 _kernels: dict[tuple[str, ...], Any] = {}
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Give the loss and the stats."""
+    """Compute the loss and the stats."""
     if problem.is_empty:
         return whole.cross_entropy(problem, operands)
     with problem.library.computing(operands.named()):
@@ -39,7 +39,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     if problem.is_empty:
         return whole.cross_entropy_with_grad(problem, operands, out)
     with problem.library.computing(operands.named()):
@@ -51,16 +51,16 @@ def cross_entropy_with_grad(
         return loss, grad, found
 
 
-class _Call(NamedTuple):
-    """One call: how it is launched, and its arrays as kernels take them."""
+class _KernelCall(NamedTuple):
+    """One call: how it is launched, and its arrays as the kernels take them."""
 
     problem: Problem
-    plan: Plan
+    plan: LaunchPlan
     logits: Any
     targets: tuple[Any, Any, Any]
     """Target, class weights and sample weights."""
     divisor: tuple[Any, float]
-    """What a mean divides by: an array, or else a number."""
+    """What a mean divides by: an array and 1, or no array and a number."""
     cotangent: tuple[Any, float]
     grad: Any
 
@@ -70,8 +70,8 @@ class _Call(NamedTuple):
         kernel(grid, (cupy_plan.BLOCK,), (self.plan.call, *arguments))
 
 
-def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
-    """Lay a call out; what lies in no order that the kernels know is copied."""
+def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
+    """Lay out a call; copy the arrays whose layout the kernels cannot read."""
     logits, target, weight, sample, normalizer, cotangent = operands
     if problem.check_labels:
         labels.read(problem, target, logits)
@@ -92,7 +92,7 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
         if plan.copies[2]:
             grad = cupy.empty(problem.shape, problem.logits_dtype)
         plan = _plan(problem, logits, target if probability else None, grad, rest)
-    return _Call(
+    return _KernelCall(
         problem=problem,
         plan=plan,
         logits=logits,
@@ -103,22 +103,24 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _Call:
     )
 
 
-def _plan(problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any, ...]) -> Plan:
-    facts = Facts(
+def _plan(
+    problem: Problem, logits: Any, target: Any, grad: Any, rest: tuple[Any, ...]
+) -> LaunchPlan:
+    key = LaunchKey(
         _layout(logits),
         None if target is None else _layout(target),
         None if grad is None else _layout(grad),
         *rest,
     )
-    plan = _plans.get((problem, facts))
+    plan = _plans.get((problem, key))
     if plan is None:
         if len(_plans) >= _MOST_KNOWN:
             _plans.clear()
-        plan = _plans[problem, facts] = cupy_plan.plan(problem, facts)
+        plan = _plans[problem, key] = cupy_plan.plan(problem, key)
     return plan
 
 
-def _forward(call: _Call) -> tuple[Any, Stats | None]:
+def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
     """Read the rows once, and reduce their losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
@@ -137,7 +139,7 @@ def _forward(call: _Call) -> tuple[Any, Stats | None]:
     return loss, found
 
 
-def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
+def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
     """Write the gradient, and reduce the losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
@@ -149,7 +151,7 @@ def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
         states = _memory(plan.rows * plan.parts * _STATE)
         nothing = [_NULL] * len(written)
         call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
-        # Behind the last row stands the block that writes the loss.
+        # The block after the last row writes the loss.
         arguments = (*read, *scales, states, result, call.grad, *written)
         call.launch("backward", (plan.rows + 1, plan.parts), *arguments)
         return loss, found
@@ -165,21 +167,21 @@ def _forward_backward(call: _Call) -> tuple[Any, Stats | None]:
 
 
 def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
-    """Give places for the loss and the stats, and of these what kernels write for each row."""
+    """Allocate the loss and the stats; return them, and those that kernels write for each row."""
     by_row = problem.options.reduction == "none"
     loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
     found = stats.unfilled(problem, cupy.empty)
-    facts = (None,) * 5 if found is None else found
-    return loss, found, [loss if by_row else _NULL, *map(_or_null, facts)]
+    entries = (None,) * 5 if found is None else found
+    return loss, found, [loss if by_row else _NULL, *map(_or_null, entries)]
 
 
 def _memory(size: int) -> Any:
-    """Give the place of so many bytes, which the stream's next kernels have to themselves."""
+    """Allocate `size` bytes, which belong to the stream's next kernels."""
     return cupy.empty(size, np.uint8).data
 
 
 def _readable(value: Any) -> Any:
-    """Give an array that kernels can read a row's number from, or what is no array."""
+    """Return an array from which kernels can read one number a row; leave all else as it is."""
     if not hasattr(value, "dtype"):
         return value
     return _in_order(value, None if dtypes.dtype_name(value) in dtypes.FLOATS else np.float64)
@@ -202,7 +204,7 @@ def _or_null(array: Any) -> Any:
 
 
 def _in_order(array: Any, dtype: Any = None) -> Any:
-    """Give an array that lies in C order, and where items of its size may lie."""
+    """Return an array in C order, and refuse a misaligned one."""
     cupy_plan.check_address(array.data.ptr, array.itemsize)
     return cupy.ascontiguousarray(array, dtype)
 
@@ -214,7 +216,7 @@ def _layout(array: Any) -> Layout:
 def _kernel(name: str, options: tuple[str, ...]) -> Any:
     found = _kernels.get(options)
     if found is None:
-        # So that a product fused with a sum is not what a CPU computes otherwise.
+        # A product fused with a sum would differ from what a CPU computes.
         unfused = "-ffp-contract=off" if cupy.cuda.runtime.is_hip else "--fmad=false"
         options_here = (*options, unfused)
         module = cupy.RawModule(code=cupy_plan.source(), options=options_here, backend="nvrtc")

@@ -1,7 +1,7 @@
 """cupy: CUDA kernels for CuPy arrays, compiled by CuPy when they are first called.
 
-The logits are read once for the loss. For the gradient as well they are read once from memory, and
-it is written once.
+The logits are read from memory once, for the loss alone or with the gradient, which is written
+once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from polyce.implementations.contract import Implementation
 
 BACKENDS = frozenset({"cupy"})
 DEVICES = frozenset({"cuda"})
-# The kernels number classes in 32 bits, and reach beyond the last one.
+# The kernels number classes in 32 bits, and count beyond the last one.
 _MOST_CLASSES = 2**31 - 2**16
 
 
 def unavailable() -> str | None:
-    """Say that there is no CuPy, or nothing for it to run on; where nobody uses it, do not look."""
+    """Return why CuPy cannot run here, or None; look for a device only once CuPy is imported."""
     if not find.installed("cupy"):
         return "cupy is not installed (pip install cupy-cuda12x or cupy-cuda13x)"
     cupy = sys.modules.get("cupy")
@@ -38,14 +38,14 @@ def _finds_device(cupy: Any) -> bool:
 
 
 def refuses(problem: Problem) -> str | None:
-    """Say what the kernels cannot read."""
+    """Return what the kernels cannot read in this problem, or None."""
     if problem.classes > _MOST_CLASSES:
         return f"more than {_MOST_CLASSES} classes are not served"
     return None
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Give the loss and the stats."""
+    """Compute the loss and the stats."""
     from polyce.implementations.cupy import launch
 
     return launch.cross_entropy(problem, operands)
@@ -54,7 +54,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     from polyce.implementations.cupy import launch
 
     return launch.cross_entropy_with_grad(problem, operands, out)

@@ -1,9 +1,9 @@
-"""What the cupy kernels are launched with, from the facts of a call: no array is touched here.
+"""How the cupy kernels are launched, from the problem and the arrays' layouts: no array is touched.
 
-A module holds one kernel for one combination of macros, as the text in `cuda/numbers.cu` lists
-them, so that nothing is compiled but what runs. They are few: the dtypes of logits and target, and
-whether there is smoothing, a softcap, stats, and a class axis that lies contiguously. All else is
-known to a kernel when it runs. CuPy keeps what it has compiled, in memory and on disk.
+A module holds one kernel for one combination of the macros that `cuda/numbers.cu` lists, so only
+what runs is compiled. There are few: the dtypes of logits and target, and whether there is
+smoothing, a softcap, stats, and a contiguous class axis. A kernel reads everything else when it
+runs. CuPy keeps what it has compiled, in memory and on disk.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_o
 
 FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")
 KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
-# What the text calls these dtypes, in capitals, and by what number.
+# The numbers by which the CUDA sources know these dtypes; their names there are in capitals.
 KINDS: dict[str | None, int] = {
     name: number for number, name in enumerate((*dtypes.FLOATS, *dtypes.INTEGERS), start=1)
 }
 
-# The launch parameters; none has met a GPU yet.
+# The launch parameters; none has been tuned on a GPU yet.
 #
 # The threads of a block: with 64 registers each, four blocks share a multiprocessor.
 BLOCK = 256
-# Blocks of a grid: a large device twice over. It does not depend on the device, and so neither do
-# the bits of a sum.
+# Blocks of a grid: enough to fill a large device twice. The same on every device, so that the bits
+# of a sum are too.
 MOST_BLOCKS = 2048
-# Rows of so many contiguous classes, or more, are read in up to 16 bytes at once.
+# Rows of this many contiguous classes or more are read up to 16 bytes at once.
 VECTORS = 64
-# The classes that a thread should have of its row before another thread shares the row with it.
+# Classes that a thread should have before another thread shares its row.
 PER_THREAD = 4
-# Neighbouring rows that a block takes together where not the classes are contiguous: a whole line
-# of memory in 16 bits.
+# Neighbouring rows that a block takes together where the classes are not contiguous: a whole cache
+# line in 16 bits.
 NEIGHBOURS = 64
-# Rows of more classes are split over blocks where there are fewer rows than would fill a device; a
-# part is long enough to be worth a merge.
+# Rows of more than LONG classes are split over blocks where there are too few rows to fill a
+# device; a part is long enough to be worth a merge.
 LONG, FEW_ROWS, PART = 32768, 128, 16384
 MOST_PARTS = 64
-# Blocks that add up the weights of rows, each this many at least.
+# Each block that adds up row weights takes at least WEIGHED of them.
 WEIGHED = 2048
 MOST_WEIGHING = 256
 
@@ -52,10 +52,10 @@ _text: list[str] = []
 
 
 def source() -> str:
-    """Give the text of the kernels, read when it is first asked for."""
+    """Return the text of the kernels, read on the first call."""
     if not _text:
         folder = importlib.resources.files("polyce.implementations.cupy") / "cuda"
-        # So that a compiler names the file, and its line.
+        # Compilers then report errors by file and line.
         parts = ((name, (folder / name).read_text(encoding="utf-8")) for name in FILES)
         _text.append("\n".join(f'#line 1 "{name}"\n{text}' for name, text in parts))
     return _text[0]
@@ -67,12 +67,12 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
     """In bytes."""
     address: int
-    """From the last boundary of 16 bytes."""
+    """Bytes beyond a boundary of 16."""
     itemsize: int
 
 
-class Facts(NamedTuple):
-    """All that a plan depends on besides the problem; None for what is not there."""
+class LaunchKey(NamedTuple):
+    """All that a launch plan depends on besides the problem; None for what is absent."""
 
     logits: Layout
     probabilities: Layout | None
@@ -86,7 +86,7 @@ class Facts(NamedTuple):
     cotangent_by_row: bool
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How a call is launched."""
 
     call: np.ndarray[Any, Any]
@@ -100,12 +100,12 @@ class Plan(NamedTuple):
     weighing: int
     """Blocks that add up row weights."""
     copies: tuple[bool, bool, bool]
-    """Whether logits, probabilities and gradient lie in no order that the kernels know."""
+    """Whether logits, probabilities and gradient have a layout that the kernels cannot read."""
 
 
-def plan(problem: Problem, facts: Facts) -> Plan:
+def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
     """Plan the launches of a call."""
-    given = [facts.logits, facts.probabilities, facts.grad]
+    given = [key.logits, key.probabilities, key.grad]
     laid = iter(
         rows_of(
             problem.shape,
@@ -116,7 +116,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     rows = [None if one is None else next(laid) for one in given]
     copies = tuple(a is not None and b is None for a, b in zip(given, rows, strict=True))
     x = rows[0] or Rows(1, 1, (0, 0, 0))
-    threads = _threads(problem, x, rows[1:], facts.logits.itemsize)
+    threads = _threads(problem, x, rows[1:], key.logits.itemsize)
     probability = problem.kind == "probability"
     real = dtypes.name_of(problem.arithmetic_dtype)
     scale, cap = transform.scale_and_cap(problem)
@@ -125,8 +125,8 @@ def plan(problem: Problem, facts: Facts) -> Plan:
     weighing = min(MOST_WEIGHING, cdiv(count, WEIGHED))
     mean = 0
     if problem.options.reduction == "mean":
-        # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the text.
-        mean = {None: 1, "number": 2}.get(facts.normalizer, 3)
+        # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the CUDA sources.
+        mean = {None: 1, "number": 2}.get(key.normalizer, 3)
     call = np.zeros(1, _CALL[real])
     for name, value in {
         "outer": x.outer,
@@ -142,16 +142,16 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "parts": threads.parts,
         "chunk": threads.chunk,
         "weighed": weighing,
-        "t_in_step": _in_step(threads.width, facts.logits, x, facts.probabilities, rows[1]),
-        "g_in_step": _in_step(threads.width, facts.logits, x, facts.grad, rows[2]),
+        "t_in_step": _in_step(threads.width, key.logits, x, key.probabilities, rows[1]),
+        "g_in_step": _in_step(threads.width, key.logits, x, key.grad, rows[2]),
         "ignores": ignored is not None,
         "ignore_index": ignored or 0,
         "mean": mean,
         "loss_kind": KINDS[dtypes.name_of(problem.result_dtype)],
-        "sample_kind": KINDS.get(facts.sample, 0),
-        "normalizer_kind": KINDS.get(facts.normalizer, 0),
-        "cotangent_kind": KINDS.get(facts.cotangent, 0),
-        "cotangent_by_row": facts.cotangent_by_row,
+        "sample_kind": KINDS.get(key.sample, 0),
+        "normalizer_kind": KINDS.get(key.normalizer, 0),
+        "cotangent_kind": KINDS.get(key.cotangent, 0),
+        "cotangent_by_row": key.cotangent_by_row,
         "exact_scale": scale,
         "exact_cap": cap,
         "scale": scale,
@@ -161,7 +161,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
         "z_loss": problem.options.z_loss,
     }.items():
         call[name] = value
-    return Plan(
+    return LaunchPlan(
         call=call,
         options=_options(problem, real, threads.width > 1),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
@@ -173,7 +173,7 @@ def plan(problem: Problem, facts: Facts) -> Plan:
 
 
 def check_address(address: int, itemsize: int, strides: tuple[int, ...] = ()) -> None:
-    """Refuse an array that a GPU could not read: a fault there ends the process's context."""
+    """Refuse a misaligned array: reading it on a GPU would end the process's CUDA context."""
     if address % itemsize or any(step % itemsize for step in strides):
         raise ValueError(
             "arrays on a GPU must lie at multiples of their item size, got items of "
@@ -183,7 +183,7 @@ def check_address(address: int, itemsize: int, strides: tuple[int, ...] = ()) ->
 
 
 def _steps(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """Give strides in elements; those of axes that have one element do not matter."""
+    """Return strides in elements, 0 for axes of length 1."""
     pairs = zip(layout.strides, shape, strict=True)
     steps = tuple(step if size > 1 else 0 for step, size in pairs)
     check_address(layout.address, layout.itemsize, steps)
@@ -191,7 +191,7 @@ def _steps(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
 
 
 def _in_step(width: int, logits: Layout, x: Rows, other: Layout | None, rows: Rows | None) -> bool:
-    """Tell whether another array's numbers lie on boundaries of `width` of them as logits do."""
+    """Tell whether another array is aligned to `width` of its elements wherever the logits are."""
     if other is None or rows is None or rows.strides[2] != 1:
         return False
     apart = [a - b for a, b in zip(rows.strides, x.strides, strict=True)]
@@ -200,7 +200,7 @@ def _in_step(width: int, logits: Layout, x: Rows, other: Layout | None, rows: Ro
 
 
 class _Threads(NamedTuple):
-    """How the threads of a block are shared out."""
+    """How the threads of a block are assigned."""
 
     lanes: int
     across: bool
@@ -215,7 +215,7 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     along = x.strides[2] == 1 or classes == 1
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
-        # As `cuda/classes.cu` has it.
+        # The same table is in `cuda/classes.cu`.
         probability, capped = problem.kind == "probability", transform.is_capped(problem)
         most = 4 if probability or capped else 8
         if probability and (capped or problem.options.stats is not None):
@@ -263,7 +263,7 @@ def _options(problem: Problem, real: str, vector: bool) -> dict[str, tuple[str, 
 
 
 def _call_dtype(real: str) -> np.dtype[Any]:
-    """Give `struct Call` of `cuda/row.cu`."""
+    """Return the dtype of `struct Call` in `cuda/row.cu`."""
     whole = "outer inner classes x*3 t*3 g*3 blocks lanes team across parts chunk weighed t_in_step"
     whole += " g_in_step ignores ignore_index mean loss_kind sample_kind normalizer_kind"
     whole += " cotangent_kind cotangent_by_row"

@@ -1,8 +1,8 @@
 """What dask's tasks run on one block of the logits, with arrays of the chunk's own library.
 
-Every function is a module's and takes no module among its arguments, so that dask can send it to
-another process; and each keeps NumPy's warnings away itself, since a thread of dask's does not
-know what the caller's thread has set.
+Every function is at module level and takes no module as an argument, so that dask can send it to
+another process. Each silences NumPy's warnings itself, since dask's threads do not inherit the
+caller's settings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from polyce.implementations.contract import Implementation
 
 
 def total_weight(problem: Problem, target: Any, weight: Any, sample_weight: Any) -> Any:
-    """Give what the rows of one block add to the mean's denominator, from their labels alone."""
+    """Compute what a block's rows add to the mean's denominator, from their labels alone."""
     shape = list(target.shape)
     shape.insert(problem.axis, problem.classes)
     problem = of_chunk(problem, target, shape).with_options(reduction="mean")
@@ -45,8 +45,8 @@ def whole_rows(
 ) -> tuple[Any, ...]:
     """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
 
-    The result is the losses, or their sum where the call adds them up, the gradient, None without
-    a cotangent, and the stats' entries.
+    The result is the losses, or their sum if the call reduces them; the gradient, None without a
+    cotangent; and the entries of the stats.
     """
     summed, dtype, axis = problem.options.reduction != "none", problem.logits_dtype, problem.axis
     problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
@@ -69,7 +69,7 @@ def whole_rows(
 
 
 def _reported(problem: Problem) -> tuple[str, ...] | None:
-    """Return the stats that a block has to report, from which the call's are made."""
+    """Return the stats that a block must report for the call's to be computed."""
     if problem.options.stats is None:
         return None
     predicts = problem.asks("prediction", "correct")
@@ -77,7 +77,7 @@ def _reported(problem: Problem) -> tuple[str, ...] | None:
 
 
 def _by_row(problem: Problem, cotangent: Any) -> Any:
-    """Return the cotangent as a call takes it: a number, or an array of the rows' shape."""
+    """Return the cotangent as a call takes it: a number, or an array of the row shape."""
     if cotangent is None or isinstance(cotangent, float):
         return cotangent
     rows = problem.xp.squeeze(cotangent, axis=problem.axis) if cotangent.ndim else cotangent
@@ -85,27 +85,27 @@ def _by_row(problem: Problem, cotangent: Any) -> Any:
 
 
 def itself(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
-    """Give a block as it is, as the first step of a reduction too."""
+    """Return a block as it is; also serves as the first step of a reduction."""
     return block
 
 
 def take(index: int, results: Any, *after: Any) -> Any:
-    """Take one of a block's results; the others are only waited for."""
+    """Take one of a block's results, once those in `after` are there."""
     return results[index]
 
 
 class Part(NamedTuple):
-    """What one block tells of its rows, of which it holds some of the classes."""
+    """What a block with some of the classes reports of its rows."""
 
     state: RowState
     pivot: Any
-    """The class that the state keeps apart, if it lies in this part."""
+    """The class that the state keeps apart if it lies in this part."""
     plan: Plan
     """Without the arrays over the classes; the same in every part of a row."""
 
 
 class Whole(NamedTuple):
-    """What the parts of rows tell together."""
+    """The parts of each row merged."""
 
     losses: Any
     lse: Any
@@ -118,7 +118,7 @@ class Whole(NamedTuple):
 def part(
     problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: Any
 ) -> Part:
-    """Read a block of some of the classes, of which `start` is the first."""
+    """Read a block with some of the classes; `start` is the first of them."""
     start = int(start[0])
     problem, plan, logits, at_label, coefficients = _open(
         problem, logits, target, weight, sample_weight, start
@@ -148,7 +148,7 @@ def part(
 
 
 def join(problem: Problem, parts: list[Part]) -> Whole:
-    """Merge the parts of rows, in the order of the classes, and give what the rows lose."""
+    """Merge the parts of each row, in the order of the classes, and compute the losses."""
     state, pivot, plan = parts[0]
     problem = of_chunk(problem, state.rest_max, state.rest_max.shape)
     xp = problem.xp
@@ -177,7 +177,7 @@ def part_gradient(
     cotangent: Any,
     whole: Whole,
 ) -> Any:
-    """Give the gradient of a block of some of the classes, of which `start` is the first."""
+    """Compute the gradient of a block with some of the classes; `start` is the first of them."""
     start, dtype = int(start[0]), problem.logits_dtype
     problem, plan, logits, _, coefficients = _open(
         problem, logits, target, weight, sample_weight, start
@@ -208,7 +208,7 @@ def part_gradient(
 def _open(
     problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: int
 ) -> tuple[Problem, Plan, Any, Any, Any]:
-    """Give a part's facts, plan, logits as computed with, and coefficients."""
+    """Return a part's problem, plan, logits in the arithmetic dtype, and coefficients."""
     axis = problem.axis
     shape = list(logits.shape)
     shape[axis] = problem.classes
@@ -232,13 +232,13 @@ def _open(
 
 
 def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
-    """Mark the pivot, if it lies in this part, and all of the rows that do not count."""
+    """Mark the pivot, if it lies in this part, and every class of rows that do not count."""
     excluded = problem.library.one_hot(local, logits, problem.axis)
     return excluded if plan.counted is None else excluded | ~plan.counted
 
 
 def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
-    """State the facts of a call on chunks like this one."""
+    """Return the problem of a call on chunks like this one."""
     library, _ = find.of(input=chunk)
     shape = tuple(shape)
     return problem._replace(
@@ -253,12 +253,12 @@ def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
     )
 
 
-# dask does not hold chunks to the dtype that their array says, and computes with what they are. So
-# do these; what they give back has the dtype that was promised.
+# dask does not enforce the dtype that an array declares: it computes with what its chunks have. So
+# do these functions, but they return the declared dtype.
 
 
 def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, Any]:
-    """State the dtypes of a call on these very chunks; give logits of no fewer digits than said."""
+    """Put the chunks' own dtypes into the problem; widen logits narrower than declared."""
     narrow = logits.dtype.itemsize < problem.logits_dtype.itemsize
     if narrow or dtypes.holds_integers(logits):
         logits = problem.library.cast(logits, problem.logits_dtype)
@@ -279,12 +279,12 @@ def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, An
 
 
 def with_labels(problem: Problem, target: Any) -> Problem:
-    """State the dtype of the labels in this very chunk."""
+    """Put the labels' own dtype into the problem."""
     if not dtypes.holds_integers(target):
         raise _not_as_said("target", "integers", target)
     found = problem._replace(target_dtype=dtypes.dtype_name(target))
     if labels.ignored_label(found) is not None and labels.ignored_label(problem) is None:
-        # Which rows count was decided by what the array says.
+        # Which rows count was decided by the declared dtype.
         raise _not_as_said("target", problem.target_dtype, target)
     return found
 

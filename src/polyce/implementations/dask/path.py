@@ -1,9 +1,9 @@
 """dask: few tasks for each block of the logits, which run the best path of the chunk's own library.
 
-The reference on dask arrays makes a task of nearly each of its operations, and with it arrays of
-the chunk's size. Here a block of whole rows is one task, which does what a call on the block would
-do; where the classes are cut as well, a block gives the state of its part of each row, the states
-are merged, and a second task gives the block's gradient.
+On dask arrays nearly every operation of the reference becomes a task with a result as large as the
+chunk. Here a block of whole rows is one task, which does what a call on the block would do. Where
+the classes are cut as well, each block computes the state of its part of each row, the states are
+merged, and a second task computes the block's gradient.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FAN_IN = 16
 
 
 def unavailable() -> str | None:
-    """Say that dask is missing."""
+    """Return that dask is missing, or None."""
     return None if find.installed("dask") else "dask is not installed (pip install dask[array])"
 
 
 def path(select: Callable[[Problem], Implementation]) -> Implementation:
-    """Return the path; `select` chooses that of a block, among the table that this stands in."""
+    """Return the dask path; `select` chooses the path of each block from the same table."""
     return Implementation(
         name="dask",
         cross_entropy=partial(cross_entropy, select),
@@ -66,11 +66,11 @@ def cross_entropy_with_grad(
 def _read(problem: Problem, operands: Operands) -> tuple[Operands, Plan]:
     """Cut the operands, leave the target to the blocks, and add up the mean's denominator.
 
-    The other arrays of the plan are there for the stats; dask makes none that nobody uses.
+    The plan's other arrays are for the stats; dask computes none that is not used.
     """
     target = operands.target
     pieces = _cut(problem, operands)
-    # NumPy's labels are checked now, while they can be looked at.
+    # NumPy labels are checked now: they have values.
     plan = targets.plan(problem, pieces._replace(target=target))
     if problem.kind == "index" and not problem.normalized and hasattr(plan.denominator, "dask"):
         plan = plan._replace(denominator=total_weight(problem, pieces))
@@ -90,21 +90,21 @@ def _run(
     pieces: Operands,
     cotangent: Any,
 ) -> tuple[Any, Any, RowStats | None]:
-    """Return losses, gradient (None without a cotangent) and stats."""
+    """Compute losses, gradient (None without a cotangent) and stats."""
     if pieces.logits.numblocks[problem.axis] == 1:
         return _whole_rows(select, problem, pieces, cotangent)
     return _parts(problem, pieces, cotangent)
 
 
 def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
-    """Give the logits' chunks without empty ones, in which no class is the largest."""
+    """Return the logits' chunks without empty ones, which have no largest class."""
     if problem.is_empty:
         return tuple((size,) for size in problem.shape)
     return tuple(tuple(size for size in sizes if size) for sizes in logits.chunks)
 
 
 def _recut(array: Any, chunks: Any) -> Any:
-    """Rechunk; dask's own does nothing to an array of which every axis is empty."""
+    """Rechunk an array; dask's own method ignores empty arrays."""
     import dask.array as da
 
     return array.rechunk(chunks) if array.size else da.zeros_like(array, chunks=chunks)
@@ -126,14 +126,14 @@ def _whole_rows(
         adjust_chunks={axis: 1},
         meta=logits._meta,
     )
-    # What will be added up comes as one number for each block.
+    # For a reduction each block returns one number.
     cuts = results.chunks if problem.options.reduction == "none" else (1,) * len(axes)
     losses = take(problem, results, 0, problem.row_dtype, cuts)
     found = _stats(problem, results, 2)
     grad = None
     if cotangent is not None:
-        # A block's result stays until all is taken. Were the gradient not taken last, dask could
-        # put it off in favour of the losses, block after block, until the memory is full.
+        # A block's result is kept until all of it is taken. If the gradient were not taken last,
+        # dask could put it off for the losses, block after block, until memory is full.
         small = [array for array in (losses, *(found or ())) if array is not None]
         grad = take(problem, results, 1, problem.logits_dtype, logits.chunks, small)
     if problem.options.reduction != "none":
@@ -173,9 +173,9 @@ def _parts(
 
 
 def _join(problem: Problem, parts: Any) -> Any:
-    """Bring the parts of each row together.
+    """Merge the parts of each row.
 
-    Not by blockwise: dask would run it within each block of the gradient if nothing else uses it.
+    Not by blockwise: if nothing else used it, dask would run it within each block of the gradient.
     """
     import dask.array as da
     from dask.base import tokenize
@@ -207,11 +207,11 @@ def _row_axes(problem: Problem) -> tuple[int, ...]:
 def _blockwise(
     function: Any, problem: Problem, out: tuple[int, ...], *pairs: Any, meta: Any, **options: Any
 ) -> Any:
-    """Call a function on the blocks; a meta keeps dask from trying it on nothing first."""
+    """Call a function on the blocks; with a meta dask does not try it on empty arrays first."""
     import dask.array as da
 
     return da.blockwise(
-        # Modules cannot be sent to another process by all picklers.
+        # Not every pickler can send a module to another process.
         partial(function, problem),
         out,
         *pairs,
@@ -230,7 +230,7 @@ def take(
     cuts: Any = None,
     after: Sequence[Any] = (),
 ) -> Any:
-    """Take one of the arrays of which every block is a tuple, once those in `after` are there."""
+    """Take one array out of blocks that are tuples, once the arrays in `after` are there."""
     import dask.array as da
 
     axes = _axes(problem)
@@ -261,14 +261,14 @@ def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
 
 
 def _cut(problem: Problem, operands: Operands) -> Operands:
-    """Cut what has rows as the logits are cut."""
+    """Cut every operand that has rows as the logits are cut."""
     chunks = _cuts(problem, operands.logits)
     logits = _recut(operands.logits, chunks)
     return cut_beside(problem, operands._replace(logits=logits), chunks)
 
 
 def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
-    """Cut what has rows, but for the logits, as logits of these chunks are cut."""
+    """Cut every operand that has rows, except the logits, to match logits of these chunks."""
     import dask.array as da
 
     target, sample_weight = operands.target, operands.sample_weight
@@ -285,7 +285,7 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
 
 
 def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
-    """Pair what every block reads with its axes; the class weights, without, come whole."""
+    """Pair what every block reads with its axes; class weights have none and come whole."""
     axes, row_axes = _axes(problem), _row_axes(problem)
     return (
         *(operands.logits, axes),
@@ -303,19 +303,19 @@ def paired(array: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
 def in_one(array: Any) -> tuple[Any, None]:
     """Pair an array, if there is one, with no axes: every block takes all of it.
 
-    dask would give it a new name in each call, and compute what is the same twice.
+    dask itself would name it anew in each call, and compute it again.
     """
     if hasattr(array, "dask"):
         from dask.delayed import delayed
 
         (block,) = array.rechunk(-1).to_delayed(optimize_graph=False).flat
-        # A task of its own: dask cannot fuse blocks with one that all of them take.
+        # A task of its own, which dask cannot fuse with the blocks that share it.
         array = delayed(blocks.itself, pure=True)(block)
     return array, None
 
 
 def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
-    """Pair the cotangent, a number, one for all rows, or one for each, with its axes."""
+    """Pair the cotangent, a number or an array of one or all rows, with its axes."""
     if not hasattr(cotangent, "dask"):
         return cotangent, None
     if not cotangent.ndim:
@@ -324,7 +324,7 @@ def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
 
 
 def total_weight(problem: Problem, operands: Operands) -> Any:
-    """Add up what labels count in the mean's denominator, block by block."""
+    """Add up the mean's denominator from the labels, block by block."""
     row_axes = _row_axes(problem)
     totals = _blockwise(
         blocks.total_weight,

@@ -1,4 +1,4 @@
-"""The compiled module: whether it is there, and how it is set when it is first used."""
+"""The compiled module: whether it is there, and how it is set up when first used."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from types import ModuleType
 
 ISA_VARIABLE = "POLYCE_ISA"
 THREADS_VARIABLE = "POLYCE_NUM_THREADS"
-# More would not be meant, and each one costs memory.
+# More must be a mistake, and each thread costs memory.
 MOST_THREADS = 1024
 
 # Looked up once: torch.compile traces the choice of an implementation. In a checkout the folder of
-# the C++ files has the module's name, and is found, but loads nothing.
+# C++ files, which has the module's name, is found too, but it has no loader.
 _SPEC = importlib.util.find_spec("polyce._core")
 _IS_BUILT = _SPEC is not None and _SPEC.loader is not None
 
 
 def unavailable() -> str | None:
-    """Say that the core was not built with this install, and what that costs."""
+    """Return that the core was not built, and what that costs, or None."""
     if _IS_BUILT:
         return None
     return (
@@ -33,7 +33,7 @@ _loaded: list[ModuleType] = []
 
 
 def core() -> ModuleType:
-    """Give the compiled module, set as the environment asks when it is first used."""
+    """Return the compiled module, set up from the environment on the first call."""
     if not _loaded:
         _loaded.append(_set_up(importlib.import_module("polyce._core")))
     return _loaded[0]

@@ -1,8 +1,8 @@
 """native: the compiled kernels, for NumPy arrays and torch tensors on a CPU.
 
-One reading of the logits and one writing of the gradient, whatever their strides. What a target
-means, the reduction and the stats are the kernels' own as well, held to the reference's by the
-tests, so that a small call is little more than one call of theirs.
+The logits are read once and the gradient is written once, whatever their strides. The kernels also
+interpret the target, reduce and fill the stats, so that a small call is little more than one call
+of a kernel; the tests hold them to the reference.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
 from polyce.implementations.native.core import unavailable
-from polyce.implementations.native.run import NUMPY, Memory, kernel, run
+from polyce.implementations.native.run import NUMPY, ArrayAccess, kernel, run
 
 BACKENDS = frozenset({"numpy", "torch"})
-# Under torch.compile the call of an operator takes 40 to 80 µs more than what the compiler makes of
-# the reference's operations; about here the kernel has made up for that (forward: 128×1000 118 and
+# Under torch.compile calling an operator takes 40 to 80 µs longer than the compiled reference; from
+# about this many logits on the kernel is faster (operator and reference, forward: 128×1000 118 and
 # 116 µs, 256×1000 161 and 198; with backward 291 and 276, 341 and 443; one thread).
 FEWEST_COMPILED = 2**17
 
 
 def refuses(problem: Problem) -> str | None:
-    """Say what the kernels cannot read."""
+    """Return what the kernels cannot read in this problem, or None."""
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
     if problem.target_dtype in dtypes.SUB_BYTE:
         return f"labels of {problem.target_dtype} are no whole bytes"
-    # The result has the byte order of what it is promoted from.
+    # The result has the byte order of the dtypes that it is promoted from.
     given = (problem.logits_dtype, problem.result_dtype)
     if not all(getattr(dtype, "isnative", True) for dtype in given):
         return "the bytes of logits or probabilities are not in this processor's order"
@@ -38,9 +38,9 @@ def refuses(problem: Problem) -> str | None:
 
 
 def is_left_to_the_compiler(problem: Problem) -> bool:
-    """Tell whether torch.compile had better fuse the reference's operations than call a kernel.
+    """Tell whether torch.compile should fuse the reference's operations instead.
 
-    Calling it takes the time of some ten thousand logits. Where sizes are symbolic it is called.
+    Calling a kernel takes the time of some ten thousand logits. With symbolic sizes it is called.
     """
     if not problem.is_compiling:
         return False
@@ -49,28 +49,28 @@ def is_left_to_the_compiler(problem: Problem) -> bool:
     return bool(statically_known_true(math.prod(problem.shape) < FEWEST_COMPILED))
 
 
-_memories = {"numpy": NUMPY}
+_accesses = {"numpy": NUMPY}
 
 
-def memory(backend: str) -> Memory:
-    """Give what is known of a backend's arrays."""
-    if backend not in _memories:
+def access(backend: str) -> ArrayAccess:
+    """Return the access to a backend's arrays."""
+    if backend not in _accesses:
         from polyce.implementations.native import torch as native_torch
 
-        _memories[backend] = native_torch.MEMORY
-    return _memories[backend]
+        _accesses[backend] = native_torch.TORCH
+    return _accesses[backend]
 
 
 def torch_kernels() -> Any:
-    """Give the kernels of whole calls on torch."""
+    """Return the kernels of whole calls on torch."""
     from polyce.implementations.native import torch as native_torch
 
     return native_torch.KERNELS
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Compute the loss, on torch's graph where something waits for a gradient, and the stats."""
-    own = memory(problem.backend)
+    """Compute the loss, on torch's graph if something requires a gradient, and the stats."""
+    own = access(problem.backend)
     found = None if own.on_graph is None else own.on_graph(problem, operands)
     return run(own, problem, operands) if found is None else found
 
@@ -78,8 +78,8 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Give the loss, the gradient, in `out` where it is given, and the stats."""
-    own = memory(problem.backend)
+    """Compute the loss, the gradient, in `out` if that is given, and the stats."""
+    own = access(problem.backend)
     grad = own.empty_like(operands.logits) if out is None else out
     loss, found = run(own, problem, operands, grad, fresh=out is None)
     if out is not None:
@@ -88,8 +88,8 @@ def cross_entropy_with_grad(
 
 
 def log_softmax(problem: Problem, logits: Any) -> Any:
-    """Give log(softmax(logits)) along the class axis."""
-    own = memory(problem.backend)
+    """Compute log(softmax(logits)) along the class axis."""
+    own = access(problem.backend)
     result = own.empty_like(logits)
     kernel(problem).log_softmax(own.in_order(logits), result)
     return result

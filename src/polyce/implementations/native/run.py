@@ -14,44 +14,44 @@ from polyce.formula.stats import Stats
 from polyce.implementations.native.core import core
 
 _MOST_KERNELS = 1024
-# From so many classes on a backward pass is spared a reading of the logits by what a forward pass
-# saves of each row. The core's own rule, here for those who ask where it does not run.
+# From this many classes on the forward pass saves what spares the backward pass one reading of the
+# logits. The core has the same rule; this copy is for code that runs without it.
 SAVED_FROM = 65
 
 
-class Memory(NamedTuple):
-    """How the kernels come by the memory of a library's arrays."""
+class ArrayAccess(NamedTuple):
+    """How the kernels reach the memory of a library's arrays."""
 
     empty: Callable[..., Any]
     """(shape, dtype) -> array"""
     empty_like: Callable[[Any], Any]
-    """An array laid out as another is, without gaps and overlaps."""
+    """An array laid out like another, without gaps or overlaps."""
     in_order: Callable[[Any], Any]
     """An array with its bytes in this processor's order."""
     dense: Callable[..., Any]
-    """(name, array, dtype or None) -> such an array, C-contiguous, of that dtype or of its own"""
+    """(name, array, dtype or None) -> the array, C-contiguous, in that dtype or its own"""
     scalar: Callable[[Any], Any]
-    """An array of no dimension as the library's own sum returns it."""
+    """A 0-d array as the library's own sum returns it."""
     written: Callable[[Any], object] = id
-    """Says that the kernels have written an array of the caller's, where somebody keeps count."""
+    """Called once the kernels have written to a caller's array, for a library that tracks this."""
     on_graph: Callable[..., tuple[Any, Stats | None] | None] | None = None
-    """(problem, operands) -> (loss, stats), or None where no gradient waits for the loss"""
+    """(problem, operands) -> (loss, stats), or None if nothing requires a gradient"""
 
 
 def _in_order(array: Any) -> Any:
-    """Give an array with its bytes in this processor's order, as the kernels read them."""
+    """Return an array with its bytes in this processor's order, as the kernels read them."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _dense(name: str, array: Any, dtype: Any) -> Any:
-    # So most arrays come; to find that out takes NumPy's own function three times as long.
+    # Most arrays pass here; NumPy's own function takes three times as long to find that out.
     if array.flags.carray and array.dtype.isnative and (dtype is None or array.dtype == dtype):
         return array
     array = np.asarray(_in_order(array), dtype, order="C")
     return array if array.flags.aligned else array.copy()
 
 
-NUMPY = Memory(
+NUMPY = ArrayAccess(
     empty=np.empty,
     empty_like=np.empty_like,
     in_order=_in_order,
@@ -61,7 +61,7 @@ NUMPY = Memory(
 
 
 def run(
-    own: Memory,
+    own: ArrayAccess,
     problem: Problem,
     operands: Operands,
     grad: Any = None,
@@ -70,7 +70,7 @@ def run(
     saved: Any = None,
     backward: bool = False,
 ) -> tuple[Any, Stats | None]:
-    """Run the kernels; the gradient, and what a backward pass needs, are written where given."""
+    """Run the kernels; write `grad`, and `saved` for a backward pass, where these are given."""
     empty, in_order, dense = own.empty, own.in_order, own.dense
     logits, target, weight, sample_weight, normalizer, cotangent = operands
     by_rows = problem.options.reduction == "none"
@@ -120,7 +120,7 @@ _kernels: dict[Problem, Any] = {}
 
 
 def kernel(problem: Problem) -> Any:
-    """Give what the kernels know of a problem before they see an array."""
+    """Return what the kernels prepare from a problem before they see an array."""
     found = _kernels.get(problem)
     if found is None:
         if len(_kernels) >= _MOST_KERNELS:

@@ -8,12 +8,12 @@ from polyce.implementations.native.core import MOST_THREADS, core, unavailable
 
 
 def get_num_threads() -> int:
-    """Give the number of threads that a large call of the native path uses.
+    """Return the number of threads that a large call of the native path uses.
 
     Returns
     -------
     int
-        At first as many as there are processors that this process may use, or what the environment
+        At first the number of processors that this process may use, or what the environment
         variable ``POLYCE_NUM_THREADS`` says. Results do not depend on it.
 
     Raises
@@ -34,7 +34,7 @@ def get_num_threads() -> int:
 def set_num_threads(count: int) -> None:
     """Set the number of threads that a large call of the native path uses, in this process.
 
-    A call uses fewer where more would not pay; a caller on another thread, meanwhile, works alone.
+    A call uses fewer where more would not pay. While it runs, calls from other threads use one.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def set_num_threads(count: int) -> None:
     Raises
     ------
     TypeError, ValueError
-        If it is no such number, or if the compiled core is not built.
+        If `count` is not such a number, or if the compiled core is not built.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import Kernels, Saved
-from polyce.implementations.native.run import SAVED_FROM, Memory, run
+from polyce.implementations.native.run import SAVED_FROM, ArrayAccess, run
 
 
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
@@ -23,7 +23,7 @@ def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
     return tensor
 
 
-# Not where torch's default device is.
+# torch's default device may be another.
 _CPU = torch.device("cpu")
 
 
@@ -32,7 +32,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _written(tensor: torch.Tensor) -> None:
-    """Let autograd see that a tensor which it may have saved is another one now."""
+    """Tell autograd that a tensor, which it may have saved, has changed."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
@@ -48,10 +48,10 @@ def _forward(
     problem: Problem, operands: Operands, keep: bool
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
     if not keep or problem.classes < SAVED_FROM:
-        loss, found = run(MEMORY, problem, operands)
+        loss, found = run(TORCH, problem, operands)
         return loss, found, _NOTHING
     rows = _empty((math.prod(problem.row_shape), 4), torch.float64)
-    loss, found = run(MEMORY, problem, operands, saved=rows)
+    loss, found = run(TORCH, problem, operands, saved=rows)
     return loss, found, Saved(rows)
 
 
@@ -59,7 +59,7 @@ def _backward(
     problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
 ) -> torch.Tensor:
     grad = torch.empty_like(operands.logits) if out is None else out
-    run(MEMORY, problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
+    run(TORCH, problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
     return grad
 
 
@@ -72,7 +72,7 @@ def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] 
     return None
 
 
-MEMORY = Memory(
+TORCH = ArrayAccess(
     empty=_empty,
     empty_like=torch.empty_like,
     in_order=lambda tensor: tensor,

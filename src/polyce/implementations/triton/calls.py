@@ -1,4 +1,4 @@
-"""The triton path's calls: memory for the kernels' results, and what nothing is launched for."""
+"""The triton path's calls: memory for the kernels' results, and calls that launch nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polyce.implementations.triton.launch import Results
 def forward(
     problem: Problem, operands: Operands, keep: bool
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
-    """Give the loss, the stats, and what a backward pass wants where there will be one."""
+    """Compute the loss, the stats, and what a backward pass needs if there will be one."""
     if problem.is_empty:
         return REFERENCE.forward(problem, operands, keep)
     torch_memory.check_storages(**operands.named())
@@ -47,7 +47,7 @@ def forward(
 def backward(
     problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Give the gradient, in `out` where that is given, which may be the logits."""
+    """Compute the gradient, in `out` if that is given; it may be the logits."""
     logits = operands.logits.detach()
     if problem.is_empty:
         return REFERENCE.backward(problem, operands, saved, out)
@@ -70,7 +70,7 @@ def backward(
 
 
 def _check_saved(problem: Problem, saved: Saved) -> None:
-    """Refuse what no forward pass of this call has saved."""
+    """Refuse tensors that no forward pass of this call has saved."""
     rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
     denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
     torch_memory.check_returned((rows, denominator), saved)
@@ -79,13 +79,13 @@ def _check_saved(problem: Problem, saved: Saved) -> None:
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
-    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     loss, found, saved = forward(problem, operands, keep=True)
     return loss, backward(problem, operands, saved, out), found
 
 
 def keeps(problem: Problem) -> Saved:
-    """Tell what a forward pass saves."""
+    """Return what a forward pass saves."""
     if problem.is_empty:
         return Saved(rows=False, denominator=False)
     return Saved(rows=True, denominator=problem.options.reduction == "mean")

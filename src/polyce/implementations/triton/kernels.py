@@ -1,9 +1,9 @@
 """The kernels of the triton path: rows read once, and their gradient written once.
 
 A program takes a block of rows (lanes), whose logits lie `x_lane` apart, and goes along their
-classes, `x_class` apart, tile by tile; an outer index is `x_outer` apart. That is (N, C) with any
-row stride as well as (N, C, inner). Offsets are 64-bit: a program's number is not, and is widened
-before anything multiplies it.
+classes, `x_class` apart, tile by tile; an outer index is `x_outer` apart. This covers (N, C) with
+any row stride as well as (N, C, inner). Offsets have 64 bits; a program's number has 32, so it is
+widened before it is multiplied.
 """
 
 import triton
@@ -42,12 +42,12 @@ def forward(
     UNIT: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Read rows, or the part of them that falls to the program's second number, once."""
+    """Read rows once, or the part of them that the program's second number selects."""
     SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
     LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
-    # So the compiler sees that 16-byte loads end with the row.
+    # This tells the compiler that 16-byte loads end with the row.
     classes = units * UNIT
     kept = tl.full((1,), kept, tl.float64)
     share = tl.full((1,), share, tl.float64)
@@ -89,8 +89,8 @@ def forward(
                 TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
                 ENTROPY, CORRECT,
             )  # fmt: skip
-    # The division says to the compiler that rows begin on 16-byte boundaries, as they do then, and
-    # the promise says it where they begin so though the array does not.
+    # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
+    # where the array itself does not begin on one.
     x_row = x_ptr + x_at
     t_row = target_ptr + t_at + start * t_class
     if PEEL or UNIT > 1:
@@ -105,7 +105,7 @@ def forward(
     if SPLIT:
         begin = part * chunk
         end = tl.minimum(begin + chunk, length)
-    # A chunk is a whole number of tiles, so that the row's end alone has to be masked.
+    # A chunk is a whole number of tiles, so only the row's end has to be masked.
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         c = start + step
@@ -170,7 +170,7 @@ def join(
     EMULATED: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the states of the parts that `forward` has read rows in, in their order."""
+    """Merge, in order, the states of the parts in which `forward` has read the rows."""
     SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
     LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, _line, lane, here = lanes(inner, blocks, LANES)
@@ -212,7 +212,7 @@ def join(
         if PROBABILITY and CORRECT:
             most = tl.load(place + 8 * step, mask=here, other=0.0).to(DTYPE)
             most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
-            # Parts come in the order of their classes, but for the first's own end.
+            # Parts are in the order of their classes, but the first also read the row's end.
             better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
             likeliest = tl.where(better, most, likeliest)
             likeliest_class = tl.where(better, most_class, likeliest_class)
@@ -233,7 +233,7 @@ def reduce(
     sums_ptr, result_ptr, denominator_ptr, normalizer_ptr, programs, normalizer: tl.float64,
     MEAN: tl.constexpr, NORMALIZER: tl.constexpr, TILE: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Add up the programs' sums of losses and of row weights, in a fixed order, by one program."""
+    """Add up the programs' sums of losses and of row weights in one program, in a fixed order."""
     loss = tl.zeros((TILE,), tl.float64)
     weight = tl.zeros((TILE,), tl.float64)
     for done in range(0, programs, TILE):
@@ -260,7 +260,7 @@ def _gradient(
     TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
     WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of the gradient, where its logits may lie: it is read before."""
+    """Write a tile of the gradient, possibly over its logits, which are read first."""
     x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(DTYPE)
     p = tl.exp(difference(x, top, scale, cap, TRANSFORM, DTYPE))
     if PROBABILITY or SMOOTHED:
@@ -268,7 +268,7 @@ def _gradient(
             x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, kept, share,
             DTYPE, PROBABILITY, WEIGHTED, SMOOTHED,
         )  # fmt: skip
-        # Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+        # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
         grad = (factor * p - r) * g
     else:
         grad = p * (factor * g)
@@ -293,7 +293,7 @@ def backward(
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the classes that fall to the program's second number.
+    """Write the gradient of the classes that the program's second number selects.
 
     What a row needs was saved, so no program reads a logit that another may have overwritten.
     """
@@ -314,7 +314,7 @@ def backward(
     pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(DTYPE)
     pivot_class = label
     if PROBABILITY:
-        # Compared with, and never an address: what is no class of the row is the pivot nowhere.
+        # Only compared, never an address: a number outside the row is the pivot nowhere.
         pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
     g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64) * sample
     if MEAN:
@@ -346,8 +346,8 @@ def backward(
                 g, factor, pivot_grad, top, pivot_class,
                 TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, EMULATED,
             )  # fmt: skip
-    # The division says to the compiler that rows begin on 16-byte boundaries, as they do then, and
-    # the promise says it where they begin so though the array does not.
+    # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
+    # where the array itself does not begin on one.
     x_row = x_ptr + x_at
     t_row = target_ptr + t_at + start * t_class
     g_row = grad_ptr + g_at + start * g_class

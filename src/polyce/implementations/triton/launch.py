@@ -1,7 +1,7 @@
-"""What the triton kernels are launched with: grids and arguments, from the facts of a call.
+"""What the triton kernels are launched with: grids and arguments.
 
-Nothing here waits for the device, and nothing is read from it: sizes, strides and addresses are
-known on the host.
+Nothing here waits for the device or reads from it: sizes, strides and addresses are known on the
+host.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ EMULATED = not isinstance(kernels.forward, JITFunction)
 
 
 class Results(NamedTuple):
-    """Where a forward pass writes, and what a mean is divided by; None for what nobody wants."""
+    """Where a forward pass writes, and what a mean is divided by; None for what is not wanted."""
 
     loss: torch.Tensor
     stats: Stats | None
     rows: torch.Tensor | None
-    """(rows, 4): the largest logit besides the pivot's, factor, pivot's gradient and class."""
+    """(rows, 4): largest logit besides the pivot's, factor, the pivot's gradient and class."""
     sums: torch.Tensor | None
     """(programs, 2): the sums of losses and row weights of each program's rows."""
     denominator: torch.Tensor | None
@@ -43,7 +43,7 @@ class Results(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, its grid and all that it is called with."""
+    """A kernel, its grid and its arguments."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -55,12 +55,12 @@ def run(launches: Sequence[Launch], logits: torch.Tensor) -> None:
     """Launch kernels one after the other, on the current stream of the logits' device."""
     for launch in launches:
         kernel = getattr(kernels, launch.kernel)[launch.grid]
-        # What the source says is what is computed: a product that is fused with a sum is no
-        # product any more, and the exact rounding errors of both are lost.
+        # A product fused with a sum is not rounded, and the kernels compute the exact rounding
+        # errors of both.
         options = {"num_warps": launch.warps, "enable_fp_fusion": False}
         if EMULATED:
             with np.errstate(all="ignore"), warnings.catch_warnings():
-                # NumPy's own, of a row that is nan: no kernel on a device would say so.
+                # NumPy warns about rows that are nan; a kernel on a device does not.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 kernel(**launch.arguments, **options)
             continue
@@ -71,8 +71,8 @@ def run(launches: Sequence[Launch], logits: torch.Tensor) -> None:
             kernel(**launch.arguments, **options)
 
 
-class Call(NamedTuple):
-    """One call, as its kernels see it."""
+class KernelCall(NamedTuple):
+    """One call, laid out for the kernels."""
 
     problem: Problem
     logits: torch.Tensor
@@ -83,33 +83,33 @@ class Call(NamedTuple):
     target_rows: Rows | None
     """How probabilities lie; None for labels."""
     grad_rows: Rows | None
-    """How the gradient lies; None where there is none, or where no kernel can write it."""
+    """How the gradient lies; None if there is none, or if no kernel can write it."""
 
     @property
     def tile(self) -> Tile:
-        """What a program reads at once."""
+        """Return what a program reads at once."""
         shares = layout.SHARES[self.logits.element_size()]
         share = shares[transform.is_capped(self.problem)]
         return layout.tile(self.rows, self.problem.classes, share)
 
     @property
     def blocks(self) -> int:
-        """Programs for each outer index."""
+        """Return the number of programs for each outer index."""
         return cdiv(self.rows.inner, self.tile.lanes)
 
     @property
     def programs(self) -> int:
-        """Programs for all rows."""
+        """Return the number of programs for all rows."""
         return self.rows.outer * self.blocks
 
     @property
     def row_count(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
         return self.rows.outer * self.rows.inner
 
 
-def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> Call:
-    """Lay a call out; what lies in no order that the kernels know is copied."""
+def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> KernelCall:
+    """Lay out a call; copy the arrays whose layout the kernels cannot read."""
     logits, target, weight, sample_weight, *_ = operands
     arrays = [_plain(logits)]
     if problem.kind == "index":
@@ -133,7 +133,7 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
         if not sample_weight.is_floating_point():
             sample_weight = sample_weight.to(problem.row_dtype)
         sample_weight = _plain(sample_weight).contiguous()
-    return Call(
+    return KernelCall(
         problem=problem,
         logits=arrays[0],
         target=target if problem.kind == "index" else arrays[1],
@@ -151,7 +151,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _labels(problem: Problem, target: torch.Tensor, *, check: bool) -> torch.Tensor:
-    """Give one label for each row, in order; checked, where the problem asks for that too."""
+    """Return one label for each row, contiguous; check them if the problem asks for it too."""
     if check and problem.check_labels:
         labels.read(problem, target, target)
     if problem.target_dtype in ("uint16", "uint32", "uint64"):
@@ -159,8 +159,8 @@ def _labels(problem: Problem, target: torch.Tensor, *, check: bool) -> torch.Ten
     return target.reshape(problem.row_shape).contiguous()
 
 
-def _options(call: Call) -> dict[str, Any]:
-    """Give the arguments that all kernels of rows have."""
+def _options(call: KernelCall) -> dict[str, Any]:
+    """Return the arguments that all kernels of rows have."""
     problem = call.problem
     scale, cap = transform.scale_and_cap(problem)
     form = "none" if scale == 1.0 else "scale"
@@ -191,13 +191,13 @@ def _options(call: Call) -> dict[str, Any]:
 
 
 def _named(name: str, rows: Rows | None) -> dict[str, int]:
-    """Give the strides of an array's rows as arguments; for what is not there, any."""
+    """Return the strides of an array's rows as arguments, 0 for an absent one."""
     places = (f"{name}_outer", f"{name}_lane", f"{name}_class")
     return dict(zip(places, (0, 0, 0) if rows is None else rows.strides, strict=True))
 
 
-def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
-    """Tell how 16-byte loads and stores come about: by rows that begin there, or by peeling."""
+def _vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any]:
+    """Return how to load and store 16 bytes at once: rows are aligned, or their ends are peeled."""
     classes, strides = call.problem.classes, call.rows.strides
     outer, lane, step = strides
     size = call.logits.element_size()
@@ -206,7 +206,7 @@ def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
     peeled = step == 1 and not whole and call.tile.lanes == 1 and classes > layout.SHORT
 
     def in_step(other: torch.Tensor, rows: Rows | None) -> bool:
-        """Tell whether another array's rows begin on such boundaries where the logits' do."""
+        """Tell whether another array's rows are aligned wherever the logits' are."""
         return (
             (whole or peeled)
             and rows is not None
@@ -230,8 +230,8 @@ def _vectors(call: Call, grad: torch.Tensor | None = None) -> dict[str, Any]:
     return vectors
 
 
-def forward(call: Call, results: Results) -> list[Launch]:
-    """Plan the launches that read the rows once, and reduce their losses."""
+def forward(call: KernelCall, results: Results) -> list[Launch]:
+    """Plan the launches that read the rows once and reduce their losses."""
     problem, asked = call.problem, call.problem.options.stats or ()
     programs, classes = call.programs, problem.classes
     parts, chunk = 1, classes
@@ -311,7 +311,11 @@ def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def backward(
-    call: Call, saved: torch.Tensor, denominator: torch.Tensor, cotangent: Any, grad: torch.Tensor
+    call: KernelCall,
+    saved: torch.Tensor,
+    denominator: torch.Tensor,
+    cotangent: Any,
+    grad: torch.Tensor,
 ) -> list[Launch]:
     """Plan the launch that reads the logits once more and writes the gradient once."""
     problem, cotangent = call.problem, _plain(cotangent)

@@ -1,4 +1,4 @@
-"""What a program of the triton kernels reads at once, by how the rows lie: the launch table."""
+"""The launch table: what a program of the triton kernels reads at once, by how the rows lie."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from typing import NamedTuple
 
 from polyce.implementations.strides import Rows, power_of_two
 
-# The launch parameters. None has met a GPU yet: they keep 4 to 16 numbers of a thread in flight and
-# the registers low enough for two programs or more to share a multiprocessor.
+# The launch parameters, not tuned on a GPU yet: they keep 4 to 16 numbers a thread in flight, and
+# registers low enough for two programs or more to share a multiprocessor.
 #
-# A row of contiguous classes is one program's, which goes along it in tiles of up to so many
-# classes: with 16 numbers a thread that is 8 warps, as many as wait for one another without harm.
+# One program takes a row of contiguous classes, in tiles of up to this many: at 16 numbers a thread
+# that is 8 warps, as many as can wait for one another without harm.
 _TILE = 4096
 _TILE_BY_THREAD = 16
-# Rows of up to so many contiguous classes share a program, which else would have little to do. What
-# is kept for each row, several float64 in each thread, then limits the tile.
+# Rows of up to this many contiguous classes share a program, which would have little to do
+# otherwise. The tile is then limited by what is kept for each row, several float64 in each thread.
 SHORT = 64
 _SHORT_TILE = 1024
 _SHORT_BY_THREAD = 4
-# Where not the classes but neighbouring rows are contiguous: 64 of them, a whole line of memory in
+# Where neighbouring rows are contiguous instead of the classes: 64 of them, a whole cache line in
 # 16 bits, and 16 classes at once.
 _NEIGHBOURS = 64
 _NEIGHBOURS_TILE = 1024
 _NEIGHBOURS_BY_THREAD = 8
 _MOST_WARPS = 8
-# What is read at once of the above, by the size of a logit: one part in so many, without a softcap
-# and with one, which takes registers. Still 16 bytes or more for each thread.
+# By the size of a logit, the tile is divided by this, without a softcap and with one, which takes
+# registers. Each thread still reads 16 bytes or more.
 SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
-# Rows of more classes are split over programs where there are fewer rows than would fill a large
-# device twice over; a part is long enough to be worth a second launch that joins them.
+# Rows of more than LONG classes are split over programs where there are too few rows to fill a
+# large device twice; a part is long enough to be worth a second launch that joins them.
 LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
-# Programs to write a gradient with, where there are fewer rows.
+# About this many programs write a gradient where there are few rows.
 WRITERS = 512
-# The programs' sums that the one program of a reduction adds at once, eight to a thread.
+# How many sums the one program of a reduction adds at once, eight to a thread.
 SUMS = 1024
 
 
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
 
 
 def tile(rows: Rows, classes: int, share: int = 1) -> Tile:
-    """Choose what a program reads at once: of its usual tile, one in `share`."""
+    """Choose what a program reads at once: its usual tile divided by `share`."""
     power, lanes = power_of_two(classes), 1
     if rows.strides[2] != 1 and classes > 1:
         share = min(share, 2)

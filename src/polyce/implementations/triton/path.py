@@ -1,8 +1,8 @@
 """triton: kernels for torch tensors on CUDA and ROCm, in float16, bfloat16, float32 and float64.
 
 The logits are read once for the loss, and once more for the gradient, which is written once. With
-TRITON_INTERPRET=1 Triton runs the same kernels in NumPy, slowly: then tensors on a CPU are taken
-too, where the path is asked for by name.
+TRITON_INTERPRET=1 Triton runs the same kernels in NumPy, slowly: then the path takes tensors on a
+CPU too, if it is asked for by name.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def interprets() -> bool:
 
 
 def _was_imported_to_compile() -> bool:
-    """Tell whether Triton was imported without TRITON_INTERPRET=1, which it reads then."""
+    """Tell whether Triton was imported without TRITON_INTERPRET=1, which it reads on import."""
     standard = sys.modules.get("triton.language.standard")
     return standard is not None and type(standard.sum).__name__ == "JITFunction"
 
 
 def unavailable() -> str | None:
-    """Say what Triton lacks here."""
+    """Return what Triton lacks here, or None."""
     if not _IS_INSTALLED:
         return "triton is not installed (pip install triton)"
     if interprets():
@@ -54,7 +54,7 @@ def unavailable() -> str | None:
 
 
 def refuses(problem: Problem) -> str | None:
-    """Say what the kernels cannot read."""
+    """Return what the kernels cannot read in this problem, or None."""
     if problem.device == "cpu" and not interprets():
         return "tensors on a CPU are taken under TRITON_INTERPRET=1 only"
     if problem.device == "cpu" and _was_imported_to_compile():
@@ -67,19 +67,19 @@ def refuses(problem: Problem) -> str | None:
 
 
 def is_emulated(problem: Problem) -> bool:
-    """Tell whether the kernels would run in NumPy, which nobody wants who does not ask for it."""
+    """Tell whether the kernels would run in NumPy, far too slowly to be chosen unasked."""
     return problem.device == "cpu"
 
 
 def torch_kernels() -> Any:
-    """Give the kernels' calls on tensors without a graph."""
+    """Return the kernels' calls on tensors without a graph."""
     from polyce.implementations.triton import calls
 
     return calls.KERNELS
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Give the loss, on torch's graph if something waits for a gradient, and the stats."""
+    """Compute the loss, on torch's graph if something requires a gradient, and the stats."""
     from polyce.graphs import torch_calls
 
     return torch_calls.cross_entropy(torch_kernels(), problem, operands)
@@ -88,7 +88,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
 def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: Any
 ) -> tuple[Any, Any, Stats | None]:
-    """Give the loss, the gradient, in `out` where that is given, and the stats."""
+    """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     from polyce.implementations.triton import calls
 
     return calls.cross_entropy_with_grad(problem, operands, out)

@@ -1,19 +1,18 @@
 """The row formula of `polyce.formula.rowstate`, for Triton: tiles of classes, one row to each lane.
 
-A tile has classes along its first axis and rows along its second, so that what a row has one of is
-a vector with an entry for each lane. The state of a tile's classes is formed around the tile's own
-maximum, and `merge` joins it to the state of the classes before: the same rule joins the parts of
-a row that several programs have read.
+A tile has classes along its first axis and rows along its second, so a value per row is a vector
+with an entry for each lane. The state of a tile's classes is formed around the tile's own maximum,
+and `merge` joins it to the state of the classes before. The same rule joins the parts of a row that
+several programs have read.
 
-Only sums run in float64, one addition for each tile. What follows from them is float32 for float32,
-with the gap of the pivot as two numbers, since each thread of a program computes it: in float64
-that would take longer than reading the row.
+Only sums run in float64, one addition for each tile. What follows from them stays in float32 for
+float32, with the gap of the pivot as two numbers: each thread of a program computes it, which in
+float64 would take longer than reading the row.
 
 With a softcap, x = cap·tanh(scale·logit): `scale` has been divided by the cap already.
 """
 
-# Triton reads these functions' source: what they return depends on arguments in capitals, which
-# are known when it compiles.
+# Triton compiles these functions from source; arguments in capitals are compile-time constants.
 
 import triton
 import triton.language as tl
@@ -21,11 +20,11 @@ import triton.language as tl
 
 @triton.jit
 def exp(x, DTYPE: tl.constexpr):
-    """Give exp(x) for x <= 0, within about one unit in the last place, subnormal results too."""
+    """Compute exp(x) for x <= 0 to about one unit in the last place, subnormal results too."""
     if tl.float64 == DTYPE:
         result = tl.exp(x)
     else:
-        # The processor's own loses |x| / 2 units. ln 2 in two parts, then a polynomial.
+        # The hardware's own is off by |x| / 2 units. ln 2 in two parts, then a polynomial.
         x = tl.where(x < -110.0, -110.0, x)
         n = tl.floor(x * 1.44269504 + 0.5)
         f = (x - n * 0.693359375) + n * 2.12194440e-4
@@ -40,13 +39,13 @@ def exp(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _power_of_two(n):
-    """Give 2^n for whole numbers in float32, by its bits."""
+    """Compute 2^n for whole numbers in float32, by its bits."""
     return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
-    """Round to what is stored, once."""
+    """Round once, to the dtype that is stored."""
     if x.dtype == tl.float64 and TYPE.primitive_bitwidth < 32:
         x = _rounded_to_odd(x)
     elif tl.bfloat16 == TYPE:
@@ -63,9 +62,9 @@ def narrow(x, TYPE: tl.constexpr, EMULATED: tl.constexpr):
 
 @triton.jit
 def _rounded_to_odd(x):
-    """Give a float32 that any narrower format rounds as it would the float64.
+    """Round a float64 to a float32 that any narrower format rounds as it would the float64.
 
-    Not to the nearest but, where something is lost, to the neighbour with an odd last bit.
+    Where digits are lost, round to the neighbour with an odd last bit, not to the nearest.
     """
     near = x.to(tl.float32)
     back = near.to(tl.float64)
@@ -76,13 +75,13 @@ def _rounded_to_odd(x):
 
 @triton.jit
 def log1p(x, DTYPE: tl.constexpr):
-    """Give log(1 + x) for x >= 0, all digits of it where x is small."""
+    """Compute log(1 + x) for x >= 0, keeping all digits where x is small."""
     u = 1.0 + x
     if tl.float64 == DTYPE:
         small = u == 1.0
         result = tl.where(small, x, tl.log(u) * (x / tl.where(small, 1.0, u - 1.0)))
     else:
-        # u = 2^k (1 + f) with 1 + f near 1; what rounding took from u is made good at first order.
+        # u = 2^k (1 + f) with 1 + f near 1; the rounding error of u is corrected to first order.
         lost = tl.where(x >= 1.0, 1.0 - (u - x), x - (u - 1.0)) / u
         bits = u.to(tl.int32, bitcast=True)
         k = (bits >> 23) - 127
@@ -103,7 +102,7 @@ def log1p(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def tanh(x, DTYPE: tl.constexpr):
-    """Give tanh(x), all digits of it near 0."""
+    """Compute tanh(x), keeping all digits near 0."""
     z = x * x
     if tl.float64 == DTYPE:
         p = -1614.6876844170845 + z * (-99.28772310019185 + z * -0.9643991794250523)
@@ -121,13 +120,13 @@ def tanh(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _capped_decay(x, scale, DTYPE: tl.constexpr):
-    """Give exp(-2 |u|), where u = scale x."""
+    """Compute exp(-2 |u|), where u = scale x."""
     return tl.exp(tl.abs(x * scale.to(DTYPE)) * -2.0)
 
 
 @triton.jit
 def difference(x, reference, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Give what two logits differ by after the transform, in the form of `formula.transform`."""
+    """Compute the difference of two transformed logits, in the form of `formula.transform`."""
     gap = x - reference
     if TRANSFORM == "scale":
         gap = gap * scale.to(DTYPE)
@@ -143,7 +142,7 @@ def difference(x, reference, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def slope(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Give the derivative of a transformed logit by the logit."""
+    """Compute the derivative of a transformed logit by the logit."""
     if TRANSFORM == "softcap":
         e = _capped_decay(x, scale, DTYPE)
         result = (4.0 * scale * cap).to(DTYPE) * e / ((1.0 + e) * (1.0 + e))
@@ -173,13 +172,13 @@ def tile_state(
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Give the state of a tile's classes less the excluded: m', d', R', q', entropy.
+    """Compute the state of a tile's classes but the excluded: m', d', R', q', entropy.
 
     SPREAD tells whether classes besides the pivot have coefficients.
     """
     x = tl.where(excluded, float("-inf"), x)
     top = tl.max(x, 0)
-    # A program that does not ask computes none of what is 0 here.
+    # What a program does not ask for stays 0 and is not computed.
     nothing = tl.zeros_like(top).to(tl.float64)
     rest, excess, entropy = nothing, nothing, nothing
     gap = difference(x, tl.where(top == float("-inf"), 0.0, top), scale, cap, TRANSFORM, DTYPE)
@@ -187,7 +186,7 @@ def tile_state(
     if SPREAD:
         r = tl.where(excluded, 0.0, coefficient)
         rest = tl.sum(r, 0).to(tl.float64)
-        # A class of coefficient 0 takes no part, not even as 0 times infinity.
+        # A class of coefficient 0 has no effect, not even as 0 times infinity.
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
     if ENTROPY:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
@@ -209,9 +208,9 @@ def _carried(
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Give a part's sums as they are around another maximum."""
+    """Move a part's sums to another maximum."""
     decay = tl.exp(difference(top, reference, scale, cap, TRANSFORM, DTYPE)).to(tl.float64)
-    # Infinite for a part of masked classes alone, whose excess is 0 or infinite already.
+    # Infinite if all classes of the part are masked; its excess is then 0 or infinite already.
     risen = difference(reference, top, scale, cap, TRANSFORM, DTYPE).to(tl.float64)
     if SPREAD:
         excess = tl.where(rest == 0.0, excess, excess + rest * risen)
@@ -240,7 +239,7 @@ def merge(
     SPREAD: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Join the states of two parts of each row, over disjoint classes; either may be empty."""
+    """Merge the states of two parts of each row, over disjoint classes; either may be empty."""
     new = tl.maximum(top, other_top)
     reference = tl.where(new == float("-inf"), 0.0, new)
     total, excess, entropy = _carried(
@@ -261,9 +260,9 @@ def merge(
 
 @triton.jit
 def _exact_gap(top, x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Give how far a class of a row is below the largest besides the pivot's, as two numbers.
+    """Compute how far a class lies below the largest non-pivot class of its row, as two numbers.
 
-    For the pivot that is δ. The second number is what rounding took from the first.
+    For the pivot that is δ. The second number is the rounding error of the first.
     """
     error = tl.zeros_like(top)
     if tl.float32 == DTYPE:
@@ -285,14 +284,14 @@ def _exact_gap(top, x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr)
             lost = (high * scale_high - product) + high * scale_low + low * scale_high
             error = (lost + low * scale_low) + error * scale
             delta = product
-    # Where one of them is infinite, or a nan is about, nothing is to be made good.
+    # With an infinity or a nan there is no error to correct.
     finite = (error == error) & (tl.abs(delta) < 1e30)
     return delta, tl.where(finite, error, 0.0)
 
 
 @triton.jit
 def _split(x):
-    """Give a float64 as two numbers of half its digits."""
+    """Split a float64 into two numbers of half its digits."""
     spread = x * 134217729.0
     high = spread - (spread - x)
     return high, x - high
@@ -302,7 +301,7 @@ def _split(x):
 def count_label(
     top, rest, excess, x, coefficient, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """Give R' and q' with a label's coefficient, of logit x, and exp(x - m')."""
+    """Add a label's coefficient, at logit x, to R' and q'; return these and exp(x - m')."""
     reference = tl.where(top == float("-inf"), 0.0, top)
     gap, error = _exact_gap(reference, x, scale, cap, TRANSFORM, DTYPE)
     p = exp(-gap, DTYPE)
@@ -331,10 +330,10 @@ def finish(
     LSE: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """Give what follows of whole rows: loss, lse, entropy, and what their gradient is made of.
+    """Compute loss, lse and entropy of whole rows, and what their gradient is made of.
 
-    That is f, p_k, R with what the penalty adds to it, and the pivot's gradient. `pivot` is the
-    pivot's logit, `at_pivot` its coefficient; LARGEST tells whether it is the largest class.
+    That is f, p_k, R with the penalty's share, and the pivot's gradient. `pivot` is the pivot's
+    logit, `at_pivot` its coefficient; LARGEST tells whether it is the largest class.
     """
     delta, error = _exact_gap(top, pivot, scale, cap, TRANSFORM, DTYPE)
     below = delta <= 0.0
@@ -355,17 +354,17 @@ def finish(
     if SPREAD:
         rest = rest.to(DTYPE)
         ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
-        # It is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
+        # It is nan where an infinite coefficient meets a gap of 0: the other term suffices then.
         excess = excess.to(DTYPE)
         loss += tl.where(excess == excess, excess, 0.0) + rest * (ahead + h)
         sum_of_r = at_pivot + rest
         pivot_grad = rest - sum_of_r * others
     else:
         pivot_grad = -at_pivot * others
-    # Another form of the same number, which is torch's where the terms are infinite.
+    # Another form of the same number: torch's, where the terms are infinite.
     share = sum_of_r * probability
     if LARGEST:
-        # The one with the smaller terms loses fewer digits.
+        # The form with the smaller terms loses fewer digits.
         larger = tl.abs(share) + tl.abs(at_pivot) > tl.abs(rest) + tl.abs(sum_of_r * others)
     else:
         larger = tl.abs(sum_of_r) < float("inf")
@@ -382,7 +381,7 @@ def finish(
     if ENTROPY:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
-        # The lead may be beyond the largest number where nothing is left for the others.
+        # The lead may overflow where the others have no probability left.
         lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
         entropy = (factor * entropy).to(DTYPE) + lacking
         entropy += probability * (gap_behind + h)

@@ -1,4 +1,4 @@
-"""What the triton kernels do with a tile: read its target and logits, and write what follows.
+"""What the triton kernels do with a tile: read its target and logits, and write the results.
 
 A tile has classes along its first axis and rows, the lanes, along its second.
 """
@@ -18,7 +18,7 @@ from polyce.implementations.triton.row import (
 
 @triton.jit
 def lanes(inner, blocks, LANES: tl.constexpr):
-    """Give this program's outer index, its first row within that, its rows, and which exist."""
+    """Return this program's outer index, its first row within that, its rows, and which exist."""
     program = tl.program_id(0)
     outer = (program // blocks).to(tl.int64)
     first = (program % blocks).to(tl.int64) * LANES
@@ -28,9 +28,9 @@ def lanes(inner, blocks, LANES: tl.constexpr):
 
 @triton.jit
 def body(offset, classes, VECTOR: tl.constexpr):
-    """Give the first class of a row on a 16-byte boundary, and the first one behind the last.
+    """Return the range of a row's classes that whole 16-byte loads cover.
 
-    `offset` is where the row begins, in elements from such a boundary.
+    `offset` is where the row begins, in elements from a 16-byte boundary.
     """
     start = tl.minimum((VECTOR - offset % VECTOR) % VECTOR, classes).to(tl.int32)
     return start, start + (classes - start) // VECTOR * VECTOR
@@ -38,7 +38,7 @@ def body(offset, classes, VECTOR: tl.constexpr):
 
 @triton.jit
 def edge(start, stop, classes, VECTOR: tl.constexpr):
-    """Give the classes before and behind these in one small tile, and which of them there are."""
+    """Return the classes before and after that range as one small tile, and which of them exist."""
     step = tl.arange(0, 2 * VECTOR)
     c = tl.where(step < VECTOR, step, stop + step - VECTOR)
     return c, tl.where(step < VECTOR, step < start, c < classes)
@@ -59,7 +59,7 @@ def target(
     SAMPLED: tl.constexpr,
     IGNORES: tl.constexpr,
 ):
-    """Give each row's label, always in range, class weight, sample weight, counted and invalid."""
+    """Return each row's label, always in range, class weight, sample weight, counted, invalid."""
     counted = here
     sample = tl.full(row.shape, 1.0, tl.float64)
     if SAMPLED:
@@ -95,7 +95,7 @@ def coefficients(
     WEIGHTED: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """Give a tile of the r_c as if none were the label, and the probabilities themselves."""
+    """Compute a tile of the r_c without the label's own share, and of the probabilities."""
     probability = x
     r = tl.zeros_like(x)
     if PROBABILITY:
@@ -119,12 +119,12 @@ def choose_pivot(
     scale, cap,
     TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, SPREAD: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Make the first of two pivots with the larger logit the pivot, and count the other in."""
+    """Choose the larger of two pivots, the first if equal, and count the other among the rest."""
     wins = (other > pivot) | ((other == pivot) & (other_class < pivot_class))
     loser = tl.where(wins, pivot, other)
     loser_r = tl.where(wins, pivot_r, other_r)
-    # A masked class adds nothing to the sum, and costs an infinity where it has a coefficient: the
-    # merge carries it up from -inf.
+    # A masked class adds nothing to the sum; with a coefficient it makes the loss infinite, when
+    # the merge moves it up from -inf.
     found = tl.where(loser == float("-inf"), 0.0, 1.0).to(tl.float64)
     top, total, rest, excess, entropy = merge(
         top, total, rest, excess, entropy,
@@ -139,7 +139,7 @@ def choose_pivot(
 
 @triton.jit
 def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
-    """Give the state of rows of which no class has been read; 0x7FFFFFFF stands for no class."""
+    """Return the state of rows before any class is read; 0x7FFFFFFF stands for no class."""
     lowest = tl.full((LANES,), float("-inf"), DTYPE)
     none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     zero = tl.zeros((LANES,), tl.float64)
@@ -161,7 +161,7 @@ def read(
     """Read a tile, once, into the state of its rows.
 
     LARGEST tells whether the pivot is the class of the largest logit, not the label. A label then
-    has its share of the smoothing here, and the rest of its coefficient in `conclude`.
+    gets its share of the smoothing here, and the rest of its coefficient in `conclude`.
     """
     x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(DTYPE)
     r, probability = coefficients(
@@ -217,13 +217,13 @@ def conclude(
     LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
     EMULATED: tl.constexpr,
 ):  # fmt: skip
-    """Write what whole rows' states say: losses or their sums, stats, what backward wants."""
+    """Write the results of whole rows: losses or their sums, stats, what backward needs."""
     label, weight, sample, counted, invalid = target(
         target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
         DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
     )  # fmt: skip
     if not PROBABILITY:
-        # A label that is used lies in range, so nothing outside is read.
+        # Labels that are used are in range, so nothing outside is read.
         at = x_row + label.to(tl.int64) * x_class
         label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
         label_r = weight
@@ -253,7 +253,7 @@ def conclude(
     predicted = pivot_class
     if KEEP:
         if LARGEST and not PROBABILITY:
-            # In a backward pass, which knows of no stats, the label is the pivot.
+            # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, sum_of_r * (label_p * factor) - label_r)
             factor = tl.where(leads, factor, probability)
             top = tl.where(leads, top, pivot)
