@@ -122,4 +122,5 @@ def test_other_processes_find_it_by_its_name(register: Register) -> None:
     register(Thin)
     library, _ = find.of(input=thin.asarray(LOGITS))
     assert isinstance(library, Thin)
-    assert library is pickle.loads(pickle.dumps(library))
+    found = pickle.loads(pickle.dumps(library))
+    assert (type(found), found.name, found.xp) == (Thin, "thin", thin)

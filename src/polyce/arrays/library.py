@@ -240,7 +240,7 @@ class Library:
         """Do what `pick` does where there is no gather."""
         # The loss needs the same mask: a lazy library computes it once.
         of_logits = values.shape == logits.shape
-        mask = self.one_hot(labels, logits, axis, beside_logits=of_logits)
+        mask = self.one_hot(labels, logits if of_logits else values, axis, beside_logits=of_logits)
         return self.xp.sum(self.xp.where(mask, values, 0.0), axis=axis, keepdims=True)
 
     def class_max(self, values: Any, axis: int) -> Any:

@@ -1,6 +1,6 @@
 """The implementations, in order of preference, and which of them serves a problem.
 
-To add one, write `implementations/<name>.py`, which ends in its `PATH`, and add that to `TABLE`.
+To add one, write a file or a folder here that ends in its `PATH`, and add that to `TABLE`.
 """
 
 from __future__ import annotations
