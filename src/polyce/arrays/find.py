@@ -29,14 +29,6 @@ NOT_TAKEN = {
     ),
 }
 
-# The namespaces of the libraries that have no file of their own.
-_NAMESPACES = {
-    "array-api-strict": "array_api_strict",
-    "cubed": "cubed.array_api",
-    "ndonnx": "ndonnx",
-    "mlx": "mlx.core",
-    "mparray": "mparray",
-}
 # Arguments that have an entry for each row, and may be cut between rows.
 _OF_ROWS = ("input", "target", "sample_weight", "grad_output")
 # The libraries under which marray is taken: in others a look at the mask could start a computation,
@@ -75,11 +67,9 @@ _known: dict[str, Library] = {"numpy": numpy.LIBRARY}
 
 
 def named(name: str) -> Library:
-    """Return a library by name; importing its file imports the library."""
+    """Return a library that has a file of its own; importing that imports the library."""
     found = _known.get(name)
     if found is None:
-        if name not in _IN_FILES:
-            return _of_namespace(name, importlib.import_module(_NAMESPACES.get(name, name)))
         found = _known[name] = _IN_FILES[name]()
     return found
 
