@@ -1,6 +1,6 @@
 // What numbers are stored as, what is computed with, and the way from one to the other.
 //
-// These files are one text, in the order of `polyce.implementations.cupy_plan.FILES`. It includes
+// These files are one text, in the order of `polyce.implementations.cupy.plan.FILES`. It includes
 // no header, so that no compiler needs a path to one, and is specialised by macros:
 //
 //   KERNEL   the one kernel that is compiled: FORWARD, JOIN, REDUCE, WEIGH, FORWARD_BACKWARD or
