@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "virtualenv"
 # What a change must pass before it is shown to others.
 TIER_1 = ("numpy", "strict", "torch", "jax-x32", "dask", "cupy-emulated")
+# Those of which the plain run leaves the slow tests to `nox -t ci`.
+SLOW = ("torch", "jax-x32", "cupy-emulated")
 nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in TIER_1), "docs"]
 # What else must hold; and what is so much like it that it runs beside all cases of all tests only.
 CI, FULL = ["ci"], ["full"]
@@ -65,8 +68,7 @@ findings = [
     for code, message in validate(f"polyce.{name}")["errors"]
     if code not in sys.argv
 ]
-print(*findings, sep="\\n")
-sys.exit(bool(findings))
+sys.exit("\\n".join(findings) or 0)
 """
 
 # Writes the cases for the program that runs the kernels without Python: those that stand for the
@@ -167,7 +169,7 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("--force-reinstall", "--no-deps", built)
 
 
-def run_tests(session: nox.Session, backend: str, **env: str) -> None:
+def run_tests(session: nox.Session, backend: str, *options: str, **env: str) -> None:
     """Run the tests of one backend; what follows `--` on nox's command line goes to pytest."""
     env |= BACKENDS[backend][1] if backend in BACKENDS else {}
     # So that nothing is left in the home folder.
@@ -177,7 +179,8 @@ def run_tests(session: nox.Session, backend: str, **env: str) -> None:
     # Large exact answers, which the runs have in common and which take longer than the runs.
     env["POLYCE_ANSWERS"] = str(Path(session.cache_dir).resolve() / "answers")
     # Two at once: the least that a machine has today. Another `-n` after `--` goes before this one.
-    session.run("pytest", f"--backend={backend}", "-n", "2", *session.posargs, env=env)
+    command = ("pytest", f"--backend={backend}", "-n", "2", *options, *session.posargs)
+    session.run(*command, env=env)
 
 
 @nox.session
@@ -189,8 +192,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     left_out = PYPROJECT["tool"]["numpydoc_validation"]["checks"]
     # Not the wheel, which takes minutes to build.
-    env = {"PYTHONPATH": "src"}
-    session.run("python", "-c", PUBLIC_DOCSTRINGS, *left_out, env=env)
+    session.run("python", "-c", PUBLIC_DOCSTRINGS, *left_out, env={"PYTHONPATH": "src"})
 
 
 @nox.session
@@ -284,18 +286,25 @@ def sanitize(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests on one array library."""
     install(session, BACKENDS[backend][0])
-    run_tests(session, backend)
+    # What is asked for after `--` is run, slow or not.
+    leaves_slow = backend in SLOW and not session.posargs
+    run_tests(session, backend, *(["--slow=without"] if leaves_slow else []))
+
+
+@nox.session(tags=CI)
+@nox.parametrize("backend", [nox.param(name, id=name) for name in SLOW])
+def slow(session: nox.Session, backend: str) -> None:
+    """Run the tests that take long on a library of the first tier."""
+    install(session, BACKENDS[backend][0])
+    run_tests(session, backend, "--slow=only")
 
 
 @nox.session
 @nox.parametrize(
     ("python", "backend"),
     [
-        nox.param("3.13", "numpy", id="3.13-numpy", tags=CI),
-        *(
-            nox.param(python, backend, id=f"{python}-{backend}", tags=FULL)
-            for python, backend in (("3.12", "numpy"), ("3.12", "strict"), ("3.13", "strict"))
-        ),
+        nox.param(*other, id="-".join(other), tags=CI if other == ("3.13", "numpy") else FULL)
+        for other in itertools.product(("3.12", "3.13"), ("numpy", "strict"))
     ],
 )
 def tests_other(session: nox.Session, backend: str) -> None:
@@ -360,17 +369,15 @@ def gpu(session: nox.Session) -> None:
     found = str(session.run("python", "-c", code, silent=True)).split()
     if found[:1] != ["True"]:
         session.error("torch finds no CUDA or ROCm device")
-    commands = [
-        ("pytest", "--backend=torch-cuda"),
-        ("python", "-m", "benchmarks.gpu", *session.posargs),
-    ]
+    timed = ("python", "-m", "benchmarks.gpu", *session.posargs)
+    commands = [("pytest", "--backend=torch-cuda"), timed]
     # The CuPy that is installed is CUDA's.
     if found[1:] == ["False"]:
         code = "import cupy; print(cupy.cuda.is_available())"
         if session.run("python", "-c", code, silent=True) != "True\n":
             session.error("cupy finds no CUDA device")
         commands.insert(0, ("pytest", "--backend=cupy"))
-        commands.append(("python", "-m", "benchmarks.gpu", "--library", "cupy", *session.posargs))
+        commands.append((*timed, "--library", "cupy"))
     # A device is not at hand every day: what one of them finds does not keep the others from it.
     failed = []
     for command in commands:

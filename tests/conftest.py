@@ -75,10 +75,17 @@ def one_of_each(names: Mapping[str, Any], kind: Callable[[Any], Any]) -> list[st
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=BACKENDS, default="numpy", help="array library to test")
+    parser.addoption(
+        "--slow",
+        choices=("with", "without", "only"),
+        default="with",
+        help="whether to run the tests that take long on the library, of those that it has",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
+    config.addinivalue_line("markers", "slow(*backends): it takes long there; on all without any")
     config.addinivalue_line("markers", "tests_of_tests: leave the test out of runs with few cases")
     config.addinivalue_line("markers", "same_everywhere: likewise, the core does not see Python")
     if config.getoption("--backend") == "triton":
@@ -115,7 +122,7 @@ def add_tiles_up_by_halves() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    name = config.getoption("--backend")
+    name, part = config.getoption("--backend"), config.getoption("--slow")
     marked_only = MARKED_ONLY if FULL else (*MARKED_ONLY, "jax-x64")
     kept, left_out = [], []
     for item in items:
@@ -124,9 +131,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         marker = item.get_closest_marker("only")
         wanted = name not in marked_only if marker is None else name in marker.args
+        if part != "with":
+            wanted = wanted and is_slow(item, name) == (part == "only")
         (kept if wanted else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+def is_slow(item: pytest.Item, name: str) -> bool:
+    """Tell whether a test takes long on a library: more than 10 seconds, or a file's as many."""
+    marks = item.iter_markers("slow")
+    return any(not mark.args or name in mark.args for mark in marks)
 
 
 @pytest.fixture(scope="session")

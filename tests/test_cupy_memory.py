@@ -55,6 +55,7 @@ def test_nothing_outside_is_read_or_written(shape: tuple[int, ...], name: str, k
     calls.close(loss, wanted[0], calls.CLOSE[str(loss.dtype)])
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("classes", [65, 72, 1001])
 def test_rows_begin_anywhere(classes: int, name: str) -> None:

@@ -67,6 +67,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_nothing_is_found(
     recorded: Path, capsys: pytest.CaptureFixture[str], sanitizer: str

@@ -327,6 +327,7 @@ def record(cupy: Any, folder: Path, calls: list[tuple[Any, ...]]) -> None:
                 module.get_function(name)(grid, (BLOCK,), args)
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_replay(
     cupy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], sanitizer: str

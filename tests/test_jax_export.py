@@ -70,6 +70,7 @@ def test_loss_with_gradient_and_stats() -> None:
     check(both, expected, (CLASSES,), (CLASSES,))
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_linear_head_and_its_gradients(reduction: str, chunk_size: int | None) -> None:

@@ -33,6 +33,7 @@ def stored(function: Any, dtype: str, target: Any, options: Any) -> float:
     return float(compiled.memory_analysis().temp_size_in_bytes) / (4 * ROWS * CLASSES)
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_loss_and_gradient_store_nothing_beside_the_gradient(options: Any, dtype: str) -> None:

@@ -178,6 +178,7 @@ def test_stats_beside_a_gradient_within_shard_map() -> None:
     np.testing.assert_allclose(grad, softmax - np.eye(CLASSES)[labels], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize(
     ("compiled", "reduction", "axis"),
     [(True, "none", "rows"), (False, "mean", "rows"), (True, "mean", "classes")],
@@ -218,6 +219,7 @@ def test_a_linear_head_with_its_gradients_on_a_mesh(
     assert of_head.sharding.is_equivalent_to(placed[1].sharding, 2)
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("axis", ["rows", "classes"])
 def test_derivatives_of_a_linear_heads_losses_on_a_mesh(

@@ -24,6 +24,7 @@ def stored(function: Any, rows: int, features: int, classes: int, dtype: str = "
     return float(memory.temp_size_in_bytes)
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.only(*ANY_WIDTH)
 @pytest.mark.parametrize(
     ("rows", "reduction", "dtype", "chunk_size", "most"),

@@ -27,6 +27,7 @@ def products(jax: Any, program: Any) -> Iterator[Any]:
             yield from products(jax, value)
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize("default", [None, "tensorfloat32"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
