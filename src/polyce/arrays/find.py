@@ -77,10 +77,12 @@ def named(name: str) -> Library:
 def _of_namespace(name: str, xp: Any) -> Library:
     """Return a library that has no file of its own, by its name and its namespace."""
     full = xp.__name__
-    if full not in _known:
+    found = _known.get(full)
+    # marray makes a namespace of one name, with a class of arrays of its own, as often as asked.
+    if found is None or found.xp is not xp:
         kind, converter = others.CLASSES.get(name, (Library, ""))
-        _known[full] = kind(name, xp, converter)
-    return _known[full]
+        found = _known[full] = kind(name, xp, converter)
+    return found
 
 
 def of(**arrays: Any) -> tuple[Library, list[Any]]:
