@@ -139,7 +139,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_slow(item: pytest.Item, name: str) -> bool:
-    """Tell whether a test takes long on a library: more than 10 seconds, or a file's as many."""
+    """Tell whether a test is marked as taking long on a library."""
     marks = item.iter_markers("slow")
     return any(not mark.args or name in mark.args for mark in marks)
 

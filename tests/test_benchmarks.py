@@ -50,11 +50,13 @@ def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
     assert "polyce NumPy" in run_and_print("cpu", tmp_path)
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("torch")
 def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
     assert "polyce in place" in run_and_print("torch", tmp_path)
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("torch")
 def test_benchmark_of_linear_cross_entropy_runs(tmp_path: Path) -> None:
     assert "polyce numpy" in run_and_print("linear", tmp_path)

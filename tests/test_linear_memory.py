@@ -89,6 +89,7 @@ TORCH = (
 STEP = "polyce.linear_cross_entropy({}, {}, reduction={!r}).sum().backward()"
 
 
+@pytest.mark.slow("torch")
 @measured
 @pytest.mark.same_everywhere
 @pytest.mark.only("torch")
@@ -99,6 +100,7 @@ def test_torch_holds_a_chunk(reduction: str) -> None:
     assert growth(call, few, TORCH.format(cast="")) < GRADIENTS + MOST
 
 
+@pytest.mark.slow("torch")
 @measured
 @pytest.mark.same_everywhere
 @pytest.mark.only("torch")
@@ -109,6 +111,7 @@ def test_the_unfused_loss_holds_all_logits() -> None:
     assert growth(call, few, TORCH.format(cast="")) > LOGITS
 
 
+@pytest.mark.slow("torch")
 @measured
 @pytest.mark.same_everywhere
 @pytest.mark.only("torch")

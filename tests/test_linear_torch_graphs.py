@@ -40,6 +40,7 @@ def compare(torch: Any, got: Any, want: Any, rtol: float = 1e-12) -> None:
 # torch.compile
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("case", CASES[::3] if FULL else CASES[::7], ids=str)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_one_graph_gives_the_same_loss(torch: Any, compiler: str, case: tuple[Any, ...]) -> None:
@@ -56,6 +57,7 @@ def test_one_graph_gives_the_same_loss(torch: Any, compiler: str, case: tuple[An
     compare(torch, got, answer(torch, of(unfused, target, **options), leaves, by))
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_with_grad(torch: Any, reduction: str) -> None:
     names = ("input", "linear_weight", "linear_bias")
@@ -81,6 +83,7 @@ def test_with_grad(torch: Any, reduction: str) -> None:
         compare(torch, found, [want[0], *wanted])
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("needed", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operator_is_asked_for_what_is_needed(
@@ -155,6 +158,7 @@ def test_new_values_are_no_new_graph(torch: Any) -> None:
     assert counts in ([1] * 4, [1, 2, 2, 2])
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("how", ["marked-none", "dynamic-none", "learned-none", "learned-mean"])
 def test_one_graph_serves_every_number_of_rows(torch: Any, how: str) -> None:
     how, reduction = how.split("-")
@@ -209,6 +213,7 @@ def test_bad_labels_give_nan(torch: Any) -> None:
     assert grad.isnan().any(1).tolist() == losses.isnan().tolist()
 
 
+@pytest.mark.slow("torch")
 def test_torchs_own_checks_of_operators(torch: Any) -> None:
     from polyce.linear import torch_op
 
@@ -303,6 +308,7 @@ def test_a_model_with_a_tied_head_and_a_checkpoint(torch: Any) -> None:
 # Without an operator
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_exports_with_any_number_of_rows(torch: Any, kind: str, strict: bool) -> None:

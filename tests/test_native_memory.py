@@ -50,6 +50,7 @@ def growth(call: str, backend: str, grad: bool = False) -> float:
     return float(json.loads(done.stdout))
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize(
     ("call", "arrays"),
     [
@@ -66,6 +67,7 @@ def test_nothing_of_the_logits_size_but_the_gradient(
     assert growth(call, backend_name) < arrays * LOGITS + MEBIBYTE
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("torch")
 @pytest.mark.parametrize(("options", "arrays"), [("", 1), (", inplace_backward=True", 0)])
 @pytest.mark.parametrize("function", ["cross_entropy", "CrossEntropyLoss"])

@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("compiler", COMPILERS)

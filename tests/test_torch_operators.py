@@ -51,6 +51,7 @@ def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
     return cases
 
 
+@pytest.mark.slow("torch")
 def test_torchs_own_checks_of_operators(torch: Any) -> None:
     from polyce.implementations import torch_ops
 

@@ -91,6 +91,7 @@ os._exit(0)  # torch's threads abort one interpreter in ten that ends by itself,
 """
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.skipif(sys.platform != "linux", reason="the name of the loopback differs elsewhere")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_two_processes_step_as_one(torch: Any, tmp_path: Path, inplace: bool) -> None:

@@ -61,6 +61,7 @@ def loss_and_gradients(torch: Any, function: Callable[..., Any], arrays: dict[st
     return found, gradients
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("option", OPTIONS if FULL else ["smoothed", "all"])
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -139,6 +140,7 @@ def test_compiled_calls_do_not_look_at_labels(torch: Any) -> None:
 COMPILED_TRANSFORMS = ["grad", "per sample", "jacfwd"]
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize(
     "name", [*COMPILED_TRANSFORMS, *(["jacrev", "hessian", "vmap"] if FULL else [])]
 )
