@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -379,3 +381,17 @@ def test_exports_and_traces_hold_operations_of_torch_alone(torch: Any) -> None:
     for module in modules:
         assert not any(str(node.target).startswith("polyce.") for node in module.graph.nodes)
         torch.testing.assert_close(module(x, target), polyce.cross_entropy(x, target))
+
+
+@pytest.mark.parametrize("call", ["cross_entropy(x, t)", "linear_cross_entropy(x, x, t)"])
+def test_the_first_call_of_a_process_may_be_compiled(call: str) -> None:
+    """What a first call leaves behind is nothing that torch has made a guard of."""
+    code = f"""
+import torch, polyce
+x, t = torch.randn(5, 5, requires_grad=True), torch.tensor([0, 4, 2, 1, 1])
+loss = lambda x, t: polyce.{call}
+compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, t)
+torch.testing.assert_close(compiled, loss(x, t))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr

@@ -57,21 +57,20 @@ def _cupy() -> Library:
 def _dask() -> Library:
     from polyce.arrays import dask
 
-    return dask.library(of)
+    dask.LIBRARY.find = of
+    return dask.LIBRARY
 
 
 # Libraries with a file of their own, which is imported when the first of their arrays is seen.
 _IN_FILES = {"torch": _torch, "jax": _jax, "cupy": _cupy, "dask": _dask}
-# The libraries seen so far, by name or, without a file, by namespace: marray has several.
-_known: dict[str, Library] = {"numpy": numpy.LIBRARY}
+# The others seen so far, by namespace. None that torch.compile traces: it guards what it has read,
+# and would find it changed by the very call that it traced.
+_known: dict[str, Library] = {}
 
 
 def named(name: str) -> Library:
     """Return a library that has a file of its own; importing that imports the library."""
-    found = _known.get(name)
-    if found is None:
-        found = _known[name] = _IN_FILES[name]()
-    return found
+    return _IN_FILES[name]()
 
 
 def _of_namespace(name: str, xp: Any) -> Library:
