@@ -118,6 +118,15 @@ def test_explain_and_errors_know_its_name(register: Register) -> None:
         polyce.cross_entropy(logits, thin.asarray(np.array([0, 3])))
 
 
+def test_a_mask_is_as_long_as_what_is_picked_from(register: Register) -> None:
+    """A head's class weights are picked beside hidden states, which have another length."""
+    register(Thin)
+    library, _ = find.of(input=thin.asarray(LOGITS))
+    weight, labels = np.array([[1.0, 2.0, 3.0, 4.0, 5.0]]), np.array([[4], [0]])
+    picked = library.pick(*map(thin.asarray, (weight, labels, LOGITS)), 1)
+    assert thin.to_numpy(picked).tolist() == [[5.0], [1.0]]
+
+
 def test_other_processes_find_it_by_its_name(register: Register) -> None:
     register(Thin)
     library, _ = find.of(input=thin.asarray(LOGITS))

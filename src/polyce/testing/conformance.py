@@ -206,8 +206,6 @@ def _failures(
             if library.to_numpy(array).tobytes() != given[key].tobytes():
                 raise AssertionError(f"{key}: the call changed its argument")
 
-    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
-
     def check(
         function: Callable[..., Any],
         names: Sequence[str],
