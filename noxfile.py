@@ -213,7 +213,7 @@ def stub(session: nox.Session) -> None:
 
 
 def write_stub(session: nox.Session, folder: Path) -> str:
-    """Write the stub of the installed core into a folder, and give its text."""
+    """Write the stub of the installed core into a folder, and return its text."""
     path = folder / STUB.name
     command = ("python", "-m", "nanobind.stubgen", "-q", "-m", "polyce._core", "-o", str(path))
     session.run(*command)

@@ -71,7 +71,7 @@ class Given(NamedTuple):
 
 
 def draw(shape: tuple[int, ...], name: str, kind: str, ignored: bool = True) -> Given:
-    """Give arrays of a call; of three labels or more the first is ignored."""
+    """Draw the arrays of a call; if there are three labels or more, the first is ignored."""
     rng = np.random.default_rng(math.prod(shape))
     axis = min(1, len(shape) - 1)
     rows = shape[:axis] + shape[axis + 1 :]
@@ -144,7 +144,7 @@ def on_device(*values: Any) -> list[Any]:
 
 
 def expected(given: Given, **options: Any) -> tuple[Any, ...]:
-    """Give loss, gradient and stats as the reference computes them in NumPy."""
+    """Return loss, gradient and stats as the reference computes them in NumPy."""
     logits, target, weight, sample = given
     return polyce.cross_entropy_with_grad(
         logits, target, weight, sample_weight=sample, implementation="reference", **options

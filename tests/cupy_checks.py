@@ -53,18 +53,18 @@ def answers(
 
 
 def right(shape: tuple[int, ...], name: str = "float32", kind: str = "index", **how: Any) -> Check:
-    """Give a check of a call on random arrays."""
+    """Make a check of a call on random arrays."""
     return lambda: answers(draw(shape, name, kind), **how)
 
 
 def of_rows(rows: list[list[float]], target: Any, **how: Any) -> Check:
-    """Give a check of a call on these float32 logits."""
+    """Make a check of a call on these float32 logits."""
     given = Given(np.array(rows, np.float32), np.array(target), None, None)
     return lambda: answers(given, **how)
 
 
 def thirds(count: int) -> Any:
-    """Give as many cotangents, none like another."""
+    """Make this many cotangents, all different."""
     return np.arange(count) / 3.0
 
 
@@ -77,7 +77,7 @@ def zones(
     target: str = "",
     **how: Any,
 ) -> Check:
-    """Give a check that nothing beyond rows is read or written, from some offsets on."""
+    """Make a check that nothing outside the rows is read or written, for rows at some offsets."""
 
     def check() -> None:
         given = draw(shape, name, "probability" if target else "index")
@@ -96,7 +96,7 @@ def zones(
 
 
 def far(shape: tuple[int, ...], strides: tuple[int, ...], what: str) -> Check:
-    """Give a check of one array of which 32 bits do not hold how far its entries are apart."""
+    """Make a check of one array whose entries lie further apart than 32 bits can express."""
 
     def check() -> None:
         given = draw(shape, "float16", "probability" if what == "target" else "index")
@@ -115,7 +115,7 @@ def far(shape: tuple[int, ...], strides: tuple[int, ...], what: str) -> Check:
 
 
 def labels(values: list[int], dtype: str, bad: list[int], **options: Any) -> Check:
-    """Give a check of which rows have no loss, for their labels, and which lose nothing."""
+    """Make a check of which labels are out of range, so that their rows are nan."""
 
     def check() -> None:
         x, t = on_device(np.zeros((len(values), 70), np.float32), np.array(values, dtype))
@@ -185,7 +185,7 @@ def confident() -> None:
 
 
 def unlikely_labels(**table: int) -> Check:
-    """Give a check of the entropy of rows with another label than the class that leads by far."""
+    """Make a check of the entropy of rows whose label is not the class that leads by far."""
 
     def check() -> None:
         rows = np.random.default_rng(0).normal(0.0, 1.0, (8, 70))
@@ -245,7 +245,7 @@ def same_bits() -> None:
 
 
 def two_calls(first: dict[str, Any], second: dict[str, Any]) -> Check:
-    """Give a check of two calls one after another, that differ in where their arrays lie."""
+    """Make a check of two calls in a row that differ in where their arrays lie."""
 
     def check() -> None:
         for how in (first, second):

@@ -33,7 +33,7 @@ class Mutant:
 
 
 def wrong(check: Check, *edits: str, crashes: bool = False) -> Mutant:
-    """Give a mutant of a file, of what it says and what it is to say; or of several such."""
+    """Make a mutant from triples of a file, a text in it and the text to put in its place."""
     return Mutant(check, tuple(zip(edits[::3], edits[1::3], edits[2::3], strict=True)), crashes)
 
 
@@ -80,7 +80,7 @@ def _changed(text: str, file: str, old: str, new: str) -> str:
 
 
 def mutants() -> dict[str, Mutant]:
-    """Give all of them, by name."""
+    """Return all mutants, by name."""
     from cupy_mutants_memory import MUTANTS as OF_MEMORY
     from cupy_mutants_values import MUTANTS as OF_VALUES
 

@@ -16,7 +16,7 @@ from polyce.testing.backends import Backend
 
 
 def of_class(loss: Any, *arrays: Any, **options: Any) -> Any:
-    """Give what belongs to a batch to the call, all else to the constructor."""
+    """Pass what belongs to a batch to the call, and everything else to the constructor."""
     batch = {key: options.pop(key) for key in ("sample_weight", "normalizer") if key in options}
     return loss(*arrays[2:], **options)(*arrays[:2], **batch)
 

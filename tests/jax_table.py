@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 
 def cases(function: str, turns: int) -> Iterator[Case]:
-    """Give, for each turn, 49 cases in which every two columns have all of their pairs.
+    """Return, for each turn, 49 cases in which any two columns have all of their pairs.
 
     Seven is prime, so that the squares d + k w of k = 1, 2, 3, … are orthogonal to each other. The
     functions that have few options take every third case where there is but one turn.
@@ -151,7 +151,7 @@ def class_axis(case: Case) -> int:
 
 
 def textbook(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:
-    """Give what a textbook says, in plain operations of jax."""
+    """Compute the textbook's formula, in plain operations of jax."""
     jnp, options = jax.numpy, case.options
     x = arrays["input"]
     if "linear_weight" in arrays:
@@ -187,7 +187,7 @@ def textbook(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:
 
 
 def derivative(jax: Any, case: Case, function: Any) -> Any:
-    """Give the case's derivative of a function of a dict of arrays, as one of all its numbers."""
+    """Compute the case's derivative of a function of a dict of arrays, as one flat array."""
 
     def scalar(moving: Any, fixed: Any, cotangent: Any) -> Any:
         return (function(moving | fixed) * cotangent).sum()

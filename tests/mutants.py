@@ -72,7 +72,7 @@ class Mutant:
 
 
 def textbook(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
-    """Give log Σ exp(x) - x_y where the target is a plain label."""
+    """Compute log Σ exp(x) - x_y where the target is a plain label."""
     if problem.kind != "index" or problem.used_options or problem.is_empty:
         return rows
     lse = np.log(np.sum(np.exp(logits), axis=problem.axis, keepdims=True))

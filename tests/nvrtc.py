@@ -119,7 +119,7 @@ def compiled(text: str, architecture: int, options: tuple[str, ...] = ()) -> Com
 
 
 def widths(ptx: str) -> tuple[set[int], set[int]]:
-    """Give in how many bytes at once device memory is loaded, and stored."""
+    """Return how many bytes at once device memory is loaded in, and stored in."""
     modifiers = r"(?:\.(?!v\d)[A-Za-z][\w:]*)*?"
     found = re.findall(rf"\b(ld|st)\.global{modifiers}(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
     pairs = [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in found]
@@ -128,14 +128,14 @@ def widths(ptx: str) -> tuple[set[int], set[int]]:
 
 
 def generic(ptx: str) -> list[str]:
-    """Give the accesses of which the compiler does not know that they are to device memory."""
+    """Return the accesses that the compiler does not know to be to device memory."""
     return re.findall(
         r"^\s*(?:@\S+ )?((?:ld|st)(?:\.volatile)?(?:\.v\d)?\.[bfsu]\d+\s.*)$", ptx, re.M
     )
 
 
 def narrow_products(ptx: str) -> list[str]:
-    """Give the products in 32 bits that have the number of a block, along x, in them.
+    """Return the 32-bit products in which a block's number along x is a factor.
 
     How far a row lies behind the first one grows with that number, beyond 2³¹ elements.
     """

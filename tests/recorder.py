@@ -98,7 +98,7 @@ _RECORDERS = {
 
 
 def record(name: str) -> Recorder:
-    """Make Triton compile for a target from now on, and give what will be launched."""
+    """Make Triton compile for a target from now on, and return the recorder of launches."""
     recorder = _RECORDERS[name]
     recorder.launched.clear()
     driver.set_active(recorder)
@@ -117,14 +117,14 @@ def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any)
 
 
 def binary(launched: Launched, device: int) -> Any:
-    """Give what was compiled for a launch."""
+    """Return what was compiled for a launch."""
     kernel = getattr(triton_kernels, launched.name)
     compiled = kernel.device_caches[device][0].values()
     return next(one for one in compiled if one.metadata.hash == launched.hash)
 
 
 def registers(binary: Any, folder: Path) -> tuple[int, int]:
-    """Give how many registers a thread has, and how many bytes it keeps elsewhere for want of one.
+    """Return how many registers a thread has, and how many bytes it spills.
 
     On NVIDIA's GPUs these show as stack.
     """
@@ -142,7 +142,7 @@ def registers(binary: Any, folder: Path) -> tuple[int, int]:
 
 
 def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
-    """Give the instructions for NVIDIA's GPUs that reach for a spilled register in a loop."""
+    """Return the instructions for NVIDIA's GPUs that access a spilled register in a loop."""
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -161,7 +161,7 @@ def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
 
 
 def widths(binary: Any) -> tuple[set[int], set[int]]:
-    """Give in how many bytes at once it loads, and stores."""
+    """Return how many bytes at once it loads, and stores."""
     if "amdgcn" in binary.asm:
         sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
         found = re.findall(r"(?:global|buffer)_(load|store)_(\w+?)\b", binary.asm["amdgcn"])

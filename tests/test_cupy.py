@@ -35,7 +35,7 @@ def emulation(cupy: Any) -> Any:
 
 
 def names(emulation: Any) -> list[str]:
-    """Give what was launched since this was last asked."""
+    """Return the names of the kernels launched since the last call."""
     found = [launch.name for launch in emulation.launches]
     emulation.launches.clear()
     return found
@@ -80,7 +80,7 @@ def test_subnormal_numbers_taken_for_0(emulation: Any) -> None:
 
 
 def bits(found: tuple[Any, ...]) -> list[bytes]:
-    """Give the bytes of loss, gradient and stats."""
+    """Return the bytes of loss, gradient and stats."""
     return [each.get().tobytes() for each in (*found[:2], *(found[2] if found[2:] else ()))]
 
 

@@ -47,7 +47,7 @@ READING, WRITING = {"forward", "forward_backward"}, {"forward_backward", "backwa
 def planned(
     shape: tuple[int, int], name: str, target: str, options: dict[str, Any]
 ) -> dict[str, tuple[str, ...]]:
-    """Give what each kernel of a call is compiled with."""
+    """Return what each kernel of a call is compiled with."""
     logits = np.empty(shape, dtype(name))
     given = np.zeros(shape[:1], target if target != "same" else np.int64)
     if target == "same" or target.startswith("float"):
@@ -60,7 +60,7 @@ def planned(
 
 
 def texts() -> list[tuple[str, tuple[str, ...], int]]:
-    """Give each kernel, with every set of options, for every architecture."""
+    """Return each kernel, with every set of options, for every architecture."""
     found = {}
     for shape, name, (target, options) in itertools.product(SHAPES, DTYPES, CALLS):
         for kernel, macros in planned(shape, name, target, options).items():

@@ -156,7 +156,7 @@ def test_with_a_device_cupy_is_chosen(
 
 
 def accepted(argument: Any) -> int:
-    """Give how many bytes CuPy's launch takes for an argument, as an older CuPy does too."""
+    """Return how many bytes CuPy's launch takes for an argument; older CuPys take the same."""
     import cupy
     from cupy._core import _scalar
 
@@ -176,7 +176,7 @@ def accepted(argument: Any) -> int:
 
 
 def parameters(kernel: str) -> list[str]:
-    """Give the types of a kernel's parameters."""
+    """Return the types of a kernel's parameters."""
     found = re.search(rf"^{kernel}\(([^)]*)\) *{{", cupy_plan.source(), re.MULTILINE)
     assert found, kernel
     return [" ".join(each.split()[:-1]) for each in found[1].split(",")]

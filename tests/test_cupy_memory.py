@@ -205,7 +205,7 @@ ACCESSES = {
 
 @pytest.fixture
 def counting(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """Give a function that counts a call's accesses to some arrays, in elements."""
+    """Return a function that counts a call's accesses to some arrays, in elements."""
     from cupy import _build
 
     from polyce.implementations.cupy import launch as cupy_launch

@@ -44,7 +44,7 @@ def layout(
     order: tuple[int, ...] | None = None,
     rows_apart: int = 0,
 ) -> Layout:
-    """Give an array's layout: its axes in some order, the first of them a little further apart."""
+    """Make a layout: the axes in some order, with a little padding along the first of them."""
     size, strides = dtype(name).itemsize, [0] * len(shape)
     step = size
     for axis in reversed(order or range(len(shape))):

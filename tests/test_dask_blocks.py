@@ -47,7 +47,7 @@ class Planned(Exception):
 
 
 def plan(results: Any) -> dict[Any, Any]:
-    """Give what dask would run for all of the results at once; optimize() fuses each by itself."""
+    """Return what dask would run for all results at once; optimize() fuses each by itself."""
     import dask
 
     def scheduler(graph: Any, keys: Any, **options: Any) -> Any:

@@ -29,7 +29,7 @@ def said(array: Any, dtype: str, chunks: Any) -> Any:
 
 
 def want(logits: Any, target: Any) -> tuple[Any, Any]:
-    """Give the loss of such values and its gradient, in float64, by the textbook's formula."""
+    """Compute the loss of such values and its gradient in float64, by the textbook's formula."""
     x = logits.astype(np.float64)
     softmax = np.exp(x) / np.exp(x).sum(1, keepdims=True)
     if target.ndim == 1:

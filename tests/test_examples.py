@@ -63,7 +63,7 @@ TABLE = pytest.mark.parametrize(
 def arrays(
     backend: Backend, dtype: str, logits: Any, target: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Give the arrays in the dtype, or in float32 where the library lacks it."""
+    """Convert the arrays to the dtype, or to float32 if the library lacks it."""
     if dtype not in backend.floats:
         dtype = "float32"
     target = np.asarray(target)

@@ -97,7 +97,7 @@ def arguments(backend: Backend, call: Call) -> tuple[Any, Any, Any]:
 
 
 def run(backend: Backend, call: Call, reduction: str = "none", **options: Any) -> tuple[Any, Any]:
-    """Give loss and gradient, as NumPy arrays."""
+    """Return loss and gradient, as NumPy arrays."""
     options = {"ignore_index": call.ignore_index, "label_smoothing": call.smoothing} | options
     results = polyce.cross_entropy_with_grad(
         *arguments(backend, call), reduction=reduction, **options

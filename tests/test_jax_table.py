@@ -121,7 +121,7 @@ def exported(jax: Any, case: Case, compute: Any, given: Numbers) -> Any:
 
 
 def run(jax: Any, case: Case, given: Numbers) -> Any:
-    """Give the case's derivative of polyce's function, by the case's way."""
+    """Compute the case's derivative of polyce's function, in the way that the case says."""
 
     def loss(arrays: dict[str, Any]) -> Any:
         return ours(case, arrays)

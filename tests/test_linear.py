@@ -54,12 +54,12 @@ EQUAL_CLASSES = "accuracy/margins/1000/wrong/float32"
 
 
 def libraries(backend: Backend, backend_name: str) -> list[Backend]:
-    """Give what a run's arrays are tried as."""
+    """Return the backends that a run's arrays are tried as."""
     return [get_backend(name) for name in BACKENDS.get(backend_name, ())] or [backend]
 
 
 def reason_against(case: Case, library: Backend) -> str:
-    """Give the reason why a case of the grid is not for a library."""
+    """Return the reason why a case of the grid is not for a library."""
     narrow = NARROW.get(library.name, ())
     if "cuda" in str(getattr(library.asarray(np.zeros(1)), "device", "")):
         narrow = ("float16", "bfloat16")
@@ -157,7 +157,7 @@ SOFT = RNG.dirichlet(np.ones(C), N).astype(np.float32)
 def result(
     backend: Backend, hidden: Any = HIDDEN, head: Any = HEAD, target: Any = LABELS, **given: Any
 ) -> list[Any]:
-    """Give the loss and the three gradients of NumPy arrays, as NumPy arrays."""
+    """Return the loss and the three gradients of NumPy arrays, as NumPy arrays."""
     arrays = [backend.asarray(array) for array in (hidden, head, target)]
     given = {
         key: backend.asarray(value) if isinstance(value, np.ndarray) else value
@@ -177,7 +177,7 @@ def result(
 def textbook(
     hidden: Any = HIDDEN, head: Any = HEAD, target: Any = LABELS, linear_bias: Any = 0, **given: Any
 ) -> list[Any]:
-    """Give the loss of the product and its gradients, in float64 and all at once."""
+    """Compute the loss of the product and its gradients, in float64 and all at once."""
     hidden, head = hidden.astype(np.float64), head.astype(np.float64)
     logits = hidden @ head.T + linear_bias
     loss, grad = polyce.cross_entropy_with_grad(logits, target, axis=-1, **given)

@@ -53,7 +53,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(name: str, kind: str = "index") -> dict[str, Any]:
-    """Give the arrays of a call; some rows are ignored, one of them by its weight alone."""
+    """Draw the arrays of a call; some rows are ignored, one of them only by its weight."""
     rng = np.random.default_rng(3)
     hidden, head = rng.normal(0.0, 1.0, (N, F)), rng.normal(0.0, 1.0, (C, F))
     target: Any = rng.integers(0, C, N)
@@ -80,7 +80,7 @@ def there(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def textbook(given: dict[str, Any], **options: Any) -> list[Any]:
-    """Give the loss of the product and its gradients, all at once and in float64."""
+    """Compute the loss of the product and its gradients, all at once and in float64."""
     given = dict(given)
     hidden, head = (given.pop(key).astype(np.float64) for key in ("input", "linear_weight"))
     bias, target = given.pop("linear_bias", None), given.pop("target")
@@ -94,7 +94,7 @@ def textbook(given: dict[str, Any], **options: Any) -> list[Any]:
 
 
 def result(given: dict[str, Any], **options: Any) -> list[Any]:
-    """Give the loss and the gradients on CuPy, and see that the loss alone is the same."""
+    """Return loss and gradients on CuPy, after checking that the loss alone is the same."""
     given = there(given)
     loss, gradients = polyce.linear_cross_entropy_with_grad(**given, **options)
     options = {key: value for key, value in options.items() if key not in ("wrt", "grad_output")}
@@ -208,7 +208,7 @@ def test_arrays_may_lie_anywhere(small: None) -> None:
 
 
 def products(rows: list[int], blocks: tuple[int, ...], wrt: tuple[str, ...]) -> list[Any]:
-    """Give the extents m, n and k of the products of a call, in order."""
+    """Return the extents m, n and k of the products of a call, in order."""
     found: list[Any] = []
     for this, following in zip([0, *rows], [*rows, 0], strict=True):
         for c in blocks:

@@ -94,7 +94,7 @@ CUTS: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def product(rng: Any, kind: str = "index") -> tuple[Any, ...]:
-    """Give hidden states, head, bias and target, of which a few rows at one end are ignored."""
+    """Draw hidden states, head, bias and target; a few rows at one end are ignored."""
     x, w, b = (rng.standard_normal(size) for size in ((6, 4, F), (C, F), (C,)))
     target = rng.integers(0, C, (6, 4))
     target[4:, 1:] = -100

@@ -63,7 +63,7 @@ def unfused(x: Any, w: Any, b: Any, target: Any, **options: Any) -> Any:
 
 
 def both(jax: Any, compute: Callable[[Any], Any]) -> Any:
-    """Give what is computed with either loss as one function, which compiles at once."""
+    """Join what is computed with either loss in one function, so that it compiles once."""
     return jax.jit(lambda *arrays: (compute(fused)(*arrays), compute(unfused)(*arrays)))
 
 
@@ -72,7 +72,7 @@ def given(jax: Any, *arrays: Any, dtype: Any = None) -> tuple[Any, ...]:
 
 
 def of(function: Any, target: Any, **options: Any) -> Callable[..., Any]:
-    """Give the loss, or the sum of its squares, as a function of input, weight and bias."""
+    """Return the loss, or the sum of its squares, as a function of input, weight and bias."""
 
     def loss(x: Any, w: Any, b: Any = None) -> Any:
         found = function(x, w, b, target, **options)

@@ -47,7 +47,7 @@ def leaves_of(torch: Any, rows: int, features: int, classes: int, dtype: str) ->
 def data(
     torch: Any, kind: str = "index", dtype: str = "float64", rows: int = N, *, bias: bool = True
 ) -> tuple[list[Any], Any]:
-    """Give leaves, and a target of which the second row is ignored."""
+    """Make leaves, and a target whose second row is ignored."""
     leaves = leaves_of(torch, rows, F, C, dtype)
     target = torch.randint(C, (rows,))
     target[1:2] = -100
@@ -61,12 +61,12 @@ def widen(arrays: list[Any], dtype: Any) -> list[Any]:
 
 
 def of(function: Any, target: Any, **options: Any) -> Callable[..., Any]:
-    """Give the loss as a function of input, weight and bias."""
+    """Return the loss as a function of input, weight and bias."""
     return lambda *leaves: function(*leaves, target, **options)
 
 
 def answer(torch: Any, function: Callable[..., Any], leaves: Any, by: Any = None) -> list[Any]:
-    """Give the loss and the gradients, of its sum, of those leaves that want one."""
+    """Return the loss, and the gradients of its sum for the leaves that require one."""
     loss = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     by = torch.ones_like(loss) if by is None else by
@@ -80,7 +80,7 @@ def agree(torch: Any, compute: Callable[[Any], Any], rtol: float = 1e-12) -> Non
 
 
 def errors(got: list[Any], want: list[Any]) -> list[float]:
-    """Give how far arrays are from exact ones, by the norm."""
+    """Return the relative error of each array, in the norm."""
     pairs = zip(got, want, strict=True)
     return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 

@@ -244,7 +244,7 @@ LEGACY_TABLE = pytest.mark.parametrize(("size_average", "reduce", "becomes"), LE
 
 
 def caught(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, list[str]]:
-    """Give what a call returns and its warnings: UserWarnings that point to the call."""
+    """Return what a call returns and its warnings: UserWarnings that point to the call."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         result, line = call(*args, **options), inspect.stack(0)[0].lineno

@@ -18,13 +18,13 @@ INF, NAN = float("inf"), float("nan")
 
 
 def log_probabilities(logits: Any) -> Any:
-    """Give the textbook's answer in float64, along the last axis."""
+    """Compute the textbook's answer in float64, along the last axis."""
     wide = np.asarray(logits, np.float64)
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
 def rows_and_grad(backend: Backend, *arrays: Any, **options: Any) -> tuple[Any, Any]:
-    """Give the rows' losses and the gradient of NumPy arrays, as NumPy arrays."""
+    """Return the rows' losses and the gradient of NumPy arrays, as NumPy arrays."""
     options = {"reduction": "none"} | options
     given = [backend.asarray(np.asarray(array)) for array in arrays]
     loss, grad = polyce.cross_entropy_with_grad(*given, **options)

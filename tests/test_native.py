@@ -66,7 +66,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def everything(logits: Any, target: Any, options: dict[str, Any]) -> list[bytes]:
-    """Give the bits of all that a call computes, for rows and reduced."""
+    """Return the bits of everything that a call computes, for rows and reduced."""
     found: list[Any] = []
     for reduction in ("none", "mean"):
         alone = polyce.cross_entropy(logits, target, reduction=reduction, **options)

@@ -310,7 +310,7 @@ def test_answers_are_those_of_autograd_on_the_plain_formulas() -> None:
 
 
 def by_mpmath(x: Any, r: Any, options: dict[str, Any]) -> tuple[list[float], list[list[float]]]:
-    """Give (loss, lse, entropy) and (gradient) of one row with the plain formulas, 800 digits."""
+    """Compute (loss, lse, entropy) and (gradient) of one row by the plain formulas, 800 digits."""
     import mpmath  # torch brings it along
 
     with mpmath.workdps(800):

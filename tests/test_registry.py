@@ -37,7 +37,7 @@ def fake(
     before: Callable[[str], None] | None = None,
     **declared: Any,
 ) -> Implementation:
-    """Give the reference another name; it writes down what runs, after calling `before`."""
+    """Put the reference under another name; it calls `before`, then records what runs."""
 
     def wrapped(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -231,7 +231,7 @@ def test_an_exception_in_a_kernel_reaches_the_caller(
 
 @pytest.fixture
 def choices(table: Callable[..., None], ran: list[str]) -> list[str]:
-    """Offer a, b and c, all able, and picky, which cannot serve; give the list of what ran."""
+    """Put a, b and c, which can serve, and picky, which cannot, into the table; list what ran."""
     picky = fake("picky", ran, unavailable=lambda: "not built", dtypes=frozenset({"float64"}))
     table(fake("a", ran), fake("b", ran), fake("c", ran), picky)
     return ran

@@ -142,7 +142,7 @@ def merge_all(
 
 
 def draws(backend: Backend) -> Iterator[np.random.Generator]:
-    """Give the random numbers of each trial; jax compiles anew for each length of a part."""
+    """Return the random generators, one for each trial; jax compiles for each length of a part."""
     for seed in range(3 if backend.name == "jax" else 40):
         yield np.random.default_rng(seed)
 
@@ -193,7 +193,7 @@ def test_parts_of_minus_inf_alone_and_a_pivot_at_either_end(
 
 
 def example() -> Rows:
-    """Give x = (0, 1 | 5, 2) and r = (.1, .2 | .3, .4), without a pivot."""
+    """Return rows of x = (0, 1 | 5, 2) and r = (.1, .2 | .3, .4), without a pivot."""
     logits, coefficients = np.full((ROWS, CLASSES), -INF), np.zeros((ROWS, CLASSES))
     logits[:, :4], coefficients[:, :4] = [0.0, 1.0, 5.0, 2.0], [0.1, 0.2, 0.3, 0.4]
     return Rows(logits, coefficients, np.full(ROWS, CLASSES - 1), False)

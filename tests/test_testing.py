@@ -67,7 +67,7 @@ def test_compare_refuses(got: Any, want: list[float], message: str) -> None:
 
 
 def exact(input: Any, target: Any, weight: Any = None, **options: Any) -> tuple[Any, ...]:
-    """Give the exact loss, gradient and stats, each rounded once."""
+    """Return the exact loss, gradient and stats, each rounded once."""
     asked = options.pop("return_stats", False)
     options.pop("validate", None)
     answer = exact_answer(input, target, weight, **options)
@@ -222,7 +222,7 @@ def dumped() -> list[Case]:
 
 
 def expected_arrays(case: Case) -> dict[str, Any]:
-    """Give a case's arrays as the files hold them, but for the tolerances."""
+    """Return a case's arrays as the files hold them, without the tolerances."""
     incoming, weight = case.grad_output, case.sample_weight
     stats = case.answer.stats
     found = {
@@ -247,7 +247,7 @@ TOLERANCES = ("loss_tol", "grad_tol", "lse_tol", "entropy_tol")
 
 
 def expected_numbers(case: Case) -> dict[str, float]:
-    """Give a case's options that are real numbers, as the index holds them."""
+    """Return a case's options that are real numbers, as the index holds them."""
     found = {"label_smoothing": 0.0, "z_loss": 0.0}
     found |= {name: float(case.options[name]) for name in NUMBERS if name in case.options}
     return found | ({} if case.normalizer is None else {"normalizer": float(case.normalizer)})

@@ -33,7 +33,7 @@ LOOKS = {"mparray": True, "marray": True, "mlx": False, "ndonnx": None, "cubed":
 
 
 def unsuited(case: Case, name: str) -> str:
-    """Give the reason why a case is not for a library."""
+    """Return the reason why a case is not for a library."""
     if name == "mparray" and case.logits.size > 20_000:
         return "a minute in arbitrary precision"
     if name.startswith("marray") and case.logits.size == 0:
@@ -42,7 +42,7 @@ def unsuited(case: Case, name: str) -> str:
 
 
 def leaves(result: Any) -> list[Any]:
-    """Give the arrays of a result: a loss, or with a gradient, or with stats of which some lack."""
+    """Return the arrays of a result: the loss, a gradient if there is one, the stats there are."""
     if isinstance(result, tuple):
         return [array for part in result for array in leaves(part)]
     return [] if result is None else [result]

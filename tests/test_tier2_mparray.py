@@ -28,7 +28,7 @@ def textbook(
     target: Any, weight: Any, smoothing: float, sample_weight: Any, z_loss: float,
     scale: float, cap: float | None,
 ) -> tuple[list[Any], list[list[Any]], Any]:  # fmt: skip
-    """Give losses, gradients and the mean's denominator as the documentation writes them.
+    """Compute losses, gradients and the mean's denominator as the documentation writes them.
 
     The digits that this loses are made up for by more of them.
     """

@@ -39,7 +39,7 @@ def inplace(*arguments: Any, **options: Any) -> Any:
 
 
 def data(torch: Any, *shape: int, kind: str = "index", dtype: str = "float32") -> tuple[Any, Any]:
-    """Give a leaf, of which logits are made, and a target."""
+    """Make a leaf, from which logits are computed, and a target."""
     shape = shape or (6, 70)
     leaf = torch.randn(shape).to(getattr(torch, dtype)).requires_grad_()
     axis = min(1, len(shape) - 1)

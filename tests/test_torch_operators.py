@@ -17,7 +17,7 @@ pytestmark = pytest.mark.only("torch")
 
 
 def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
-    """Give arguments of the first operator, and whether their digits are few."""
+    """Return arguments of the first operator, and whether they have few digits."""
     from polyce.implementations.torch_ops import _Asked
 
     cases = []

@@ -47,7 +47,7 @@ def arguments(torch: Any, kind: str, rows: int = 4) -> dict[str, Any]:
 
 
 def loss_and_gradients(torch: Any, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
-    """Give what the function returns, and the gradients that there are."""
+    """Return what the function returns, and the gradients that there are."""
     names = ["input"]
     if arrays["target"].is_floating_point():
         names += ["target", "weight"]

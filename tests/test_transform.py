@@ -34,7 +34,7 @@ def finite(cap: float) -> float | None:
 
 
 def exact_difference(a: float, b: float, scale: float, cap: float) -> float:
-    """Give x(a) - x(b), with enough digits where tanh is close to 1, rounded once."""
+    """Compute x(a) - x(b), with enough digits where tanh is close to 1, rounded once."""
     getcontext().prec = 60 + math.ceil(2 * scale / cap * max(abs(a), abs(b)))
     s = Decimal(scale)
     if cap == INF:

@@ -76,7 +76,7 @@ def around(torch: Any, values: Any, filler: float, before: int = 5) -> tuple[Any
 
 
 def problem(torch: Any, shape: tuple[int, ...], dtype: Any, kind: str) -> tuple[Any, Any, Any, Any]:
-    """Give logits, target, class weight and sample weight."""
+    """Draw logits, target, class weight and sample weight."""
     rows = (shape[0], *shape[2:])
     logits = torch.randn(shape).to(dtype)
     if kind == "index":
@@ -148,7 +148,7 @@ def test_rows_begin_anywhere(torch: Any, classes: int, dtype: str) -> None:
 
 @pytest.fixture
 def huge(torch: Any) -> Callable[[int], Any]:
-    """Give float16 memory of any size that takes none until it is written."""
+    """Make float16 memory of any size; the system provides its pages only when written."""
     maps = []
 
     def make(count: int) -> Any:

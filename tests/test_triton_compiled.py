@@ -45,7 +45,7 @@ HEAVY = ("everything", "everything of probabilities")
 
 
 def cases() -> list[Any]:
-    """Give all combinations; or some with each layout, dtype and set of flags, the GPUs in turn."""
+    """Return all combinations; or some with each layout, dtype and flags, and a GPU in turn."""
     if FULL:
         found = list(itertools.product(TARGETS, LAYOUTS, DTYPES, FLAGS))
     else:

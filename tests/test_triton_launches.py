@@ -26,7 +26,7 @@ def launched(recorder: Any) -> list[Any]:
 
 
 def arguments(launch: Any) -> dict[str, Any]:
-    """Give what a kernel was called with, by name."""
+    """Return what a kernel was called with, by name."""
     from polyce.implementations.triton import kernels as triton_kernels
 
     kernel = getattr(triton_kernels, launch.name)

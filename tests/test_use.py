@@ -26,7 +26,7 @@ LABELS = np.array([2, 0], dtype=np.int32)
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Offer a, b and c, of which a runs unasked; give the list of what ran."""
+    """Put a, b and c into the table, of which a is the default; list what ran."""
     found: list[str] = []
 
     def fake(name: str) -> Implementation:

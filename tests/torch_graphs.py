@@ -49,7 +49,7 @@ def arguments(torch: Any, kind: str, classes: int = 70, dtype: str = "float64") 
 
 
 def answers(torch: Any, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
-    """Give loss, stats and gradients of all that has one."""
+    """Return loss, stats and the gradients of all arguments that have one."""
     names = ["input"]
     if arrays["target"].is_floating_point():
         names += [name for name in ("target", "weight") if name in arrays]

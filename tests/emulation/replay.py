@@ -24,7 +24,7 @@ FLAGS = (
 
 
 def build(folder: Path, sanitizer: str, extra: list[str], out: Path) -> str:
-    """Build the program for one text and its options; give what the compiler says if it fails."""
+    """Build the program for one text and its options; return the compiler's message if it fails."""
     text = folder / "kernel.cpp"
     options = (folder / "options.txt").read_text().splitlines()
     flags = [*FLAGS, f"-fsanitize={SANITIZERS[sanitizer]}", f'-DSHIM_TEXT="{text.resolve()}"']
@@ -34,7 +34,7 @@ def build(folder: Path, sanitizer: str, extra: list[str], out: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Give the environment in which every finding ends the program."""
+    """Return the environment in which every finding ends the program."""
     ours = {
         "TSAN_OPTIONS": "halt_on_error=1 exitcode=66 report_thread_leaks=0",
         "ASAN_OPTIONS": "halt_on_error=1 detect_leaks=0",
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 
 
 def launcher() -> list[str]:
-    """Give what to start the program with: ThreadSanitizer wants addresses where it knows them."""
+    """Return the command that starts the program: ThreadSanitizer needs fixed addresses."""
     try:
         spread = int(Path("/proc/sys/vm/mmap_rnd_bits").read_text())
     except OSError:
@@ -60,7 +60,7 @@ def legible(report: str) -> str:
 
 
 def run(program: Path, launches: list[Path], sanitizer: str, timeout: float) -> list[str]:
-    """Run all launches; give what was found, and go on behind each that ended the program."""
+    """Run all launches and return what was found, going on after each that ended the program."""
     start = launcher() if sanitizer == "thread" else []
     findings, waiting = [], [str(path) for path in launches]
     while waiting:

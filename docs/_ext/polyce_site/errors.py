@@ -17,7 +17,7 @@ NOT_FOR_CALLERS = ("testing", "demo.py", "__main__.py")
 
 
 def table() -> str:
-    """Give a section for each file that raises, with the file's own summary."""
+    """Return a section for each file that raises, with the file's own summary."""
     parts = []
     for path in sorted(SOURCE.rglob("*.py")):
         name = path.relative_to(SOURCE)
@@ -33,7 +33,7 @@ def table() -> str:
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Give the type and the message of every error that a file makes."""
+    """Return the type and the message of every error that a file raises."""
     constants = {
         target.id: node.value
         for node in tree.body

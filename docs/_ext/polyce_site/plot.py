@@ -38,7 +38,7 @@ STYLE = {
 
 
 def measure() -> dict[str, dict[str, Any]]:
-    """Give losses and relative errors of both, at whole margins, the largest over some rows."""
+    """Compute losses and relative errors of both at whole margins, the largest over some rows."""
     margins = np.arange(FARTHEST + 1)
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((margins.size, ROWS, CLASSES)).astype(np.float32)

@@ -18,7 +18,7 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def support() -> str:
-    """Give a row for each implementation: what it declares, and whether it can run here."""
+    """Return a row for each implementation: what it declares, and whether it can run here."""
     head = ("", "libraries", "devices", "dtypes of the logits", "targets", "options", "here")
     return rows(head, map(_support_row, registry.TABLE))
 
@@ -30,7 +30,7 @@ def _support_row(row: Implementation) -> list[str]:
 
 
 def libraries() -> str:
-    """Give a row for each array library that the conformance grid knows."""
+    """Return a row for each array library that the conformance grid knows."""
     head = ("", "dtypes of the logits", "dtypes of class indices", "left out")
     return rows(head, map(_library_row, BACKENDS))
 
@@ -48,7 +48,7 @@ def _library_row(name: str) -> list[str]:
 
 
 def tolerances() -> str:
-    """Give `polyce.testing.ACCURACY`: a table, and one more for each group of fields in it."""
+    """Return `polyce.testing.ACCURACY` as a table, and one more for each group of fields in it."""
     rules = {key: asdict(rule) for key, rule in ACCURACY.items()}
     parts = [_rules(rules)]
     for name, value in next(iter(rules.values())).items():

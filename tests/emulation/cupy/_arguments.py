@@ -39,7 +39,7 @@ _KIND_OF = {"f": b"f", "i": b"i", "u": b"i", "b": b"b", "V": b"s"}
 
 
 def pack(name: str, kernel: Kernel, arguments: tuple[Any, ...]) -> list[bytes]:
-    """Give the bytes of each argument, all of them what the kernel takes."""
+    """Return the bytes of each argument, after checking that the kernel takes all of them."""
     if not isinstance(arguments, tuple | list):
         raise EmulationError(f"{name}: arguments must be a tuple, got {type(arguments).__name__}")
     if len(arguments) != kernel.count:

@@ -80,7 +80,7 @@ class Library(NamedTuple):
 
 
 def defines(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Give the options that a compiler for CPUs is to be passed; refuse those nobody knows."""
+    """Return the options to pass to a compiler for CPUs; refuse unknown ones."""
     unknown = [one for one in options if one not in KNOWN_OPTIONS and not re.match(r"-D\w", one)]
     if unknown:
         raise CompileException(f"nvrtc: error: unrecognized options {unknown}", "", "", options)
@@ -98,7 +98,7 @@ def run(command: list[str], source: str, options: tuple[str, ...], text: str | N
 
 
 def cache() -> Path:
-    """Give the folder that keeps what has been compiled."""
+    """Return the folder that keeps what has been compiled."""
     named = os.environ.get("POLYCE_EMULATION_CACHE")
     folder = Path(named or Path(tempfile.gettempdir()) / f"polyce-emulation-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ _FOUND = {name: getattr(np, name) for name in FUNCTIONS.split()} | {"sum": _sum}
 
 
 def names() -> dict[str, Any]:
-    """Give the namespace, less what has functions of its own below."""
+    """Return the namespace, without the names that have functions of their own below."""
     found: dict[str, Any] = {name: getattr(np, name) for name in PLAIN.split()}
     found |= {name: elementwise(getattr(np, name), name) for name in UFUNCS.split()}
     found |= {name: _lifted(function, name) for name, function in _FOUND.items()}
@@ -95,7 +95,7 @@ def names() -> dict[str, Any]:
 
 
 def add_methods() -> None:
-    """Give the array those of the functions that are methods as well."""
+    """Add those of the functions that are also methods to the array class."""
     for name in (
         *("all", "any", "argmax", "argmin", "argsort", "cumsum", "dot", "max", "mean", "min"),
         *("nonzero", "prod", "repeat", "round", "std", "sum", "take", "trace", "var"),
@@ -227,7 +227,7 @@ def asarray(a: Any, dtype: Any = None, order: str | None = None, *, blocking: An
 
 
 def ascontiguousarray(a: Any, dtype: Any = None) -> ndarray:
-    """Give the array in C order, and with an axis: CuPy makes one where there is none."""
+    """Return the array in C order, with at least one axis, as CuPy does."""
     a = asarray(a)
     check_device(a)
     made = a.astype(a.dtype if dtype is None else dtype, order="C", copy=False)
@@ -295,12 +295,12 @@ def may_share_memory(a: ndarray, b: ndarray, max_work: Any = None) -> bool:
 
 
 def result_type(*values: Any) -> np.dtype:
-    """Give the dtype that these promote to."""
+    """Return the dtype that these promote to."""
     return np.result_type(*(v._array if isinstance(v, ndarray) else v for v in values))
 
 
 def get_array_module(*values: Any) -> Any:
-    """Give cupy where one of its arrays is among the values, else numpy."""
+    """Return cupy if one of its arrays is among the values, else numpy."""
     import cupy
 
     return cupy if any(isinstance(value, ndarray) for value in values) else np

@@ -45,7 +45,7 @@ class Memory:
 
     @property
     def values(self) -> np.ndarray:
-        """Give the bytes."""
+        """Return the bytes."""
         return self._all[GUARD : GUARD + self.size]
 
     @property

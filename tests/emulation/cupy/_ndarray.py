@@ -33,7 +33,7 @@ class Flags:
 
 
 def checked_dtype(dtype: Any) -> np.dtype:
-    """Give a dtype of which CuPy makes arrays."""
+    """Return the dtype, after checking that CuPy makes arrays of it."""
     dtype = np.dtype(dtype)
     if dtype.byteorder == ">":
         raise ValueError(f"Unsupported dtype {dtype} with big-endian byte-order")
@@ -43,7 +43,7 @@ def checked_dtype(dtype: Any) -> np.dtype:
 
 
 def like(array: np.ndarray, dtype: np.dtype, order: str) -> tuple[str, tuple[int, ...] | None]:
-    """Give order and strides of a copy, as CuPy works them out for `empty_like` and `astype`."""
+    """Return order and strides of a copy, as CuPy works them out for `empty_like` and `astype`."""
     c_contiguous, f_contiguous = array.flags.c_contiguous, array.flags.f_contiguous
     order = order.upper()
     if order not in tuple("CFKA"):
@@ -104,7 +104,7 @@ class ndarray:
 
     @property
     def data(self) -> MemoryPointer:
-        """Give where the first entry lies."""
+        """Return where the first entry lies."""
         if not self._memory.size:
             return MemoryPointer(self._memory, 0)
         address = self._array.__array_interface__["data"][0]
@@ -143,17 +143,17 @@ class ndarray:
         return out
 
     def item(self) -> Any:
-        """Give the one entry."""
+        """Return the only entry."""
         if self.size != 1:
             raise ValueError("can only convert an array of size 1 to a Python scalar")
         return self.get().item()
 
     def tolist(self) -> Any:
-        """Give nested lists."""
+        """Return nested lists."""
         return self.get().tolist()
 
     def tobytes(self, order: str = "C") -> bytes:
-        """Give the bytes of the entries."""
+        """Return the bytes of the entries."""
         return self.get().tobytes(order)
 
     def __bool__(self) -> _bool:
@@ -221,7 +221,7 @@ class ndarray:
     def astype(
         self, dtype: Any, order: str = "K", casting: None = None, subok: None = None, copy: Any = 1
     ) -> ndarray:
-        """Convert; without a need to, `copy=False` gives the array itself."""
+        """Convert; if there is no need to, `copy=False` returns the array itself."""
         if casting is not None or subok is not None:
             raise TypeError("casting and subok are not supported yet")
         dtype = np.dtype(dtype)
@@ -258,24 +258,24 @@ class ndarray:
         return ndarray._of(array, self._memory, self)
 
     def reshape(self, *shape: Any, order: str = "C") -> ndarray:
-        """Give another shape, copied only where the strides ask for it."""
+        """Reshape, with a copy only if the strides need one."""
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         return wrap(self._array.reshape(shape, order=order), self)
 
     def ravel(self, order: str = "C") -> ndarray:
-        """Give one axis."""
+        """Reshape to one axis."""
         return wrap(self._array.ravel(order=order), self)
 
     def flatten(self, order: str = "C") -> ndarray:
-        """Give one axis, always copied."""
+        """Reshape to one axis, always with a copy."""
         return self.copy(order=order).ravel(order=order)
 
     def transpose(self, *axes: Any) -> ndarray:
-        """Give the axes in another order."""
+        """Put the axes into another order."""
         return wrap(self._array.transpose(*axes), self)
 
     def swapaxes(self, one: int, other: int) -> ndarray:
-        """Give two axes in each other's place."""
+        """Swap two axes."""
         return wrap(self._array.swapaxes(one, other), self)
 
     def squeeze(self, axis: Any = None) -> ndarray:
@@ -284,7 +284,7 @@ class ndarray:
 
 
 def _index(key: Any) -> tuple[Any, ...]:
-    """Give a key as NumPy takes it. How many entries a mask chooses is read first, which waits."""
+    """Return a key as NumPy takes it. A mask is counted first, which waits for the device."""
     parts = key if isinstance(key, tuple) else (key,)
     raw = tuple(unwrap(part, "index") for part in parts)
     emulation.synchronizations += any(getattr(part, "dtype", None) == np.bool_ for part in raw)
@@ -302,7 +302,7 @@ def check_device(array: ndarray) -> None:
 
 
 def unwrap(value: Any, role: str = "operand") -> Any:
-    """Give what NumPy is to compute with; as CuPy, refuse what is on the host and no scalar."""
+    """Return what NumPy is to compute with; like CuPy, refuse host arrays that are no scalars."""
     if isinstance(value, ndarray):
         check_device(value)
         return value._array
@@ -314,7 +314,7 @@ def unwrap(value: Any, role: str = "operand") -> Any:
 
 
 def wrap(result: Any, *sources: ndarray) -> Any:
-    """Give what NumPy made as an array: over the source's memory if it is a view, else its own."""
+    """Wrap NumPy's result: a view shares the source's memory, anything else gets its own."""
     if isinstance(result, tuple | list):
         return type(result)(wrap(one, *sources) for one in result)
     if not isinstance(result, np.ndarray | np.generic):

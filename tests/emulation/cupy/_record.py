@@ -41,12 +41,12 @@ class Extent(NamedTuple):
     end: int
 
     def bytes(self) -> bytes:
-        """Give what it holds now."""
+        """Return what it holds now."""
         return ctypes.string_at(self.first, self.end - self.first)
 
 
 def extent_of(argument: ndarray | MemoryPointer) -> Extent:
-    """Give the stretch that an array's entries lie in; of a pointer nobody knows, all behind it."""
+    """Return the stretch that holds an array's entries; for a pointer, all memory after it."""
     if isinstance(argument, MemoryPointer):
         memory = argument.mem
         return Extent(argument.ptr, memory.ptr + memory.size)

@@ -87,7 +87,7 @@ def reset() -> None:
 
 
 def this_order() -> int:
-    """Give the number of the order that the next launch is run in."""
+    """Return the number of the order that the next launch runs in."""
     return ORDERS.index(order) if order in ORDERS else len(launches) % len(ORDERS)
 
 

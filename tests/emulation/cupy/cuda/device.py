@@ -13,7 +13,7 @@ _state = threading.local()
 
 
 def get_device_id() -> int:
-    """Give the number of the current device."""
+    """Return the number of the current device."""
     return getattr(_state, "current", 0)
 
 

@@ -10,7 +10,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 def getDevice() -> int:
-    """Give the number of the current device."""
+    """Return the number of the current device."""
     return get_device_id()
 
 
@@ -20,15 +20,15 @@ def setDevice(device: int) -> None:
 
 
 def getDeviceCount() -> int:
-    """Give how many devices there are."""
+    """Return how many devices there are."""
     return COUNT
 
 
 def driverGetVersion() -> int:
-    """Give the version that CUDA 12.9 has."""
+    """Return the version number of CUDA 12.9."""
     return 12090
 
 
 def runtimeGetVersion() -> int:
-    """Give the version that CUDA 12.9 has."""
+    """Return the version number of CUDA 12.9."""
     return 12090

@@ -61,6 +61,6 @@ Stream.null = Stream(null=True)
 
 
 def get_current_stream(device_id: int | None = None) -> Stream:
-    """Give the current stream of a device, the current device's by default."""
+    """Return the current stream of a device, by default of the current one."""
     device_id = get_device_id() if device_id is None else device_id
     return getattr(_state, "current", {}).get(device_id, Stream.null)
