@@ -1,7 +1,7 @@
-"""The cupy path with something wrong, one thing each, and the check that has to notice.
+"""Mutants of the cupy path, each with one fault, and the check that must catch it.
 
-Run as a program, with a mutant's name, it exits with 1 if its check notices and with 0 if not: for
-those that may write where no memory of theirs is.
+Run as a program with a mutant's name, it exits with 1 if the check catches it and with 0 if not:
+for mutants that may write to memory that is not theirs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from cupy_checks import Check
 NUMBERS, ROW, CLASSES, KERNELS = "numbers.cu", "row.cu", "classes.cu", "kernels.cu"
 PLAN, LAUNCH = "plan.py", "launch.py"
 Edit = tuple[str, str, str]
-"""A file, what it says, and what it is to say in its place, wherever it says so."""
+"""A file, a text in it, and the text that replaces every occurrence."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """What is changed, and the check that has to notice."""
+    """What is changed, and the check that must catch it."""
 
     check: Check
     edits: tuple[Edit, ...]
     crashes: bool = False
-    """Whether it may write where no memory of its own is."""
+    """Whether it may write to memory that is not its own."""
 
 
 def wrong(check: Check, *edits: str, crashes: bool = False) -> Mutant:
@@ -39,7 +39,7 @@ def wrong(check: Check, *edits: str, crashes: bool = False) -> Mutant:
 
 @contextlib.contextmanager
 def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
-    """Let calls go through a copy of plan, launcher and kernels with these changes."""
+    """Run calls through a copy of plan, launcher and kernels with these changes."""
     from polyce.implementations import cupy as path
     from polyce.implementations.cupy import launch as before
 
@@ -61,7 +61,7 @@ def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
 
 
 def _module(file: str, edits: tuple[Edit, ...]) -> Any:
-    """Load a copy of a file, with those of the changes that are to it."""
+    """Load a copy of a file, with those of the changes that concern it."""
     from polyce.implementations import cupy
 
     path = Path(cupy.__file__).with_name(file)

@@ -1,4 +1,4 @@
-"""The cupy path with a fault in how threads share their work and memory, one each."""
+"""Mutants of the cupy path, each with one fault in how threads share work and memory."""
 
 from __future__ import annotations
 
@@ -182,12 +182,12 @@ MUTANTS = {
     "reads-a-written-neighbour": wrong(
         right(LONG, in_place=True, orders=ORDERS),
         KERNELS,
-        "facts.reference = found.top;",
-        "facts.reference = reference_of(state.top) - state.pivot;",
+        "gradient.reference = found.top;",
+        "gradient.reference = reference_of(state.top) - state.pivot;",
         KERNELS,
-        "const Gradient& facts = places[first].gradient;",
-        "Gradient facts = places[first].gradient; facts.reference += "
-        "Stored<LOGITS>::widen(x[place.row.x_at + facts.pivot * call.x_class]);",
+        "const Gradient& gradient = places[first].gradient;",
+        "Gradient gradient = places[first].gradient; gradient.reference += "
+        "Stored<LOGITS>::widen(x[place.row.x_at + gradient.pivot * call.x_class]);",
     ),
     "pivot-in-the-second-part": wrong(
         PARTS, KERNELS, "member == 0 && part == 0", "member == 0 && part == 1"

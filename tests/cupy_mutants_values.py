@@ -1,4 +1,4 @@
-"""The cupy path with a fault in what it computes or how it is called, one each."""
+"""Mutants of the cupy path, each with one fault in what it computes or how it is called."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MUTANTS = {
         PARTS_LIKELY, ROW, "state.pivot_class = c;", "state.pivot_class = NONE;"
     ),
     "masked-excess": wrong(
-        # As many as one thread takes at once, which has other classes beside the masked ones.
+        # As many as one thread loads at once; the thread has other classes beside the masked ones.
         of_rows([[0.0, -INF, 1.0, 0.5] * 2], [[0.25, 0.0, 0.25, 0.0] * 2], **LOSS),
         CLASSES,
         "rest[i] == 0 ? (real)0 : rest[i] * -gap",
@@ -116,7 +116,7 @@ MUTANTS = {
     "penalty-without-gradient": wrong(CAPPED, ROW, "sum_of_r += pull;", ""),
     "slope-dropped": wrong(CAPPED, CLASSES, "grad *= slope(call, x);", ""),
     "slope-dropped-at-the-pivot": wrong(
-        CAPPED, KERNELS, "facts.at_pivot *= slope(call, state.pivot);", ""
+        CAPPED, KERNELS, "gradient.at_pivot *= slope(call, state.pivot);", ""
     ),
     "scale-not-in-the-gradient": wrong(
         right(LONG, logit_scale=2.0), KERNELS, "g *= call.exact_scale;", ""

@@ -1,4 +1,4 @@
-"""CuPy without a device: real CuPy arrays over memory nobody may read reach the right decisions."""
+"""CuPy without a device: real CuPy arrays, over memory that cannot be read, take the right path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shell() -> Any:
     apart = itertools.count(1)
 
     def make(shape: tuple[int, ...], dtype: Any = np.float64, device: int = 0) -> Any:
-        # Out of the others' way, on a page of its own.
+        # On a page of its own, away from other arrays.
         memory = cupy.cuda.UnownedMemory(next(apart) << 32, 1 << 32, None, device_id=device)
         return cupy.ndarray(shape, dtype, memptr=cupy.cuda.MemoryPointer(memory, 0))
 
@@ -40,7 +40,7 @@ def shell() -> Any:
 
 
 class Launch(NamedTuple):
-    """A kernel as it was to be started."""
+    """A kernel's launch: what it was to be started with."""
 
     module: Any
     name: str
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 @pytest.fixture
 def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """Pose as two devices, and write down what they are asked to do."""
+    """Pose as two devices, and record what they are asked to do."""
     import cupy
 
     from polyce.implementations.cupy import launch as cupy_launch
@@ -72,7 +72,7 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
     class Module:
         def __init__(self, **options: Any) -> None:
-            # It takes what it is given, or raises.
+            # It accepts its argument, or raises.
             self.real = RawModule(**options)
             self.options = options["options"]
 
@@ -86,14 +86,14 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         return shell(shape, dtype, entered[-1])
 
     RawModule = cupy.RawModule
-    # What others have compiled writes to their list, and nothing was chosen with a device.
+    # Cached kernels would record into other tests' lists; cached choices are from without a device.
     monkeypatch.setattr(cupy_launch, "_kernels", {})
     monkeypatch.setattr(registry, "_choices", {})
     monkeypatch.setattr(cupy, "RawModule", Module)
     monkeypatch.setattr(cupy, "empty", empty)
     monkeypatch.setattr(cupy, "empty_like", lambda like: empty(like.shape, like.dtype))
     monkeypatch.setattr(cupy.cuda, "Device", Device)
-    # An array's own device is a class of C that nobody can stand in for.
+    # An array's own device is a C class that cannot be replaced.
     monkeypatch.setattr(
         find.named("cupy"),
         "computing",
@@ -105,25 +105,25 @@ def launches(shell: Any, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_facts_of_a_call(shell: Any, dtype: str) -> None:
+def test_the_problem_of_a_call(shell: Any, dtype: str) -> None:
     dtype = named(dtype)
-    facts, operands = problem.describe(shell((4, 5, 2), dtype), shell((4, 2), np.int16))
-    assert facts.backend == "cupy"
-    assert facts.device == "cuda"
-    assert (facts.kind, facts.axis, facts.row_shape) == ("index", 1, (4, 2))
-    assert facts.result_dtype == np.dtype(dtype)
-    assert facts.arithmetic_dtype == np.dtype("float64" if dtype == "float64" else "float32")
-    assert facts.row_dtype == np.dtype("float64")
-    assert not facts.check_labels
+    described, operands = problem.describe(shell((4, 5, 2), dtype), shell((4, 2), np.int16))
+    assert described.backend == "cupy"
+    assert described.device == "cuda"
+    assert (described.kind, described.axis, described.row_shape) == ("index", 1, (4, 2))
+    assert described.result_dtype == np.dtype(dtype)
+    assert described.arithmetic_dtype == np.dtype("float64" if dtype == "float64" else "float32")
+    assert described.row_dtype == np.dtype("float64")
+    assert not described.check_labels
     assert type(operands.logits).__module__.startswith("cupy")
-    assert facts.xp.__name__ == "array_api_compat.cupy"
+    assert described.xp.__name__ == "array_api_compat.cupy"
 
 
 def test_validate_true_checks_on_the_device(shell: Any) -> None:
-    facts, _ = problem.describe(
+    described, _ = problem.describe(
         shell((4, 5), np.float32), shell((4,), np.int64), options=Options(validate=True)
     )
-    assert facts.check_labels
+    assert described.check_labels
 
 
 def test_explain_names_library_and_device(shell: Any) -> None:
@@ -135,9 +135,9 @@ def test_explain_names_library_and_device(shell: Any) -> None:
 
 def test_without_a_device_cupy_says_so_and_the_reference_is_chosen(shell: Any) -> None:
     arrays = shell((4, 5), np.float32), shell((4, 5), np.float16)
-    facts, _ = problem.describe(*arrays)
-    assert facts.kind == "probability"
-    assert registry.select(facts).name == "reference"
+    described, _ = problem.describe(*arrays)
+    assert described.kind == "probability"
+    assert registry.select(described).name == "reference"
     reason = "CuPy finds no CUDA or ROCm device"
     assert f"  cupy       no   {reason}" in str(polyce.explain(*arrays)).splitlines()
     with pytest.raises(ValueError, match=reason):
@@ -160,7 +160,7 @@ def accepted(argument: Any) -> int:
     import cupy
     from cupy._core import _scalar
 
-    # CuPy 13 takes neither None nor a bool for what they look like.
+    # CuPy 13 passes None and bools differently, so polyce must not use them.
     assert argument is not None
     assert not isinstance(argument, bool)
     if isinstance(argument, cupy.ndarray | cupy.cuda.MemoryPointer):
@@ -170,7 +170,7 @@ def accepted(argument: Any) -> int:
         assert argument.size == 1
         return argument.nbytes
     assert type(argument) in (int, float) or isinstance(argument, np.number)
-    # Before CuPy 14, Python cannot make one.
+    # Before CuPy 14, Python code cannot create a CScalar.
     made = _scalar.CScalar(argument) if hasattr(_scalar.CScalar, "dtype") else np.array(argument)
     return made.dtype.itemsize
 
@@ -202,7 +202,7 @@ def test_launches_are_what_cupy_takes(
     target = shell(
         shape if kind == "probability" else shape[:1], dtype if kind != "index" else "i8"
     )
-    # To convert one would take a device.
+    # Converting a weight would need a device.
     arithmetic = "float64" if dtype == "float64" else "float32"
     weight, sample = shell(shape[1:], arithmetic), shell(shape[:1], np.float64)
     for more in ({}, {"weight": weight, "sample_weight": sample}):
@@ -241,7 +241,7 @@ def test_arrays_of_two_devices_are_refused(shell: Any) -> None:
 def test_another_byte_order_is_not_read_as_the_processor_s(
     shell: Any, launches: list[Launch]
 ) -> None:
-    # CuPy makes no such array, but a view is one.
+    # CuPy makes no such array, but allows such a view.
     logits, labels = shell((4, 5), np.float32), shell((4,), np.int64)
     for arguments in ((logits.view(">f4"), labels), (logits, labels.view(">i8"))):
         with pytest.raises(TypeError, match="bytes in this processor's order"):
@@ -288,7 +288,7 @@ def test_every_function_that_is_called_exists_in_cupy_s_namespace() -> None:
     import array_api_compat.cupy as xp
 
     package = Path(polyce.__file__).parent
-    # What every library is asked by; the other files of arrays/ are for one library each.
+    # These serve every library; each other file of arrays/ is for one library.
     rooms = (package / room for room in ("formula", "call", "linear"))
     files = [package / "arrays/library.py", *(file for room in rooms for file in room.glob("*.py"))]
     called = {

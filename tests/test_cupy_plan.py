@@ -1,4 +1,4 @@
-"""What the cupy path plans from the facts of a call, without arrays; the kernels' text agrees."""
+"""What the cupy path plans for a problem, without arrays, and that the kernels' text agrees."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def test_grids_cover_all_and_are_within_limits(
     width = 16 // dtype(name).itemsize
     assert plan.parts == call["parts"] <= cupy_plan.MOST_PARTS
     assert (plan.parts - 1) * call["chunk"] < classes
-    # A whole number of loads less than that is what a peeled row has.
+    # A row has some whole loads fewer after its first elements are peeled.
     assert plan.parts * call["chunk"] * width >= classes - classes % width
     assert (plan.parts > 1) == (rows < 128 and classes > 32768)
-    # A loop over classes looks a step beyond the last one.
+    # A loop over classes computes one index beyond the last class.
     assert classes + 2 * width * cupy_plan.BLOCK < 2**31
     if plan.parts > 1:
         assert call["lanes"] == 1
@@ -132,7 +132,7 @@ def test_what_two_indices_do_not_reach_is_copied(axis: int, order: tuple[int, ..
 
     def in_order(axes: list[int]) -> bool:
         places = [order.index(i) for i in axes]
-        # One behind the other, and nothing between them.
+        # One array directly after the other, with no gap.
         return places == list(range(places[0], places[0] + len(places))) if places else True
 
     joined = in_order(sorted(rest))
@@ -162,7 +162,7 @@ def test_what_is_promised_of_alignment_is_so(name: str, target: str) -> None:
             (x.address + row * x.strides[0], second.address + row * second.strides[0])
             for row in range(3)
         ]
-        # From where a row's logits begin a boundary on, the other's numbers do as well.
+        # Where a row's logits reach a boundary, so do the other array's numbers.
         starts = [(-one // size) % width for one, _ in rows]
         places = [two // wide + start for (_, two), start in zip(rows, starts, strict=True)]
         assert not in_step or all(place % width == 0 for place in places)
@@ -175,7 +175,7 @@ def test_what_is_promised_of_alignment_is_so(name: str, target: str) -> None:
 
 @pytest.fixture
 def probe() -> Iterator[Any]:
-    """Run a line of C++ behind the kernels' text, that writes to `double* out`."""
+    """Run a line of C++, appended to the kernels' text, that writes to `double* out`."""
     import cupy
 
     cupy.emulation.reset()
@@ -221,7 +221,7 @@ def test_sizes_are_the_text_s(
     from polyce.implementations.cupy import launch as cupy_launch
 
     about = problem((3, 100), name, target, logit_softcap=softcap, return_stats=stats)
-    # In step where rows are apart by as many numbers as a load has, and by no fewer.
+    # In step if rows are a multiple of a load's numbers apart, and not otherwise.
     wide = {
         width: planned(about, grad=layout((3, 100), name, rows_apart=width)).call["g_in_step"][0]
         for width in (1, 2, 4, 8)
@@ -247,11 +247,11 @@ def test_few_texts_and_their_options() -> None:
             assert f"-DKERNEL={kernel.upper()}" in each
             assert f"-DBLOCK={cupy_plan.BLOCK}" in each
         found |= set(options.values())
-    # Whether rows are read in vectors is all that their sizes decide.
+    # The sizes only decide whether rows are read in vectors.
     assert len(found) == len(cupy_plan.KERNELS) + 3
 
 
-def test_a_plan_depends_on_its_facts_alone() -> None:
+def test_a_plan_depends_on_the_problem_alone() -> None:
     about = problem((3, 100))
     one, other = planned(about), planned(about)
     assert one.call.tobytes() == other.call.tobytes()

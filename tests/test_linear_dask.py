@@ -76,9 +76,9 @@ def test_more_axes_probabilities_and_sample_weights(da: Any) -> None:
         np.testing.assert_allclose(got.compute(), expected, rtol=1e-10, atol=1e-14)
 
 
-# Against the unfused loss of NumPy's product.
+# The references come from the unfused loss of NumPy's product.
 
-FACTS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "weighted": {"label_smoothing": 0.1, "weight": True},
     "sampled": {"sample_weight": True, "normalizer": 3.0, "z_loss": 0.1},
@@ -115,12 +115,12 @@ def close(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", ["index", "probability"])
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_any_cuts_give_the_loss_of_the_product(da: Any, name: str, kind: str, cuts: str) -> None:
     rng = np.random.default_rng(0)
     arrays = product(rng, kind)
     for reduction in ("none", "mean", "sum"):
-        options = FACTS[name] | {"reduction": reduction}
+        options = OPTIONS[name] | {"reduction": reduction}
         if reduction != "mean":
             options.pop("normalizer", None)
         extra = {"grad_output": rng.random((6, 4) if reduction == "none" else ())}
@@ -162,10 +162,10 @@ def test_every_result_can_be_computed_and_used_alone(da: Any, scheduler: str) ->
             close([total], [abs(other * 2.0).sum()])
 
 
-# dask itself divides, on a thread of its own, as it does for cross_entropy.
+# dask itself divides, on a thread where NumPy warns, as it does for cross_entropy.
 @pytest.mark.filterwarnings("ignore:.*in scalar divide:RuntimeWarning")
 def test_the_denominator_is_that_of_all_blocks(da: Any) -> None:
-    """Blocks of which one has no row that counts, and the others have unlike weights."""
+    """One block has no row that counts, and the others have different weights."""
     x, w, b, _ = product(np.random.default_rng(0))
     x = x[:, 0]
     target = np.array([-100, -100, 3, 1, -100, 9])
@@ -195,7 +195,7 @@ def test_left_out_rows_may_hold_anything(da: Any, value: float) -> None:
         close(da.compute(loss, *found), textbook(clean, w, b, target, reduction=reduction))
 
 
-# dask itself divides, on a thread of its own, as it does for cross_entropy.
+# dask itself divides, on a thread where NumPy warns, as it does for cross_entropy.
 @pytest.mark.filterwarnings("ignore:.*in scalar divide:RuntimeWarning")
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
 @pytest.mark.parametrize("kind", ["index", "probability"])
@@ -216,7 +216,7 @@ def test_no_rows(da: Any, kind: str, shape: tuple[int, ...]) -> None:
         close(da.compute(loss, *found), [want, *zeros])
 
 
-# What is run, and when
+# What runs, and when
 
 
 def test_nothing_is_computed_by_the_call(da: Any) -> None:
@@ -246,8 +246,8 @@ def many(da: Any, blocks: int, **options: Any) -> Any:
 
 
 def test_the_tasks_of_a_block_are_few(da: Any) -> None:
-    # Hidden states, labels, what they weigh, the block itself, and to take each of its three
-    # results; one to add up two heads, and for all blocks a few more.
+    # Hidden states, labels, their weights, the block itself, and one for each of its three
+    # results; one to add two heads, and a few more for all blocks together.
     blocks = 32
     for reduction in ("mean", "none"):
         assert len(tasks(many(da, blocks, reduction=reduction))) <= 8 * blocks + blocks // 2
@@ -260,7 +260,7 @@ def test_the_tasks_of_a_block_are_few(da: Any) -> None:
 
 def test_few_copies_of_the_heads_gradient_are_there_at_once(da: Any) -> None:
     loss, d_input, d_head = many(da, 64)
-    # What is used as it comes; were it kept, so would be the blocks' other results.
+    # Consumed as each part arrives; if it were kept, the blocks' other results would be too.
     used = d_input.map_blocks(np.max, chunks=(1, 1), meta=np.empty((0, 0)))
     graph = plan((loss, used, d_head))
     assert most_at_once(graph, ("polyce-linear",)) <= 4

@@ -131,28 +131,28 @@ DEVICE double cotangent_of(const Call& call, const void* array, double number, i
 }
 
 // What a row's gradient is made of, where that of all with respect to its loss is g.
-DEVICE Gradient gradient_facts(const Call& call, const Meaning& row, const State& state,
-                               const Outcome& found, double g) {
-  Gradient facts;
-  facts.reference = found.top;
-  facts.factor = found.factor;
-  facts.at_pivot = found.pivot_gradient;
+DEVICE Gradient gradient_of_row(const Call& call, const Meaning& row, const State& state,
+                                const Outcome& found, double g) {
+  Gradient gradient;
+  gradient.reference = found.top;
+  gradient.factor = found.factor;
+  gradient.at_pivot = found.pivot_gradient;
 #if SOFTCAP && STATS && !PROBABILITY
-  facts.at_pivot *= slope(call, state.label);
+  gradient.at_pivot *= slope(call, state.label);
 #elif SOFTCAP
-  facts.at_pivot *= slope(call, state.pivot);
+  gradient.at_pivot *= slope(call, state.pivot);
 #else
   g *= call.exact_scale;
 #endif
-  facts.scale = (real)g;
-  facts.at_pivot *= facts.scale;
+  gradient.scale = (real)g;
+  gradient.at_pivot *= gradient.scale;
 #if PROBABILITY
-  facts.pivot = state.pivot_class;
+  gradient.pivot = state.pivot_class;
 #else
-  facts.pivot = row.label;
+  gradient.pivot = row.label;
 #endif
-  facts.rule = row.invalid ? 2 : row.counted ? 0 : 1;
-  return facts;
+  gradient.rule = row.invalid ? 2 : row.counted ? 0 : 1;
+  return gradient;
 }
 
 // Read a row, or a part of it, into the state that is kept of it.
@@ -181,10 +181,10 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
 }
 
 DEVICE void write_part(const Call& call, int member, const Row& row, const logit* x,
-                       const Targets& targets, int part, const Gradient& facts, logit* grad) {
+                       const Targets& targets, int part, const Gradient& gradient, logit* grad) {
   const target* p = targets.given + row.t_at;
   each_class(call, member, x + row.x_at, p, part, [&](const auto& taken) {
-    write_gradient(call, facts, targets.weight, taken, grad + row.g_at);
+    write_gradient(call, gradient, targets.weight, taken, grad + row.g_at);
   });
 }
 
@@ -317,14 +317,14 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
       const Outcome found = conclude(call, meaning, row, place.state, results, mine);
       const double g = cotangent_of(call, cotangent, cotangent_number, row) * meaning.sample;
       place.gradient =
-          gradient_facts(call, meaning, place.state, found, call.mean ? g / divides[0] : g);
+          gradient_of_row(call, meaning, place.state, found, call.mean ? g / divides[0] : g);
     }
     // What it keeps apart as well: all of a row is read before any of it is written.
     __syncthreads();
     if (place.row.number >= 0) {
       const int first = call.across ? place.seat.lane : place.seat.lane * (int)call.team;
-      const Gradient& facts = places[first].gradient;
-      write_part(call, place.seat.member, place.row, x, targets, 0, facts, grad);
+      const Gradient& gradient = places[first].gradient;
+      write_part(call, place.seat.member, place.row, x, targets, 0, gradient, grad);
     }
     // The next row's state takes the place of what others may still read.
     __syncthreads();
@@ -354,7 +354,7 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
          void* loss, real* lse, real* entropy, i64* prediction, unsigned char* correct,
          unsigned char* valid) {
   SHARED(Sums, each, BLOCK);
-  SHARED(Gradient, facts, 1);
+  SHARED(Gradient, gradient, 1);
   const Targets targets = {given, weight, sample};
   const Divisor divisor = {normalizer, number};
   const i64 rows = call.outer * call.inner;
@@ -379,9 +379,9 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
     const Results nowhere = {0, 0, 0, 0, 0, 0};
     const Outcome found = conclude(call, meaning, row.number, state, nowhere, mine);
     const double g = cotangent_of(call, cotangent, cotangent_number, row.number) * meaning.sample;
-    facts[0] = gradient_facts(call, meaning, state, found, call.mean ? g / divides : g);
+    gradient[0] = gradient_of_row(call, meaning, state, found, call.mean ? g / divides : g);
   }
   __syncthreads();
-  write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, facts[0], grad);
+  write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, gradient[0], grad);
 }
 #endif
