@@ -1,4 +1,4 @@
-"""One backend a run: `pytest --backend=NAME`, numpy by default.
+"""One backend per run: `pytest --backend=NAME`, numpy by default.
 
 The library asked for must be there: a missing one is an error, not a skip. A test marked
 `only("torch")` is left out of every other backend's run; one without the marker runs on all but
@@ -45,10 +45,10 @@ BACKENDS = {
     "triton": "torch",
     "triton-compile": "torch",
 }
-# The second tier: libraries that are served through the standard alone, most of them slowly. The
-# grid and their own tests run there.
+# The second tier: libraries that are served through the standard alone, most of them slowly. Only
+# the grid and their own tests run on them.
 TIER_2 = ("ndonnx", "cubed", "mlx", "mparray", "marray")
-# Runs of nothing but the tests that name them.
+# These backends run only the tests that name them.
 MARKED_ONLY = (
     "cupy-emulated",
     "cupy-compile",
@@ -59,8 +59,8 @@ MARKED_ONLY = (
     *TIER_2,
 )
 FULL = os.environ.get("POLYCE_FULL") == "1"
-# jax compiles each case anew. What is the same with and without its 64-bit types runs without; what
-# holds more digits to account runs with them.
+# jax compiles each case anew. Tests that do not depend on its 64-bit types run without them; tests
+# that check more digits run with them.
 ANY_WIDTH = ("jax-x32", "jax-x64") if FULL else ("jax-x32",)
 BY_DIGITS = ("jax-x32", "jax-x64") if FULL else ("jax-x64",)
 # For another Python or NumPy, which are much the same, and for jax, which compiles each case.
@@ -98,9 +98,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
-        # Devices that wait for each other hold a thread each, and XLA's pool has no more than there
-        # are devices or cores: with the next call's tasks in it, calls outside of jit may wait for
-        # ever.
+        # Devices that wait for each other hold a thread each, and XLA's pool has only as many as
+        # there are devices or cores. If the next call's tasks take some of them, calls outside of
+        # jit may wait for ever.
         os.environ.setdefault("PJRT_NPROC", "16")
         import jax
 
@@ -108,12 +108,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def add_tiles_up_by_halves() -> None:
-    """Let Triton's interpreter sum as threads do, not as NumPy does, one number after another."""
+    """Make Triton's interpreter sum pairwise as threads do, not one number after another."""
     from triton.runtime.interpreter import ReduceOps
 
     def by_halves(self: Any, tile: Any) -> Any:
         values = tile.handle.data
-        # A power of two, along the first axis: the kernels add up along no other.
+        # A power of two, along the first axis, which is the only one that the kernels sum along.
         while half := len(values) // 2:
             values = values[:half] + values[half:]
         return self.to_tensor(values[0], tile.dtype)
@@ -158,7 +158,7 @@ def backend(backend_name: str) -> Backend:
         from_numpy = found.asarray
 
         def on_device(array: Any) -> Any:
-            # With the memory between the elements: .cuda() alone would close the gaps.
+            # Copied with the memory between the elements: .cuda() alone would close the gaps.
             tensor = from_numpy(array)
             size = tensor.untyped_storage().nbytes() // tensor.element_size()
             memory = tensor.as_strided((size,), (1,), 0).cuda()
@@ -169,10 +169,10 @@ def backend(backend_name: str) -> Backend:
 
 
 def forgetful(jax_backend: Backend) -> Backend:
-    """Let jax forget what it has compiled, now and then.
+    """Clear jax's cache of compiled functions now and then.
 
     Each function that XLA compiles takes some of the memory mappings that a process may have, 65530
-    on Linux, and what asks for one more crashes.
+    on Linux, and the process crashes when it needs one more.
     """
     import jax
 

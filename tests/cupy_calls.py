@@ -17,9 +17,9 @@ from polyce.testing.dtypes import dtype
 from polyce.testing.selection import representative
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Everything that a large call has in a small one: rows of a few classes are split over blocks, ...
+# These make a small call take the ways of a large one: rows of a few classes are split over blocks,
 SPLIT = {"BLOCK": 4, "LONG": 4, "FEW_ROWS": 64, "PART": 2, "MOST_PARTS": 3, "VECTORS": 8}
-# ... and blocks take several groups of rows, each row's classes shared by threads.
+# and blocks take several groups of rows, each row's classes shared by threads.
 SHARED = {"BLOCK": 16, "MOST_BLOCKS": 2, "PER_THREAD": 1, "NEIGHBOURS": 4, "VECTORS": 8}
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
@@ -33,10 +33,10 @@ CLOSE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 4e-6, "float64": 1e-14}
 
 @contextlib.contextmanager
 def settings(**values: int) -> Iterator[None]:
-    """Plan launches by other numbers meanwhile."""
+    """Plan launches by other numbers within the block."""
     from polyce.implementations.cupy import launch as cupy_launch
 
-    # The one that is in use: tests put faulty ones in its place.
+    # The plan that is in use: tests replace it by faulty ones.
     plan = cupy_launch.cupy_plan
     before = {name: getattr(plan, name) for name in values}
     cupy_launch._plans.clear()
@@ -53,7 +53,7 @@ def settings(**values: int) -> Iterator[None]:
 def chosen(
     groups: Sequence[str], count: int, floats: Sequence[str] = DTYPES, largest: int = 400
 ) -> Callable[[Case], str]:
-    """Leave out all but so many cases of each group, and those with more logits."""
+    """Leave out all but so many cases of each group, and cases with too many logits."""
     names = set()
     for group in groups:
         short = [case for case in cases([group], floats) if case.logits.size < largest]
@@ -86,7 +86,7 @@ def draw(shape: tuple[int, ...], name: str, kind: str, ignored: bool = True) -> 
 
 
 class Inside(NamedTuple):
-    """An array among other numbers, and the memory that it lies in."""
+    """An array that lies among other numbers, and the memory that holds both."""
 
     array: Any
     memory: Any
@@ -94,7 +94,7 @@ class Inside(NamedTuple):
     """Which entries of the memory are not the array's."""
 
     def untouched(self, filler: float) -> bool:
-        """Tell whether all the others are what they were."""
+        """Tell whether all the other numbers are what they were."""
         rest = self.memory.get()[self.outside]
         return bool(np.array_equal(rest, np.full_like(rest, filler), equal_nan=rest.dtype != int))
 
@@ -102,7 +102,7 @@ class Inside(NamedTuple):
 def inside(
     values: Any, filler: float, offset: int = 0, strides: tuple[int, ...] | None = None
 ) -> Inside:
-    """Put an array's values among others, from an offset on and in strides counted in elements."""
+    """Put an array's values among other numbers, at an offset and strides counted in elements."""
     import cupy
 
     if strides is None:
@@ -121,7 +121,7 @@ def inside(
 
 
 def far_away(values: Any, strides: tuple[int, ...]) -> Any:
-    """Put values any strides apart, in elements, in memory that is not there until it is used."""
+    """Put values at any strides, in elements, in memory whose pages exist only once written."""
     import cupy
 
     size = values.itemsize
@@ -137,7 +137,7 @@ def far_away(values: Any, strides: tuple[int, ...]) -> Any:
 
 
 def on_device(*values: Any) -> list[Any]:
-    """Copy arrays to the current device, in whatever order they lie."""
+    """Copy arrays to the current device, whatever their strides."""
     import cupy
 
     return [cupy.asarray(value) if isinstance(value, np.ndarray) else value for value in values]

@@ -1,4 +1,4 @@
-"""Checks of the cupy path, each of one thing and by few kernels, that faulty ones must not pass."""
+"""Checks of the cupy path that its mutants must fail: each checks one thing with few kernels."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def labels(values: list[int], dtype: str, bad: list[int], **options: Any) -> Che
 
 
 def refused_labels() -> None:
-    """Check that a label that is out of range raises where it is asked for."""
+    """Check that a label out of range raises with validate=True."""
     x, t = on_device(np.zeros((2, 5), np.float32), np.array([0, 5]))
     try:
         polyce.cross_entropy(x, t, validate=True)
@@ -138,14 +138,14 @@ def refused_labels() -> None:
 
 
 def ignored() -> None:
-    """Check that rows which do not count have no gradient, whatever they hold."""
+    """Check that rows which do not count have gradient 0, whatever they hold."""
     x, t = on_device(np.full((2, 5), math.nan, np.float32), np.array([-100, 1]))
     _, grad = polyce.cross_entropy_with_grad(x, t, **ROWS)
     assert grad.get()[0].tolist() == [0.0] * 5
 
 
 def equal_terms() -> None:
-    """Check a row whose terms are equal, of which rounded sums drift away."""
+    """Check a row of equal terms, for which rounding errors all go one way."""
     rows = np.zeros((1, 100_000), np.float32)
     rows[0, 0] = 2.3
     given = Given(rows, np.array([1]), None, None)
@@ -201,7 +201,7 @@ def unlikely_labels(**table: int) -> Check:
 
 
 def flat() -> None:
-    """Check the gradient of the likeliest class where it is hardly likelier than others."""
+    """Check the gradient of the likeliest class where it is barely ahead of the others."""
     rows = np.random.default_rng(0).normal(0.0, 0.25, (8, 512)).astype(np.float32)
     given = Given(rows, np.full((8, 512), 1 / 512, np.float32), None, None)
     wanted = expected(Given(*(a if a is None else a.astype(np.float64) for a in given)), **ROWS)[1]
@@ -212,7 +212,7 @@ def flat() -> None:
 
 
 def rounded_once() -> None:
-    """Check a loss so near the middle of two float16 numbers that float32 takes it for that."""
+    """Check a loss that float32 would round to the middle between two float16 numbers."""
     x, t = on_device(np.zeros((1, 2), np.float16), np.array([0]))
     wanted = 1 + 2.0**-11 + 2.0**-30
     (v,) = on_device(np.array([wanted / float(np.float32(math.log(2)))]))

@@ -1,4 +1,4 @@
-"""Calls that fail, and what their errors say: the tables that the error tests are written in."""
+"""Calls that fail and what their errors say: the records that the error tests are made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "CrossEntropyLoss": lambda *arrays, **options: of_class(
         polyce.CrossEntropyLoss, *arrays, **options
     ),
-    # Of the function with the most arguments.
+    # The options of the function with the most arguments.
     "explain": partial(polyce.explain, function=polyce.cross_entropy_with_grad),
     "nll_loss": polyce.nll_loss,
     "NLLLoss": lambda *arrays, **options: of_class(polyce.NLLLoss, *arrays, **options),
@@ -195,14 +195,14 @@ def floats(*shape: int) -> Any:
 
 
 def check(backend: Backend, call: Bad, name: str, **more: Any) -> None:
-    """Make the call, by the default way and by the reference, and see the same sentence."""
+    """Make the call, by default and by the reference, and check that both say the same."""
     _check_once(backend, call, name, more)
     with polyce.use("reference"):
         _check_once(backend, call, name, more)
 
 
 def _check_once(backend: Backend, call: Bad, name: str, more: dict[str, Any]) -> None:
-    """Make the call, see the error and that the arrays are what they were."""
+    """Make the call, and check the error and that the arrays are unchanged."""
     before = {"input": X, "target": T} | call.arguments | more
     given = {
         key: backend.asarray(value.copy()) if type(value) is np.ndarray else value

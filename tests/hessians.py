@@ -1,4 +1,4 @@
-"""Exact second derivatives of confident rows, which lose their digits as 1 - p or p - p² does."""
+"""Exact second derivatives of confident rows, where 1 - p and p - p² would lose their digits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROWS = ((0.0, 37.0), (0.0, 20.0, -3.0), (45.0, 1.0, 0.0, 44.5), (0.0, 1.0, 2.0, 
 
 
 def hessian(row: tuple[float, ...]) -> np.ndarray:
-    """diag(p) - p pᵀ of a row's softmax p, for a loss whose coefficients add up to 1."""
+    """Compute diag(p) - p pᵀ of a row's softmax p, for a loss whose coefficients add up to 1."""
     with localcontext(prec=80):
         exps = [Decimal(x).exp() for x in row]
         p = [e / sum(exps) for e in exps]

@@ -1,6 +1,6 @@
-"""What the table of tests/test_jax_table.py is made of: cases, their numbers, a textbook's formula.
+"""The parts of the table in tests/test_jax_table.py: cases, their numbers, a textbook's formula.
 
-It imports no polyce.
+It does not import polyce.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TARGETS = (
     ("probability", "mean"),
     ("probability", "sum"),
 )
-# Among them labels of 8 bits, labels of NumPy, and classes that lie on several devices of a mesh.
+# They include 8-bit labels, NumPy's labels, and classes spread over the devices of a mesh.
 LAYOUTS = ("matrix", "images", "last", "ignored", "narrow", "numpy", "classes")
 TAKEN = {
     "cross_entropy": {name for options in OPTIONS for name in options},
@@ -55,7 +55,7 @@ TAKEN = {
 
 
 class Case(NamedTuple):
-    """One cell of the table, and what is called in it."""
+    """One cell of the table, and the function that it calls."""
 
     function: str
     derivative: str
@@ -66,15 +66,15 @@ class Case(NamedTuple):
     layout: str
 
     def __str__(self) -> str:
-        """Name the case as the tests do."""
+        """Return the case's name in the tests."""
         return "-".join((*self[:3], *self[4:], ",".join(self.options) or "plain"))
 
 
 def cases(function: str, turns: int) -> Iterator[Case]:
     """Return, for each turn, 49 cases in which any two columns have all of their pairs.
 
-    Seven is prime, so that the squares d + k w of k = 1, 2, 3, … are orthogonal to each other. The
-    functions that have few options take every third case where there is but one turn.
+    Seven is prime, so the Latin squares d + k w of k = 1, 2, 3, … are orthogonal to each other.
+    Functions with few options take every third case if there is only one turn.
     """
     for turn, d, w in itertools.product(range(turns), range(7), range(7)):
         if turns == 1 and function in ("nll_loss", "log_softmax") and (d + w) % 3:
@@ -98,7 +98,7 @@ class Numbers(NamedTuple):
 
 
 def numbers(case: Case) -> Numbers:
-    """Draw a case's arrays; the tangents and the cotangent are far from anything special."""
+    """Draw a case's arrays; the tangents and the cotangent have no special values."""
     rng = np.random.default_rng(0)
     inner = (2,) if case.layout in ("images", "last") else ()
     rows = (ROWS, *inner)
@@ -187,7 +187,7 @@ def textbook(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:
 
 
 def derivative(jax: Any, case: Case, function: Any) -> Any:
-    """Compute the case's derivative of a function of a dict of arrays, as one flat array."""
+    """Return the function that computes the case's derivative of a function of arrays."""
 
     def scalar(moving: Any, fixed: Any, cotangent: Any) -> Any:
         return (function(moving | fixed) * cotangent).sum()
@@ -214,7 +214,7 @@ def derivative(jax: Any, case: Case, function: Any) -> Any:
         return hessian(moving, fixed, cotangent)
 
     def hessian(moving: Any, fixed: Any, cotangent: Any) -> Any:
-        # By the input alone: blocks of all pairs of arguments take long to compile.
+        # Only with respect to the input: blocks for all pairs of arguments take long to compile.
         def gradient(one: Any) -> Any:
             return jax.grad(scalar)(moving | {"input": one}, fixed, cotangent)
 

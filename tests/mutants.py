@@ -1,4 +1,4 @@
-"""Implementations with something wrong, one thing each: the conformance grid has to notice."""
+"""Implementations with one fault each, which the conformance grid must catch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Patch = tuple[Any, str, Callable[..., Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """The reference with something wrong, and the group of the grid that has to notice."""
+    """The reference with one fault, and the group of the grid that must catch it."""
 
     group: str
     losses: Callable[..., Any] | None = None
@@ -59,7 +59,7 @@ class Mutant:
         return self.stats(found) if self.stats and found else found
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put it before the reference, under the name mutant."""
+        """Put it before the reference in the table, under the name mutant."""
 
         def cross_entropy(*call: Any) -> Any:
             return whole.cross_entropy(*call, self.forward)
@@ -99,7 +99,7 @@ def spoil(problem: Problem, plan: Plan, logits: Any, rows: Any) -> Any:
 
 
 def total_weight(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
-    """Make the mean divide by something else: change(counted, row_weight)."""
+    """Make the mean divide by change(counted, row_weight)."""
     true = targets._denominator
 
     def changed(problem: Problem, operands: Any, counted: Any, row_weight: Any) -> Any:
@@ -109,7 +109,7 @@ def total_weight(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
 
 
 def one_by_one(values: Any, axis: int) -> Any:
-    """Sum as a loop over float32 does."""
+    """Sum one number after another in float32."""
     return np.take(np.cumsum(values, axis=axis, dtype=np.float32), [-1], axis=axis)
 
 
@@ -161,25 +161,25 @@ MUTANTS = {
 
 
 def swapped(module: Any, name: str, change: Callable[..., Any]) -> Patch:
-    """Put change(the true function, its arguments) in a function's place."""
+    """Replace a function by change(the true function, its arguments)."""
     true = getattr(module, name)
     return module, name, lambda *values, **options: change(true, *values, **options)
 
 
 def without(**values: Any) -> Callable[[Problem, Plan], tuple[Problem, Plan]]:
-    """Take the call to be one with other options."""
+    """Treat the call as one with other options."""
     return lambda problem, plan: (problem.with_options(**values), plan)
 
 
 def scaled_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
-    """Subtract after the scale, where a large offset has taken the digits."""
+    """Subtract after scaling, when a large offset has cost the digits."""
     if transform.is_capped(problem):
         return true(problem, logits, reference, **options)
     return logits * transform.scale_of(problem) - reference * transform.scale_of(problem)
 
 
 def capped_first(true: Any, problem: Problem, logits: Any, reference: Any, **options: Any) -> Any:
-    """Subtract after the softcap, where tanh has taken the digits."""
+    """Subtract after the softcap, when tanh has cost the digits."""
     if not transform.is_capped(problem):
         return true(problem, logits, reference, **options)
     inexact = transform.value(problem, logits) - transform.value(problem, reference)
@@ -197,7 +197,7 @@ def slope_by_tanh(true: Any, problem: Problem, logits: Any) -> Any:
 def masked_is_capped(
     true: Any, problem: Problem, logits: Any, reference: Any, **options: Any
 ) -> Any:
-    """Make of -inf what tanh does: -cap."""
+    """Cap -inf like any other logit, to -cap."""
     finite = np.where(logits == -np.inf, np.float32(-3e38), logits)
     if not transform.is_capped(problem):
         return true(problem, logits, reference, **options)
@@ -225,7 +225,7 @@ def nan_where_silent(problem: Problem, plan: Plan) -> tuple[Problem, Plan]:
 
 
 def changed_plan(**values: Any) -> Patch:
-    """Finish the stats as of a plan in which something is another."""
+    """Finish the stats with a plan that has been changed."""
     return swapped(
         stats,
         "finish",

@@ -1,6 +1,6 @@
-"""CUDA's run-time compiler, called by itself: what a text becomes on each kind of GPU, without one.
+"""CUDA's run-time compiler, called directly: what a text becomes on each kind of GPU.
 
-Of CuPy nothing is needed, but its options are added, since it adds them to every text.
+This needs no GPU and no CuPy, but adds the options that CuPy adds to every text.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from importlib.metadata import files
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-# CuPy adds these behind those of the caller, who cannot take them back: float32 arithmetic takes
-# subnormal numbers for 0, and so does what turns a float64 into one.
+# CuPy adds these after the caller's options, so that they win: float32 arithmetic, and conversion
+# from float64, treat subnormal numbers as 0.
 CUPY = ("-ftz=true", "--device-as-default-execution-space")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of a kernel: counts of a thread's registers, or bytes."""
+    """What the assembler reports of a kernel: a thread's registers, and sizes in bytes."""
 
     registers: int
     stack: int
@@ -50,7 +50,7 @@ def _library() -> ctypes.CDLL:
         (path,) = (path for path in paths if re.search(rf"/{name}\.so[.\d]*$", path))
         return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
-    # The compiler looks for it in the system's folders alone, unless it is there already.
+    # The compiler looks for it only in the system's folders, unless it is loaded already.
     load("libnvrtc-builtins")
     return load("libnvrtc")
 
@@ -69,7 +69,7 @@ def _check(status: int) -> None:
 
 
 def _kernels(log: str) -> dict[str, Kernel]:
-    """Read what the assembler says of each; what functions need that are not inlined counts too."""
+    """Read the assembler's report on each kernel, including functions that are not inlined."""
     told = re.compile(
         r"Function properties for (\w+)\nptxas *[.:]? *(\d+) bytes stack frame, (\d+) bytes spill "
         r"stores, (\d+) bytes spill loads(?:\nptxas info +: Used (\d+) registers(.*))?"
@@ -95,7 +95,7 @@ def _kernels(log: str) -> dict[str, Kernel]:
 
 @functools.cache
 def compiled(text: str, architecture: int, options: tuple[str, ...] = ()) -> Compiled:
-    """Compile a text as CuPy would on a device of an architecture."""
+    """Compile a text as CuPy would on a device of this architecture."""
     program = ctypes.c_void_p()
     lists = (0, None, None)
     _check(
@@ -110,7 +110,7 @@ def compiled(text: str, architecture: int, options: tuple[str, ...] = ()) -> Com
             raise CompileError(log)
         kernels = _kernels(log)
         ptx = _fetch(program, "PTX").decode().rstrip("\0")
-        # A kernel that was not told of would pass every check.
+        # A kernel that is missing from the report would pass every check.
         assert kernels.keys() == set(re.findall(r"\.entry (\w+)\(", ptx)), log
         warnings = tuple(line for line in log.splitlines() if "warning" in line.lower())
         return Compiled(kernels, _fetch(program, "CUBIN"), ptx, warnings)
@@ -137,7 +137,7 @@ def generic(ptx: str) -> list[str]:
 def narrow_products(ptx: str) -> list[str]:
     """Return the 32-bit products in which a block's number along x is a factor.
 
-    How far a row lies behind the first one grows with that number, beyond 2³¹ elements.
+    A row's offset grows with that number and may exceed 2³¹ elements.
     """
     # Each function has registers of its own.
     bodies = re.findall(r"^\{(.*?)^\}", ptx, re.DOTALL | re.MULTILINE)
@@ -148,7 +148,7 @@ def _narrow_products(body: str) -> dict[str, None]:
     lines = [re.sub(r"^\s*(@!?%\w+\s+)?", "", line) for line in body.splitlines()]
     operation = re.compile(r"(?!ld|atom|shfl|setp)([a-z]\w*)\S*\s+(%\w+),\s*(.*);")
     made = [operation.match(line) for line in lines]
-    # A remainder is a number less a product that is smaller.
+    # A remainder is a number minus a product that cannot exceed it.
     quotients = {each[2] for each in made if each and each[1] == "div"}
     grown, found = {"%ctaid.x"}, dict[str, None]()
     before = 0

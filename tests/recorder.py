@@ -1,6 +1,6 @@
-"""A Triton driver without a device: kernels are compiled for a GPU, and launches written down.
+"""A Triton driver without a device: it compiles kernels for a GPU and records launches.
 
-So the very Python code that a call on a GPU runs is run here, on tensors in ordinary memory.
+So the same Python code runs here as in a call on a GPU, on tensors in ordinary memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Launched:
-    """A launch: what kernel, over what grid, with how many warps, and what it was called with."""
+    """A launch: the kernel, its grid, its number of warps, and its arguments."""
 
     name: str
     grid: tuple[int, int, int]
@@ -43,10 +43,10 @@ class Launched:
 
 @dataclass
 class Recorder:
-    """What Triton takes for a device of some target."""
+    """A driver that Triton takes for a device of some target."""
 
     target: GPUTarget
-    # Triton keeps what it has compiled by device: each target poses as a device of its own.
+    # Triton keeps compiled kernels by device, so each target poses as a separate device.
     device: int
     launched: list[Launched] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class Recorder:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-            # The kernel's own arguments stand last.
+            # The kernel's own arguments come last.
             values = tuple(rest[-len(source.fn.arg_names) :])
             self.launched.append(
                 Launched(metadata.name, (x, y, z), metadata.num_warps, values, metadata.hash)
@@ -91,7 +91,7 @@ class Recorder:
         return True
 
 
-# What has been compiled for a device once is launched through the recorder of that time.
+# A compiled kernel keeps the recorder that it was first launched through.
 _RECORDERS = {
     name: Recorder(target, device) for device, (name, target) in enumerate(TARGETS.items())
 }
@@ -126,7 +126,7 @@ def binary(launched: Launched, device: int) -> Any:
 def registers(binary: Any, folder: Path) -> tuple[int, int]:
     """Return how many registers a thread has, and how many bytes it spills.
 
-    On NVIDIA's GPUs these show as stack.
+    On NVIDIA's GPUs spilled bytes are reported as stack.
     """
     if "amdgcn" in binary.asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", binary.asm["amdgcn"]))
@@ -154,7 +154,7 @@ def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
     for number, line in enumerate(lines):
         branch = re.search(r"\bBRA(?:\.\w+)* .*`\((\.L\w+)\)", line)
         first = labels.get(branch[1], number) if branch else number
-        # A jump to itself stands behind the end.
+        # A jump to itself follows the end.
         if first < number - 1:
             found += [one for one in lines[first:number] if re.search(r"\b(LDL|STL)\b", one)]
     return found

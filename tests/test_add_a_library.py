@@ -22,7 +22,7 @@ from polyce.testing import Backend, check_implementation
 pytestmark = pytest.mark.only("numpy")
 Register: TypeAlias = Callable[[type[Library]], None]
 
-# Those that between them ask everything of a library; all of them take half a minute.
+# These groups together use everything that a library has; all groups would take half a minute.
 GROUPS = ("options", "shapes", "special", "combined", "stats")
 LOGITS = np.array([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
 LABELS = np.array([0, 1])
@@ -56,7 +56,7 @@ def thin_backend() -> Backend:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Register:
-    """Put a class into the table as a contributor would write it there."""
+    """Put a class into the table as a contributor would."""
     monkeypatch.setattr(find, "_known", dict(find._known))
 
     def put(kind: type[Library]) -> None:

@@ -1,4 +1,4 @@
-"""Large exact answers are kept, and found again by the same call alone."""
+"""Large exact answers are kept, and found again only by the same call."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_part_of_a_call_tells_it_from_others(
         want = oracle.exact_answer(*arguments, **options)
         np.testing.assert_array_equal(answers.exact_answer(*arguments, **options).grad, want.grad)
     assert len(list(folder.iterdir())) == len(calls)
-    # An oracle that was changed answers itself.
+    # A changed oracle computes its own answers.
     monkeypatch.setattr(answers, "_oracle", lambda: b"another")
     answers.exact_answer(LOGITS, LABELS, None)
     assert len(list(folder.iterdir())) == len(calls) + 1

@@ -1,4 +1,4 @@
-"""The benchmarks still run: at tiny sizes, without looking at a single time."""
+"""The benchmarks still run, at tiny sizes; no time is checked."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_and_print(module: str, folder: Path) -> str:
 
 
 LIBRARIES = {"triton": "torch", "cupy-emulated": "cupy"}
-# What polyce and what always runs beside it is timed in.
+# What is timed of polyce, and of those of its peers that always run.
 WHATS = {
     "torch": {
         "polyce": {"forward", "backward", "forward and backward"},

@@ -1,4 +1,4 @@
-"""The one grid, on every backend, against the exact answers."""
+"""The conformance grid on every backend, against the exact answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"
 def few(
     group: str, floats: Sequence[str], most: int | None = None, largest: float = math.inf
 ) -> Callable[[Case], str]:
-    """Leave out what adds no new trait to the cases that stand for a group, and large ones."""
+    """Leave out large cases, and those that add no new trait to the cases chosen for a group."""
     small = [case for case in cases([group], floats) if case.logits.size <= largest]
     chosen = {case.name for case in representative(small, most)}
     return lambda case: "" if case.name in chosen else "not among the few that stand for its group"
@@ -73,7 +73,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 @pytest.mark.only("triton", "torch-cuda")
 @pytest.mark.parametrize("group", GROUPS)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
-    # The interpreter takes tens of milliseconds for each case, and for long rows seconds.
+    # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"
     leave_out = None if everything else few(group, backend.floats, largest=10_000)
     print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
@@ -90,7 +90,7 @@ def test_grid_on_cupy(backend: Backend, backend_name: str, group: str, name: str
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")
-# The hardest cuts alone for the reference, which dask's own path stands before.
+# Only the hardest chunks for the reference, since the dask path comes before it.
 WAYS = [*product(["dask"], CHUNKS), *product(["reference"], CHUNKS if FULL else CHUNKS[-1:])]
 
 
@@ -98,7 +98,7 @@ WAYS = [*product(["dask"], CHUNKS), *product(["reference"], CHUNKS if FULL else 
 @pytest.mark.parametrize(("name", "chunks"), WAYS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_grid_on_dask(group: str, name: str, chunks: str) -> None:
-    # dask takes a tenth of a second for each case; of one the reference makes hundreds of tasks.
+    # dask takes a tenth of a second for each case; the reference makes hundreds of tasks for one.
     most = 10 if name == "reference" else None
     leave_out = None if FULL else few(group, get_backend(chunks).floats, most)
     print(check_implementation(name, chunks, groups=[group], leave_out=leave_out))

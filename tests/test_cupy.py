@@ -67,14 +67,14 @@ def test_the_grid_takes_cupy_for_it() -> None:
 
 
 def test_exponentials_as_inexact_as_a_gpu_s(emulation: Any) -> None:
-    # Off by up to two units in the last place, which the tolerances have room for.
+    # Off by up to two units in the last place, which is within the tolerances.
     emulation.defines = ("-DSHIM_EXP_ERROR=2",)
     report = check_implementation("cupy", "cupy", groups=["accuracy"], dtypes=["float32"])
     assert report.ran["accuracy"] > 40
 
 
 def test_subnormal_numbers_taken_for_0(emulation: Any) -> None:
-    # As CuPy has all kernels compiled; on a CPU those of float64 cannot be left out of it.
+    # As CuPy compiles all kernels; on a CPU float64 is affected too.
     emulation.flushes = True
     check_implementation("cupy", "cupy", groups=["accuracy"], dtypes=["float32", "bfloat16"])
 
@@ -107,7 +107,7 @@ def test_the_same_bits_again(
 
     with settings(**values):
         wanted = run("forward", 0)
-        # In reverse the first block finishes last, in the shuffled orders another one each.
+        # In reverse order the first block finishes last, in each shuffled order another one.
         for order, seed in (("forward", 1), ("reverse", 0), *(("shuffled", n) for n in range(4))):
             assert run(order, seed) == wanted, (order, seed)
         loss = polyce.cross_entropy(x, t, w, sample_weight=v)
@@ -129,7 +129,7 @@ def cupy_array(raw: bytes, like: Any) -> Any:
 
 FEW_ROWS = (["forward", "join"], ["forward", "backward"])
 MANY_ROWS = (["forward", "reduce"], ["weigh", "forward_backward"])
-# What a loss takes, and a loss with its gradient.
+# The launches of a loss, and of a loss with its gradient.
 LAUNCHES = {
     ((300, 10), "none"): (["forward"], ["forward_backward"]),
     ((300, 10), "mean"): MANY_ROWS,
@@ -252,7 +252,7 @@ def test_numbers_and_arrays_without_axes(split: bool) -> None:
                 if name == "normalizer":
                     loss = polyce.cross_entropy(x, t, w, normalizer=value, **arguments)
                     calls.close(loss, wanted[0], 4e-6)
-            # The next call must not be taken for the last one.
+            # The plan of the last call must not be reused for the next.
             found = polyce.cross_entropy_with_grad(x, t, w, **arguments, **{name: other})
             calls.agree(
                 found,

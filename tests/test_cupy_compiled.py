@@ -1,6 +1,6 @@
 """The cupy kernels compiled for NVIDIA's GPUs: few registers, none spilled, 16-byte loads.
 
-No GPU is needed, and no CuPy: its compiler is called as CuPy would call it, with what the path
+This needs no GPU and no CuPy: NVRTC is called as CuPy would call it, with the options that the path
 plans for calls of many kinds.
 """
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.only("cupy-compile")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Long rows of an odd length, and rows with less than 16 bytes for each thread.
 SHAPES = ((4, 50257), (300, 10))
-# What else is passed, and options.
+# What else is passed: arrays and options.
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int64", {}),
@@ -39,7 +39,8 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("same", EVERYTHING),
     ("float32", {}),
 )
-# Registers of a thread, so that four blocks of 256 share a multiprocessor's 65536; two in float64.
+# Most registers of a thread with which four blocks of 256 share a multiprocessor's 65536; two in
+# float64.
 FEW, MANY = 64, 128
 READING, WRITING = {"forward", "forward_backward"}, {"forward_backward", "backward"}
 
@@ -73,7 +74,7 @@ def texts() -> list[tuple[str, tuple[str, ...], int]]:
 
 
 def covering(every: list[tuple[str, tuple[str, ...], int]]) -> list[Any]:
-    """Choose few in which each two facts that occur together in a kernel still do."""
+    """Choose a few in which any two settings that occur together in a kernel still do."""
     pairs = [
         {(kernel, *two) for two in itertools.combinations((*macros, architecture), 2)}
         for kernel, macros, architecture in every
@@ -105,7 +106,7 @@ def told(kernel: str, macros: tuple[str, ...], architecture: int) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "macros" in metafunc.fixturenames:
-        # Only where they run: every run collects this file.
+        # Only where these tests run, since every run collects this file.
         wanted = metafunc.config.getoption("--backend") == "cupy-compile"
         metafunc.parametrize(("kernel", "macros", "architecture"), cases() if wanted else [])
 
@@ -119,7 +120,7 @@ def test_compiled(kernel: str, macros: tuple[str, ...], architecture: int) -> No
     assert used.registers <= (MANY if "-DREAL=FLOAT64" in macros else FEW)
     assert (used.spilled, used.stack) == (0, 0)
     loads, stores = nvrtc.widths(found.ptx)
-    # Probabilities, or a softcap, leave registers for fewer at once.
+    # Probabilities, or a softcap, leave registers for fewer loads at once.
     if "-DVECTOR=1" in macros and "-DSOFTCAP=1" not in macros and not probabilities:
         assert kernel not in READING or 16 in loads
         assert kernel not in WRITING or 16 in stores

@@ -18,7 +18,7 @@ from cupy_calls import DTYPES, EVERYTHING, draw, expected, inside, settings
 
 pytestmark = pytest.mark.only("cupy-emulated")
 
-# A label from outside would be out of range, and make its row nan.
+# A label read from outside the array would be out of range, and make its row nan.
 OUTSIDE = {"index": 10**6, "probability": math.nan}
 SHAPES = [
     *((3, 10), (2, 63), (2, 64), (2, 65), (2, 100), (2, 1001), (2, 4099)),
@@ -64,7 +64,7 @@ def test_rows_begin_anywhere(classes: int, name: str) -> None:
         given = draw((2, classes), name, kind)._replace(weight=None, sample_weight=None)
         wanted = expected(given)
         for at, other in itertools.product(range(vector), repeat=2):
-            # Few of those that are apart by the same.
+            # Only a few of the pairs with the same distance.
             if classes > 100 and at not in (0, 1, other):
                 continue
             x = inside(given.logits, math.nan, at, (stride, 1))
@@ -104,7 +104,7 @@ STRIDES = {
     "classes": ((2, 3, 4), (4, FAR, 1)),
     "neighbours": ((2, 3, 3), (1, 2, FAR)),
     "outer": ((3, 5, 4), (FAR, 4, 1)),
-    # Of which 32 bits hold one, but not two.
+    # 32 bits hold one such stride, but not two.
     "half as far": ((4, 70), (FAR // 2, 1)),
     "classes half as far": ((2, 4, 4), (4, FAR // 2, 1)),
 }
@@ -163,7 +163,7 @@ def test_the_gradient_lies_as_the_logits_do(shape: tuple[int, ...]) -> None:
 def test_what_lies_in_no_known_order_is_copied() -> None:
     import cupy
 
-    # Of the axes before the classes, and of those behind them, one stride does not do.
+    # One stride does not describe the axes before the classes, nor those after them.
     given = draw((2, 3, 5, 2, 2), "float32", "probability")
     given = given._replace(weight=None, sample_weight=None)
     logits, p = (np.moveaxis(array, 1, 2) for array in (given.logits, given.target))
@@ -191,7 +191,7 @@ inline void count(const void* address, int size) {
       each.count += size;
 }
 """
-# Where the text loads a logit, a probability or stores a gradient: what is said before it.
+# Where the kernels' text loads a logit or a probability or stores a gradient: what goes before.
 ACCESSES = {
     r"numbers\[0\] = \(real\)Stored<KIND>::widen\(\*place\);": "count(place, 1); ",
     r"const Words<N> words = \*": "count(place, W); ",
@@ -222,7 +222,7 @@ def counting(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[i
         _fields_ = tuple((name, ctypes.c_ulonglong) for name in ("first", "end", "count"))
 
     def count(call: Callable[[], Any], *arrays: Any) -> list[int]:
-        # The first call compiles what the second one counts with.
+        # The first call compiles the kernels that count in the second.
         call()
         places = []
         for kernel in cupy_launch._kernels.values():
@@ -249,7 +249,7 @@ def test_what_is_read_and_written(
     x, t = calls.on_device(*given[:2])
     grad = calls.on_device(given.logits)[0]
     t_count = t.size if kind == "probability" else 0
-    # An ignored row is not read at all; of each other one its label's logit once more.
+    # An ignored row is not read at all; of every other row the label's logit is read once more.
     ignored = int((given.target < 0).sum())
     left_out = ignored * shape[1]
     read = x.size - left_out + (t.size - ignored if kind == "index" else 0)
@@ -258,7 +258,7 @@ def test_what_is_read_and_written(
         once = counting(lambda: polyce.cross_entropy(x, t), *places)
         twice = counting(lambda: polyce.cross_entropy_with_grad(x, t, out=grad), *places)
     assert once[:2] == [read, 0]
-    # Rows that are written as zeros may be read for that all the same.
+    # Rows whose gradient is written as zeros may still be read for that.
     assert twice[0] - read in (x.size - left_out, x.size)
     assert twice[1] == x.size
     if t_count:

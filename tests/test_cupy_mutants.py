@@ -1,4 +1,4 @@
-"""Each wrong kernel, plan and launch of the cupy path is caught, and by what it does."""
+"""Each wrong kernel, plan and launch of the cupy path is caught, because of what it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MUTANTS = mutants()
 
 
 def kind(mutant: Mutant) -> tuple[str, str]:
-    """Tell which file is wrong, and which check notices, whatever the values it is made for."""
+    """Return which file is wrong and which check catches it, regardless of the check's values."""
     return mutant.edits[0][0], mutant.check.__qualname__.partition(".")[0]
 
 
@@ -40,7 +40,7 @@ def test_a_fault_is_caught(name: str) -> None:
     from cupy.emulation import EmulationError
 
     mutant = MUTANTS[name]
-    # A wrong answer, or what would be undefined on a GPU; not a text that does not compile.
+    # It must fail by a wrong answer or by undefined behaviour, not because it does not compile.
     with installed(mutant.edits), pytest.raises((AssertionError, EmulationError)):
         mutant.check()
 
@@ -56,7 +56,7 @@ def test_a_wrong_address_is_caught(name: str) -> None:
         timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    # A wrong answer; or a signal: SIGSEGV, SIGBUS, SIGABRT.
+    # A wrong answer, or a signal: SIGSEGV, SIGBUS, SIGABRT.
     assert done.returncode in (1, -11, -7, -6), done.stderr
     assert done.returncode < 0 or not done.stderr
 

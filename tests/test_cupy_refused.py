@@ -33,7 +33,7 @@ def started(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]
 
     def noted(self: Any, *args: Any, **options: Any) -> None:
         seen.append((cupy.cuda.device.get_device_id(), cupy.cuda.get_current_stream()))
-        # A stream of the launch's own would not be the caller's.
+        # A stream passed to the launch would not be the caller's current one.
         assert options == {}
         launch(self, *args, **options)
 
@@ -52,7 +52,7 @@ def test_a_call_runs_on_the_device_of_its_arrays(
         v = v.astype(np.int32) + 1
     given = given._replace(sample_weight=v.get())
     wanted = expected(given, return_stats=True)
-    # On the one first, so that nothing kept of it may serve the other.
+    # On one device first, so that nothing cached for it may be used on the other.
     here = on_device(*given)
     with settings(**values):
         for device in (0, 1):
@@ -155,7 +155,7 @@ def test_out_that_cannot_take_the_gradient(cupy: Any) -> None:
     "name", ["input", "target", "probabilities", "weight", "sample_weight", "normalizer", "out"]
 )
 def test_another_byte_order(cupy: Any, name: str) -> None:
-    # CuPy makes no such array, but a view is one.
+    # CuPy makes no such array, but allows such a view.
     given = draw((3, 8), "float32", "probability" if name == "probabilities" else "index")
     arguments = dict(
         zip(("input", "target", "weight", "sample_weight"), on_device(*given), strict=True)
@@ -175,7 +175,7 @@ def test_another_byte_order(cupy: Any, name: str) -> None:
 
 
 def between(values: np.ndarray) -> Any:
-    """Put an array where it begins half a number behind a place for one."""
+    """Put an array at an address that is off by half an element."""
     import cupy
 
     size = values.itemsize
@@ -214,7 +214,7 @@ def test_strides_between_numbers(cupy: Any) -> None:
     x = cupy.ndarray((3, 5), np.float32, memory.data, (22, 4))
     with pytest.raises(ValueError, match=r"strides of \(22, 4\) bytes"):
         polyce.cross_entropy(x, cupy.zeros(3, np.int64))
-    # What there is but one of has no stride.
+    # An axis of length 1 has no stride.
     polyce.cross_entropy(x[:1], cupy.zeros(1, np.int64))
 
 

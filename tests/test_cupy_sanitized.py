@@ -17,7 +17,7 @@ from cupy_calls import draw, inside, on_device, settings
 
 pytestmark = pytest.mark.only("cupy-emulated")
 
-# Each thread of a block is one of the operating system's; blocks take several groups of rows.
+# Each thread of a block is a thread of the operating system; blocks take several groups of rows.
 FEW = {"BLOCK": 32, "MOST_BLOCKS": 3, "PER_THREAD": 2, "NEIGHBOURS": 8}
 SPLIT = FEW | {"LONG": 64, "FEW_ROWS": 8, "PART": 32, "MOST_PARTS": 3}
 EVERYTHING = calls.EVERYTHING | {"reduction": "none"}
@@ -45,7 +45,7 @@ if FULL:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Record each kernel on its various ways: a loss, and a gradient in place and elsewhere."""
+    """Record each kernel in all its uses: a loss, and a gradient in place and elsewhere."""
     from cupy import emulation
 
     folder = tmp_path_factory.mktemp("recorded")
@@ -74,7 +74,7 @@ def test_nothing_is_found(
 ) -> None:
     import replay
 
-    # Who reads what another block has written needs a fence as well, by the letter.
+    # By the letter, the reader of what another block has written needs a fence too.
     strict = ["--strict"] if sanitizer == "thread" else []
     replay.main([str(recorded), "--sanitize", sanitizer, *strict])
     *findings, summary = capsys.readouterr().out.splitlines()

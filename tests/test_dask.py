@@ -1,4 +1,4 @@
-"""dask: lazy, cut along rows or classes, with a graph that grows with the number of chunks."""
+"""dask: lazy, chunked along rows or classes, with a graph that grows with the number of chunks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_graph_is_linear_in_the_number_of_chunks(da: Any, kind: str) -> None
         return len(loss.__dask_graph__()) + len(grad.__dask_graph__())
 
     few, some, many = tasks(8), tasks(16), tasks(32)
-    # A reduction's tree adds a little; a rechunk or a shuffle would add blocks squared.
+    # A tree reduction adds a little; a rechunk or a shuffle would add the square of the blocks.
     assert many - some <= 2.1 * (some - few)
 
 
@@ -121,7 +121,7 @@ def test_no_warning_from_any_case(name: str, group: str) -> None:
     quiet = replace(
         get_backend(name),
         quiet=True,
-        # Where the tasks run, they alone keep NumPy quiet.
+        # Only the tasks themselves can silence NumPy where they run.
         to_numpy=lambda array: np.asarray(array.compute(scheduler="synchronous")),
     )
     check_implementation("dask", quiet, groups=[group], dtypes=["float32"], few_shapes=True)

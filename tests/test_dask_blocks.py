@@ -43,7 +43,7 @@ def lazy_example(da: Any, class_chunk: int = 40) -> tuple[Any, Any]:
 
 
 class Planned(Exception):
-    """Carries the tasks that dask was about to run."""
+    """Raised to carry the tasks that dask was about to run."""
 
 
 def plan(results: Any) -> dict[Any, Any]:
@@ -62,7 +62,7 @@ def tasks(results: Any) -> set[Any]:
     return set(plan(results))
 
 
-# Which implementation
+# Which implementation is chosen
 
 
 def test_the_dask_path_is_chosen_and_the_reference_could_serve(da: Any) -> None:
@@ -79,7 +79,7 @@ def test_it_serves_no_other_arrays() -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put a path for NumPy first in the table, and list what it ran."""
+    """Put a path for NumPy first in the table, and list the calls that it ran."""
     steps: list[str] = []
 
     def noted(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,8 +150,8 @@ def test_a_quarter_of_the_reference_s_tasks(da: Any, name: str, with_grad: bool)
 
 
 def test_three_tasks_for_a_block_of_rows_and_five_with_its_gradient(da: Any) -> None:
-    # The labels, what they weigh, the losses; besides, a few tasks to add the blocks up. With the
-    # gradient a block has two results, each of which is taken by a task.
+    # The labels, their weights, the losses, and a few tasks to sum the blocks. With the gradient a
+    # block has two results, and a task picks each.
     spare = BLOCKS // 2
     assert len(tasks(polyce.cross_entropy(*lazy_example(da)))) <= 3 * BLOCKS + spare
     assert len(tasks(polyce.cross_entropy_with_grad(*lazy_example(da)))) <= 5 * BLOCKS + spare
@@ -171,7 +171,7 @@ def test_class_chunks_take_fewer_tasks_than_the_reference(da: Any, kind: str) ->
 
 
 def most_at_once(graph: dict[Any, Any], names: tuple[str, ...]) -> int:
-    """Count how many results of such tasks are there at once when dask's own order is kept to."""
+    """Count how many results of such tasks exist at once if dask's own order is kept."""
     import dask
 
     users = dask.core.reverse_dict({key: task.dependencies for key, task in graph.items()})
@@ -191,7 +191,7 @@ def most_at_once(graph: dict[Any, Any], names: tuple[str, ...]) -> int:
 def test_gradients_do_not_wait_for_the_losses_of_all_blocks(
     da: Any, class_chunk: int, reduction: str
 ) -> None:
-    # A cluster keeps to the order; on one machine dask goes on with what it has just computed.
+    # A cluster keeps to the order; on one machine dask continues with what it has just computed.
     logits, labels = lazy_example(da, class_chunk)
     loss, grad = polyce.cross_entropy_with_grad(logits, labels, reduction=reduction)
     blocks = 40 // class_chunk
@@ -227,7 +227,7 @@ def test_the_same_call_gives_the_same_names_and_so_runs_once(da: Any) -> None:
             assert one[index].name == other[index].name != smoothed[index].name
 
 
-# What comes out
+# Results
 
 CUTS: dict[str, tuple[tuple[int, ...], ...]] = {
     "one": ((7,), (8,), (3,)),
@@ -287,7 +287,7 @@ def test_every_option_gives_numpy_s_answer_for_any_cuts(da: Any, kind: str, cuts
 def test_every_result_can_be_computed_and_used_alone(
     da: Any, reduction: str, kind: str, cuts: str
 ) -> None:
-    # What dask fuses depends on which results are asked for.
+    # Which tasks dask fuses depends on the results that are computed.
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((7, 8, 3))
     target = rng.random((7, 8, 3)) if kind == "probability" else rng.integers(0, 8, (7, 3))

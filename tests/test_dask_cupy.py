@@ -1,4 +1,4 @@
-"""dask arrays of CuPy chunks: a block runs CuPy's kernels, as a call on the chunk would."""
+"""dask arrays of CuPy chunks: a block runs the CUDA kernels, as a call on the chunk would."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# In a process of its own, which takes the emulated CuPy for CuPy.
+# In a separate process, in which `cupy` is the emulated CuPy.
 SCRIPT = """
 import cupy
 import dask.array as da

@@ -1,4 +1,4 @@
-"""dask arrays whose chunks have another dtype than they say, as map_overlap's meta makes them."""
+"""dask arrays whose chunks do not have the declared dtype, as after map_overlap with a meta."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOGITS = 3.0 * RNG.standard_normal((6, 5))
 LABELS = np.array([0, 4, -100, 1, 2, 0])
 POSITIVE = np.array([0, 4, 3, 1, 2, 0])
 SHARES = RNG.dirichlet(np.ones(5), 6)
-# Whole rows, and classes cut as well.
+# Chunks of whole rows, and chunks that cut the classes too.
 CUTS = pytest.mark.parametrize("chunks", [(2, 5), (4, 2)])
 
 
 def said(array: Any, dtype: str, chunks: Any) -> Any:
-    """Make a dask array that says another dtype than its chunks have."""
+    """Make a dask array whose declared dtype is not that of its chunks."""
     import dask.array as da
 
     meta = np.empty((0,) * array.ndim, dtype)
@@ -57,7 +57,7 @@ def test_logits(chunks: Any, outside: str, inside: str) -> None:
     loss, grad, stats = dask.compute(*found)
     assert [array.dtype for array in (loss, grad, *stats)] == promised
     loss_wanted, grad_wanted = want(logits, LABELS)
-    # Digits that the chunks have are computed with, whatever the array says.
+    # The chunks' own precision is used, whatever dtype the array declares.
     rtol = 1e-12 if inside == outside == "float64" else 1e-6
     np.testing.assert_allclose(loss, loss_wanted, rtol=rtol)
     np.testing.assert_allclose(grad, grad_wanted, rtol=4 * rtol, atol=rtol)
@@ -72,7 +72,7 @@ def test_labels(chunks: Any, outside: str, inside: str) -> None:
 
     logits, labels = said(LOGITS, "float64", chunks), POSITIVE.astype(inside)
     given = said(labels, outside, 2)
-    # A label that marks rows to leave out in both.
+    # An ignore_index that exists in both dtypes.
     loss, grad = dask.compute(*polyce.cross_entropy_with_grad(logits, given, ignore_index=4))
     loss_wanted, grad_wanted = want(LOGITS, np.where(POSITIVE == 4, -100, POSITIVE))
     np.testing.assert_allclose(loss, loss_wanted, rtol=1e-12)
@@ -111,7 +111,7 @@ def test_what_map_overlap_makes_of_no_meta() -> None:
     [
         (POSITIVE.astype(np.float32), "int64", "target must hold integers .* one is float32; give"),
         (SHARES.astype(np.int64), "float64", "target must hold floats .* but one is int64; give"),
-        # That rows are left out would be seen only where the loss is, not where the mean is.
+        # Ignored rows would be seen only where losses are computed, not where the mean is divided.
         (LABELS, "uint8", "target must hold uint8 in all of its chunks, .* but one is int64; give"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Kernels on the emulated CuPy: every fault is seen to be found, and what is sound to run."""
+"""Kernels on the emulated CuPy: every kind of fault is found, and correct kernels run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_threads_and_blocks_come_in_the_order_asked_for(cupy: Any, toy: Any) -> 
     shuffled = seen("shuffled")
     assert sorted(shuffled) == everyone
     assert shuffled not in (everyone, everyone[::-1], seen("shuffled", seed=7))
-    # Block by block all the same.
+    # Still block by block.
     assert [who // BLOCK for who in shuffled[::BLOCK]] == [who // BLOCK for who in shuffled[31::32]]
     assert seen("cycle") != seen("cycle") != seen("cycle")
 
@@ -115,7 +115,7 @@ def test_divergent_barrier(cupy: Any, toy: Any, name: str, match: str) -> None:
         with raises(cupy, match):
             toy(name, np.int32(5))
     if name != "two_barriers":
-        # What is lost with one launch is not with the next.
+        # After a failed launch the next one works.
         toy("total", cupy.asarray(NUMBERS), cupy.empty(1, np.float32))
     toy("some_leave", np.int32(BLOCK))
 
@@ -272,7 +272,7 @@ def test_device_and_stream_of_a_launch(cupy: Any, toy: Any) -> None:
 def test_compilation(cupy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLYCE_EMULATION_CACHE", str(tmp_path))
     compile_error = cupy.cuda.compiler.CompileException
-    # Another text than any that was compiled before.
+    # A text that has never been compiled before.
     code = f"// {tmp_path}\n{TEXT}"
     module = cupy.RawModule(code=code, options=("--std=c++17", "--fmad=false", "-DBLOCK=64"))
     assert list(tmp_path.iterdir()) == []
@@ -318,7 +318,7 @@ def test_subnormal_numbers(cupy: Any, toy: Any) -> None:
 
 
 def record(cupy: Any, folder: Path, calls: list[tuple[Any, ...]]) -> None:
-    """Record launches, whether or not the emulation itself finds something in them."""
+    """Record launches, whether or not the emulation itself finds a fault in them."""
     module = cupy.RawModule(code=TEXT)
     with cupy.emulation.record(folder):
         for name, args, *_ in calls:
@@ -341,7 +341,7 @@ def test_replay(
     sound = [
         ("total", (x, out)),
         ("last", counted),
-        # In place, and into the same memory elsewhere; neither is aligned to more than a number.
+        # In place, and elsewhere in the same memory; neither is aligned to more than an element.
         ("total", (memory[1:33], memory[1:])),
         ("total", (memory[1:33], memory[40:])),
         ("copy_words", (memory[4:8], memory[12:16])),

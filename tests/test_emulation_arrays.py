@@ -1,4 +1,4 @@
-"""Arrays of the emulated CuPy: they do what CuPy's do, and what they do is counted."""
+"""Arrays of the emulated CuPy behave as CuPy's do, and their operations are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products of the emulated CuPy: as CuPy has them computed, copied and refused."""
+"""Matrix products of the emulated CuPy: computed, copied and refused as by CuPy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_is_copied(cupy: Any) -> None:
         found = cupy.matmul(left, right, out=out)
         assert found.tolist() == wanted.tolist()
         assert emulation.allocations == copied
-        # A copy of `out` or of an operand each, none for the result.
+        # A kernel for each copy of `out` or of an operand, none for the result.
         assert emulation.other_kernels == len(copied) - (out is None)
     nothing, number = cupy.empty((4, 0), np.float32), cupy.asarray(B[:, :1])
     emulation.reset()
@@ -85,7 +85,7 @@ def test_what_is_refused(cupy: Any) -> None:
         (lambda: cupy.matmul(a, b, out=out.astype(np.float64)), ValueError, "invalid shape"),
         (lambda: cupy.matmul(a, b, out=out.T.astype(np.int32)), TypeError, "Cannot cast"),
         (lambda: cupy.matmul(a[None], b), NotImplementedError, "single matrices"),
-        # Of these CuPy would see nothing.
+        # CuPy itself would not notice these faults.
         (lambda: cupy.matmul(a, b, out=out), cupy.emulation.EmulationError, "the size alone"),
     ):
         with pytest.raises(error, match=match):

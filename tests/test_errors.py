@@ -142,7 +142,7 @@ def test_grad_output(backend: Backend, call: Bad, name: str) -> None:
 
 
 class Frame:
-    """What a table of pandas, polars or pyarrow has, or a sparse matrix of scipy."""
+    """An object like a table of pandas, polars or pyarrow, or a sparse matrix of scipy."""
 
     def __init__(self, method: str) -> None:
         setattr(self, method, None)
@@ -232,7 +232,7 @@ ARGUMENTS = {
 @pytest.mark.only("strict", "torch", "jax-x32", "jax-x64", "dask")
 @pytest.mark.parametrize("stranger", ["target", "weight", "grad_output"])
 def test_libraries_do_not_mix(backend: Backend, stranger: str) -> None:
-    """Only NumPy's arrays among those of jax and dask, which take them themselves."""
+    """Except for NumPy arrays beside those of jax and dask, which take them themselves."""
     own, converter = {
         "array-api-strict": ("array-api-strict", "array_api_strict.asarray"),
         "torch": ("torch", "torch.as_tensor"),

@@ -1,4 +1,4 @@
-"""The errors of the options that torch does not have."""
+"""The errors about options that torch does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain() and the versions: what they print, and that they compute nothing."""
+"""explain() and show_versions(): what they print, and that they compute nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FUNCTIONS = {
     "cross_entropy": polyce.cross_entropy,
     "cross_entropy_with_grad": polyce.cross_entropy_with_grad,
 }
-# The arguments that only one of the functions takes go to that one alone.
+# Arguments that only one of the functions takes are passed to that one only.
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight": ("cross_entropy", {"weight": WEIGHT}),
     "ignore_index": ("cross_entropy", {"ignore_index": 3}),
@@ -58,7 +58,7 @@ def fake(name: str, **declared: Any) -> Implementation:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replace the table by implementations that must not run; the last one serves everything."""
+    """Replace the table by implementations that must not run; the last one serves all calls."""
 
     def put(*rows: Implementation) -> None:
         monkeypatch.setattr(registry, "TABLE", (*rows, fake("reference")))
@@ -329,7 +329,7 @@ def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explanation.chosen == "reference"
     (reason,) = explanation.reasons["native"]
     assert reason.startswith("the compiled core is not built, so calls on NumPy and torch CPU")
-    # pip answers from its cache otherwise, and does nothing about what is installed.
+    # Otherwise pip would take the wheel from its cache, or leave what is installed as it is.
     assert "pip install --no-cache-dir --force-reinstall --no-deps polyce" in reason
     assert f"native     no   {reason}" in versions()
     polyce.cross_entropy(LOGITS, LABELS)

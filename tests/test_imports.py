@@ -1,4 +1,4 @@
-"""What importing polyce brings along, its public names, and rules that its source keeps."""
+"""What importing polyce loads, its public names, and rules that its source keeps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STEPS = {
 
 
 def loaded(code: str) -> set[str]:
-    """Tell the top-level modules that are there after running code in a fresh interpreter."""
+    """Return the top-level modules that are loaded after running code in a fresh interpreter."""
     code += "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -64,7 +64,7 @@ def test_nothing_on_numpy_imports_another_array_library(step: str) -> None:
 
 @NUMPY
 def test_calls_with_numpy_arrays_do_without_array_api_compat() -> None:
-    """Its wrapper of NumPy takes a tenth of a second at its first use."""
+    """array-api-compat's wrapper of NumPy takes a tenth of a second at its first use."""
     assert "array_api_compat" not in loaded(NUMPY_CALLS)
 
 
@@ -138,7 +138,7 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
     numbers = polyce.__version__.split(".")
     assert len(numbers) == 3
     assert all(number.isdecimal() for number in numbers)
-    # A checkout on the path is no distribution.
+    # A checkout on sys.path is not an installed distribution.
     for distribution in importlib.metadata.distributions(name="polyce"):
         assert distribution.version == polyce.__version__
 
@@ -147,7 +147,7 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
 
 
 def source(*, testing: bool) -> dict[str, ast.Module]:
-    """Parse the files of the package, those of polyce.testing only if asked for."""
+    """Parse the files of the package, with those of polyce.testing only if asked for."""
     return {
         str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8"))
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -189,7 +189,7 @@ CACHES = {"lru_cache", "cache", "cached_property", "contextvars", "ContextVar"}
 def test_nothing_on_the_way_of_a_call_is_cached_or_a_context_variable() -> None:
     """torch.compile cannot trace context variables, and warns of lru_cache.
 
-    The one of `use` is kept from it; test_use.py compiles calls in full.
+    The context variable of `use` is hidden from it; test_use.py compiles whole calls.
     """
     way = source(testing=False)
     for tool in ("explain.py", "__main__.py", "demo.py"):
@@ -206,7 +206,7 @@ def test_nothing_on_the_way_of_a_call_is_cached_or_a_context_variable() -> None:
             assert not names & CACHES, f"{name}:{getattr(node, 'lineno', '?')}: {names & CACHES}"
 
 
-# The house: from the ground up; a room takes from the floors below it, and from no other.
+# The rooms, from the bottom up: a room imports from those below it, and from no others.
 FLOORS = (
     {"version", "arrays"},
     {"call"},
@@ -223,7 +223,7 @@ FLOORS = (
 
 
 def house() -> dict[str, set[str]]:
-    """Tell which files each file of the package imports, within functions and for types too."""
+    """Map each file of the package to those it imports, in functions and for types too."""
     trees = {
         name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): tree
         for name, tree in source(testing=True).items()
@@ -246,7 +246,7 @@ def house() -> dict[str, set[str]]:
         inside = {
             other.removeprefix("polyce.") for other in named if f"{other}.".startswith("polyce.")
         }
-        # Of a name within a file, the file.
+        # For a name defined in a file, the file.
         inside |= {other.rpartition(".")[0] for other in inside}
         found[name] = (inside & trees.keys()) - {name} - {p for p in is_package if p != "polyce"}
     return found

@@ -1,4 +1,4 @@
-"""What holds for all inputs: shifts, permutations, linearity, independence of rows, the derivative.
+"""What holds for all inputs: shifts, permutations, linearity, independent rows, the derivative.
 
 Tolerances. A row's loss is a sum of non-negative terms, right to 8 units in the last place, so two
 ways to compute it agree to 16; sums over a few rows and scaling by constants add a few more: 32
@@ -26,7 +26,7 @@ ULPS = 32
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call on NumPy arrays in float64, all of their numbers exact in float32."""
+    """A call on NumPy arrays in float64 whose numbers are all exact in float32."""
 
     logits: Any
     target: Any
@@ -40,14 +40,14 @@ class Call:
 
     @property
     def total(self) -> float:
-        """An upper limit of the total coefficient of a row."""
+        """An upper bound of a row's total coefficient."""
         weight = 1.0 if self.weight is None else self.weight.max()
         return float(weight * (max(self.target.sum(axis=1).max(), 1.0) if self.soft else 1.0))
 
 
 @st.composite
 def calls(draw: st.DrawFn, fixed: bool, soft: bool | None = None) -> Call:
-    """Draw rows of all kinds, confident ones among them; of one shape only where asked."""
+    """Draw rows of all kinds, confident ones included; of one shape only if asked to."""
     rows, classes = (3, 4) if fixed else (draw(st.integers(1, 5)), draw(st.integers(1, 6)))
     # Multiples of 1/8: differences, and sums with such shifts, are exact in float32 too.
     logits = draw(hnp.arrays(np.int64, (rows, classes), elements=st.integers(-240, 240))) / 8
@@ -64,7 +64,7 @@ def calls(draw: st.DrawFn, fixed: bool, soft: bool | None = None) -> Call:
 
 
 def holds(backend: Backend, **drawn: Any) -> Callable[[Callable[..., None]], None]:
-    """Run a check on many calls, on few where each new shape costs a compilation or a graph."""
+    """Run a check on many calls, or on few if each new shape costs a compilation or a graph."""
     few = {"jax": 6, "dask-rows": 4}.get(backend.name)
 
     def run(check: Callable[..., None]) -> None:
@@ -237,7 +237,7 @@ def test_smoothing_mixes_the_hard_loss_with_the_even_one(
 def test_axis_is_moveaxis(backend: Backend, axis: int) -> None:
     @holds(backend)
     def check(call: Call) -> None:
-        # Two trailing positions, the second one with the logits turned around.
+        # Two trailing positions, the second with the logits in reverse order.
         x = np.stack([call.logits, -call.logits], axis=2)
         t = np.stack([call.target, call.target], axis=-1)
         moved = np.ascontiguousarray(np.moveaxis(x, 1, axis))
@@ -251,7 +251,7 @@ def test_axis_is_moveaxis(backend: Backend, axis: int) -> None:
 @pytest.mark.only("numpy", "strict", "torch", "torch-cuda", "cupy")
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_gradient_is_the_derivative(backend: Backend, reduction: str) -> None:
-    """Central differences: h² of truncation, and an ulp of the loss over h of rounding."""
+    """Central differences err by h² of truncation, and an ulp of the loss over h of rounding."""
     step = 2.0**-17
 
     @holds(backend)

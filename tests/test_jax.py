@@ -167,7 +167,7 @@ def test_labels_below_a_byte(jax: Any, dtype: str, ignored: int) -> None:
     want = polyce.cross_entropy(logits, wide, **options)
     assert polyce.cross_entropy(logits, narrow, **options) == want
     assert polyce.cross_entropy(logits, np.asarray(narrow), **options) == want
-    # NumPy's, where the kernels cannot read them.
+    # NumPy arrays, with labels that the kernels cannot read.
     ours = polyce.cross_entropy(np.asarray(logits), np.asarray(narrow), **options)
     np.testing.assert_allclose(ours, want, rtol=1e-6)
 

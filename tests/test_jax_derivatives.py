@@ -1,4 +1,4 @@
-"""jax's transformations, against its own derivatives of the formula where these are right."""
+"""jax's transformations, against jax's own derivatives of the formula where those are right."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_confident_and_ignored_rows_have_finite_derivatives_of_both_orders(jax: 
     target = jax.numpy.asarray([0, -100])
     for options in ({}, {"label_smoothing": 0.1}, {"logit_softcap": 30.0, "z_loss": 0.1}):
         both = jax.value_and_grad(lambda x, o=options: polyce.cross_entropy(x, target, **o))
-        # That of the value, beside the gradient, is the first.
+        # The first result is the value's, beside the gradient's.
         first, second = map(np.asarray, jax.jit(jax.jacfwd(both))(logits))
         assert np.isfinite(first).all()
         assert np.isfinite(second).all()
@@ -273,12 +273,12 @@ def test_forward_mode_past_a_masked_class(jax: Any, compiled: bool, options: Any
     found = (jax.jit(push) if compiled else push)(logits, target, along)
     assert found.tolist() == pytest.approx([0.0, -0.5 * (1 - smoothing), math.inf], rel=1e-6)
     if compiled:
-        # With what is infinite known to the compiler.
+        # With the infinite logits known to the compiler.
         assert jax.jit(lambda dp: push(logits, target, dp))(along).tolist() == found.tolist()
 
 
 def test_the_second_derivative_at_a_masked_class(jax: Any) -> None:
-    """d(lse - x_c)/dx is the softmax, less 1 at c, be the class c masked or not."""
+    """d(lse - x_c)/dx is the softmax minus 1 at c, whether or not class c is masked."""
     logits, target = jax.numpy.asarray([-math.inf, 0.0, 0.5]), jax.numpy.asarray([0.0, 1.0, 0.0])
     softmax = [0.0, 1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))]
     mixed = jax.jacfwd(jax.grad(polyce.cross_entropy, 1))(logits, target)

@@ -1,4 +1,4 @@
-"""jax: what is exported for any number of rows, called with several numbers of them."""
+"""jax: functions exported for any number of rows, called with several numbers of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(function: Callable[..., Any], expected: Callable[..., Any], *shapes: A
 
 
 def surprise(x: Any) -> Any:
-    """-log softmax, by NumPy."""
+    """Compute -log softmax in NumPy."""
     x = np.asarray(x, np.float64)
     return np.log(np.exp(x).sum(axis=1, keepdims=True)) - x
 

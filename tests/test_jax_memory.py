@@ -1,4 +1,4 @@
-"""jax: what a compiled gradient stores besides itself, as the compiler tells it."""
+"""jax: what a compiled gradient stores besides itself, as the compiler reports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ANY_WIDTH
 
 pytestmark = pytest.mark.only(*ANY_WIDTH)
 
-# As many classes as make the rows' own numbers small beside the logits.
+# Enough classes to make the per-row numbers small compared with the logits.
 ROWS, CLASSES = 512, 8192
 OPTIONS = {
     "plain": {},
@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def stored(function: Any, dtype: str, target: Any, options: Any) -> float:
-    """Bytes of temporary memory of the compiled function, as a part of the logits in float32."""
+    """Temporary memory of the compiled function, as a multiple of the logits in float32."""
     import jax
 
     logits = jax.ShapeDtypeStruct((ROWS, CLASSES), dtype)
@@ -51,7 +51,7 @@ def test_what_the_gradient_for_probabilities_stores_beside_it(options: Any) -> N
     import jax
 
     target = jax.ShapeDtypeStruct((ROWS, CLASSES), "float32")
-    # With 64-bit types XLA for CPUs widens the probabilities before it sums them, and stores that.
+    # With 64-bit types XLA for CPUs stores the widened probabilities before it sums them.
     wide = 2.0 if jax.config.jax_enable_x64 else 0.0
     assert stored(jax.grad(polyce.cross_entropy), "float32", target, options) < wide + 0.05
     # The loss sums probability times logit, and has to put the products somewhere.

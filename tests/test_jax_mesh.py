@@ -1,4 +1,4 @@
-"""jax: rows or classes spread over a mesh of four devices, which are one CPU posing as them."""
+"""jax: rows or classes spread over a mesh of four devices, emulated on one CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import ANY_WIDTH
 
 pytestmark = pytest.mark.only(*ANY_WIDTH)
 
-# Rows and classes such that no vector of one is as long as the logits of a device.
+# So many rows and classes that no vector over one of them is as long as a device's logits.
 ROWS, CLASSES = 16, 64
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_softcap": 20.0, "logit_scale": 0.5}
 COLLECTIVES = (
@@ -225,7 +225,7 @@ def test_a_linear_head_with_its_gradients_on_a_mesh(
 def test_derivatives_of_a_linear_heads_losses_on_a_mesh(
     mesh: Any, axis: str, compiled: bool
 ) -> None:
-    """By one input at a time, where the others are constants of the rule, and by all."""
+    """With respect to one input at a time, the others being constants of the rule, and to all."""
     import jax
 
     P = jax.sharding.PartitionSpec
@@ -253,5 +253,5 @@ def test_derivatives_of_a_linear_heads_losses_on_a_mesh(
         found = (jax.jit(function) if compiled else function)(*inputs)
         for index, actual in zip(chosen, found, strict=True):
             np.testing.assert_allclose(actual, expected[index], rtol=1e-4, atol=1e-6)
-            # On automatic axes the compiler chooses.
+            # On automatic axes the compiler chooses the sharding.
             assert jax.typeof(actual).sharding == jax.typeof(inputs[index]).sharding

@@ -1,4 +1,4 @@
-"""jax: every derivative by every way to call, with options and targets in all of their pairs."""
+"""jax: every derivative in every way to call, with all pairs of options and targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jax_table import (
     textbook,
 )
 
-# Where numbers are compared to 11 digits; in full with 32-bit types too.
+# Here numbers are compared to 11 digits; the full run uses 32-bit types too.
 pytestmark = pytest.mark.only("jax-x64", *(["jax-x32"] if FULL else []))
 
 DEVICES = 2
@@ -62,7 +62,7 @@ def ours(case: Case, arrays: dict[str, Any]) -> Any:
     if case.kind == "index":
         options["ignore_index"] = IGNORED
     if case.function == "linear_cross_entropy":
-        # Operations one by one take long, and are the same for each chunk.
+        # Without jit operations take long, and they are the same for each chunk.
         options["chunk_size"] = None if case.way == "disable_jit" else 3
     elif case.layout in ("last", "images"):
         options["axis"] = -1 if case.layout == "last" else None
@@ -71,7 +71,7 @@ def ours(case: Case, arrays: dict[str, Any]) -> Any:
 
 
 def spec(jax: Any, case: Case, name: str) -> Any:
-    """How an argument lies on the mesh."""
+    """Return how an argument is sharded over the mesh."""
     P = jax.sharding.PartitionSpec
     if case.layout != "classes" or case.way == "shard_map":
         return P("devices") if name in BY_ROWS else P()
@@ -82,7 +82,7 @@ def spec(jax: Any, case: Case, name: str) -> Any:
 
 
 def by_blocks(jax: Any, case: Case, arrays: dict[str, Any]) -> Any:
-    """The textbook's, of each device's rows by themselves."""
+    """Compute the textbook's answer for each device's rows separately."""
     parts = []
     for rows in np.split(np.arange(4), DEVICES):
         own = {k: v[rows] if k in BY_ROWS else v for k, v in arrays.items()}
@@ -104,7 +104,7 @@ def on_each_device(jax: Any, case: Case, mesh: Any, arrays: dict[str, Any]) -> A
 
 
 def exported(jax: Any, case: Case, compute: Any, given: Numbers) -> Any:
-    """Run a function that was exported for any number of rows, and stored."""
+    """Export a function for any number of rows, store it, and run it."""
     from jax import export
 
     (rows,) = export.symbolic_shape("rows")

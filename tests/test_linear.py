@@ -24,28 +24,28 @@ from polyce.testing.linear_cases import LinearCase, linear_cases
 from polyce.testing.selection import representative
 from test_tier2 import BACKENDS, WRAPPERS, unsuited
 
-# All that compute: the others compile, or refuse.
+# All backends that compute: the others only compile, or refuse.
 everywhere = pytest.mark.only(
     "numpy", "strict", "torch", "torch-cuda", "jax-x32", "jax-x64", "dask", "cupy",
     "cupy-emulated", "triton", *TIER_2,
 )  # fmt: skip
 
-# jax compiles each call anew, and its widths differ in the exact answers alone.
+# jax compiles each call anew, and its two widths differ only in the exact answers.
 once = pytest.mark.only("numpy", "strict", "torch", "jax-x32", "dask")
 
-# How many cases of a group stand for it; no number where each takes less than a millisecond.
+# How many cases are chosen from a group; None, for all, if each takes less than a millisecond.
 MOST = {
     "numpy": 4 if FEW else None,
     "strict": 20, "torch": 20, "torch-cuda": 20, "cupy": 20,
     "jax-x32": 1, "jax-x64": 1, "dask": 4, "cupy-emulated": 2, "triton": 2,
     "ndonnx": 1, "cubed": 1, "mlx": 4, "mparray": 4, "marray": 4,
 }  # fmt: skip
-# And how many of the cases of a head.
+# And how many of the cases of linear heads.
 MOST_LINEAR = {
     "jax-x32": 4, "jax-x64": 4, "dask": 20, "cupy-emulated": 8, "triton": 8, "ndonnx": 4,
     "cubed": 3, "mlx": 20, "mparray": 20, "marray": 20,
 }  # fmt: skip
-# Where the gradient of the logits is multiplied in 16 bits.
+# Dtypes in which the gradient of the logits is multiplied in 16 bits.
 NARROW = {"jax": ("float16", "bfloat16"), "torch": ("bfloat16",)}
 IMPLEMENTATIONS = {"numpy": (None, "reference"), "torch": (None, "reference")}
 
@@ -69,11 +69,11 @@ def reason_against(case: Case, library: Backend) -> str:
 
 
 def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
-    """Leave out all but a few cases that stand for a group, and stats, which the head lacks."""
+    """Leave out all but a few cases of a group, and cases with stats, which the head lacks."""
     every = [case for case in cases([group], library.floats) if not case.asks_for_stats]
     small = [case for case in every if case.logits.size <= 500]
     if library.name == "cubed":
-        # What takes it many seconds.
+        # Cases that take it many seconds.
         small = [case for case in small if len(case.options) + len(case.arrays) <= 5]
     suited = [case for case in small if not reason_against(case, library)]
     names = {case.name for case in representative(suited, most)}
@@ -114,7 +114,7 @@ def test_exact_answers(backend: Backend, backend_name: str) -> None:
         among = None if most is None else few_linear(library.floats, most)
 
         def suited(case: LinearCase, library: str = library.name, among: Any = among) -> bool:
-            # A sum over no features is one as well.
+            # A product over no features is a sum over nothing, which marray masks.
             masked = library.startswith("marray") and case.input.size == 0
             suits = not masked and not unsuited(case.of_logits, library)
             return suits and (among is None or among(case))
@@ -135,14 +135,14 @@ def test_exact_answers_under_jit(backend: Backend) -> None:
 def test_exact_answers_in_small_chunks_and_blocks(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where polyce chooses, of a few rows each; and the weight in blocks of three classes."""
+    """If polyce chooses, chunks of a few rows; and the weight in blocks of three classes."""
     limits = dataclasses.replace(chunks.CPU, bytes=200, fewest=1, multiple=1, block_bytes=1)
     monkeypatch.setattr(chunks, "CPU", limits)
     monkeypatch.setattr(chunks, "_CLASSES", 3)
     print(check_linear(None, backend))
 
 
-# What it means.
+# What the loss means.
 
 N, F, C = 11, 6, 9
 RNG = np.random.default_rng(0)
@@ -167,7 +167,7 @@ def result(
     for name in ("wrt", "grad_output"):
         given.pop(name, None)
     alone = polyce.linear_cross_entropy(*arrays, **given)
-    # XLA fuses what it compiles, without the gradients otherwise than with them.
+    # XLA fuses operations differently with and without the gradients.
     rtol = 1e-6 if backend.name == "jax" else 0
     np.testing.assert_allclose(backend.to_numpy(alone), backend.to_numpy(loss), rtol=rtol)
     assert len(gradients) == len(GRADIENTS)
@@ -242,7 +242,7 @@ def test_one_row_may_have_no_axis(backend: Backend) -> None:
         close(result(backend, HIDDEN[0].copy(), target=target, linear_bias=BIAS), want)
     soft = textbook(HIDDEN[0], target=SOFT[0])[:3]
     close(result(backend, HIDDEN[0].copy(), target=SOFT[0].copy()), [*soft, None])
-    # And one that has.
+    # And with an axis of one row.
     one = textbook(HIDDEN[:1], target=LABELS[:1])[:3]
     close(result(backend, HIDDEN[:1].copy(), target=LABELS[:1].copy()), [*one, None])
 
@@ -285,7 +285,7 @@ def test_wrt_names_what_is_computed(backend: Backend) -> None:
             (),
             ("input",) * 2,
         ]
-        # jax compiles each.
+        # jax compiles each call.
         for wrt in asked[: 2 if backend.name == "jax" else None]:
             names = (wrt,) if isinstance(wrt, str) else wrt
             want = [a if n in names else None for n, a in zip(GRADIENTS, every[1:], strict=True)]
@@ -346,7 +346,7 @@ def test_no_argument_is_changed(backend: Backend) -> None:
     for array in given.values():
         if isinstance(array, np.ndarray):
             array.flags.writeable = False
-    # None of them is to be converted again.
+    # None of the arrays may be converted again.
     same = dataclasses.replace(backend, asarray=lambda array: array)
     result(same, **given, chunk_size=4)
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""The loss of a linear head on CuPy: its answers, what it launches, takes and waits for."""
+"""The loss of a linear head on CuPy: its answers, launches, memory and waits."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def emulation(backend_name: str) -> Iterator[Any]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut calls as small as these into several chunks, and each into several blocks of classes."""
+    """Cut even small calls into several chunks, and each chunk into several blocks of classes."""
     limits = {"bytes": 4 * 8 * C, "fewest": 1, "multiple": 4, "block_bytes": 1}
     monkeypatch.setattr(chunks, "ACCELERATOR", dataclasses.replace(chunks.ACCELERATOR, **limits))
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take all classes in one block, and all rows unless a test says how many."""
+    """Take all classes in one block, and all rows in one chunk unless a test says how many."""
     limits = {"bytes": 1 << 30, "fewest": 128, "block_bytes": 1 << 30}
     monkeypatch.setattr(chunks, "ACCELERATOR", dataclasses.replace(chunks.ACCELERATOR, **limits))
 
@@ -60,7 +60,7 @@ def draw(name: str, kind: str = "index") -> dict[str, Any]:
     target[IGNORED[:2]] = -100
     if kind == "probability":
         target = rng.dirichlet(np.ones(C), N).astype(named(name))
-    # Of probabilities the loss has the dtype that weight promotes to.
+    # With probabilities the loss has the dtype that weight promotes to.
     of_weight = named(name if kind == "probability" else "float32")
     sample_weight = rng.uniform(0.5, 1.5, N)
     sample_weight[IGNORED if kind == "probability" else IGNORED[2:]] = 0.0
@@ -105,12 +105,12 @@ def result(given: dict[str, Any], **options: Any) -> list[Any]:
 
 
 def agree(found: list[Any], wanted: list[Any], name: str) -> None:
-    """Compare a call's results, rounded once from float32 at least, with numbers of float64."""
+    """Compare a call's results, computed in at least float32 and rounded once, with float64's."""
     for got, want in zip(found, wanted, strict=True):
         assert (got is None) == (want is None)
         if got is not None:
             assert (got.dtype, got.shape) == (named(name), np.shape(want))
-            # Sums that cancel, of some hundred terms.
+            # Sums of some hundred terms that cancel.
             largest = np.abs(want).max(initial=0.0)
             floor = (1e-13 if name == "float64" else 1e-5) * largest
             numbers = got.get().astype(np.float64)
@@ -274,11 +274,11 @@ def test_a_look_only_where_it_is_asked_for(small: None, emulation: Any, kind: st
 
 
 def kernels(blocks: int, grad: bool, bias: bool, narrow: bool) -> int:
-    """Tell how many kernels of its own CuPy starts for a chunk, with labels.
+    """Return how many of its own kernels CuPy starts for a chunk, with labels.
 
-    The states of rows that do not count are masked, and losses put in their place. 16 bits are
-    widened. By block of classes the bias is added, and gradients are added up; where there are
-    several blocks, a block is copied out of the gradient, and another to the logits.
+    The states of rows that do not count are masked, and losses are stored. 16-bit arrays are
+    widened. For each block of classes the bias is added and gradients are summed; if there are
+    several blocks, one copy takes a block out of the gradient, and another fills the logits.
     """
     several = blocks > 1
     by_block = bias + narrow + several + grad * (1 + bias + several)
@@ -330,7 +330,7 @@ def test_memory(emulation: Any, monkeypatch: pytest.MonkeyPatch, kind: str, name
         target,
     )
     logits = at_a_time * classes * size
-    # Of the head its gradient, a product, and a widened one; and some numbers for each row.
+    # For the head: its gradient, a product, and a widened product; and some numbers for each row.
     beside = size * (3 * w.size + 2 * x.size + 3 * classes) + 8 * 20 * rows
     assert 8 * (logits + beside) < size * rows * classes
     emulation.reset()

@@ -1,4 +1,4 @@
-"""Every error of a linear head: its type, and what the sentence says came."""
+"""Every error of a linear head: its type, and what its sentence says was passed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Wrong:
 
     @property
     def match(self) -> str:
-        """The sentence begins with the first part."""
+        """Return a pattern for a sentence that begins with the first part."""
         return "^" + ".*".join(map(re.escape, self.says))
 
 
@@ -55,7 +55,7 @@ def converted(backend: Backend, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(backend: Backend, name: str, match: str, error: type[Exception], **given: Any) -> None:
-    """Make the call and see the error, and that the arrays are what they were."""
+    """Make the call, and check the error and that the arrays are unchanged."""
     before = ARGUMENTS | given
     arguments = converted(backend, before)
     with pytest.raises(error, match=match):
@@ -75,7 +75,7 @@ def check(backend: Backend, name: str, match: str, error: type[Exception], **giv
     Wrong(ValueError, "linear_bias", "5 classes", "(4,)", linear_bias=floats(4)),
     Wrong(ValueError, "linear_bias", "5 classes", "(1, 5)", linear_bias=floats(1, 5)),
     Wrong(ValueError, "linear_bias", "5 classes", "()", linear_bias=floats()),
-    # The first is what flattened rows and a column of labels come as.
+    # The first is the shape of flattened rows with a column of labels.
     Wrong(ValueError, "target", "(3,)", "int32 (3, 1)", "remove or add axes", target=ints(3, 1)),
     Wrong(ValueError, "target", "(3,)", "int32 (4,)", "3 rows, but 4 labels", target=ints(4)),
     Wrong(ValueError, "target", "(3,)", "int32 ()", target=ints()),
@@ -133,7 +133,7 @@ def test_dtypes(backend: Backend, call: Wrong, name: str) -> None:
 def test_dtypes_do_not_mix(backend: Backend, stranger: str, name: str) -> None:
     other = "float16" if "float16" in backend.floats else "float64"
     says = "input, linear_weight and linear_bias must have one dtype.*"
-    # The first that differs from input is named.
+    # The message names the first one that differs from input.
     first = "linear_weight" if stranger == "input" else stranger
     came = (other, "float32") if stranger == "input" else ("float32", other)
     match = f"^{says}input is {came[0]} and {first} is {came[1]}; convert"
@@ -196,7 +196,7 @@ SHARED = (
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("call", SHARED, ids=lambda call: "-".join((call.rule, *call.came)))
 def test_options_are_those_of_cross_entropy(backend: Backend, call: Bad, name: str) -> None:
-    """And so are the sentences."""
+    """The sentences are the same too."""
     with pytest.raises(RULES[call.rule].error, match=call.match) as ours:
         getattr(polyce, name)(**converted(backend, ARGUMENTS | call.arguments))
     logits, target = backend.asarray(floats(3, 5)), call.arguments.get("target", T)
@@ -208,7 +208,7 @@ def test_options_are_those_of_cross_entropy(backend: Backend, call: Bad, name: s
 
 @pytest.mark.parametrize("name", BOTH)
 def test_there_is_no_axis(backend: Backend, name: str) -> None:
-    """Nor any other argument of logits that are there."""
+    """Nor is there any other argument about existing logits."""
     for option in ("axis", "out", "return_stats"):
         match = f"unexpected keyword argument '{option}'"
         check(backend, name, match, TypeError, **{option: None})
@@ -232,9 +232,9 @@ LABELS = (
 @rows(*LABELS)
 @pytest.mark.parametrize("chunk_size", [1, None])
 def test_labels(backend: Backend, call: Wrong, name: str, chunk_size: int | None) -> None:
-    """The position is that among all rows, however they are cut."""
+    """The position counts all rows, however they are cut into chunks."""
     target = call.arguments["target"]
-    # jax takes no 64-bit integers in its 32-bit world.
+    # Without 64-bit types jax takes no 64-bit integers.
     given = call.arguments | {"target": backend.expressible(target)[0], "chunk_size": chunk_size}
     check(backend, name, call.match, call.error, **given)
 

@@ -52,7 +52,7 @@ def close(backend_name: str) -> Callable[..., None]:
 
 
 def fused(x: Any, w: Any, b: Any, target: Any, **options: Any) -> Any:
-    """The loss by chunks of three rows, the last one of a single row."""
+    """Compute the loss by chunks of three rows, the last one of a single row."""
     return polyce.linear_cross_entropy(x, w, target, linear_bias=b, **{"chunk_size": 3} | options)
 
 
@@ -131,7 +131,7 @@ def test_only_what_is_asked_for_is_computed(jax: Any, close: Any, reduction: str
     again = reduction == "none"
     asked: list[tuple[Any, int]] = [(0, 2), (1, 2), (2, 1), ((0, 2), 2), ((1, 0), 3)]
     for argnums, count in asked:
-        # For the losses of rows, what is not used is traced, to be dropped by the compiler.
+        # For the losses of rows, unused products are traced too, and the compiler drops them.
         assert products(jax, jax.grad(ours, argnums), *arrays) <= count + again
 
     def compute(function: Any) -> Any:
@@ -204,7 +204,7 @@ def test_vmap(jax: Any, close: Any) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_numpys_labels_beside_arrays_of_jax(jax: Any, close: Any, reduction: str) -> None:
-    """Of 64 bits, and with a label to ignore that fewer have no room for."""
+    """The labels have 64 bits, and an ignore_index that does not fit in fewer."""
     x, w, b = (array.astype(np.float32) for array in ARRAYS)
     want, grad = polyce.cross_entropy_with_grad(x @ w.T + b, LABELS, reduction=reduction)
     arrays = given(jax, dtype="float32")
@@ -235,7 +235,7 @@ def test_bad_labels_without_values_give_nan(jax: Any, reduction: str) -> None:
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     grad, losses = gradient(x, jax.numpy.asarray(labels))
     assert np.isnan(losses).tolist() == (bad if reduction == "none" else True)
-    # A mean divides by a count that is known all the same.
+    # The count that a mean divides by is still known.
     assert np.isnan(grad).any(axis=1).tolist() == bad
 
 
@@ -326,7 +326,7 @@ def test_with_grad_is_cut_from_derivatives(jax: Any, close: Any, reduction: str)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits(jax: Any, dtype: str) -> None:
-    """Of many rows, where an entry of the logits' gradient, divided by their number, would be 0."""
+    """With so many rows, an entry of the logits' gradient divided by their number would be 0."""
     rng = np.random.default_rng(0)
     rows, classes = 2048, 32
     shapes = ((rows, F), (classes, F), (classes,))
@@ -347,7 +347,7 @@ def test_16_bits(jax: Any, dtype: str) -> None:
     for one, other in zip(*map(jax.tree.leaves, every(*narrow)), strict=True):
         assert one.dtype == dtype
         error = np.linalg.norm(np.asarray(one, np.float64) - other) / np.linalg.norm(other)
-        # What is subnormal in float16 has fewer digits.
+        # Subnormal float16 numbers have fewer digits.
         assert error < (2 if one.shape != (rows, F) else 20) * float(jax.numpy.finfo(dtype).eps)
 
 

@@ -1,4 +1,4 @@
-"""jax: what the loss of a linear head stores, as the compiler tells it."""
+"""jax: what the loss of a linear head stores, as the compiler reports it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.only(*BY_DIGITS)
 
 
 def stored(function: Any, rows: int, features: int, classes: int, dtype: str = "float32") -> float:
-    """Bytes of temporary memory of the compiled function of states, head, bias and labels."""
+    """Return the bytes of temporary memory of the compiled function."""
     import jax
 
     shapes = ((rows, features), (classes, features), (classes,))
@@ -53,7 +53,7 @@ def test_what_a_compiled_function_stores(
 
 @pytest.fixture
 def one_device(monkeypatch: Any) -> None:
-    """Let jax's devices, of which the tests have four, count as one."""
+    """Make jax report one device instead of the tests' four."""
     import jax
 
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -115,5 +115,5 @@ def test_no_second_gradient_of_a_wide_head_is_held() -> None:
 
     head = 4 * 32768 * 512
     assert stored(gradients, 256, 512, 32768) < 0.5 * head
-    # XLA multiplies by what comes back into memory of its own.
+    # XLA multiplies by the cotangent into separate memory.
     assert stored(jax.grad(loss, (0, 1, 2)), 256, 512, 32768) < 1.5 * head

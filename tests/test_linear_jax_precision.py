@@ -1,4 +1,4 @@
-"""jax: the matrix products of a linear head state their precision, which jax's default does not."""
+"""jax: a linear head's matrix products state their precision, whatever jax's default is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.only(*ANY_WIDTH)
 
 
 def products(jax: Any, program: Any) -> Iterator[Any]:
-    """Every matrix product of a program, those within its inner programs too."""
+    """Yield every matrix product of a program, including its inner programs."""
 
     def is_program(value: Any) -> bool:
         return hasattr(value, "eqns") or hasattr(value, "jaxpr")
@@ -55,5 +55,5 @@ def test_float32_is_multiplied_as_such(dtype: str, reduction: str, default: str 
                 if dtype == "float32":
                     assert stated == (jax.lax.Precision.HIGHEST,) * 2
                 elif default is None:
-                    # 16 bits have no more digits than the fastest product keeps.
+                    # The fastest product keeps all digits of 16-bit numbers.
                     assert stated is None

@@ -1,4 +1,4 @@
-"""What the loss of a linear head takes beside inputs and gradients, and that it computes no more.
+"""The memory that a linear head's loss takes beside inputs and gradients, and its products.
 
 Peaks are measured in fresh processes.
 """
@@ -71,13 +71,13 @@ def test_numpy_holds_a_chunk(reduction: str) -> None:
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
 def test_numpy_holds_a_chunk_of_the_rows_that_count() -> None:
-    """Which do not lie beside one another, and of 16 bits that are computed in 32."""
+    """The rows that count are not adjacent, and are 16-bit numbers computed in 32 bits."""
     call = "polyce.linear_cross_entropy_with_grad({}, {}, {})"
     few = call.format("x[:8]", "w[:99]", "t[:8] % 9")
     thinned = "t = np.where(t % 3, t, -100)"
     assert growth(call.format("x", "w", "t"), few, thinned) < GRADIENTS + MOST
     narrow = "x, w = x.astype(np.float16), w.astype(np.float16)"
-    # The gradients add up in float32, beside those that are given.
+    # The gradients are summed in float32, beside those that are returned.
     assert growth(call.format("x", "w", "t"), few, narrow) < 3 * GRADIENTS / 2 + MOST
 
 
@@ -105,7 +105,7 @@ def test_torch_holds_a_chunk(reduction: str) -> None:
 @pytest.mark.same_everywhere
 @pytest.mark.only("torch")
 def test_the_unfused_loss_holds_all_logits() -> None:
-    """What is measured is what is meant."""
+    """The measurement shows the logits when they are held."""
     step = "torch.nn.functional.cross_entropy(torch.nn.functional.linear({}), {}).backward()"
     few, call = step.format("*few", "t[:8] % 9"), step.format("x, w", "t")
     assert growth(call, few, TORCH.format(cast="")) > LOGITS
@@ -118,11 +118,11 @@ def test_the_unfused_loss_holds_all_logits() -> None:
 def test_torch_holds_a_chunk_in_16_bits() -> None:
     cast = "x, w = x.bfloat16(), w.bfloat16(); "
     few, call = STEP.format("*few", "t[:8] % 9", "mean"), STEP.format("x, w", "t", "mean")
-    # Gradients add up in float32; a product of 16 bits, of the head's size, is one of them.
+    # Gradients are summed in float32; a 16-bit product of the head's size comes on top.
     assert growth(call, few, TORCH.format(cast=cast)) < 2 * GRADIENTS + MOST
 
 
-# torch: what is computed, saved, and in the graphs
+# torch: what is computed, what is saved, and what is in the graphs
 
 
 def products(torch: Any, call: Callable[[], Any]) -> int:
@@ -134,7 +134,7 @@ def products(torch: Any, call: Callable[[], Any]) -> int:
         if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             a, b = event.input_shapes[event.name != "aten::mm" :][:2]
             terms += a[0] * a[1] * b[1]
-    # The sum over rows that a bias has may be a product with ones, of an eighth of that.
+    # The sum over rows for a bias may be a product with ones, an eighth as large.
     return round(terms / (64 * 8 * 16))
 
 
@@ -178,7 +178,7 @@ def test_only_what_is_needed_is_computed(torch: Any, reduction: str, needed: Any
 @pytest.mark.only("torch")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_what_is_saved_is_what_was_given(torch: Any, reduction: str) -> None:
-    """Beside it, for mean and sum, gradients wait."""
+    """For mean and sum, the gradients are saved too."""
     shapes = ((64, 8), (16, 8), (16,))
     leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     x, w, b = leaves
@@ -240,11 +240,11 @@ def test_no_graph_makes_anything_of_the_logits_size(torch: Any, reduction: str) 
         torch.testing.assert_close(*([leaf.grad for leaf in each] for each in (leaves, plain)))
 
 
-# Of a head so large that its classes are taken in blocks
+# Heads so large that their classes are taken in blocks
 
 
 @pytest.mark.only("numpy", "torch")
-@pytest.mark.parametrize("chunk_size", [128, 100])  # the fewer lie class by class in torch
+@pytest.mark.parametrize("chunk_size", [128, 100])  # of fewer rows, torch's lie class by class
 @pytest.mark.parametrize("left_out", [False, True])
 @REDUCTIONS
 def test_blocks_of_classes(
@@ -294,7 +294,7 @@ def test_few_rows_of_a_wide_head_lie_class_by_class(
 
 
 class OnCuda:
-    """A stand-in for a 16-bit matrix on a device that says it is CUDA, as ROCm's do."""
+    """A stand-in for a 16-bit matrix on a device of type cuda, which ROCm's are too."""
 
     is_cuda = True
     dtype = "16 bits"

@@ -21,12 +21,12 @@ NARROW = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
 def fused(x: Any, w: Any, b: Any, target: Any, **options: Any) -> Any:
-    """The loss by chunks of three rows, the last one of a single row."""
+    """Compute the loss by chunks of three rows, the last one of a single row."""
     return polyce.linear_cross_entropy(x, w, target, linear_bias=b, **{"chunk_size": 3} | options)
 
 
 def unfused(x: Any, w: Any, b: Any, target: Any, **options: Any) -> Any:
-    """torch's own loss, or that of polyce for what torch's does not have."""
+    """Compute torch's own loss, or polyce's for what torch's does not have."""
     import torch
 
     options.pop("chunk_size", None)
@@ -74,7 +74,7 @@ def answer(torch: Any, function: Callable[..., Any], leaves: Any, by: Any = None
 
 
 def agree(torch: Any, compute: Callable[[Any], Any], rtol: float = 1e-12) -> None:
-    """Compare what is computed with either loss."""
+    """Check that the fused and the unfused loss agree."""
     got, want = (compute(function) for function in BOTH)
     torch.testing.assert_close(got, want, rtol=rtol, atol=rtol / 10, equal_nan=True)
 
@@ -146,7 +146,7 @@ def test_any_gradient_of_the_loss(torch: Any, reduction: str, value: float) -> N
         got, want = (answer(torch, of(f, target, reduction=reduction), leaves, by) for f in BOTH)
         # The second row is ignored.
         assert [a[1][1].tolist() for a in (got, want)] == [[0.0] * F] * 2
-        # Of infinities torch forms differences on the way, which are nan.
+        # torch subtracts infinities on the way, which gives nan.
         for found in (got, want) if value == math.inf else ():
             found[:] = [torch.where(a.isfinite(), a, 0.0) for a in found]
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13, equal_nan=True)
@@ -155,9 +155,9 @@ def test_any_gradient_of_the_loss(torch: Any, reduction: str, value: float) -> N
 @pytest.mark.parametrize("how", ["plain", "scaled", "with_grad", "autocast"])
 @NARROW
 def test_a_mean_over_many_rows_in_16_bits(torch: Any, dtype: str, how: str) -> None:
-    """Of which many an entry of the logits' gradient, divided by their number, would be 0."""
+    """Many entries of the logits' gradient, divided by the number of rows, would be 0."""
     rows, classes, narrow = 4096, 64, getattr(torch, dtype)
-    # float16 has no 2**16, so that a loss of its own cannot be scaled by that.
+    # float16 has no 2**16, so a float16 loss cannot be scaled by it.
     scale = {"plain": 1.0, "scaled": 2.0**15}.get(how, 2.0**16)
     target = torch.randint(classes, (rows,))
     leaves = leaves_of(torch, rows, F, classes, dtype)
@@ -192,7 +192,7 @@ def test_a_graph_that_is_kept_serves_again(torch: Any, reduction: str) -> None:
         for factor, keep in ((1.0, True), (3.0, True), (1.0, False)):
             by = torch.full_like(loss, factor)
             found += torch.autograd.grad(loss, leaves, by, retain_graph=keep)
-        # Compared at the end: nothing that was given before may change.
+        # Compared at the end: results that were returned before must not change.
         answers.append(found)
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             torch.autograd.grad(loss.sum(), leaves)
@@ -207,7 +207,7 @@ def test_gradients_add_up_in_parameters(torch: Any, reduction: str) -> None:
         embedding = torch.nn.Embedding(C, F, dtype=torch.float64)
         layer = torch.nn.Linear(F, F, dtype=torch.float64)
         for _ in range(2):
-            # The weight of the head is the embedding's.
+            # The head shares its weight with the embedding.
             words = torch.randint(C, (2, N))
             hidden = layer(embedding(words[0]))
             loss = function(hidden, embedding.weight, None, words[1], reduction=reduction)
@@ -253,7 +253,7 @@ def test_layouts(torch: Any, reduction: str) -> None:
         (x.as_strided((N, F), (2, 3)), w.as_strided((C, F), (1, 2)), b, target),
         (x.view(N, 1, F).transpose(0, 1), w, b, target.view(1, N)),
     ):
-        # As they are, and as views of a leaf, to which the gradient goes back.
+        # The tensors themselves, and views of a leaf, which then gets the gradient.
         plain = [array.detach().requires_grad_() for array in arrays]
         bases = [torch.stack((array, array), -1).requires_grad_() for array in arrays]
         for given, views in ((plain, plain), (bases, [base[..., 1] for base in bases])):
@@ -337,7 +337,7 @@ def test_every_dtype(torch: Any, reduction: str, dtype: str) -> None:
     assert max(errors(got, want)) < 2 * torch.finfo(leaves[0].dtype).eps
 
 
-# What torch's own function gets wrong
+# What torch's own linear_cross_entropy gets wrong
 
 
 @pytest.mark.parametrize("how", ["index", "index sample_weight", "probability sample_weight"])

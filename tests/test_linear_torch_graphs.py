@@ -1,4 +1,4 @@
-"""A linear head where torch traces or transforms: its operator, exports, and torch.func."""
+"""A linear head under torch's tracing and transforms: its operator, export, and torch.func."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch_graphs import Graphs, compiled
 
 pytestmark = [
     pytest.mark.only("torch"),
-    # torch's tracer instantiates its own Function for every custom one; all else is about polyce.
+    # torch's tracer instantiates a Function for every custom one; other warnings are about polyce.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 OPERATOR = "polyce.linear_cross_entropy.default"
-# aot_eager traces all that the others do; inductor writes and builds code for each graph.
+# aot_eager traces everything that the others do; inductor also builds code for each graph.
 COMPILERS = ["eager", "aot_eager", "inductor"] if FULL else ["aot_eager"]
 Loss = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def test_one_graph_gives_the_same_loss(torch: Any, compiler: str, case: tuple[An
     rows = torch.randn(N, dtype=torch.float64)
     by = rows if reduction == "none" else rows[0]
     graphs = Graphs(torch, compiler)
-    # Some with open sizes, for which torch may start over within the call.
+    # Some have dynamic sizes, for which torch may start over within the call.
     function = compiled(torch, of(fused, target, **options), graphs, dynamic=bias)
     got = answer(torch, function, leaves, by)
     assert graphs.names in ([[OPERATOR]], [[OPERATOR]] * (2 if bias else 1))
@@ -154,7 +154,7 @@ def test_new_values_are_no_new_graph(torch: Any) -> None:
         want = unfused(*given[:-1], normalizer=total)
         compare(torch, found[0], torch.autograd.grad(want, leaves))
         counts.append(len(graphs.calls))
-    # torch learns that a number changes from the second one.
+    # The second value shows torch that a number changes.
     assert counts in ([1] * 4, [1, 2, 2, 2])
 
 
@@ -305,7 +305,7 @@ def test_a_model_with_a_tied_head_and_a_checkpoint(torch: Any) -> None:
     assert len(graphs.calls) == 1
 
 
-# Without an operator
+# Without the operator
 
 
 @pytest.mark.slow("torch")
@@ -341,7 +341,7 @@ def test_make_fx(torch: Any, reduction: str, mode: str) -> None:
 
     leaves, target = data(torch)
     arrays = [leaf.detach() for leaf in leaves]
-    # Traced without an ignored row, it has to ignore one all the same.
+    # Traced without an ignored row, it must still ignore one later.
     graph = make_fx(both(fused), tracing_mode=mode)(*arrays, target.clamp(0))
     compare(torch, graph(*arrays, target), both(unfused)(*arrays, target))
 
@@ -367,7 +367,7 @@ def test_shapes_and_dtypes_without_values(torch: Any, reduction: str, where: str
         assert facts[0] == facts[1] == facts[2]
 
 
-# What is done to a loss of (x, w, b, y); a holds the first three, and every row of y counts.
+# Transforms of a loss of (x, w, b, y); `a` holds the first three, and every row of y counts.
 DIMS = (0, None, None, 0)
 TRANSFORMS: dict[str, Callable[[Any, Loss, Any, Any], Any]] = {
     "grad": lambda f, loss, a, y: f.grad_and_value(loss, (0, 1, 2))(*a, y),

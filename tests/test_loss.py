@@ -26,7 +26,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 BOTH = pytest.mark.parametrize("name", CLASSES)
 
-# torch 2.13's parameters, in its order.
+# The parameters of torch 2.13, in its order.
 NLL = [
     ("weight", None),
     ("size_average", None),
@@ -228,7 +228,7 @@ def test_copies_and_pickles_keep_everything(
     np.testing.assert_array_equal(backend.to_numpy(again(x, t)), backend.to_numpy(loss(x, t)))
 
 
-# torch's whole truth table: size_average, reduce, and what reduction becomes. None: as it is.
+# torch's whole truth table: size_average, reduce, and the reduction they make; None keeps it.
 LEGACY = [
     (None, None, None),
     (None, True, "mean"),

@@ -1,4 +1,4 @@
-"""Where polyce means more than torch, or something better, and what its results are made of."""
+"""Where polyce's meaning goes beyond torch's, and the shapes and dtypes of its results."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_largest_unsigned_labels(backend: Backend) -> None:
             close(rows, [0, -log_probabilities(X)[1, 2], NAN])
 
 
-# Bad labels that nobody looks at.
+# Bad labels that are not checked.
 
 
 def unlooked(function: Callable[..., Any], backend: Backend, **options: Any) -> Any:
@@ -100,7 +100,7 @@ def unlooked(function: Callable[..., Any], backend: Backend, **options: Any) -> 
 
 
 def check_nan_rows(backend: Backend, call: Callable[..., Any]) -> None:
-    """A bad label costs its own row only, which counts with weight 1 beside the other's 2."""
+    """Check that a bad label affects only its own row, which counts as 1 beside the other's 2."""
     logs = log_probabilities(X)[0]
     grad = 2 * (np.exp(logs) - [0, 0, 1])
     for reduction, divisor in (("none", 1), ("sum", 1), ("mean", 2 + 1 + 1)):
@@ -152,7 +152,7 @@ def test_labels_known_while_tracing_are_looked_at(
         jax.jit(lambda logits: function(logits, bad))(x)
 
 
-# Infinities, nans, nothing.
+# Infinities, nans, empty arrays.
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -214,7 +214,7 @@ def test_one_row_takes_a_target_of_one(backend: Backend, reduction: str) -> None
         assert got.shape == loss.shape == ()
         assert got == loss
         np.testing.assert_array_equal(got_grad, grad)
-    # One class: the shapes are the same, and integers are indices all the same.
+    # One class: the shapes are the same, but integers are still indices.
     only = np.zeros(1, np.int32)
     loss, grad = rows_and_grad(backend, X[0, :1], only, reduction=reduction)
     assert (loss, grad.tolist()) == (0, [0])
@@ -312,7 +312,7 @@ def test_byte_swapped_arrays(backend: Backend, reduction: str) -> None:
     weight, soft = np.array([1.0, 2.0, 3.0]), np.full((3, 3), 0.25)
     for arrays in ((X, T, weight), (X, soft, weight), (X.astype(np.float16), T)):
         swapped = [array.astype(array.dtype.newbyteorder()) for array in arrays]
-        # Floats in a foreign order are the reference's; labels and their weights, anybody's.
+        # Floats in the other byte order go to the reference; labels and weights may have any order.
         ways = [(swapped, "reference")]
         if arrays[1] is T:
             ways.append(([arrays[0], *swapped[1:]], "native"))
@@ -325,7 +325,7 @@ def test_byte_swapped_arrays(backend: Backend, reduction: str) -> None:
             assert (loss.dtype.name, grad.dtype.name) == (want.dtype.name, want_grad.dtype.name)
 
 
-# Kinds of results, and arguments left alone.
+# Types of results, and arguments left unchanged.
 
 
 @pytest.mark.only("numpy", "jax-x32", "jax-x64", "dask")

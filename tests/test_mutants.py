@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.only("numpy"), pytest.mark.tests_of_tests]
 
 
 def fewer(case: Case) -> str:
-    """Leave out what takes the exact answers long and shows no mutant."""
+    """Leave out cases whose exact answers take long and that catch no mutant."""
     apart = "/apart/" in case.name and case.logits.dtype == "float64"
     long = "/1000/" in case.name or "/32000/smoothing" in case.name
     return "takes long" if long and not apart else ""
@@ -30,7 +30,7 @@ def test_a_wrong_implementation_is_caught(name: str, monkeypatch: pytest.MonkeyP
         )
     failures = str(caught.value).splitlines()[1:]
     assert all(line.startswith((f"  {mutant.group}/", "  ... and ")) for line in failures)
-    # For the wrong answer, not because the mutant itself broke down.
+    # It must fail by a wrong answer, not because the mutant raised an error.
     assert not any(re.search(r"/float\d\d: \w+(Error|Warning)", line) for line in failures)
     assert ("the call changed its argument" in failures[0]) == (name == "argument-changed")
 

@@ -26,7 +26,7 @@ FUSED = [name for name in ISAS if name != "baseline"]
 
 @pytest.fixture
 def settings() -> Iterator[Any]:
-    """The core, whose instruction set and threads are put back after the test."""
+    """The core; its instruction set and number of threads are restored after the test."""
     core = native.core()
     isa, threads = core.isa(), core.get_num_threads()
     yield core
@@ -54,8 +54,8 @@ def arrays(rows: int, classes: int, dtype: str = "float32") -> tuple[Any, Any]:
     return logits.astype(dtype), rng.integers(0, classes, rows)
 
 
-# One for each way through the kernels: across rows in one chunk and in several, along rows with a
-# tail and without one, blocks of rows that keep their exponentials.
+# One for each way through the kernels: across rows in one chunk or several, along rows with or
+# without a tail, blocks of rows that keep their exponentials.
 SHAPES = [(1, 1), (5, 2), (300, 10), (129, 64), (40, 65), (7, 1000), (3, 2048), (2, 9001)]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -128,7 +128,7 @@ def test_float32_rows_and_label_entries_are_within_4_ulp(settings: Any, classes:
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_any_strides_and_addresses(dtype: str) -> None:
-    """Views give the bits of a copy in C order, whatever way through the kernels they take."""
+    """Views give the same bits as a copy in C order, whichever kernels they go through."""
     size = np.dtype(dtype).itemsize
     for rows, classes in ((5, 3), (20, 70), (3, 700)):
         logits, labels = arrays(rows, classes, dtype)
@@ -183,7 +183,7 @@ def test_the_first_bad_label_is_named(settings: Any, threads: int) -> None:
 
 @pytest.mark.only("numpy")
 def test_offsets_beyond_32_bits() -> None:
-    """Memory that nobody writes costs nothing; the rows lie gigabytes apart in it."""
+    """Memory that is never written costs nothing, so the rows can lie gigabytes apart."""
     far = 2**31 + 64
     memory = np.zeros(2 * far + 64, np.float16)
     for classes, step in ((5, 1), (100, 1), (5, 7)):
@@ -212,7 +212,7 @@ def test_more_classes_than_32_bits_count() -> None:
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda o: "-".join(o) or "plain")
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_rows_of_many_blocks(settings: Any, options: dict[str, Any], order: str) -> None:
-    """The maximum rises from block to block, and what was summed before is carried over."""
+    """The maximum rises from block to block, and the earlier sums are carried over."""
     rng = np.random.default_rng(3)
     for classes in (200, 2049, 10_000):
         rising = np.linspace(0.0, 30.0, classes) + rng.standard_normal((3, classes))
@@ -241,6 +241,6 @@ def test_log_softmax_of_nothing(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["float32", "float64"])
 def test_rows_without_classes_read_no_memory_of_others(name: str) -> None:
     nothing = np.zeros((5, 0), name)
-    del [np.full(size, np.nan) for size in range(1, 4000, 7)][:]  # freed, and full of nans
+    del [np.full(size, np.nan) for size in range(1, 4000, 7)][:]  # freed, full of nans
     loss = polyce.cross_entropy(nothing, nothing, reduction="none", implementation="native")
     np.testing.assert_array_equal(loss, np.zeros(5))

@@ -1,4 +1,4 @@
-"""What the compiled path takes beside its arguments: measured in fresh processes."""
+"""The memory that the compiled path takes beside its arguments, measured in fresh processes."""
 
 from __future__ import annotations
 

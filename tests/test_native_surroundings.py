@@ -1,4 +1,4 @@
-"""The compiled core where memory, threads or processes are short, each in a process of its own."""
+"""The compiled core when memory, threads or processes run short, each in a separate process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ rng = np.random.default_rng(0)
 
 
 def run(code: str, **variables: str) -> str:
-    """Run a program and return what it printed; it must end by itself, and well."""
+    """Run a program and return what it printed; it must exit with status 0."""
     command = [sys.executable, "-W", "ignore", "-c", PRELUDE + textwrap.dedent(code)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=120,
@@ -57,7 +57,7 @@ def test_no_memory_for_scratch() -> None:
                 assert found is None or (found[0] == want[0] and np.array_equal(found[1], want[1]))
         print("raised", raised > 0)
         """,
-        # No thread has memory set by for it, so that the limit is felt.
+        # malloc keeps no memory in reserve, so that the limit takes effect.
         MALLOC_ARENA_MAX="1",
         MALLOC_MMAP_THRESHOLD_="65536",
     )

@@ -1,4 +1,4 @@
-"""Threads of the compiled core: how many, callers at once, forked processes, the end of one."""
+"""Threads of the compiled core: their number, several callers, forks, the end of a process."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def in_child(results: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own() -> None:
-    want = loss_bits()  # the parent's threads exist by now, and the child has none of them
+    want = loss_bits()  # the parent's threads exist by now, and the child does not have them
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     children = [context.Process(target=in_child, args=(results,)) for _ in range(3)]

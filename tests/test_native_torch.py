@@ -113,7 +113,7 @@ def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
 
     before = polyce.get_num_threads()
     polyce.set_num_threads(4)
-    bits()  # a thread starts in the mode of the one that starts it
+    bits()  # a thread inherits the floating-point mode of the one that starts it
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush subnormal numbers")
     try:
@@ -128,7 +128,7 @@ def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
 
 
 def test_torch_without_the_exchange_interface() -> None:
-    # As before torch 2.10: the core asks the tensors' own methods.
+    # As before torch 2.10: the core calls the tensors' own methods.
     code = """
 import torch, polyce
 del torch.Tensor.__dlpack_c_exchange_api__

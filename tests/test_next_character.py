@@ -1,4 +1,4 @@
-"""The example of a next-character model: it learns, writes, and measures both ways it compares."""
+"""The next-character example: it learns, writes text, and measures both ways."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def test_both_ways_give_the_same() -> None:
     ways = runpy.run_path(str(EXAMPLE))["WAYS"].values()
     (fused, fused_grads), (loss, grads) = (way(hidden, weight, labels) for way in ways)
     np.testing.assert_allclose(fused, loss, rtol=1e-6)
-    for found, expected in zip(fused_grads, grads, strict=False):  # that of no bias is None
+    for found, expected in zip(fused_grads, grads, strict=False):  # None without a bias
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""What the options beyond torch's mean, said in other ways than by their formula."""
+"""The options beyond torch's, checked by what they are equivalent to."""
 
 from __future__ import annotations
 

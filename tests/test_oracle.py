@@ -88,11 +88,11 @@ def test_the_likeliest_class_is_measured_by_the_smaller_terms() -> None:
     quarters = np.full((2, 4), 0.25)
     logits = np.array([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, math.log(27.0)]])
     answer = exact_answer(logits, quarters, reduction="none")
-    # Of 1/4 - 1/4 and 3/4 - 3/4 the first; of 9/10 - 1/4 and 3/4 - 1/10 the second.
+    # The first of 1/4 - 1/4 and 3/4 - 3/4; the second of 9/10 - 1/4 and 3/4 - 1/10.
     assert_close(answer.softmax_part[[0, 1], [0, 3]], [0.25, 0.1])
     assert_close(answer.coefficient_part[[0, 1], [0, 3]], [0.25, 0.75])
     assert_close(answer.grad[1, 3], 0.65)
-    # A label is measured as it was.
+    # A label always takes the form 1 - p.
     labels = exact_answer(logits, np.array([0, 3]), reduction="none")
     assert_close(labels.softmax_part[[0, 1], [0, 3]], [0.75, 0.1])
 
@@ -105,7 +105,7 @@ def test_a_scale_multiplies_and_a_softcap_bounds_the_logits() -> None:
     assert_close(scaled.gap, plain.gap, ulp=1)
     assert scaled.transform == "scale"
     assert plain.transform == "none"
-    # tanh(±1e4) is ±1 for float64, and of no slope; tanh(log 2) is 3/5, of slope 16/25.
+    # In float64 tanh(±1e4) is ±1 and its slope 0; tanh(log 2) is 3/5 and its slope 16/25.
     logits = np.array([[1e4, 5.0 * math.log(2.0), -1e4]])
     capped = exact_answer(logits, np.array([1]), reduction="none", logit_softcap=5.0)
     plain = exact_answer(np.array([[5.0, 3.0, -5.0]]), np.array([1]), reduction="none")
@@ -151,7 +151,7 @@ def test_sample_weights_multiply_rows_and_count_in_the_mean(target: Any) -> None
         divided = exact_answer(logits, target, weight, normalizer=divisor, **given)
         assert_close(divided.loss, total / divisor, ulp=16)
         assert_close(divided.grad, answer.grad / divisor, ulp=4)
-    # Nothing cancels in the magnitudes: all rows count with their sign taken away.
+    # Nothing cancels in the magnitudes, which use the absolute values of all rows.
     size = np.abs(SAMPLE_WEIGHT) @ rows.loss_scale / abs(counted.sum())
     assert_close(mean.loss_scale, size * np.abs(counted).sum() / abs(counted.sum()), ulp=16)
     assert mean.loss_scale > abs(mean.loss)
@@ -168,7 +168,7 @@ def test_a_mean_over_weights_that_sum_to_nothing() -> None:
     opposite = exact_answer(logits, labels * 0, sample_weight=np.array([1.0, -1.0]))
     assert np.isnan(opposite.loss)
     assert opposite.grad[0].tolist() == [-np.inf, np.inf]
-    # A label that does not exist counts as 1, times its sample weight.
+    # A label out of range counts as 1, times its sample weight.
     half = np.array([1.0, 0.5])
     bad = exact_answer(logits, labels, np.array([0.5, 0.5]), sample_weight=half)
     assert np.isnan(bad.loss)
@@ -306,12 +306,12 @@ def test_answers_are_those_of_autograd_on_the_plain_formulas() -> None:
         assert np.array_equal(stats.correct, counts & right)
 
 
-# The oracle against mpmath, where float64 has no digits left
+# The oracle against mpmath, for cases where float64 has no digits left
 
 
 def by_mpmath(x: Any, r: Any, options: dict[str, Any]) -> tuple[list[float], list[list[float]]]:
     """Compute (loss, lse, entropy) and (gradient) of one row by the plain formulas, 800 digits."""
-    import mpmath  # torch brings it along
+    import mpmath  # torch depends on it
 
     with mpmath.workdps(800):
         x, r = [mpmath.mpf(v) for v in x.tolist()], [mpmath.mpf(v) for v in r.tolist()]

@@ -118,7 +118,7 @@ def test_what_torch_keeps_an_eye_on(torch: Any) -> None:
             memory[:15].view(3, 5), t, out=memory[5:].view(3, 5), implementation="reference"
         )
     scale = torch.ones((), requires_grad=True)
-    product = scale * x  # autograd needs x for scale's gradient
+    product = scale * x  # autograd saves x for the gradient of scale
     polyce.cross_entropy_with_grad(x, t, out=x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
@@ -126,7 +126,7 @@ def test_what_torch_keeps_an_eye_on(torch: Any) -> None:
 
 @pytest.mark.only("strict")
 def test_a_library_that_cannot_be_written() -> None:
-    """jax, dask and lazy arrays: the sentence, from a stand-in that needs neither."""
+    """The sentence for jax, dask and lazy arrays, from a stand-in that needs no library."""
     from polyce.arrays.library import Library
     from polyce.call import outputs
     from polyce.call.problem import describe

@@ -1,4 +1,4 @@
-"""Libraries whose arrays are not taken: one sentence each, with the way round it."""
+"""Libraries whose arrays are refused: one sentence each, which says what to pass instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = np.array([0, 1])
 @pytest.mark.parametrize("module", NOT_TAKEN)
 @pytest.mark.parametrize("name", ["input", "target", "weight"])
 def test_stand_ins(module: str, name: str) -> None:
-    """Only the name of the class's module is looked at, and that of the classes it derives from."""
+    """Only the module names of the class and of its base classes are looked at."""
     kind = type("Array", (), {"__module__": f"{module}.core", "shape": (2, 3), "dtype": X.dtype})
     derived = type("Mine", (kind,), {"__module__": "mine"})
     for stand_in in (kind(), derived()):
@@ -88,7 +88,7 @@ def test_real_ones(kind: str, name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name} must not be {module}\.") as caught:
         polyce.cross_entropy(**given)
     assert str(caught.value).endswith(NOT_TAKEN[module][1].format(name=name))
-    # And the way round it is one.
+    # What the sentence suggests works.
     given[name] = unmake(given[name])
     assert polyce.cross_entropy(X, T) == polyce.cross_entropy(**given)
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: declarations and their reasons, forcing, and the way to the kernel.
+"""Which implementation runs: declarations and reasons, forcing, and the frames to the kernel.
 
 The implementations here are the reference under other names, with a list of what ran.
 """
@@ -59,7 +59,7 @@ def fake(
 
 @pytest.fixture
 def ran() -> list[str]:
-    """What ran in this test, in order."""
+    """The implementations that ran in this test, in order."""
     return []
 
 
@@ -341,7 +341,7 @@ def test_unknown_names_raise_everywhere(
     assert choices == []
 
 
-# The way to the kernel
+# The frames above the kernel
 
 
 def frames_of_polyce() -> int:
@@ -355,7 +355,7 @@ def frames_of_polyce() -> int:
 
 @pytest.fixture
 def depths(table: Callable[..., None]) -> dict[str, int]:
-    """How many frames of polyce are above each step of the kernel, as it runs."""
+    """The number of polyce's frames above each kernel call."""
     found: dict[str, int] = {}
     table(fake("hops", before=lambda step: found.update({step: frames_of_polyce()})))
     return found

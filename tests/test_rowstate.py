@@ -1,4 +1,4 @@
-"""The row state: parts of a row merge to what the whole row gives, in any order, to a few ulp."""
+"""The row state: parts of a row merge, in any order, to the whole row's state within a few ulp."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INF, NAN = np.inf, np.nan
 ROWS, CLASSES = 8, 12
 MERGED_ULP = {"float32": 6.0, "float64": 5.0}
 """Ulps of the logits' dtype that the loss of a merged state may be off by."""
-# The row dtype is float64 on all of these backends, for either dtype of the logits.
+# The row dtype is float64 on all of these backends, for both dtypes of the logits.
 KINDS = ("label", "smoothed", "probability")
 Merge = Callable[[Any, RowState, RowState], RowState]
 
@@ -53,7 +53,7 @@ def draw_rows(generator: np.random.Generator, kind: str, dtype: str) -> Rows:
         coefficients = generator.exponential(0.2, (ROWS, CLASSES))
         coefficients[generator.random((ROWS, CLASSES)) < 0.4] = 0.0
     else:
-        # A confident row and one where all but the label are out.
+        # A confident row, and one where every class but the label is masked.
         logits[3, pivot[3]] = logits[3].max() + 25.0
         logits[4, np.arange(CLASSES) != pivot[4]] = -INF
         weight = generator.choice([0.0, 0.5, 1.0, 2.0], (ROWS, CLASSES))
@@ -77,7 +77,7 @@ def identity(backend: Backend, *, only_pivot: bool = False) -> RowState:
 
 
 def state_of(backend: Backend, problem: Problem, rows: Rows, classes: Any) -> RowState:
-    """Make the state of some classes, given by their indices."""
+    """Make the state of the classes with these indices."""
     if classes.size == 0:
         return identity(backend, only_pivot=rows.only_pivot)
     at_pivot = classes == rows.pivot[:, None]
@@ -85,7 +85,7 @@ def state_of(backend: Backend, problem: Problem, rows: Rows, classes: Any) -> Ro
     pivot = rows.pivot[:, None]
 
     def own(values: Any) -> Any:
-        """Take the pivot's value in the rows whose pivot lies here, and 0 in others."""
+        """Return the pivot's value for rows whose pivot is in this part, and 0 for the others."""
         taken = np.take_along_axis(values, pivot, axis=1).astype(np.float64)
         return backend.asarray(np.where(has_pivot, taken, 0.0))
 
@@ -119,7 +119,7 @@ def check(backend: Backend, problem: Problem, rows: Rows, state: RowState) -> No
 
 
 def cut(generator: np.random.Generator, parts: int) -> list[Any]:
-    """Deal the classes out to some parts, of which some may be empty."""
+    """Deal the classes out to parts, some of which may be empty."""
     order = generator.permutation(CLASSES)
     return np.split(order, np.sort(generator.integers(0, CLASSES + 1, parts - 1)))
 
@@ -131,7 +131,7 @@ def merge_all(
     parts: list[RowState],
     merge: Merge = rowstate.merge,
 ) -> RowState:
-    """Merge in random order, with either part on the left."""
+    """Merge pairs in random order, either part first."""
     parts = list(parts)
     with problem.library.quiet():
         while len(parts) > 1:

@@ -1,4 +1,4 @@
-"""The few cases that stand for the grid: all that is tried is tried by one of them."""
+"""The few cases that stand for the grid: each of its traits is in one of them."""
 
 from __future__ import annotations
 

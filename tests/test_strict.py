@@ -1,4 +1,4 @@
-"""array-api-strict: nothing beyond the standard, on every device and without its optional parts."""
+"""array-api-strict: nothing beyond the standard, on every device, without optional extensions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calls(xp: Any, device: Any, dtype: Any) -> None:
     labels = xp.asarray([2, -100], dtype=xp.int32, device=device)
     probabilities = xp.ones((2, 3), dtype=dtype, device=device) / 3
     weight = xp.asarray([1.0, 2.0, 0.5], dtype=dtype, device=device)
-    # array-api-strict's own argmax, which finds the pivot of probabilities, fails without int64.
+    # Without int64, array-api-strict's own argmax fails, which finds the pivot of probabilities.
     has_argmax = "int64" in xp.__array_namespace_info__().dtypes(device=device)
     targets = (labels, probabilities) if has_argmax else (labels,)
     for target, weight_, smoothing, reduction in itertools.product(

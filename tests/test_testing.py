@@ -1,4 +1,4 @@
-"""polyce.testing itself: its answers are exact, and it catches implementations that are wrong."""
+"""polyce.testing itself: its answers are exact, and it catches wrong implementations."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_the_report_counts_what_ran_and_names_what_did_not() -> None:
 
 @pytest.fixture(scope="module")
 def dumped() -> list[Case]:
-    """Some cases of every dtype, layout and kind of target, some with nans and infinities."""
+    """Cases of every dtype, layout and kind of target, some of them with nans and infinities."""
     special = cases(["special"], ["float16", "float32"])[::25]
     groups = ["layouts", "targets", "cotangent", "normalizer"]
     options = cases(["combined", "sample-weight", "stats"], ["float16", "float32"])[::9]
@@ -276,7 +276,7 @@ def test_what_is_written_is_read_back(dumped: list[Case], tmp_path: Path) -> Non
 
 
 def checksum(array: Any) -> tuple[int, int, int, float]:
-    """Count elements, nans and infinities, and add the rest as dump_reader.cpp does."""
+    """Count elements, nans and infinities, and sum the rest as dump_reader.cpp does."""
     values = array.astype(np.float64).reshape(-1)
     finite = np.where(np.isfinite(values), values, 0.0) * (np.arange(values.size) % 7 + 1)
     total = float(np.cumsum(finite)[-1]) if values.size else 0.0
@@ -287,7 +287,7 @@ def test_a_reader_in_cpp_finds_the_same_numbers(dumped: list[Case], tmp_path: Pa
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     assert compiler is not None, "a C++ compiler is required"
     source, program = Path(__file__).with_name("dump_reader.cpp"), tmp_path / "dump_reader"
-    # Without contraction: a fused multiply-add would round the checksum differently.
+    # No contraction: a fused multiply-add would round the checksum differently.
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
     subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True, timeout=300)
     dump(tmp_path / "grid", dumped)

@@ -1,4 +1,4 @@
-"""The second tier of libraries: the grid, at the accuracy that each has, and what all share."""
+"""The second tier of libraries: the grid, at each library's accuracy, and what all share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ X = np.array([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]], dtype=np.float32)
 T = np.array([0, 1])
 BAD = np.array([0, 3])
 BACKENDS = {name: (name,) for name in TIER_2} | {"marray": ("marray", "marray-numpy")}
-# A case takes ndonnx a third of a second and cubed a whole one, so that they get the cases of a
-# group that have the most new about them, and these: empty ones have each broken some library.
+# A case takes ndonnx a third of a second and cubed a whole second, so they get the most different
+# cases of a group, and these empty ones, each of which has broken some library.
 MOST = {"ndonnx": 3, "cubed": 1}
 EMPTY = (
     "shapes/no-rows/index/plain/mean/float32",
     "shapes/no-classes/index/plain/none/float32",
     "shapes/no-classes-3-D/probability/plain/mean/float32",
 )
-# All that have labels are checked here, unless they have no values yet.
+# Whether labels are checked by default; None if arrays have no values.
 LOOKS = {"mparray": True, "marray": True, "mlx": False, "ndonnx": None, "cubed": None}
 
 
@@ -49,7 +49,7 @@ def leaves(result: Any) -> list[Any]:
 
 
 def refilled(result: Any, arrays: Iterator[Any]) -> Any:
-    """Put other arrays in the places of a result's."""
+    """Replace the arrays of a result."""
     if isinstance(result, tuple):
         parts = [refilled(part, arrays) for part in result]
         return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
@@ -57,7 +57,7 @@ def refilled(result: Any, arrays: Iterator[Any]) -> Any:
 
 
 def exported(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a function of ndonnx arrays as the ONNX model that it makes of unknown ones."""
+    """Export a function of ndonnx arrays to an ONNX model, and run that."""
     import ndonnx
     import onnxruntime
 
@@ -80,7 +80,7 @@ def exported(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def together(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute all results of a function of cubed arrays at once, not each by itself."""
+    """Compute all results of a function of cubed arrays at once, not one by one."""
     import cubed
 
     def run(*given: Any) -> Any:
@@ -93,18 +93,18 @@ def together(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-# Much less time than running each operation by itself, or twice; and an export is what ndonnx is
-# there for.
+# This takes much less time than running operations one by one, or twice; and exporting is what
+# ndonnx is for.
 WRAPPERS = {"ndonnx": exported, "cubed": together}
 
 
-# These libraries keep arrays in memory of their own, whatever the layout was.
+# These libraries copy arrays, whatever their layout was.
 @pytest.mark.parametrize("group", [group for group in GROUPS if group != "layouts"])
 def test_grid(backend_name: str, group: str) -> None:
     for name in BACKENDS[backend_name]:
         library = get_backend(name)
         every = [case for case in cases([group], library.floats) if not unsuited(case, name)]
-        # One with all options, 5 seconds for cubed, is enough.
+        # One case with all options, which takes cubed 5 seconds, is enough.
         rich = name != "cubed" or group == "combined"
         some = [case for case in every if rich or len(case.options) + len(case.arrays) <= 5]
         few = {case.name for case in representative(some, MOST.get(name))}
@@ -126,7 +126,7 @@ def test_grid(backend_name: str, group: str) -> None:
 
 
 def test_bad_labels(backend: Backend, backend_name: str) -> None:
-    """Where labels are looked at without being asked, a bad one is an error; else a nan."""
+    """If labels are checked by default, a bad one is an error; otherwise its row is nan."""
     x, bad = backend.asarray(X), backend.asarray(BAD)
     if LOOKS[backend_name]:
         with pytest.raises(IndexError, match=r"labels must lie in 0 to 2 .*got 3 at position \(1"):
@@ -185,7 +185,7 @@ def test_every_function_and_option_gives_numpy_s_answer(backend: Backend) -> Non
 
 
 def narrow(backend: Backend, array: Any) -> Any:
-    """Keep float64 from libraries that compute it no better."""
+    """Leave float64 out for libraries that compute it no better than float32."""
     return array.astype(np.float32) if backend.name == "mlx" and array.dtype == float else array
 
 

@@ -1,4 +1,4 @@
-"""cubed: nothing is computed by a call, and what is computed later fits in little memory."""
+"""cubed: a call computes nothing, and what is computed later needs little memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_memory_does_not_grow_with_the_rows(spec: Any, chunks: str, kind: str) -
         assert not planned.exceeds_memory
         projected.add(planned.max_projected_mem)
     assert len(projected) == 1
-    # A chunk is a quarter of a megabyte: some are read, some written, in compressed form as well.
+    # A chunk is a quarter of a megabyte; several are read and written, also in compressed form.
     assert max(projected) <= 3e6
 
 
@@ -59,7 +59,7 @@ def test_more_than_memory_holds_is_computed(spec: Any) -> None:
     assert logits.nbytes > spec.allowed_mem
     given = (
         cubed.from_array(logits, chunks=(256, 256), spec=spec),
-        # Cut otherwise than the logits' rows.
+        # Chunked differently from the logits' rows.
         cubed.from_array(labels, chunks=300, spec=spec),
     )
     loss, grad = polyce.cross_entropy_with_grad(*given)

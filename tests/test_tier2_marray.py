@@ -48,7 +48,7 @@ def test_masked_entries_are_refused(mxp: Any, name: str) -> None:
 
 
 def test_the_way_round_leaves_out_rows_and_classes(mxp: Any) -> None:
-    """What the error says to do does what a mask may have meant."""
+    """What the error suggests does what a mask may have meant."""
     labels = mxp.asarray(T, mask=np.array([False, True]))
     xp = labels._xp
     target = mxp.where(mxp.asarray(labels.mask), -100, mxp.asarray(labels.data))
@@ -62,7 +62,7 @@ def test_the_way_round_leaves_out_rows_and_classes(mxp: Any) -> None:
 
 
 def test_only_numpy_and_array_api_strict_lie_under_it() -> None:
-    """Elsewhere a look at the mask could compute, or be impossible."""
+    """With other libraries, reading the mask could start a computation or be impossible."""
     import types
 
     import marray

@@ -1,4 +1,4 @@
-"""mlx: lazy arrays, its own transformations, and labels that must never reach a gather."""
+"""mlx: lazy arrays, its own transformations, and bad labels that must never reach a gather."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_grad(target: Any, options: str) -> None:
 
 
 def test_compile() -> None:
-    """Once only: on a CPU mlx calls a C++ compiler for each of its kernels."""
+    """Only one case: on a CPU mlx calls a C++ compiler for each of its kernels."""
     import mlx.core as mx
 
     def rows(logits: Any, labels: Any) -> Any:
@@ -80,7 +80,7 @@ def test_second_derivatives() -> None:
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "uint32"])
 def test_no_label_out_of_range_reaches_a_gather(dtype: str) -> None:
-    """One that did would end the process."""
+    """A label that did would end the process."""
     import mlx.core as mx
 
     bad = np.array([0, 2, 3, 200, np.iinfo(dtype).max, np.iinfo(dtype).min]).astype(dtype)
@@ -111,7 +111,7 @@ def test_a_call_evaluates_nothing() -> None:
 
 
 def test_sums_keep_their_digits() -> None:
-    """mlx's own sum of so many numbers of one size is 3e-4 off on a CPU."""
+    """On a CPU mlx's own sum of this many equal numbers is off by 3e-4."""
     import mlx.core as mx
 
     rows = 70_000

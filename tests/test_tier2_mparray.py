@@ -1,4 +1,4 @@
-"""mparray: the one formula, with as many digits as are asked for."""
+"""mparray: the same formula, with as many digits as are asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def textbook(
 ) -> tuple[list[Any], list[list[Any]], Any]:  # fmt: skip
     """Compute losses, gradients and the mean's denominator as the documentation writes them.
 
-    The digits that this loses are made up for by more of them.
+    This loses digits, so it computes with more of them.
     """
     from mpmath import mp
 

@@ -1,4 +1,4 @@
-"""ndonnx: loss and gradient as an ONNX model, for any number of rows."""
+"""ndonnx: loss and gradient as an ONNX model that takes any number of rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def argument(shape: tuple[Any, ...], dtype: str) -> Any:
 
 
 def check(kind: str, dtype: str, sizes: tuple[Any, ...], **options: Any) -> None:
-    """Export with the row sizes left open, run with some, and compare with NumPy."""
+    """Export with dynamic row sizes, run with several, and compare with NumPy."""
     axes = ("N", CLASSES, *("d1", "d2")[: len(sizes[0]) - 1])
     rows = (axes[0], *axes[2:])
     inputs = {
@@ -96,7 +96,7 @@ def test_any_number_of_positions() -> None:
 
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_a_mean_over_rows_that_only_a_run_can_count(kind: str) -> None:
-    """No label of uint8 is -100, so that all rows count, however many there will be."""
+    """No uint8 label is -100, so all rows count, however many there will be."""
     logits = argument(("N", CLASSES), "float32")
     target = argument(("N",), "uint8") if kind == "index" else argument(("N", CLASSES), "float32")
     session = session_of(

@@ -1,4 +1,4 @@
-"""torch: itself as a second opinion, and polyce's gradient on torch's graph."""
+"""torch: polyce against torch's own loss, and polyce's gradient on torch's graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss among torch's own: graphs, hooks, modes, layouts, and the programs around it."""
+"""The loss in torch's surroundings: graphs, hooks, modes, layouts, and the programs around it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAYS: dict[str, Loss] = {
 
 @pytest.fixture(params=WAYS)
 def loss(request: pytest.FixtureRequest) -> Loss:
-    """The loss by one of its ways."""
+    """Compute the loss in one of several ways."""
     return WAYS[request.param]
 
 
@@ -85,7 +85,7 @@ def test_any_cotangent_of_the_rows(torch: Any, loss: Loss, kind: str, cotangent:
     for function in (torch.nn.functional.cross_entropy, loss):
         found = torch.autograd.grad(function(x, target, reduction="none"), x, g)[0]
         if cotangent == "infinite":
-            # torch forms inf - inf on the way.
+            # torch computes inf - inf on the way.
             found = torch.where(torch.isfinite(found), found, 0.0)
         grads.append(found)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-7, equal_nan=True)
@@ -184,7 +184,7 @@ def test_what_is_saved(torch: Any, loss: Loss, classes: int, dtype: str) -> None
     x = x.detach().to(getattr(torch, dtype)).requires_grad_()
     weight, large = torch.rand(classes), (6, classes)
     if loss is not WAYS["reference"]:
-        # Where a row is long, four numbers of it.
+        # Four numbers of each row, if rows are long.
         want = [large, (6,), *([(6, 4)] if classes > 64 else [])]
         assert saved_by(torch, lambda: loss(x, target)) == want
         assert saved_by(torch, lambda: by_module(x, target, inplace_backward=True)) == want
@@ -242,7 +242,7 @@ def test_layouts_of_the_logits(torch: Any, loss: Loss, kind: str) -> None:
             torch.testing.assert_close(grads[1], grads[0])
 
 
-# The programs that people write around torch's loss, with polyce in its place.
+# Programs that people write around torch's loss, with polyce in its place.
 ANYWHERE = pytest.mark.only("torch", "torch-cuda")
 
 
@@ -254,7 +254,7 @@ def train(torch: Any, cross_entropy: Callable[..., Any], options: dict[str, Any]
     labels[::10] = -100
     model = torch.nn.Linear(4, 3)
     torch.nn.init.zeros_(model.weight)
-    torch.nn.init.zeros_(model.bias)  # the first gradient is that of a tie
+    torch.nn.init.zeros_(model.bias)  # the first gradient is at a tie
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     losses = []
     for _ in range(30):
@@ -321,7 +321,7 @@ def test_next_tokens_with_padding(torch: Any, dtype: str) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_micro_batches_add_up_to_the_batch(torch: Any, weighted: bool) -> None:
     features, labels = torch.randn((12, 4)).double(), torch.randint(0, 3, (12,))
-    labels[:5] = -100  # so that the parts count differently
+    labels[:5] = -100  # so that the parts have different counts
     weight = torch.rand(3, dtype=torch.float64) if weighted else None
     model = torch.nn.Linear(4, 3).double()
     whole = torch.nn.functional.cross_entropy(model(features), labels, weight)

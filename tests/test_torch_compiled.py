@@ -1,4 +1,4 @@
-"""torch.compile with kernels as operators: what is in the graph, and that it is the same loss."""
+"""torch.compile with kernels as operators: what is in the graph, and that the loss is the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch_graphs import BACKWARD, FORWARD, Graphs, answers, arguments, by_name,
 
 pytestmark = [
     pytest.mark.only("torch"),
-    # torch's tracer instantiates its own Function for every custom one; all else is about polyce.
+    # torch's tracer instantiates a Function for every custom one; other warnings are about polyce.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-# aot_eager traces all that the others do; inductor writes and builds code for each graph.
+# aot_eager traces everything that the others do; inductor also builds code for each graph.
 COMPILERS = ["eager", "aot_eager", "inductor"] if FULL else ["aot_eager"]
 
 
@@ -63,7 +63,7 @@ def test_kernels_in_the_graph_give_what_they_give_outside(
 
         graphs = Graphs(torch, compiler)
         got = answers(torch, compiled(torch, function, graphs), arrays)
-        # Of a tensor without a dimension torch may make the graph twice.
+        # For 0-d tensors torch may make the graph twice.
         assert {tuple(names) for names in graphs.names} == {(FORWARD,)}
         want = answers(torch, function, arrays)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, equal_nan=True)
@@ -153,7 +153,7 @@ def test_one_graph_serves_every_number_of_rows(torch: Any, how: str) -> None:
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(want, x))
         counts.append(len(graphs.calls))
-    # torch learns that a size changes from the second one; no other may compile.
+    # The second size shows torch that sizes change; later ones must not recompile.
     assert counts[1:] == [counts[1]] * 4
     assert graphs.names[-1] == [FORWARD]
 
@@ -170,7 +170,7 @@ def test_one_graph_serves_every_number_of_classes(torch: Any) -> None:
         torch.testing.assert_close(loss, want)
         torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(want, x))
         counts.append(len(graphs.calls))
-    # What is kept of each row depends on whether there are more than 64.
+    # What is saved for each row depends on whether there are more than 64 classes.
     assert counts[:4] == [counts[0]] * 4
     assert counts[4:] == [counts[0] + 1] * 2
 
@@ -185,11 +185,11 @@ def test_a_new_normalizer_is_no_new_graph(torch: Any) -> None:
     x, target = torch.randn(4, 70), torch.randint(70, (4,))
     for total in (2.0, 3.5, 4.5, 7.25, 11.0):
         torch.testing.assert_close(compile_(x, target, total), function(x, target, total))
-    # torch learns that a number changes from the second one.
+    # The second value shows torch that a number changes.
     assert len(graphs.calls) <= 2
 
 
-# Where no gradient comes, modules, autocast, other functions
+# Without a gradient, modules, autocast, other functions
 
 
 def test_only_what_will_be_differentiated_keeps_rows(torch: Any) -> None:
@@ -335,7 +335,7 @@ def test_a_compiled_step_with_its_backward_pass(torch: Any) -> None:
     got, leaf.grad = leaf.grad, None
     step()
     torch.testing.assert_close(got, leaf.grad)
-    # Outside of a compiled step, its backward pass alone.
+    # Only the backward pass is compiled here.
     leaf.grad, value = None, by_name(leaf, target)
     from torch._dynamo import compiled_autograd
 
@@ -351,7 +351,7 @@ def test_what_torch_cannot_compile_takes_the_rules_of_the_operators(torch: Any, 
     if kind == "probability":
         target = torch.softmax(torch.randn(2, 5, dtype=torch.float64), 1)
         leaves.append(target.requires_grad_())
-    # Without AOTAutograd the graph runs on torch's own autograd.
+    # Without AOTAutograd the graph runs on torch's eager autograd.
     function = compiled(torch, by_name, Graphs(torch, "eager"))
     seconds = []
     for loss in (function, by_name):
@@ -372,7 +372,7 @@ def test_exports_and_traces_hold_operations_of_torch_alone(torch: Any) -> None:
     x, target = torch.randn(600, 1000), torch.randint(1000, (600,))
     modules = [torch.export.export(Loss(), (x, target), strict=s).module() for s in (True, False)]
     for mode in ("fake", "real"):
-        loss = Loss()  # a function's optional arguments are arguments to make_fx
+        loss = Loss()  # make_fx treats a function's optional arguments as arguments
         modules.append(make_fx(loss, tracing_mode=mode)(x, target))
     graphs = Graphs(torch)
     per_sample = torch.func.grad(polyce.cross_entropy)
@@ -385,7 +385,7 @@ def test_exports_and_traces_hold_operations_of_torch_alone(torch: Any) -> None:
 
 @pytest.mark.parametrize("call", ["cross_entropy(x, t)", "linear_cross_entropy(x, x, t)"])
 def test_the_first_call_of_a_process_may_be_compiled(call: str) -> None:
-    """What a first call leaves behind is nothing that torch has made a guard of."""
+    """A first call must not change anything that torch guards on."""
     code = f"""
 import torch, polyce
 x, t = torch.randn(5, 5, requires_grad=True), torch.tensor([0, 4, 2, 1, 1])

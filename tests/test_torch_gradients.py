@@ -1,4 +1,4 @@
-"""torch's gradients of every order and of every operand, against differences, torch, and paper."""
+"""torch's gradients, of all orders and operands, against differences, torch and paper."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PRODUCT = list(
         OPTIONS,
     )
 )
-# A step that is prime to every axis of the product walks through all of their values.
+# A step coprime to the length of every axis of the product reaches all of their values.
 SELECTION = PRODUCT if FULL else PRODUCT[::23]
 
 
@@ -145,7 +145,7 @@ def test_gradients_of_probabilities_and_class_weights_agree_with_torch(
     axis = min(1, len(SHAPES[shape]) - 1)
     arrays = [
         torch.randn(SHAPES[shape], dtype=torch.float64),
-        # Not normalised, and with zeros: neither torch nor polyce minds.
+        # Not normalised, and with zeros, which both torch and polyce accept.
         torch.relu(torch.randn(SHAPES[shape], dtype=torch.float64)),
         torch.rand(SHAPES[shape][axis], dtype=torch.float64),
     ]
@@ -182,9 +182,9 @@ def test_a_class_that_takes_no_part(torch: Any) -> None:
     polyce.cross_entropy(logits, target, weight).backward()
     lse = math.log1p(math.e)
     assert logits.grad.isfinite().all()
-    # As in torch: moving probability there costs infinitely much.
+    # As in torch: moving probability there has infinite cost.
     torch.testing.assert_close(target.grad, torch.tensor([[lse, math.inf, lse - 1]]))
-    # torch has nan for the second class: 0 times infinity.
+    # torch gives nan for the second class: 0 times infinity.
     torch.testing.assert_close(weight.grad, torch.tensor([lse / 2, 0.0, (lse - 1) / 2]))
     _, tangent = torch.func.jvp(
         lambda p: polyce.cross_entropy(logits.detach(), p),

@@ -1,4 +1,4 @@
-"""A backward pass that writes the gradient over the logits: who sees it, and who is refused."""
+"""A backward pass that writes the gradient over the logits: its effects, and what is refused."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_hooks_that_bring_back_copies(torch: Any, path: str) -> None:
             loss = inplace(logits, target, implementation=path)
         want = expected(torch, leaf, target)
         (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        # A copy may serve others as well: it is left alone.
+        # Other code may use the copy, so it is left unchanged.
         assert torch.equal(logits, leaf)
         (again,) = torch.autograd.grad(loss, logits)
         for found in (grad, again):
@@ -288,7 +288,7 @@ def test_the_cotangent_may_lie_in_the_logits(torch: Any, path: str) -> None:
     options = {"reduction": "none", "implementation": path}
     logits = leaf * 1
     loss = inplace(logits, target, **options)
-    cotangent = logits.detach()[0, :6]  # which the first row's gradient is written over
+    cotangent = logits.detach()[0, :6]  # overwritten by the first row's gradient
     want = expected(torch, leaf, target, cotangent.clone(), **options)
     (grad,) = torch.autograd.grad(loss, logits, cotangent)
     torch.testing.assert_close(grad, want, rtol=1e-13, atol=0.0)

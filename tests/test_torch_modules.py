@@ -1,4 +1,4 @@
-"""The losses as torch's modules: torch's constructor and state, and the options beside them."""
+"""The losses as torch modules: torch's constructor and state, and polyce's options."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_the_weight_is_a_buffer(torch: Any, name: str) -> None:
     x, target = batch(torch)
     weight = torch.rand(5)
     for cast in ("half", "bfloat16", "double"):
-        # torch wants the logits' own dtype.
+        # torch requires the logits' own dtype.
         got = getattr(ours(name)(weight), cast)()(x, target)
         want = ours(name)(getattr(weight, cast)())(x, target)
         torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
@@ -260,7 +260,7 @@ def test_copies_keep_everything(torch: Any, name: str, how: str) -> None:
         assert getattr(again, key) == getattr(module, key)
     target[target < 0] = 2
     assert torch.equal(again(x, target), module(x, target))
-    # A shallow copy shares its buffers, as every module's does.
+    # A shallow copy shares its buffers, as with every module.
     again.weight = again.weight * 2
     assert torch.equal(again.weight, module.weight) == (how == "copy")
 
@@ -277,7 +277,7 @@ def test_torchs_deprecated_arguments(torch: Any, name: str) -> None:
         assert found[0] == found[1]
 
 
-# What the constructor takes, and the call says: every rule of the functions'.
+# The constructor accepts these, and the call reports them: every rule of the functions.
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "Mean"}, ValueError, "reduction must be"),
     ({"reduction": None}, ValueError, "reduction must be"),

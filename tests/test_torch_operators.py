@@ -1,4 +1,4 @@
-"""The operators that torch.compile puts into its graphs, called by themselves."""
+"""The operators that torch.compile puts into its graphs, called directly."""
 
 from __future__ import annotations
 

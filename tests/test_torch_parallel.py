@@ -1,4 +1,4 @@
-"""A loss in several threads and processes at once, as torch's own wrappers run it."""
+"""A loss in several threads and processes at once, as run by torch's own wrappers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.only("torch")
 
 
 def test_threads_may_share_the_loss(torch: Any) -> None:
-    # As DataParallel does: one module, a thread for each replica, one backward through all.
+    # As DataParallel does: one module, a thread for each replica, one backward pass through all.
     loss = polyce.CrossEntropyLoss(label_smoothing=0.1)
     shards = [
         (torch.randn(64, 5, dtype=torch.float64).requires_grad_(), torch.randint(0, 5, (64,)))
@@ -56,7 +56,7 @@ def test_data_parallel_without_devices(torch: Any, way: str) -> None:
     model = Model()
     features, target = torch.randn(6, 4), torch.randint(5, (6,))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls it superseded
+        warnings.simplefilter("ignore")  # torch warns that it is superseded
         value = torch.nn.DataParallel(model)(features, target)
     value.backward()
     want = torch.nn.functional.cross_entropy(model.linear(features), target)

@@ -1,4 +1,4 @@
-"""Tensors that are refused, those that go on though odd, and labels that cannot be looked at."""
+"""Tensors that are refused, odd ones that are accepted, and labels that cannot be checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_tensors_that_are_not_dense_are_refused_wherever_they_are(
     dense = given[name]
     rule = "must be real" if odd == "quantised" else "must be a dense tensor"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls two of these prototypes
+        warnings.simplefilter("ignore")  # torch warns that two of these are prototypes
         given[name] = {
             "sparse": dense.to_sparse,
             "nested": lambda: torch.nested.nested_tensor([dense, dense]),
@@ -60,7 +60,7 @@ def test_devices_do_not_mix(torch: Any, name: str) -> None:
 
 @pytest.fixture
 def one_process(torch: Any, tmp_path: Path) -> Any:
-    """A group of this process alone."""
+    """A process group of this process alone."""
     distributed = torch.distributed
     if not distributed.is_available():
         pytest.skip("torch was built without distributed")
@@ -79,7 +79,7 @@ def test_sharded_tensors_are_refused(torch: Any, one_process: Any) -> None:
     by_rows = ", or, where rows alone are sharded, to_local.* with normalizer= .* losses add up$"
     for name, tensor in given.items():
         sharded = distribute_tensor(tensor, mesh, [Shard(0)])
-        # The entries of a weight are classes.
+        # A weight has an entry for each class.
         rest = "$" if name == "weight" else by_rows
         match = rf"^{name} must .* DTensor.*; pass {name}\.full_tensor\(\){rest}"
         for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.nll_loss):

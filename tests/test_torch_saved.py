@@ -1,4 +1,4 @@
-"""What comes from outside of a call on torch: what hooks give back, freed memory, operators."""
+"""What reaches a call on torch from outside: what hooks return, freed memory, operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gradient(torch: Any, context: Any, x: Any, target: Any, **options: Any) -> A
 def test_hooks_that_keep_small_floats_as_bfloat16(torch: Any, classes: int, kind: str) -> None:
     x = torch.randn(4, classes)
     x[:, classes - 1] = 9.0
-    # Where a class number that is rounded up points to.
+    # A class number that is rounded up points there.
     x[1::2, 0] = 20.0
     target = torch.tensor([classes - 1, 299, 0, classes - 1])
     if kind == "probabilities":
@@ -56,7 +56,7 @@ def test_hooks_that_keep_small_floats_as_bfloat16(torch: Any, classes: int, kind
         loss = loss_of(polyce.cross_entropy, x, **options)
     (got,) = torch.autograd.grad(loss, x)
     (want,) = torch.autograd.grad(loss_of(torch.nn.functional.cross_entropy, x), x)
-    # As exact as what the hooks have kept.
+    # As exact as what the hooks kept.
     torch.testing.assert_close(got, want, rtol=0.1, atol=1e-4)
 
 
@@ -84,14 +84,14 @@ def test_hooks_that_give_back_other_tensors(
             )
         with pytest.raises(RuntimeError, match="give back what they were given"):
             torch.autograd.grad(loss, x, create_graph=graph)
-        # Nothing is lost: the next call is right.
+        # The next call is right.
         got = gradient(torch, hooks(torch, lambda t: t), x, target)
         want = torch.autograd.grad(torch.nn.functional.cross_entropy(x, target), x)[0]
         torch.testing.assert_close(got, want)
 
 
 def test_hooks_that_lay_the_logits_otherwise(torch: Any) -> None:
-    # A forward pass across the rows leaves nothing that a backward pass along the classes may read.
+    # A backward pass along the classes must not read what a forward pass across the rows saved.
     x = torch.randn(100, 7).t()
     target = torch.arange(7)
     want = gradient(torch, hooks(torch, lambda t: t), x, target)
@@ -125,7 +125,7 @@ def check_hooks_that_change_nothing(torch: Any, give_back: Callable[[Any], Any])
 
 
 def test_negated_numbers(torch: Any) -> None:
-    three = torch.complex(torch.zeros(()), torch.tensor(3.0)).conj().imag  # -3, by a view
+    three = torch.complex(torch.zeros(()), torch.tensor(3.0)).conj().imag  # -3, through a view
     x, target = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([0])
     polyce.cross_entropy(x, target).backward(three)
     want = polyce.cross_entropy_with_grad(x, target, grad_output=-3.0)[1]
@@ -236,7 +236,7 @@ def test_nll_loss_and_memory_freed_before_the_backward_pass(torch: Any, name: st
     loss = polyce.nll_loss(x, **given)
     freed(torch, given[name])
     if name == "weight":
-        loss.backward()  # the weight of each label has been taken out of it
+        loss.backward()  # each label's weight has been read from it
     else:
         with pytest.raises(RuntimeError, match="must lie within its storage"):
             loss.backward()
@@ -323,7 +323,7 @@ def test_arguments_of_the_operators(torch: Any) -> None:
         return operator(torch, *tensors, rows=rows, denominator=nothing, **changed)
 
     assert torch.equal(run(), want)
-    # What does not fit is refused; what fits and is nonsense gives numbers.
+    # What does not fit is refused; what fits but makes no sense gives some numbers.
     for rows in (torch.zeros(2, 4).double(), torch.zeros(3, 4), torch.zeros(12).double()):
         with pytest.raises(RuntimeError, match="what was saved of the rows must be float64"):
             run(rows)

@@ -15,11 +15,11 @@ from conftest import FULL
 
 pytestmark = [
     pytest.mark.only("torch", "torch-cuda"),
-    # torch's tracer instantiates its own Function for every custom one; all else is about polyce.
+    # torch's tracer instantiates a Function for every custom one; other warnings are about polyce.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-# aot_eager traces all that the others do; inductor compiles C++ for minutes.
+# aot_eager traces everything that the others do; inductor compiles C++ for minutes.
 COMPILERS = ["eager", "aot_eager", "inductor"] if FULL else ["aot_eager"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -98,7 +98,7 @@ def test_one_graph_serves_every_number_of_rows(torch: Any, compiler: str, kind: 
             loss_and_gradients(torch, compiled, arrays), loss_and_gradients(torch, loss, arrays)
         )
         counts.append(counter.frame_count)
-    # torch may start over within the first call, but no other may compile.
+    # torch may start over within the first call, but later calls must not recompile.
     assert counts == [counts[0]] * 3
 
 
@@ -161,14 +161,14 @@ def test_compiled_transforms(torch: Any, name: str) -> None:
         target = torch.relu(arrays["target"] - 0.2) if kind == "probability" else arrays["target"]
         for x in (arrays["input"], torch.zeros((4, 5), dtype=torch.float64)):
             expected = transformed(x, target)
-            # The mean over an ignored row alone is nan.
+            # The mean over nothing but an ignored row is nan.
             torch.testing.assert_close(
                 compiled(x, target), expected, rtol=1e-13, atol=1e-15, equal_nan=True
             )
 
 
 class Classifier:
-    """Makes a module of a linear layer and the loss, once torch is there to derive it from."""
+    """Makes a module of a linear layer and the loss, once torch can be imported."""
 
     def __new__(cls, torch: Any, **options: Any) -> Any:
         class Module(torch.nn.Module):
@@ -243,7 +243,7 @@ def test_make_fx(torch: Any, kind: str, mode: str) -> None:
     arrays = arguments(torch, kind)
     first, second = arrays["input"], arrays["target"]
     if kind == "index":
-        # Traced without an ignored row, it has to ignore one all the same.
+        # Traced without an ignored row, it must still ignore one later.
         second = second.clamp(0)
     graph = make_fx(loss_and_gradient, tracing_mode=mode)(first, second)
     arrays = arguments(torch, kind)
@@ -254,7 +254,7 @@ def test_make_fx(torch: Any, kind: str, mode: str) -> None:
 def test_jit_trace_keeps_the_labels_open(torch: Any) -> None:
     x, y = torch.randn((4, 5)), torch.tensor([0, -100, 4, 2])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls tracing deprecated, and sizes constants
+        warnings.simplefilter("ignore")  # tracing is deprecated and makes sizes constants
         traced = torch.jit.trace(polyce.cross_entropy, (x, y.clamp(0)))
     torch.testing.assert_close(traced(x, y), polyce.cross_entropy(x, y))
 

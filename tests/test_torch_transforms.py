@@ -1,4 +1,4 @@
-"""torch.func and forward mode give what they give of torch's own loss."""
+"""torch.func and forward mode give the same results as for torch's own loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conftest import FULL
 pytestmark = pytest.mark.only("torch", "torch-cuda")
 
 Loss = Callable[..., Any]
-# What is done to a loss of (logits, target); the arrays are those of `Arrays` below.
+# Transforms of a loss of (logits, target); the arrays are those of `Arrays` below.
 TRANSFORMS: dict[str, Callable[[Any, Loss, Any], Any]] = {
     "grad": lambda f, loss, a: f.grad(loss)(a.x, a.y),
     "vjp": lambda f, loss, a: f.vjp(lambda x: loss(x, a.y), a.x)[1](a.x.sum()),
@@ -26,7 +26,7 @@ TRANSFORMS: dict[str, Callable[[Any, Loss, Any], Any]] = {
     "jacfwd": lambda f, loss, a: f.jacfwd(loss)(a.x, a.y),
     "jacrev of jacrev": lambda f, loss, a: f.jacrev(f.jacrev(loss))(a.x, a.y),
     "jacrev of jacfwd": lambda f, loss, a: f.jacrev(f.jacfwd(loss))(a.x, a.y),
-    # torch loses the inner tangents of most custom functions here.
+    # torch drops the inner tangents of most custom functions here.
     "jacfwd of jacfwd": lambda f, loss, a: f.jacfwd(f.jacfwd(loss))(a.x, a.y),
     "third": lambda f, loss, a: f.jacfwd(f.hessian(loss))(a.x, a.y),
     "vmap": lambda f, loss, a: f.vmap(loss)(a.xs, a.ys),
@@ -141,7 +141,7 @@ def test_per_sample_gradients_of_single_rows(torch: Any) -> None:
 
 
 def test_the_new_options_under_transforms(torch: Any) -> None:
-    # Against the rows one by one, through the rule of plain calls.
+    # Compared with the rows one by one, through the rule of plain calls.
     xs = torch.randn((3, 2, 4), dtype=torch.float64)
     ys, weights = torch.tensor([[0, -100], [1, 2], [3, 0]]), torch.rand((3, 2), dtype=torch.float64)
     normalizers = torch.tensor([1.0, 2.0, 3.0])
@@ -302,7 +302,7 @@ def test_a_kernel_is_never_asked_under_a_transform(
 
     def backward(problem: Any, *arguments: Any) -> Any:
         called.append("backward")
-        assert problem.options.stats is None  # nobody takes them from here
+        assert problem.options.stats is None  # nothing reads the labels from here
         return right.backward(problem, *arguments)
 
     kernels = right._replace(forward=forward, backward=backward)

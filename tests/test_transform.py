@@ -1,4 +1,4 @@
-"""The transform of the logits: its differences keep their digits, and parts of a row merge."""
+"""The transform of the logits: differences keep their digits, and parts of a row merge."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def problem_dtype(backend: Backend) -> str:
 @pytest.mark.only("numpy", "strict", "torch", "jax-x64", "jax-x32")
 @pytest.mark.parametrize("scale", [1.0, 0.37, 3.0, 1e-3])
 def test_the_rounding_of_a_difference_is_known_exactly(backend: Backend, scale: float) -> None:
-    """But for the last part, which is itself rounded and 2⁻⁵⁰ times smaller."""
+    """Except for the last part, which is itself rounded and 2⁻⁵⁰ times smaller."""
     generator = np.random.default_rng(1)
     dtype = problem_dtype(backend)
     a, b = (generator.normal(0.0, 30.0, 200).astype(dtype) for _ in range(2))
@@ -161,7 +161,7 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
         for parts in ((one, other, third), (third, one, other)):
             merged = rowstate.merge(problem, rowstate.merge(problem, *parts[:2]), parts[2])
             for got, want in zip(facts(merged), whole, strict=True):
-                # Merged with a softcap, an exponent is rounded once more.
+                # When states with a softcap merge, an exponent is rounded once more.
                 rtol = (16 if cap == INF else 256) * np.finfo(logits.dtype).eps
                 np.testing.assert_allclose(got, want, rtol=rtol)
 
@@ -172,7 +172,7 @@ def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, c
 def test_the_largest_logits_at_the_ends_of_the_scale(
     backend: Backend, scale: float, share: float
 ) -> None:
-    """Beyond what the grid's tolerances can be worked out for."""
+    """The grid's tolerances cannot be computed for logits this large."""
     dtype = problem_dtype(backend)
     large = float(np.finfo(dtype).max) * share
     logits = backend.asarray(np.array([[large, 0.0, -large], [0.0, large, -large]], dtype))

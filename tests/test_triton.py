@@ -1,4 +1,4 @@
-"""The triton path in Triton's interpreter: what it reads and writes, and what it leaves alone."""
+"""The triton path in Triton's interpreter: what it reads and writes, and what it must not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def chosen(
     groups: tuple[str, ...], floats: tuple[str, ...], count: int | None
 ) -> Callable[[Case], str]:
-    """Leave out all but some cases for each trait, and the longest rows, which take long."""
+    """Keep only a few cases for each trait, and leave out the longest rows, which take long."""
     names = set()
     for group in groups:
         short = [
@@ -56,7 +56,7 @@ def test_grid_in_tiles_and_parts(
         "triton",
         backend,
         groups=groups,
-        # All of the grid would take an hour.
+        # The whole grid would take an hour.
         leave_out=chosen(groups, ("float32", "float64"), None if FULL else 2),
     )
     print(report)
@@ -107,7 +107,7 @@ def test_nothing_outside_is_read_or_written(
         x, t, w, sample_weight=v, implementation="reference", **OPTIONS
     )
     x, _ = around(torch, x, math.nan)
-    # A label from outside would be out of range, and make its row nan.
+    # A label read from outside the array would be out of range, and make its row nan.
     t, _ = around(torch, t, 10**6 if kind == "index" else math.nan, before=3)
     w, _ = around(torch, w, math.nan, before=1)
     v, _ = around(torch, v, math.nan, before=2)
@@ -256,7 +256,7 @@ def test_what_is_read_and_written(
     monkeypatch.setattr(builder, "create_masked_load", counted_load)
     monkeypatch.setattr(builder, "create_masked_store", counted_store)
     rows = x.numel() // shape[1]
-    # An ignored row is not read at all; of each other one its label's logit once more.
+    # An ignored row is not read at all; of every other row the label's logit is read once more.
     read = x.numel() - shape[1] + rows - 1 if kind == "index" else x.numel()
     polyce.cross_entropy(x, t, implementation="triton")
     assert counts["x"] == read
@@ -275,7 +275,7 @@ def test_what_speaks_against_it(torch: Any, monkeypatch: pytest.MonkeyPatch) -> 
     x, t = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     explained = polyce.explain(x, t)
     assert explained.reasons["triton"] == ()
-    # It could, but in an interpreter nobody wants it unasked.
+    # The path could serve this, but the interpreter must not be chosen by default.
     assert explained.chosen == "native"
     assert polyce.explain(x, t, implementation="triton").chosen == "triton"
     with polyce.use("triton"):
@@ -389,7 +389,7 @@ def test_under_compile(torch: Any, reduction: str) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     x.requires_grad_()
     ours, want = compiled(x, "triton"), loss(x, "reference")
-    # A bad label makes its row nan where labels are not looked at.
+    # A bad label makes its row nan if labels are not checked.
     torch.testing.assert_close(ours, want, equal_nan=True)
     assert torch.isnan(ours).any()
     g = torch.rand(want.shape)

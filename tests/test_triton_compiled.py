@@ -14,7 +14,7 @@ pytestmark = pytest.mark.only("triton-compile")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Shape and strides; whether classes are read, and the gradient written, 16 bytes at once.
+# Shape and strides; whether classes are read, and the gradient is written, 16 bytes at once.
 LAYOUTS = {
     "aligned": ((4, 4096), (4096, 1), True),
     "odd": ((4, 50257), (50257, 1), True),
@@ -24,7 +24,7 @@ LAYOUTS = {
     "split": ((2, 200_001), (200_001, 1), True),
 }
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
-# What else is passed, and options.
+# What else is passed: arrays and options.
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
     "sum": ((), {"reduction": "sum"}),
@@ -37,9 +37,9 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "probabilities": (("probabilities",), {}),
     "everything of probabilities": (("probabilities", "weight", "sample_weight"), EVERYTHING),
 }
-# Registers of a thread, so that two programs of 8 warps share a multiprocessor's 65536; and all
-# that there are, for float64, for a softcap with all stats, and where a thread keeps several rows:
-# 255, on AMD's GPUs 512.
+# Most registers of a thread with which two programs of 8 warps share a multiprocessor's 65536. For
+# float64, for a softcap with all stats, and if a thread keeps several rows, all that there are:
+# 255, or 512 on AMD's GPUs.
 FEW, MANY = 128, {"gfx942": 512}
 HEAVY = ("everything", "everything of probabilities")
 
@@ -66,7 +66,7 @@ def test_compiled(
 
     recorder = record(target)
     shape, strides, wide = LAYOUTS[layout]
-    # There a softcap leaves registers for 8 bytes at once.
+    # With a softcap there are only registers for 8 bytes at once.
     wide = wide and not (layout == "neighbours" and flags in HEAVY)
     given, options = FLAGS[flags]
     x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
@@ -83,7 +83,7 @@ def test_compiled(
     for launch in recorder.launched:
         compiled = binary(launch, recorder.device)
         count, spilled = registers(compiled, tmp_path)
-        # Now and then ptxas keeps a number or two for after the loop, to be a few registers fewer.
+        # Sometimes ptxas spills a number or two until after the loop, to save a few registers.
         assert spilled <= (16 if "cubin" in compiled.asm else 0), launch.name
         if spilled:
             assert spills_in_loops(compiled, tmp_path) == []

@@ -1,4 +1,4 @@
-"""The Python code of the triton path as it runs on a GPU, on a driver that records launches."""
+"""The Python code of the triton path, as on a GPU, with a driver that records launches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_launch_each(torch: Any, launched: list[Any], classes: int) -> None:
     assert names(launched) == ["forward", "backward"]
     launched.clear()
     call(x, labels(torch, 3), reduction="mean", return_stats=True)
-    # One program adds up what the others have summed.
+    # One program adds the sums of the others.
     assert names(launched) == ["forward", "reduce", "backward"]
     assert launched[1].grid == (1, 1, 1)
 
@@ -93,7 +93,7 @@ def test_no_launch_for_nothing(torch: Any, launched: list[Any]) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 70), (5, 1), (1, 1, 1), (1, 2, 1), (1, 5, 3)])
 def test_sizes_of_one(torch: Any, launched: list[Any], shape: tuple[int, ...]) -> None:
-    # Triton makes constants of arguments that are 1.
+    # Triton turns arguments that are 1 into constants.
     from recorder import call
 
     x, w = torch.ones(shape), torch.ones(shape[-1] if len(shape) == 1 else shape[1])
@@ -196,7 +196,7 @@ def test_what_is_promised_of_alignment_is_so(
             assert (found["PEEL"], found["UNIT"]) == (peeled, unit)
             assert found["units"] * unit == classes
             assert found["IN_STEP"] == ((peeled or unit > 1) and shift == offset % vector)
-            # The same arithmetic as the kernel's: where its promises are, addresses are multiples.
+            # The kernel's own arithmetic: addresses are multiples where the kernel promises it.
             for row in range(3):
                 at = row * stride + found["lead"]
                 start = min((vector - at % vector) % vector, classes) if peeled else 0
@@ -212,7 +212,7 @@ def test_what_is_promised_of_alignment_is_so(
 
 @pytest.fixture
 def watched(torch: Any) -> Iterator[dict[str, Any]]:
-    """Note what torch does meanwhile: how large its results are, and whether it waits."""
+    """Record what torch does meanwhile: how large its results are, and whether it waits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: dict[str, Any] = {"sizes": [], "waits": []}
@@ -277,5 +277,5 @@ def test_pointers_are_followed_with_64_bits(torch: Any, recorder: Any, launched:
         products = [line.strip() for line in lines if "arith.muli" in line]
         narrow = [line for line in products if "i64" not in line]
         assert len(products) > len(narrow)
-        # Where a part of a row begins is a number of classes, which fits.
+        # A part's start is a class index, which fits in 32 bits.
         assert all(line.startswith("%begin = ") for line in narrow), narrow

@@ -1,4 +1,4 @@
-"""Each wrong kernel is caught, and by its answers."""
+"""Each wrong kernel is caught, because of its answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.only("triton"), pytest.mark.tests_of_tests]
 
 
 def names(crashes: bool) -> list[str]:
-    # Without an import of Triton, which other runs may lack.
+    # Triton must not be imported here: other runs may lack it.
     from triton_mutants import MUTANTS
 
     chosen = one_of_each(MUTANTS, lambda mutant: (mutant.file, mutant.check))
@@ -38,7 +38,7 @@ def test_a_wrong_kernel_is_caught(name: str) -> None:
     mutant.install()
     with pytest.raises(AssertionError) as caught:
         mutant.check()
-    # For a wrong answer, not because the kernel itself broke down.
+    # It must fail by a wrong answer, not because the kernel raised an error.
     assert "InterpreterError" not in str(caught.value)
 
 
@@ -49,12 +49,12 @@ def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
         [sys.executable, str(program), name],
         capture_output=True,
         check=False,
-        # What dies by a signal deletes nothing.
+        # A process that a signal ends does not delete its files.
         env={**os.environ, "TMPDIR": str(tmp_path)},
         text=True,
         timeout=300,
     )
-    # A wrong answer; or a signal: SIGSEGV, SIGBUS, SIGABRT.
+    # A wrong answer, or a signal: SIGSEGV, SIGBUS, SIGABRT.
     assert done.returncode in (1, -11, -7, -6), done.stderr
     assert done.returncode < 0 or not done.stderr
 

@@ -1,4 +1,4 @@
-"""Values of the triton path that need digits, and what a backward pass makes of saved rows."""
+"""Values of the triton path that need precision, and how a backward pass uses saved rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_loss_in_16_bits_is_rounded_once(
 ) -> None:
     x, t = torch.zeros(1, 2), torch.tensor([0])
     exact = polyce.cross_entropy(x, t, reduction="sum", implementation="triton").double()
-    # Above the middle of two numbers, by less than float32 can tell.
+    # Above the middle of two numbers by less than float32 can resolve.
     wanted = 1.0 + 2.0**-digits + 2.0**-30
     more = {"normalizer": 1.0} if reduction == "mean" else {}
     for sign in (1.0, -1.0):
@@ -59,7 +59,7 @@ def test_stats_leave_the_gradient_alone(
     for shape in ((6, 9), (3, 70), (2, 5, 3)):
         x = 3.0 * torch.randn(shape, dtype=torch.float64)
         t = torch.randint(shape[1], (shape[0], *shape[2:]))
-        # The likeliest class of one row, and one that is masked in another.
+        # The likeliest class of one row, and a masked class of another.
         t[0] = x[0].argmax(0)
         x[1].scatter_(0, t[1][None], -math.inf)
         w = torch.rand(shape[1], dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> N
     memory = torch.full((5 * 70,), 7.0)
     out = memory[70:280].view(3, 70)
     got = triton_torch.backward(problem, operands, saved, out)
-    # The label is the target's; of probabilities the likeliest class alone is another's.
+    # A label is read from the target; with probabilities only the likeliest class's entry is wrong.
     assert int((got != want).sum()) <= (0 if kind == "index" else 3)
     assert torch.equal(memory[:70], torch.full((70,), 7.0))
     assert torch.equal(memory[280:], torch.full((70,), 7.0))

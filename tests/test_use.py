@@ -1,6 +1,6 @@
-"""`use` keeps to its own block: of a thread, of a task, and around or inside compiled code.
+"""`use` only affects its own block: of a thread, of a task, around or inside compiled code.
 
-The implementations here are the reference under other names, which write down what runs.
+The implementations here are the reference under other names, which record what runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def call() -> None:
 
 
 async def hold(name: str, entered: asyncio.Event, go_on: asyncio.Event) -> None:
-    """Call inside a block before and after another task has had its turn."""
+    """Call inside a block, before and after another task has run."""
     with polyce.use(name):
         call()
         entered.set()
@@ -91,7 +91,7 @@ def test_a_task_has_the_choice_of_the_block_it_was_made_in(ran: list[str]) -> No
 
 @pytest.mark.only("numpy")
 def test_a_block_may_end_in_another_context(ran: list[str]) -> None:
-    """As that of an asynchronous generator does which nobody has run to its end."""
+    """The block of an asynchronous generator does so if nothing runs the generator to its end."""
 
     def blocks() -> Iterator[None]:
         with polyce.use("b"):
@@ -145,7 +145,7 @@ def test_around_and_inside_a_jit(ran: list[str]) -> None:
 
 @pytest.fixture
 def graphs() -> Iterator[list[Any]]:
-    """Collect the graphs that torch.compile makes; nothing of other tests is compiled."""
+    """Collect the graphs that torch.compile makes, with a fresh cache."""
     import torch
 
     torch._dynamo.reset()
@@ -164,7 +164,7 @@ def compiled(function: Any, graphs: list[Any]) -> Any:
 
 
 def calls_a_kernel(graph: Any) -> bool:
-    """Tell whether a graph calls an operator of polyce's, as that of native does."""
+    """Tell whether a graph calls an operator of polyce, as native's does."""
     return any("polyce" in str(node.target) for node in graph.graph.nodes)
 
 
@@ -183,8 +183,8 @@ def test_around_a_function_that_torch_compiles(graphs: list[Any]) -> None:
             run(*tensors())
         run(*tensors())
     run(*tensors())
-    # One for native and one for the reference, which is what a small call runs unasked; what is
-    # compiled anew for None is the same.
+    # One for native and one for the reference, which is the default for a small call; the graph
+    # recompiled for None is the same.
     assert [calls_a_kernel(graph) for graph in graphs] == [True, False, False]
 
 
@@ -204,7 +204,7 @@ def test_inside_a_function_that_torch_compiles(graphs: list[Any]) -> None:
     kernels = [node for node in graph.graph.nodes if "polyce" in str(node.target)]
     assert len(kernels) == 1
     assert [round(float(loss), 4) for loss in losses] == [1.0986] * 4
-    # It has left nothing behind, neither for calls nor for the compiler.
+    # No effect is left, neither on calls nor on the compiler.
     assert "native     yes  <- runs" in str(polyce.explain(*tensors()))
     compiled(lambda *given: polyce.cross_entropy(*given, reduction="sum"), graphs)(*tensors())
     assert not calls_a_kernel(graphs[-1])

@@ -1,4 +1,4 @@
-"""A toy array library around NumPy, which deviates from the array API standard in four ways."""
+"""A toy array library around NumPy that deviates from the array API standard in four ways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Array(np.lib.mixins.NDArrayOperatorsMixin):
-    """An array that has what the standard asks of one, and nothing of NumPy's own."""
+    """An array with what the standard requires, and nothing else of NumPy's."""
 
     def __init__(self, data: Any) -> None:
         self._data = np.asarray(data)
@@ -53,6 +53,6 @@ def argmax(x: Array, axis: int | None = None) -> Array:
     return Array(np.argmax(x._data, axis=axis))
 
 
-# 4: sum takes no dtype, and adds in that of its argument.
+# 4: sum takes no dtype, and adds in its argument's.
 def sum(x: Array, axis: int | None = None, *, keepdims: Any = False) -> Array:  # noqa: A001
     return Array(np.sum(x._data, axis=axis, keepdims=keepdims))

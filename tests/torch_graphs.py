@@ -1,4 +1,4 @@
-"""What tests of torch.compile share: calls, their answers, and what is in the graphs."""
+"""What tests of torch.compile share: calls, their results, and what is in the graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FORWARD, BACKWARD = "polyce.cross_entropy.default", "polyce.cross_entropy_backwa
 
 
 class Graphs:
-    """A compiler that notes which operators of polyce the graphs call, and with what."""
+    """A compiler that records which operators of polyce the graphs call, and with what."""
 
     def __init__(self, torch: Any, compiler: str = "aot_eager") -> None:
         self.torch, self.compiler = torch, compiler

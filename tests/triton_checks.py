@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels, run in the interpreter: of right ones, and of wrong ones."""
+"""Checks of the Triton kernels in the interpreter, for correct kernels and for mutants."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import polyce
 from polyce.testing import Case, cases, check_implementation
 from polyce.testing.selection import representative
 
-# Launch tables with everything of a large problem in a small one.
+# Launch tables that make small problems take the ways of large ones.
 TILES = {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 8}
 PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2}
 
 
-# Names of the cases of a group that stand for it, short ones; chosen once.
+# Names of the short cases that stand for a group; chosen once.
 _chosen: dict[str, set[str]] = {}
 
 
@@ -30,7 +30,7 @@ def chosen(group: str) -> set[str]:
 
 
 def grid(*groups: str, table: dict[str, int] | None = None, only: str = "") -> Callable[[], None]:
-    """Check some cases of groups of the conformance grid, or those with a word in their names."""
+    """Check some cases of some groups of the grid, or those with a word in their names."""
 
     def left_out(case: Case) -> str:
         wanted = only in case.name if only else case.name in chosen(case.group)
@@ -50,7 +50,7 @@ def grid(*groups: str, table: dict[str, int] | None = None, only: str = "") -> C
 
 
 class changed:
-    """Change the table of launches meanwhile."""
+    """Change the table of launches within the block."""
 
     def __init__(self, values: dict[str, int]) -> None:
         from polyce.implementations.triton import layout as triton_layout
@@ -78,7 +78,7 @@ def around(values: Any, before: int) -> tuple[Any, Any]:
 
 
 def zones() -> None:
-    """Check that nothing beyond rows is read or written, wherever these begin."""
+    """Check that nothing outside the rows is read or written, wherever these begin."""
     import torch
 
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], None]:
 
 
 def ignored() -> None:
-    """Check that rows which do not count have no gradient, whatever is passed on to them."""
+    """Check that rows which do not count have gradient 0, whatever their cotangent."""
     import torch
 
     x, t = torch.randn(2, 5), torch.tensor([-100, 1])
@@ -154,7 +154,7 @@ def masked() -> None:
 
 
 def masked_in_parts() -> None:
-    """Check a smoothed row of which several programs read masked classes alone."""
+    """Check a smoothed row of which several programs read only masked classes."""
     import torch
 
     x, t = torch.zeros(2, 19), torch.full((2,), 15)
@@ -165,7 +165,7 @@ def masked_in_parts() -> None:
 
 
 def ties() -> None:
-    """Check which of several largest classes is predicted, in several tiles."""
+    """Check which of several tied classes in several tiles is predicted."""
     import torch
 
     with changed(TILES):
@@ -179,7 +179,7 @@ def ties() -> None:
 
 
 def unlikely_labels(table: dict[str, int] = TILES) -> None:
-    """Check the entropy of rows with another label than the class that leads by far."""
+    """Check the entropy of rows whose label is not the class that leads by far."""
     import torch
 
     torch.manual_seed(0)
@@ -215,5 +215,5 @@ IN_TILES = grid("options", "combined", table=TILES)
 IN_PARTS = grid("options", "combined", table=PARTS)
 STATS = grid("stats", table=TILES)
 COMBINED = grid("combined", "transform")
-# What other tests hold the kernels to as well.
+# Checks that other tests make too.
 SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED}

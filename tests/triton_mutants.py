@@ -1,7 +1,7 @@
-"""Triton kernels with something wrong, one thing each, and the check that has to notice.
+"""Triton kernels with one fault each, and the check that must catch it.
 
-Run as a program, with a mutant's name, it exits with 1 if its check notices and with 0 if not: for
-those that may read where no memory is.
+Run as a program with a mutant's name, it exits with 1 if the check catches it and with 0 if not:
+for mutants that may read unmapped memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FILES = ("row", "tiles", "kernels")
 
 @dataclass(frozen=True)
 class Mutant:
-    """What is said in a file, what is said in its place, and the check that has to notice."""
+    """A text in a file, its replacement, and the check that must catch it."""
 
     file: str
     old: str
@@ -52,19 +52,19 @@ class Mutant:
     """Whether it may read or write where no memory of its own is."""
 
     def install(self) -> None:
-        """Put kernels with the change into the launcher's hands."""
+        """Make the launcher use kernels with the change."""
         from polyce.implementations.triton import launch as triton_launch
 
         triton_launch.kernels = kernels(self.file, self.old, self.new)
 
 
 def kernels(file: str = "", old: str = "", new: str = "") -> Any:
-    """Load copies of the kernels' files, one of them with a change."""
+    """Load copies of the kernels' files, one of them changed."""
     import polyce.implementations.triton
 
     source = Path(polyce.implementations.triton.__file__).parent
     folder = Path(tempfile.mkdtemp())
-    # Not earlier: Triton reads a kernel's source when it is first called.
+    # Deleted only at exit: Triton reads a kernel's source when it is first called.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     prefix = f"{folder.name}_"
     loaded = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SANITIZERS = {"thread": "thread", "address": "address,undefined"}
-# -O1 keeps the lines apart that reports name. The sums are to be those that were recorded.
+# -O1 keeps line numbers distinct in reports. The sums must be those that were recorded.
 FLAGS = (
     *("-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-fno-omit-frame-pointer", "-pthread"),
     *("-fno-sanitize-recover=all", "-DSHIM_THREADS", f"-I{HERE}"),
@@ -49,12 +49,12 @@ def launcher() -> list[str]:
         spread = int(Path("/proc/sys/vm/mmap_rnd_bits").read_text())
     except OSError:
         spread = 0
-    # With more bits GCC 12's gives up at the start, now and then.
+    # With more random bits, GCC 12's ThreadSanitizer sometimes gives up at the start.
     return ["setarch", platform.machine(), "-R"] if spread > 28 else []
 
 
 def legible(report: str) -> str:
-    """Leave out of a sanitizer's report what the standard library has called on the way."""
+    """Drop the standard library's frames from a sanitizer's report."""
     passed = re.compile(r"^ +#\d+ .*(/include/c\+\+/|libstdc\+\+)")
     return "\n".join(line for line in report.splitlines() if not passed.search(line))
 

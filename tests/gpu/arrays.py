@@ -1,4 +1,4 @@
-"""Logits and targets on a device, in many layouts, and comparisons of what comes of them."""
+"""Logits and targets on a device, in many layouts, and comparisons of the results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def problem(
 
 
 def softmax(device: Device, array: Any) -> Any:
-    """Make probabilities of numbers along axis 1, in their dtype."""
+    """Turn numbers into probabilities along axis 1, in their dtype."""
     xp = device.xp
     parts = xp.exp(xp.astype(array, xp.float32))
     return xp.astype(parts / xp.sum(parts, axis=1, keepdims=True), array.dtype)
 
 
 def arranged(device: Device, dims: tuple[int, ...], case: Case) -> Any:
-    """Make room for logits in a layout; what lies between them is nan."""
+    """Make memory for logits in a layout, with nans between them."""
     first, classes = dims[:2]
     shape: tuple[int, ...] = dims
     if case.layout == "channels last":
@@ -65,7 +65,7 @@ def fitting(device: Device, case: Case, copies: int = 4) -> tuple[int, ...]:
     """
     item = dtype(case.dtype).itemsize
     if "probabilities" in case.options:
-        copies += 5  # they and what they are made of
+        copies += 5  # the logits and the numbers they are made from
     one = math.prod(case.dims[1:]) * item * copies
     if case.layout == "rows far apart":
         one = (REACH + 64) * item
@@ -79,7 +79,7 @@ def fitting(device: Device, case: Case, copies: int = 4) -> tuple[int, ...]:
 
 def case_problem(device: Device, case: Case) -> tuple[Any, Any]:
     """Draw logits of a case and labels, fewer rows where there is no memory for as many."""
-    # As many as chains of a library's own functions make of them, and contenders keep.
+    # As many copies as chains of a library's own functions make, and contenders keep.
     dims = fitting(device, case, copies=10)
     logits = device.normal(arranged(device, dims, case), 1.0, 0)
     return logits, device.labels((dims[0], *dims[2:]), dims[1], "int64", 1)
@@ -94,7 +94,7 @@ def exact_mean(device: Device, logits: Any, labels: Any) -> float:
 
 
 def wide_rows(device: Device, logits: Any, labels: Any) -> tuple[Any, Any]:
-    """Compute losses in float64 on the device, and their gradient, where none is small."""
+    """Compute losses in float64 on the device, and their gradient, if none of them is small."""
     xp = device.xp
     wide = xp.astype(logits, xp.float64)
     shifted = wide - xp.max(wide, axis=1, keepdims=True)
@@ -108,14 +108,14 @@ def wide_rows(device: Device, logits: Any, labels: Any) -> tuple[Any, Any]:
 
 
 def some_rows(count: int, most: int) -> np.ndarray:
-    """Choose the rows to check: all, or the first, the last and some between."""
+    """Choose the rows to check: all, or the first, the last and some in between."""
     if count <= most:
         return np.arange(count)
     return np.linspace(0, count - 1, most).astype(np.int64)
 
 
 def make_confident(device: Device, rows: Any, places: tuple[Any, ...], chosen: Any) -> None:
-    """Put the label of every fourth row ahead of all other classes together, by about 8."""
+    """Put the label of every fourth row about 8 ahead of all other classes together."""
     xp = device.xp
     for_label = xp.astype(xp.where(chosen[::4] == IGNORED, 0, chosen[::4]), xp.int64)
     # The largest of C normal numbers is about sqrt(2 log C).
@@ -130,7 +130,7 @@ def bits(device: Device, array: Any) -> np.ndarray:
 
 
 def same(device: Device, got: tuple[Any, ...], want: tuple[Any, ...], what: str = "") -> None:
-    """Check that loss, and gradient where there is one, have the same bits, nans among them."""
+    """Check that loss and gradient, if there is one, have the same bits, nans included."""
     for name, here, there in zip(("loss", "gradient"), got, want, strict=False):
         alike = here.shape == there.shape and here.dtype == there.dtype
         if not (alike and np.array_equal(bits(device, here), bits(device, there))):

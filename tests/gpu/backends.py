@@ -1,10 +1,10 @@
-"""Which runs of the tests take the tests of this folder, and through which array library."""
+"""Which backends run the tests of this folder, and through which array library."""
 
 from __future__ import annotations
 
 import pytest
 
-# --backend: the library, and whether a CPU stands in for a device.
+# Value of --backend: the library, and whether a CPU stands in for a device.
 BACKENDS = {
     "torch-cuda": ("torch", False),
     "cupy": ("cupy", False),

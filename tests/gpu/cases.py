@@ -1,7 +1,7 @@
-"""What is compared with float64 on a GPU: dtypes, classes, layouts, options; and how much of it.
+"""What is compared with float64 on a GPU (dtypes, classes, layouts, options), and how much of it.
 
 In a `Case` losses are not reduced and each row has a cotangent of its own, so that any row can be
-checked alone: of large arrays a few, the first and the last ones among them.
+checked alone. Of large arrays only a few rows are, the first and the last ones among them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 IGNORED = -100
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Words that `Case.options` may hold, and how they go together.
+# Words that `Case.options` may hold, in the combinations that are tried.
 OPTIONS = (
     ("ignore",),
     ("weight",),
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the case, all of it."""
+        """The full name of the case."""
         dims = "x".join(map(str, self.dims))
         return ", ".join((dims, self.dtype, self.target, self.layout, *self.options))
 
@@ -108,7 +108,7 @@ REACH = 2**31
 
 
 def cases(size: Size) -> Iterator[Case]:
-    """Yield all that a machine's memory is sure to hold, in its dims or with fewer rows."""
+    """Yield the cases that fit in any machine's memory, some with fewer rows."""
 
     def rows(classes: int) -> tuple[int, int]:
         return max(3, min(4096, size.elements // classes)), classes
@@ -137,7 +137,7 @@ def cases(size: Size) -> Iterator[Case]:
 
 
 def beyond_32_bits() -> Iterator[Case]:
-    """Yield cases that 32-bit offsets do not reach the end of."""
+    """Yield cases whose end is beyond the reach of 32-bit offsets."""
     for classes in (50257, 65536):
         yield Case((REACH // classes + 5, classes), "bfloat16")
     yield Case((REACH // (19 * 2**21) + 1, 19, 1024, 2048), "bfloat16")
@@ -145,7 +145,7 @@ def beyond_32_bits() -> Iterator[Case]:
 
 
 def small_set() -> Iterator[Case]:
-    """Yield every kernel and every way to lay a program out, for a memory checker to watch."""
+    """Yield a case for every kernel and every layout of programs, for a memory checker to watch."""
     for dtype in ("bfloat16", "float32"):
         for dims, layout in (
             ((5, 7), "plain"),  # rows that share a program
@@ -159,7 +159,7 @@ def small_set() -> Iterator[Case]:
 
 
 def large_cases(size: Size) -> Iterator[Case]:
-    """Yield plain labels and logits as large as those that are timed."""
+    """Yield cases with plain labels and logits as large as those that are timed."""
     for dims in size.large:
         for dtype in ("bfloat16", "float32", "float16"):
             for layout in ("plain", "channels last") if len(dims) > 2 else ("plain",):

@@ -1,8 +1,8 @@
-"""The device under test; what a machine lacks is skipped, with the reason.
+"""The device under test; tests of what a machine lacks are skipped, with the reason.
 
 Without a GPU the same tests run on a stand-in, on tiny arrays: `--backend=triton` in Triton's
-interpreter, `--backend=cupy-emulated` in the CuPy of tests/emulation. Runs of other backends leave
-them out.
+interpreter, `--backend=cupy-emulated` in the CuPy of tests/emulation. Other backends leave them
+out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MEASURED = ("loss_ulp", "label_ulp", "entry_ulp", "loss_of_allowed", "grad_of_al
 
 @pytest.fixture(scope="session")
 def device(backend_name: str) -> Device:
-    """The device as the library under test shows it; a missing one is a failure, not a skip."""
+    """The device, through the library under test; a missing one is a failure, not a skip."""
     try:
         return find(*BACKENDS[backend_name])
     except NotHereError as reason:
@@ -47,7 +47,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
     except NotHereError as reason:
         pytest.skip(str(reason))
     except Exception as error:
-        # torch and CuPy have an exception of this name each.
+        # torch and CuPy each have an exception of this name.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         facts = dict(report.user_properties)
         if MEASURED[0] in facts:
             row = largest.setdefault(facts["dtype"], {})
-            # Where parts of a gradient cancel, it has no errors in units.
+            # Where parts of a gradient cancel, errors are not counted in units.
             row |= {name: max(row.get(name, 0.0), facts.get(name, 0.0)) for name in MEASURED}
     if largest:
         terminalreporter.section(

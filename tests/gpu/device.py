@@ -1,8 +1,8 @@
-"""A GPU as one array library shows it: all that the tests here, and the benchmarks, ask of it.
+"""A GPU through one array library: everything that these tests and the benchmarks ask of it.
 
-Each library has a file that fills in the record: `on_torch.py` and `on_cupy.py`. Without a GPU the
-same record is that of a stand-in, on tiny arrays: Triton's interpreter, or the emulated CuPy. What
-a machine lacks raises `NotHereError`, with the reason.
+`on_torch.py` and `on_cupy.py` fill in the record, one for each library. Without a GPU the record
+describes a stand-in with tiny arrays: Triton's interpreter, or the emulated CuPy. What a machine
+lacks raises `NotHereError`, with the reason.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from polyce.testing import Backend
 
 EMULATION = Path(__file__).parents[1] / "emulation"
 LIBRARIES = ("torch", "cupy")
-# Set for a process that a memory checker watches: of a pool's large blocks pieces are handed out,
-# which the checker takes for one.
+# Set for a process that a memory checker watches: a memory pool would hand out pieces of large
+# blocks, which the checker would take for one allocation.
 UNPOOLED = "POLYCE_GPU_UNPOOLED"
-# What a stand-in says it has, so that arrays stay tiny.
+# The free memory that a stand-in reports, so that arrays stay tiny.
 REHEARSED_BYTES = 2**24
 
 
 class NotHereError(Exception):
-    """What was to be checked or measured cannot be, for the reason that is the message."""
+    """Something cannot be checked or measured here; the message is the reason."""
 
 
 class Timed(NamedTuple):
@@ -44,56 +44,57 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Device:
-    """A device, or what stands in for one.
+    """A device or its stand-in.
 
     Attributes
     ----------
     library, path : str
         The array library, and the implementation that runs its kernels.
     rehearses, is_rocm : bool
-        Whether it is a stand-in; whether it is ROCm's.
+        Whether it is a stand-in; whether it belongs to ROCm.
     unchecked : mapping
-        Options with which labels are not looked at, as by default on a GPU.
+        Options with which labels are not checked, as by default on a GPU.
     xp : module
-        The library as array-api-compat shows it.
+        The library's namespace from array-api-compat.
     backend : Backend
         The conformance grid's converters, to arrays on the device and back.
     full : callable
-        Shape, value and dtype's name to an array.
+        Takes shape, value and a dtype's name, and returns an array.
     normal : callable
         Fills an array with normal numbers of some scale, and returns it.
     around_one : callable
-        Shape, dtype's name and seed to numbers from 0.5 to 1.5.
+        Takes shape, a dtype's name and a seed, and returns numbers from 0.5 to 1.5.
     labels : callable
-        Shape, number of classes, dtype's name and seed to labels.
+        Takes shape, number of classes, a dtype's name and a seed, and returns labels.
     address : callable
         Where an array begins in memory.
     alone, loss_and_grad : callable
         The loss by `path`, and loss and gradient as the library's users get them. The latter
         takes `grad_output` and `in_place` beside the options.
     synchronize : callable
-        Waits until everything has run, which is where errors of the device come out.
+        Waits until everything has run, which is when errors of the device are raised.
     seconds : callable
         Times one call on the device, with cold caches.
     free_bytes : callable
-        Memory that may be had, with what the library keeps for later.
+        Free memory, counting what the library keeps for later.
     extra_bytes : callable
-        By how much the memory in use grows at most during a call; None where nobody counts.
+        By how much the memory in use grows at most during a call; None if nothing counts it.
     launches : callable
-        Names of the kernels that a call launches, copies and fills among them; None where the
-        driver lets nobody look.
+        Names of the kernels that a call launches, copies and fills included; None if the driver
+        does not allow profiling.
     side_stream : callable
-        A context in which calls go to a stream of its own, all done at its end.
+        A context in which calls go to a separate stream; at its end all have finished.
     keep_busy : callable
-        Lets the current stream do nothing for a while, so that what follows runs later.
+        Keeps the current stream busy for a while, so that what follows runs later.
     without_waiting : callable
         Runs a call twice, and raises if the host waits for the device during the second one.
     captured : callable
-        Captures a call in a graph: its results, and what runs the graph and waits for it.
+        Captures a call in a graph; returns its results, and a function that runs the graph and
+        waits.
     device_count, current_device, device_of, moved : callable
-        How many there are, which one is current, an array's own, an array on another one.
+        How many devices there are, which one is current, an array's device, a copy on another.
     facts, selector, versions : callable
-        What it is, nvidia-smi's arguments for it, and the versions of what drives it.
+        A description, nvidia-smi's arguments that select it, and the versions of its drivers.
     """
 
     library: str
@@ -134,13 +135,13 @@ def find(library: str, rehearse: bool) -> Device:
         interprets = os.environ.get("TRITON_INTERPRET") == "1"
         if interprets and not rehearse:
             raise NotHereError("TRITON_INTERPRET=1 runs kernels on a CPU: unset it for a device")
-        # Triton reads it as it is imported.
+        # Triton reads it when it is imported.
         os.environ["TRITON_INTERPRET"] = str(int(rehearse))
         from . import on_torch
 
         return on_torch.rehearsal() if rehearse else on_torch.device()
     if rehearse and str(EMULATION) not in sys.path:
-        # Before any CuPy that is installed.
+        # Ahead of a CuPy that is installed.
         sys.path.insert(0, str(EMULATION))
     from . import on_cupy
 
@@ -148,7 +149,7 @@ def find(library: str, rehearse: bool) -> Device:
 
 
 def lacking(what: str) -> Callable[..., Any]:
-    """Return what a stand-in does in the place of something that wants a device."""
+    """Return a function that raises: a stand-in lacks what it would need."""
 
     def refuse(*_: Any) -> Any:
         raise NotHereError(f"a rehearsal on a CPU has no {what}")
@@ -157,7 +158,7 @@ def lacking(what: str) -> Callable[..., Any]:
 
 
 def host_seconds(timed: Timed) -> float:
-    """Time one call by the host's clock, as a stand-in must."""
+    """Time one call by the host's clock, for a stand-in."""
     state = timed.prepare()
     start = time.perf_counter()
     timed.call(state)

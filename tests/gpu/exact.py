@@ -1,8 +1,7 @@
-"""Exact answers for many rows at once, in float64 or better, and how far results are from them.
+"""Exact answers for many rows at once, in float64 or better, and the errors of results.
 
-The formula is one without cancellation: a sum of non-negative terms for the loss, and the part of
-all other classes for the gradient at the label. What may be off by how much is what the
-conformance grid allows.
+The formula has no cancellation: the loss is a sum of non-negative terms, and the gradient at the
+label is the share of all other classes. The tolerances are those of the conformance grid.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from polyce.testing import Answer, accuracy, compare, grad_tolerance, loss_toler
 from polyce.testing.dtypes import FORMATS, dtype
 
 Row = dict[str, Any]
-# What is told apart by how far a logit lies below the largest other one.
+# Gradient errors are grouped by how far a logit lies below the largest other one.
 GAPS = (0.0, 1.0, 4.0, 16.0, 64.0, 128.0, 1024.0)
 
 
 class Options(NamedTuple):
-    """What is asked for beside logits and target."""
+    """The arguments of a call besides logits and target."""
 
     weight: np.ndarray | None = None
     smoothing: float = 0.0
@@ -35,7 +34,7 @@ def exact(logits: np.ndarray, target: np.ndarray, g: np.ndarray, options: Option
     Parameters
     ----------
     logits : ndarray, shape (N, C)
-        In float64, or in a wider dtype, which is then computed in.
+        In float64, or in a wider dtype, in which everything is then computed.
     target : ndarray, shape (N,) or (N, C)
         Labels or probabilities.
     g : ndarray, shape (N,)
@@ -66,7 +65,7 @@ def exact(logits: np.ndarray, target: np.ndarray, g: np.ndarray, options: Option
     grad = total[:, None] * p - r
     grad[each, pivot] = others - total * besides
     softmax_part, coefficient_part = total[:, None] * p, np.abs(r)
-    # The likeliest class has the form with the smaller terms, a label always this one.
+    # The likeliest class takes the form with the smaller terms, a label always this one.
     plain = softmax_part[each, pivot] + coefficient_part[each, pivot] < total * besides + others
     taken = each[~plain] if target.ndim > 1 else each
     softmax_part[taken, pivot[taken]] = (total * besides)[taken]
@@ -99,7 +98,7 @@ def _answer(
     gap: np.ndarray,
     pivot: np.ndarray,
 ) -> Answer:
-    """Put them into what the tolerances of the grid are for; nothing is transformed."""
+    """Put the results into the record that the grid's tolerances take, without a transform."""
     zero: Any = np.zeros(())
     nothing: Any = None
     return Answer(
@@ -124,9 +123,9 @@ def _answer(
 
 
 def judged(answer: Answer, losses: np.ndarray, grad: np.ndarray, name: str, library: str) -> Row:
-    """Check results against what is allowed, and return their largest errors.
+    """Check results against the tolerances, and return their largest errors.
 
-    Errors are in units in the last place, and in shares of what is allowed.
+    Errors are in units in the last place, and as a share of the tolerance.
     """
     rule = accuracy(name, library)
     found: Row = {
@@ -158,7 +157,7 @@ def ulps(got: np.ndarray, want: np.ndarray, name: str) -> np.ndarray:
 def _share(got: np.ndarray, want: np.ndarray, allowed: np.ndarray) -> float:
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.abs(got.astype(np.float64) - want) / allowed
-    # 0/0 where an exact zero is due and came.
+    # 0/0 where the result is an exact zero, as it should be.
     shares = np.where(got.astype(np.float64) == want, 0.0, np.nan_to_num(shares, nan=np.inf))
     return float(shares.max()) if shares.size else 0.0
 
@@ -176,12 +175,12 @@ def by_gap(answer: Answer, grad: np.ndarray, name: str) -> Row:
     return found
 
 
-# Of logits and labels on the host: the logits as the call gets them, its losses, its gradient.
+# From logits and labels on the host: the logits that the call gets, its losses, its gradient.
 Run = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def exponentials(run: Run, name: str, few: bool, library: str) -> Row:
-    """Check exp from 0 down to where results are no longer normal, through gradients."""
+    """Check exp from 0 down to where results are subnormal, through gradients."""
     reach = 85.0 if name == "float32" else 700.0
     steps = np.linspace(0.0, reach, 64 if few else 16384)
     logits = np.stack([np.r_[0.0, 0.0, -steps * scale] for scale in (1.0, 0.99, 0.5, 0.07)])

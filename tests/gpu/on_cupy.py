@@ -1,7 +1,7 @@
-"""A CUDA or ROCm device as CuPy shows it, and the emulated CuPy of tests/emulation.
+"""A CUDA or ROCm device through CuPy, and the emulated CuPy of tests/emulation.
 
-Numbers are made of their places by integers alone, so that every device, and the emulated one,
-draws the same.
+Random numbers are computed from their positions by integer arithmetic, so that every device,
+emulated or not, draws the same.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .device import (
 
 # The steps of splitmix64.
 _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-# So many numbers are drawn at once.
+# How many numbers are drawn at once.
 _TOGETHER = 2**24
-# As on torch.
+# The same as on torch.
 _FLUSHED_BYTES = 2**29
-# A kernel that keeps the device busy for so many of its clock's ticks.
+# A kernel that keeps the device busy for a number of clock ticks.
 _SPIN = """
 extern "C" __global__ void spin(long long ticks) {
   const long long start = clock64();
@@ -129,7 +129,7 @@ def _normal(array: Any, scale: float, seed: int) -> Any:
     step = max(1, _TOGETHER // max(1, inner))
     for start in range(0, array.shape[0], step):
         part = array[start : start + step]
-        # A seed stands for two of these, since a normal number takes two.
+        # Each seed stands for two streams, since a normal number takes two uniform ones.
         angle = _uniform(start * inner, part.size, 2 * seed + 1) * (2.0 * math.pi)
         length = cupy.sqrt(-2.0 * cupy.log(_uniform(start * inner, part.size, 2 * seed)))
         drawn = length * cupy.cos(angle) * scale
@@ -170,7 +170,7 @@ def _seconds(timed: Timed) -> float:
 
 @functools.cache
 def _flushed() -> Any:
-    """Make memory whose writing drives all else out of the device's caches."""
+    """Make memory that is large enough to flush the device's caches when it is written."""
     return cupy.empty(min(_FLUSHED_BYTES, _free_bytes() // 16), cupy.int8)
 
 
@@ -200,7 +200,7 @@ def _extra_bytes(timed: Timed) -> int:
 
 
 def _allocated(timed: Timed) -> int:
-    """Add up all that is asked for, which is at least the most there is at once."""
+    """Sum all allocations, which is at least the largest amount at one time."""
     state = timed.prepare()
     before = len(cupy.emulation.allocations)
     timed.call(state)
@@ -208,7 +208,7 @@ def _allocated(timed: Timed) -> int:
 
 
 def _launches(timed: Timed) -> list[str] | None:
-    """Name the kernels where torch is there with its profiler."""
+    """Name the kernels by torch's profiler, if torch is installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
@@ -224,12 +224,12 @@ def _launches(timed: Timed) -> list[str] | None:
         timed.call(state)
         cupy.cuda.Device().synchronize()
     names = [event.name for event in profile.events() if event.device_type == DeviceType.CUDA]
-    # None at all means that the driver lets nobody look.
+    # No kernels at all means that the driver does not allow profiling.
     return names or None
 
 
 def _emulated(timed: Timed) -> list[str]:
-    """Name polyce's kernels; CuPy's own are counted alone."""
+    """Name polyce's kernels; CuPy's own are only counted."""
     state = timed.prepare()
     before, others = len(cupy.emulation.launches), cupy.emulation.other_kernels
     timed.call(state)
@@ -273,7 +273,7 @@ def _without_synchronizing(call: Call) -> None:
 def _captured(call: Call) -> tuple[Any, Call]:
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True) as side:
-        # What it allocates comes back to this stream, so that the driver is asked for nothing.
+        # Memory freed by this call is reused on this stream, so that the driver is not called.
         call()
         side.synchronize()
         side.begin_capture()

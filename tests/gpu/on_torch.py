@@ -1,4 +1,4 @@
-"""A CUDA or ROCm device as torch shows it, with Triton's kernels; a CPU that interprets them."""
+"""A CUDA or ROCm device through torch, with Triton's kernels; or a CPU that interprets them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from polyce.testing import Backend, get_backend
 
 from .device import REHEARSED_BYTES, Call, Device, NotHereError, Timed, host_seconds, lacking
 
-# A kernel that writes this much runs for a while, in which the host gets ahead of the device; it is
-# more than any device's cache holds.
+# A kernel that writes this much keeps the device busy while the host runs ahead; it is also more
+# than any device's cache holds.
 _FLUSHED_BYTES = 2**29
 _TICKS = 10_000_000
 _CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def rehearsal() -> Device:
 
 
 def _on(place: torch.device) -> Device:
-    """Return what is the same on a GPU and on a CPU; the rest as a CPU has it."""
+    """Return what a GPU and a CPU have in common, and a CPU's version of the rest."""
     return Device(
         library="torch",
         path="triton",
@@ -162,7 +162,7 @@ def _seconds(place: torch.device, timed: Timed) -> float:
 
 @functools.cache
 def _flushed(place: torch.device) -> torch.Tensor:
-    """Make memory whose writing drives all else out of the device's caches."""
+    """Make memory that is large enough to flush the device's caches when it is written."""
     size = min(_FLUSHED_BYTES, _free_bytes(place) // 16)
     return torch.empty(size, dtype=torch.int8, device=place)
 
@@ -185,17 +185,17 @@ def _extra_bytes(place: torch.device, timed: Timed) -> int | None:
 
 def _launches(timed: Timed) -> list[str] | None:
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    # None at all means that the driver lets nobody look.
+    # No kernels at all means that the driver does not allow profiling.
     return _profiled(timed, kinds) or None
 
 
 def _uncounted(timed: Timed) -> None:
-    """Run a call all the same: torch counts no CPU memory."""
+    """Run the call, without a count: torch does not count CPU memory."""
     timed.call(timed.prepare())
 
 
 def _interpreted(timed: Timed) -> None:
-    """Run the profiler all the same, which sees no kernels that are interpreted."""
+    """Run the profiler nevertheless; it does not see interpreted kernels."""
     _profiled(timed, [torch.profiler.ProfilerActivity.CPU])
 
 
@@ -222,7 +222,7 @@ def _without_waiting(call: Call) -> None:
     # It compiles what it needs.
     call()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls it a prototype
+        warnings.simplefilter("ignore")  # torch warns that it is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         call()

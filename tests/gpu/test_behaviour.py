@@ -1,4 +1,4 @@
-"""How a call behaves on a GPU: what runs it, bad labels, in place, the same bits again, memory."""
+"""How a call behaves on a GPU: its path, bad labels, in-place results, repeated bits, memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_bad_label_makes_its_row_nan_and_nothing_else(
     kept = device.backend.asarray(np.r_[1, 3 : size.dims[0]])
     same(device, (loss[kept], grad[kept]), (want[0][kept], want[1][kept]), "other rows")
     same(device, (alone[kept],), (want[0][kept],), "other rows, alone")
-    # Shows that the device lives.
+    # Shows that the device still works.
     same(device, device.loss_and_grad(logits, labels, reduction="none"), want, "afterwards")
 
 
@@ -64,7 +64,7 @@ def test_labels_are_looked_at_where_that_is_asked_for(device: Device, size: Size
         device.alone(logits, labels, validate=True)
 
 
-# Dims of a size: rows for some programs each, rows that share one, a row for many, an image.
+# Shapes whose rows take a few programs each, share one, or take many each; and an image.
 SHAPES = ("rows", "many rows", "a long row", "an image")
 
 
@@ -86,7 +86,7 @@ def check_repeats(device: Device, size: Size, shape: str, name: str) -> None:
     logits, labels = problem(device, dims, name)
     want, alone = device.loss_and_grad(logits, labels), device.alone(logits, labels)
     for turn in range(size.repeats - 1):
-        # Memory that was used for something else comes back for the next results.
+        # Memory that held something else is reused for the next results.
         device.full(dims, float(turn), name)
         same(device, device.loss_and_grad(logits, labels), want, f"run {turn + 2}")
         same(device, (device.alone(logits, labels),), (alone,), f"alone, run {turn + 2}")
@@ -107,7 +107,7 @@ def test_nothing_of_the_logits_size_is_made_but_the_gradient(
         extra = device.extra_bytes(timed)
         assert extra is not None
         due = 0 if what == "alone" else logits.nbytes
-        # A few numbers a row, and what does not depend on the size.
+        # A few numbers for each row, and a part that does not depend on the size.
         small = 48 * dims[0] + (2**13 if device.rehearses else 2**20)
         assert due <= extra <= due + small
 

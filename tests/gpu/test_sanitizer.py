@@ -1,4 +1,4 @@
-"""compute-sanitizer watches every kernel, in a process of its own."""
+"""compute-sanitizer watches every kernel, in a separate process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_kernel_under_a_checker(device: Device, backend_name: str, tool: s
 
 
 def sanitizer() -> str:
-    """Return where compute-sanitizer lies."""
+    """Return the path of compute-sanitizer."""
     roots = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     folders = [str(Path(root) / "bin") for root in roots if root]
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders])

@@ -1,4 +1,4 @@
-"""Streams, graphs and devices other than the ones that are taken by themselves."""
+"""Streams, graphs, and devices other than the defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_another_stream(device: Device, size: Size) -> None:
     want = device.loss_and_grad(logits, labels)
     device.synchronize()
     with device.side_stream():
-        # Who started on another stream would read what is there before this has run.
+        # A kernel on another stream would read the memory before this has run.
         fresh = device.full(size.dims, NAN, "float32")
         device.keep_busy()
         fresh[...] = logits

@@ -1,4 +1,4 @@
-"""What torch alone does on a GPU: gradients in place on its graph, compiled and strict programs."""
+"""What only torch has on a GPU: in-place gradients on its graph, compiled and strict programs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_graph_s_gradient_takes_the_place_of_the_logits(
     same(device, (loss.detach(), hidden.detach()), want, "the memory of the logits")
 
 
-# Inductor's advice for the model's own product.
+# Inductor's warning about the model's own matrix product.
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_a_compiled_step(device: Device, size: Size, torch: Any) -> None:
     rows, classes = size.dims
     inputs = device.normal(device.full((rows, 16), 0.0, "float32"), 1.0, 0)
     model = torch.nn.Linear(16, classes).to(inputs.device)
     labels = device.labels((rows,), classes, "int64", 1)
-    # Interpreted kernels have nothing for inductor to compile beside them.
+    # With interpreted kernels there is nothing for inductor to compile.
     backend = "aot_eager" if device.rehearses else "inductor"
 
     def step(inputs: Any, labels: Any) -> Any:
@@ -55,14 +55,14 @@ def test_a_compiled_step(device: Device, size: Size, torch: Any) -> None:
         loss = function(inputs, labels)
         loss.backward()
         results.append((loss.detach(), model.weight.grad.clone()))
-    # The model's own product may be another kernel's, which rounds differently.
+    # The model's own product may run another kernel, which rounds differently.
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
 def test_deterministic_algorithms(device: Device, size: Size, torch: Any) -> None:
     logits, labels = problem(device, size.dims)
     want = device.loss_and_grad(logits, labels)
-    # They also fill fresh memory with nans.
+    # Deterministic algorithms also fill fresh memory with nans.
     torch.use_deterministic_algorithms(True)
     try:
         got = device.loss_and_grad(logits, labels)

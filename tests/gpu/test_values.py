@@ -1,6 +1,6 @@
 """Values on a GPU, compared with float64 or better on a CPU.
 
-The loss comes by two ways: alone, and beside the gradient.
+The loss is computed in two ways: alone, and together with the gradient.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def test_values(device: Device, size: Size, case: Case, record_property: Any) ->
 
 
 def test_values_of_every_kernel(device: Device, case: Case) -> None:
-    # Few, and the same on every device: test_sanitizer runs them under a memory checker.
+    # A few cases, the same on every device: test_sanitizer runs them under a memory checker.
     compared(device, case, 2**16)
 
 
 def compared(device: Device, case: Case, checked: int) -> exact.Row:
-    """Check so many logits of a case, and return the largest errors."""
+    """Check this many logits of a case, and return the largest errors."""
     xp, to_numpy = device.xp, device.backend.to_numpy
     dims = fitting(device, case)
     logits = device.normal(arranged(device, dims, case), 3.0, 0)
@@ -81,7 +81,7 @@ def compared(device: Device, case: Case, checked: int) -> exact.Row:
             target[tuple(index[::5] for index in places)] = options.ignore_index
         chosen = target[places]
         make_confident(device, rows, places, chosen)
-    # What reaches the oracle is what the call got.
+    # The oracle gets the same rounded numbers as the call.
     wide = np.longdouble if case.dtype == "float64" else np.float64
     told = to_numpy(chosen)
     told = told.astype(np.int64 if told.dtype.kind == "i" else np.float64)
@@ -97,7 +97,7 @@ def compared(device: Device, case: Case, checked: int) -> exact.Row:
     both = to_numpy(alone[places]), to_numpy(losses[places])
     found = judged(device, answer, both, entries, case.dtype)
     if {"probabilities", "smoothing"} & set(case.options):
-        # Two parts of an entry may cancel, and then its units are too small to count errors in.
+        # Two parts of an entry may cancel, and its units are then too small to count errors in.
         del found["label_ulp"], found["entry_ulp"]
     return found | {"dtype": case.dtype, "rows": math.prod(shape), "rows_checked": len(where)}
 
@@ -118,7 +118,7 @@ def asked_for(device: Device, case: Case, classes: int) -> tuple[exact.Options, 
 def results(
     device: Device, case: Case, logits: Any, target: Any, g: Any, arguments: dict[str, Any]
 ) -> tuple[Any, Any, Any]:
-    """Return the row losses alone, and once more with the gradient."""
+    """Return the row losses alone, and again with the gradient."""
     alone = device.alone(logits, target, reduction="none", **arguments)
     in_place = "in place" in case.options
     losses, grad = device.loss_and_grad(
@@ -135,7 +135,7 @@ def results(
 def judged(
     device: Device, answer: Answer, losses: tuple[Any, Any], grad: np.ndarray, name: str
 ) -> exact.Row:
-    """Check the losses of both ways, and the gradient, and return the largest errors."""
+    """Check the losses computed in both ways and the gradient, and return the largest errors."""
     one, other = (exact.judged(answer, each, grad, name, device.library) for each in losses)
     largest = {name: max(one[name], other[name]) for name in ("loss_ulp", "loss_of_allowed")}
     return one | largest
@@ -157,7 +157,7 @@ def test_functions_of_the_hardware(
 
 
 def of_rows(device: Device, name: str, logits: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
-    """Return what a call gets of logits, its losses, and its gradient for cotangents of 1."""
+    """Return the logits that a call gets, its losses, and its gradient for cotangents of 1."""
     given = device.backend.asarray(logits.astype(name))
     target = device.backend.asarray(labels)
     g = device.full((len(labels),), 1.0, name)

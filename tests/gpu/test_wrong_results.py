@@ -1,4 +1,4 @@
-"""The tests of this folder find results that are wrong, and devices that are missing."""
+"""The tests of this folder find wrong results and missing devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A caller as the type checker sees one; `nox -s types` reads this file, nothing runs it."""
+"""A caller, for the type checker: `nox -s types` reads this file, and nothing runs it."""
 
 import numpy as np
 
@@ -35,6 +35,6 @@ polyce.show_versions()
 
 version: str = polyce.__version__
 
-# What a checker must refuse: without an error here, "unused type: ignore" is one.
+# The checker must refuse these: if it does not, "unused type: ignore" is an error.
 polyce.cross_entropy(logits)  # type: ignore[call-arg]
 polyce.cross_entropy(logits, labels, reduction=3)  # type: ignore[arg-type]

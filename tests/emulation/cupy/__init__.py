@@ -1,11 +1,11 @@
-"""A stand-in for CuPy without a GPU: arrays in ordinary memory, kernels run by their own text.
+"""A stand-in for CuPy without a GPU: arrays in ordinary memory, kernels compiled as C++.
 
-To be found on `sys.path` before CuPy is. What polyce asks of CuPy is here, as CuPy 14.2 does it;
-what CuPy takes in silence and a GPU would punish is an `emulation.EmulationError`. `emulation`
-holds what was done, and how kernels are to be run.
+Put it on `sys.path` before CuPy. It has what polyce asks of CuPy, as CuPy 14.2 does it. What CuPy
+accepts silently but a GPU would fail at raises `emulation.EmulationError`. `emulation` records what
+was done and sets how kernels run.
 
-What this stands on, as read in CuPy's source, 14.2.0 where no other version is named; how kernels'
-arguments go is told in `_arguments`:
+What it imitates, as read in CuPy's source, 14.2.0 unless another version is named (`_arguments`
+says how kernels' arguments are passed):
 
 - `RawModule` compiles when a function is first asked for (`_core/raw.pyx`). A name that the text
   lacks is a CUDADriverError: CUDA_ERROR_NOT_FOUND.
@@ -13,23 +13,23 @@ arguments go is told in `_arguments`:
 - `-ftz=true` is added to all options (`cuda/compiler.py`): see `emulation.flushes`.
 - Arrays start at multiples of 512 in CuPy's pool, at multiples of 256 here. An array of no bytes
   has address 0 (`cuda/memory.pyx`).
-- Host arrays arrive in C order, in Fortran order if they are in that alone, whatever their strides
-  (`_core/core.pyx` `_array_default`), and in the machine's byte order. `empty` and `astype` raise
-  ValueError for the other byte order (`_core/_dtype.pyx`), while `view` takes it; 13.2 takes it
-  everywhere.
+- Host arrays are copied in C order, or in Fortran order if they are only in that, whatever their
+  strides (`_core/core.pyx` `_array_default`), and in the machine's byte order. `empty` and `astype`
+  raise ValueError for the other byte order (`_core/_dtype.pyx`), while `view` takes it; 13.2 takes
+  it everywhere.
 - Results of elementwise functions are in C order; `astype` and `empty_like` keep the order of the
   strides (`_core/internal.pyx` `_get_strides_for_order_K`).
-- Reductions give arrays without axes. There is no `__index__`.
-- NumPy arrays are no operands: TypeError, "Unsupported type" (`_core/_scalar.pyx`).
-- Operands of a kernel of CuPy's own that lie on another device are a ValueError where the devices
-  cannot reach each other (`_core/_kernel.pyx` `_check_peer_access`), as those here cannot.
+- Reductions over all axes return 0-d arrays. There is no `__index__`.
+- NumPy arrays are refused as operands: TypeError, "Unsupported type" (`_core/_scalar.pyx`).
+- An operand on another device is a ValueError in CuPy's own kernels if the devices cannot reach
+  each other (`_core/_kernel.pyx` `_check_peer_access`); the devices here never can.
 - An operand that shares memory with `out`, but is another object, is copied (`_core/_kernel.pyx`
   `_copy_in_args_if_needed`).
 - `where` has no kernel for bfloat16 and gives float32 (`_sorting/search.py`).
-- `get`, and all that tells Python a value, waits for the device; so do `nonzero` and a mask as an
-  index, for their result's size (`_core/_routines_indexing.pyx`).
+- `get`, and everything else that hands Python a value, waits for the device; so do `nonzero` and a
+  mask as an index, for their result's size (`_core/_routines_indexing.pyx`).
 
-Matrix products are told of in `_products`.
+`_products` describes matrix products.
 """
 
 from . import _functions, cuda, emulation, fft, linalg

@@ -1,7 +1,7 @@
-"""What CuPy makes of a kernel's arguments, and whether the kernel takes them for that.
+"""How CuPy passes a kernel's arguments, and whether that is what the kernel expects.
 
-CuPy looks at no kernel's signature. What it puts where the kernel will read, by
-cupy/cuda/function.pyx `_pointer` and cupy/_core/_scalar.pyx `CScalar`:
+CuPy does not look at a kernel's signature. What it passes, by cupy/cuda/function.pyx `_pointer` and
+cupy/_core/_scalar.pyx `CScalar`:
 
 | argument | CuPy 14.2.0 | CuPy 13.2.0 |
 | --- | --- | --- |
@@ -18,7 +18,7 @@ cupy/cuda/function.pyx `_pointer` and cupy/_core/_scalar.pyx `CScalar`:
 | `numpy.void`, `ml_dtypes.bfloat16` | its bytes | TypeError |
 | anything else | TypeError | TypeError |
 
-Where the two differ, the emulation refuses.
+Where the two versions differ, the emulation refuses the argument.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _address(argument: ndarray | MemoryPointer, wanted: Parameter) -> int:
             f"got address {pointer.ptr:#x}"
         )
     if isinstance(argument, ndarray) and wanted.pointee in b"fib":
-        # Bytes may be made of anything.
+        # Bytes may stand for any dtype, on either side.
         sizes = (argument.itemsize, wanted.pointee_size)
         if 1 not in sizes and sizes[0] != sizes[1]:
             raise EmulationError(

@@ -1,4 +1,4 @@
-"""Kernels' text made into a library that the emulation can call, once for each set of options."""
+"""Compile the kernels' text into a library for the emulation, once for each set of options."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import NamedTuple
 from .cuda.compiler import CompileException
 
 SHIM = Path(__file__).parent.parent
-# -O1, for most of the time goes into compiling; and no sum of a product in one rounding, which a
-# GPU would make of it where it pleases.
+# -O1, since most of the time goes into compiling. Products are rounded before they are added,
+# though a GPU's compiler may fuse the two.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fno-gnu-unique", f"-I{SHIM}")
 LIBRARY_FLAGS = ("-fPIC", "-fvisibility=hidden", "-fsanitize=alignment", "-DSHIM_ALIGNMENT")
-# What CuPy's compiler takes and what need not be passed on: the flags above are these already.
+# Options of CuPy's compiler that are not passed on: the flags above mean the same.
 KNOWN_OPTIONS = ("--std=c++17", "-std=c++17", "--fmad=false", "-fmad=false")
 
 # In parentheses, and once again within.
@@ -32,7 +32,7 @@ KERNEL = re.compile(
 
 
 class Parameter(ctypes.Structure):
-    """What shim_launch.hpp calls so."""
+    """The struct of this name in shim_launch.hpp."""
 
     _fields_ = (
         ("kind", ctypes.c_char),
@@ -44,7 +44,7 @@ class Parameter(ctypes.Structure):
 
 
 class Kernel(ctypes.Structure):
-    """What shim_launch.hpp calls so."""
+    """The struct of this name in shim_launch.hpp."""
 
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -56,7 +56,7 @@ class Kernel(ctypes.Structure):
 
 
 class How(ctypes.Structure):
-    """What shim.hpp calls so."""
+    """The struct of this name in shim.hpp."""
 
     _fields_ = (
         ("order", ctypes.c_int),
@@ -67,7 +67,7 @@ class How(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """What is there to call."""
+    """A compiled text, ready to be called."""
 
     handle: ctypes.PyDLL
     scratch: ctypes.Array[ctypes.c_char]
@@ -88,7 +88,7 @@ def defines(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run(command: list[str], source: str, options: tuple[str, ...], text: str | None = None) -> str:
-    """Run a compiler; what it has to say of a text that it does not take is the error."""
+    """Run a compiler; if it rejects the text, its message is the error."""
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, timeout=300, check=False
     )
@@ -112,7 +112,7 @@ def _shim_hash() -> str:
 
 
 def generate(code: str, options: tuple[str, ...]) -> str:
-    """Put the shim round the text, with a table of the kernels that these options leave in it."""
+    """Put the shim around the text, with a table of the kernels that these options leave in it."""
     command = ["g++", "-E", "-P", "-x", "c++", *FLAGS, *options, "-"]
     seen = run(command, code, options, code)
     table = [
@@ -139,7 +139,7 @@ def generate(code: str, options: tuple[str, ...]) -> str:
 
 @functools.cache
 def library(code: str, options: tuple[str, ...]) -> Library:
-    """Compile a text, unless that has been done before, and load it."""
+    """Load a compiled text; compile it first if that has not been done."""
     options = defines(options)
     key = "\0".join([code, *options, *FLAGS, *LIBRARY_FLAGS, _shim_hash()])
     built = cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
@@ -149,11 +149,11 @@ def library(code: str, options: tuple[str, ...]) -> Library:
             source.write_text(generate(code, options) + '#include "shim_library.hpp"\n')
             flags = [*FLAGS, *LIBRARY_FLAGS, *options]
             run(["g++", *flags, "-c", "-o", str(unit), str(source)], code, options)
-            # In a step of its own, or the sanitizer's library would come along.
+            # Linked in a separate step, or the sanitizer's library would be linked too.
             run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(made), str(unit)], code, options)
-            # Another process may have made the same; either will do, and none is ever half there.
+            # Another process may have made the same file; either will do, and the rename is atomic.
             made.replace(built)
-    # Keeps the interpreter's lock: the fibers' state is one for the whole library.
+    # Holds the GIL during calls: the library has one state for all fibers.
     handle = ctypes.PyDLL(str(built))
     handle.shim_scratch.restype = ctypes.c_ulonglong
     handle.shim_kernel.argtypes = [ctypes.c_char_p]
@@ -164,5 +164,5 @@ def library(code: str, options: tuple[str, ...]) -> Library:
 
 @functools.cache
 def _scratch(size: int) -> ctypes.Array[ctypes.c_char]:
-    # Of which only the pages that are used take memory.
+    # Only the pages that are used take memory.
     return (ctypes.c_char * size).from_buffer(mmap.mmap(-1, size))

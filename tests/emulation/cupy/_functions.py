@@ -1,4 +1,4 @@
-"""The functions of the emulated CuPy's namespace, most of them NumPy's own under the skin."""
+"""The functions of the emulated CuPy's namespace, most of them wrappers of NumPy's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import _products, emulation
 from ._ndarray import check_device, elementwise, like, ndarray, unwrap, wrap
 from .cuda import device
 
-# Elementwise: no list, no array of the host's among the operands.
+# Elementwise: lists and host arrays are refused as operands.
 UFUNCS = (
     "absolute add arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_and bitwise_or "
     "bitwise_xor ceil conjugate copysign cos cosh divide equal exp exp2 expm1 floor "
@@ -21,7 +21,7 @@ UFUNCS = (
     "positive power reciprocal remainder right_shift rint sign signbit sin sinh sqrt square "
     "subtract tan tanh true_divide trunc"
 )
-# The arrays among the arguments, or in a list among them, are CuPy's; the rest is NumPy's business.
+# Arrays among the arguments, or in a list among them, must be CuPy's; NumPy checks the rest.
 FUNCTIONS = (
     "all allclose amax amin any argmax argmin argsort argwhere around array_equal atleast_1d "
     "atleast_2d average bincount broadcast_arrays concatenate count_nonzero cumprod cumsum "
@@ -30,9 +30,9 @@ FUNCTIONS = (
     "reshape roll rollaxis round searchsorted sort split squeeze stack std sum swapaxes take "
     "take_along_axis tensordot tile trace transpose tril triu unique var vdot vecdot vstack"
 )
-# What the result's shape depends on is read first.
+# The values that the result's shape depends on are read first.
 WAIT = ("argwhere", "nonzero", "unique")
-# Neither makes an array.
+# These return no array.
 PLAIN = (
     "bool_ broadcast_shapes can_cast complex128 complex64 complexfloating dtype e euler_gamma "
     "finfo float16 float32 float64 floating generic iinfo inexact inf int16 int32 int64 int8 "
@@ -74,7 +74,7 @@ def _lifted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def _sum(a: Any, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> Any:
-    """Add pairwise along any one axis, as the threads of a block do; NumPy does along the last."""
+    """Add pairwise along any one axis, as a block's threads do; NumPy does so along the last."""
     if not isinstance(axis, int):
         return np.sum(a, axis, dtype, keepdims=keepdims)
     last = np.ascontiguousarray(np.moveaxis(a, axis, -1))
@@ -82,7 +82,7 @@ def _sum(a: Any, axis: Any = None, dtype: Any = None, keepdims: bool = False) ->
     return np.expand_dims(result, axis) if keepdims else result
 
 
-# NumPy's functions but for one.
+# All of these but one are NumPy's functions.
 _FOUND = {name: getattr(np, name) for name in FUNCTIONS.split()} | {"sum": _sum}
 
 
@@ -106,14 +106,14 @@ def add_methods() -> None:
 
 
 def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Make an array of anything."""
+    """Make an array without setting its values."""
     return ndarray(shape, dtype, order=order)
 
 
 def empty_like(
     prototype: ndarray, dtype: Any = None, order: str = "K", subok: None = None, shape: Any = None
 ) -> ndarray:
-    """Make an array of anything that lies as another one does."""
+    """Make an array laid out like another, without setting its values."""
     dtype = np.dtype(prototype.dtype if dtype is None else dtype)
     if shape is not None:
         return ndarray(shape, dtype, order="C" if order in "KA" else order)
@@ -123,7 +123,7 @@ def empty_like(
 
 
 def zeros(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    """Make an array of zeros, which takes no kernel."""
+    """Make an array of zeros, without a kernel."""
     made = ndarray(shape, dtype, order=order)
     made._array[...] = np.zeros((), made.dtype)
     return made
@@ -132,7 +132,7 @@ def zeros(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 def zeros_like(
     a: ndarray, dtype: Any = None, order: str = "K", subok: None = None, shape: Any = None
 ) -> ndarray:
-    """Make an array of zeros that lies as another one does."""
+    """Make an array of zeros laid out like another."""
     made = empty_like(a, dtype, order, shape=shape)
     made._array[...] = np.zeros((), made.dtype)
     return made
@@ -155,7 +155,7 @@ def full_like(
     subok: None = None,
     shape: Any = None,
 ) -> ndarray:
-    """Make an array of one value that lies as another one does."""
+    """Make an array of one value laid out like another."""
     made = empty_like(a, dtype, order, shape=shape)
     made.fill(fill_value)
     return made
@@ -169,18 +169,18 @@ def ones(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
 def ones_like(
     a: ndarray, dtype: Any = None, order: str = "K", subok: None = None, shape: Any = None
 ) -> ndarray:
-    """Make an array of ones that lies as another one does."""
+    """Make an array of ones laid out like another."""
     return full_like(a, 1, dtype, order, shape=shape)
 
 
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
-    """Count."""
+    """Make an array of evenly spaced numbers, by their step."""
     start, stop = (0, start) if stop is None else (start, stop)
     return wrap(np.arange(start, stop, step, dtype))
 
 
 def linspace(*args: Any, **options: Any) -> ndarray:
-    """Divide a stretch evenly."""
+    """Make an array of evenly spaced numbers, by how many there are."""
     return wrap(np.linspace(*args, **options))
 
 
@@ -204,7 +204,7 @@ def array(
             dtype or obj[0].dtype, copy=False
         )
     given = np.asarray(obj, dtype)
-    # The other byte order is turned round on the way.
+    # Numbers in the other byte order are converted.
     given = given.astype(given.dtype.newbyteorder("="), copy=False)
     if order in ("K", "A"):
         order = "F" if isinstance(obj, np.ndarray) and obj.flags.fnc else "C"
@@ -218,7 +218,7 @@ def array(
 
 
 def asarray(a: Any, dtype: Any = None, order: str | None = None, *, blocking: Any = False) -> Any:
-    """Do as `array` without a copy where there need be none."""
+    """Do as `array` does, without a copy if none is needed."""
     if isinstance(a, ndarray):
         copy = a.device != device.Device() or (dtype is not None and np.dtype(dtype) != a.dtype)
         fits = {"C": a.flags.c_contiguous, "F": a.flags.f_contiguous}.get(order or "K", True)
@@ -235,7 +235,7 @@ def ascontiguousarray(a: Any, dtype: Any = None) -> ndarray:
 
 
 def asnumpy(a: Any, stream: Any = None, order: str = "C", out: Any = None, *, blocking: Any = True):
-    """Copy to the host what is not there."""
+    """Copy an array to the host; host arrays are returned as they are."""
     if isinstance(a, ndarray):
         return a.get(stream, order, out, blocking)
     return np.asarray(a, order=order)
@@ -247,7 +247,7 @@ def copy(a: ndarray, order: str = "K") -> ndarray:
 
 
 def copyto(dst: ndarray, src: Any, casting: str = "same_kind", where: Any = None) -> None:
-    """Write one array's values to another."""
+    """Copy one array's values into another."""
     if where is None:
         dst[...] = src
     else:
@@ -268,12 +268,12 @@ def where(condition: ndarray, x: Any = None, y: Any = None) -> Any:
 def _choice(value: Any) -> Any:
     raw = unwrap(value)
     is_array = isinstance(raw, np.ndarray | np.generic)
-    # For which CuPy has no kernel, and takes the next.
+    # CuPy has no kernel for bfloat16 and takes the one for the next dtype.
     return raw.astype(np.float32) if is_array and raw.dtype.name == "bfloat16" else raw
 
 
 def clip(a: ndarray, a_min: Any = None, a_max: Any = None, out: Any = None) -> ndarray:
-    """Hold values within bounds."""
+    """Limit values to bounds."""
     low, high = (None if bound is None else unwrap(bound) for bound in (a_min, a_max))
     result = wrap(np.clip(unwrap(a), low, high))
     if out is None:
@@ -283,14 +283,14 @@ def clip(a: ndarray, a_min: Any = None, a_max: Any = None, out: Any = None) -> n
 
 
 def broadcast_to(array: ndarray, shape: Any) -> ndarray:
-    """Repeat along axes without a copy; what it gives can be written, as no array cannot."""
+    """Repeat along axes without a copy; the result is writable, as all of CuPy's arrays are."""
     raw = unwrap(array)
     strides = np.broadcast_to(raw, shape).strides
     return wrap(np.lib.stride_tricks.as_strided(raw, shape, strides), array)
 
 
 def may_share_memory(a: ndarray, b: ndarray, max_work: Any = None) -> bool:
-    """Tell whether the stretches that two arrays lie in meet."""
+    """Tell whether the stretches of memory that two arrays lie in overlap."""
     return bool(np.may_share_memory(a._array, b._array))
 
 

@@ -1,4 +1,4 @@
-"""Memory of the emulated devices: where it begins, what lies before and behind, who holds it."""
+"""Memory of the emulated devices: its alignment, the guards around it, who holds it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .cuda import device
 
 ALIGNMENT = 256
 GUARD = 256
-# Fresh memory and guards hold this in every two bytes: not a number in each floating dtype, and
-# larger than all that makes sense in each integer one.
+# Fresh memory and guards are filled with this 16-bit pattern: a nan in each floating dtype, and a
+# nonsensically large number in each integer dtype.
 POISON = b"\xff\x7f"
 
 _live: weakref.WeakSet[Memory] = weakref.WeakSet()
@@ -28,11 +28,11 @@ class Memory:
         self.device_id = device.get_device_id()
         buffer = np.empty(ALIGNMENT + 2 * GUARD + size, np.uint8)
         before = -(buffer.ctypes.data + GUARD) % ALIGNMENT
-        # As many bytes behind as make the guard end on a whole POISON.
+        # The rear guard is as long as it takes to end on a whole POISON.
         self._all = buffer[before : before + GUARD + size + GUARD]
         self._all[0::2], self._all[1::2] = POISON
         self.address = self._all.ctypes.data + GUARD
-        # CuPy's pool has no memory of no bytes.
+        # CuPy's pool never hands out memory of no bytes.
         self.ptr = self.address if size else 0
         self._behind = bytes(self._all[GUARD + size :])
         emulation.allocations.append(size)
@@ -53,7 +53,7 @@ class Memory:
         return device.Device(self.device_id)
 
     def holds(self, address: int) -> bool:
-        """Tell whether an address lies within."""
+        """Tell whether an address lies within this memory."""
         return self.address <= address < self.address + self.size
 
     def damage(self) -> str:
@@ -70,7 +70,7 @@ class Memory:
 
 
 class UnownedMemory:
-    """Memory that is there already, as `cupy.cuda.UnownedMemory` takes it: nothing guards it.
+    """Memory that exists already, as `cupy.cuda.UnownedMemory` takes it; it has no guards.
 
     An array over it is `cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)`.
     """
@@ -87,7 +87,7 @@ class UnownedMemory:
 
 
 class MemoryPointer:
-    """A place in memory, as `ndarray.data` is one."""
+    """A place in memory, such as `ndarray.data`."""
 
     def __init__(self, mem: Memory | UnownedMemory, offset: int) -> None:
         self.mem = mem
@@ -111,7 +111,7 @@ def check_guards(what: str) -> None:
         damage = memory.damage()
         if damage:
             size = memory.size
-            # Said once: the next launch has done nothing wrong.
+            # Reported once only: the next launch has done nothing wrong.
             _live.discard(memory)
             raise emulation.EmulationError(
                 f"{what} wrote outside an array: {damage} of its {size} bytes"

@@ -1,4 +1,4 @@
-"""The array of the emulated CuPy: a NumPy array that only CuPy's own operations get at."""
+"""The array of the emulated CuPy: a NumPy array reached only through CuPy's own operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import emulation
 from ._memory import Memory, MemoryPointer
 from .cuda import device
 
-# The class has methods of these names.
+# The class has methods of these names, which hide the types.
 _bool, _float, _int = bool, float, int
 
 
@@ -197,7 +197,7 @@ class ndarray:
     def __getitem__(self, key: Any) -> ndarray:
         raw = _index(key)
         if not any(isinstance(part, np.ndarray | list) for part in raw):
-            # An array even where NumPy would give a scalar.
+            # An array even where NumPy would return a scalar.
             raw = raw if Ellipsis in raw else (*raw, Ellipsis)
         return wrap(self._array[raw], self)
 
@@ -253,7 +253,7 @@ class ndarray:
         return result
 
     def view(self, dtype: Any = None, type: Any = None) -> ndarray:
-        """Read the same memory as another dtype."""
+        """View the same memory as another dtype."""
         array = self._array.view() if dtype is None else self._array.view(dtype)
         return ndarray._of(array, self._memory, self)
 
@@ -332,7 +332,7 @@ def wrap(result: Any, *sources: ndarray) -> Any:
 
 
 def elementwise(ufunc: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Make CuPy's ufunc of NumPy's."""
+    """Make CuPy's ufunc from NumPy's."""
 
     def function(*inputs: Any, out: Any = None, dtype: Any = None, casting: Any = None) -> Any:
         if len(inputs) == ufunc.nin + 1 and out is None:

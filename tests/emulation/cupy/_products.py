@@ -1,14 +1,14 @@
-"""Matrix products, which CuPy has cuBLAS compute, as cupy/_core/_routines_linalg.pyx asks for them.
+"""Matrix products, which CuPy leaves to cuBLAS, as cupy/_core/_routines_linalg.pyx calls it.
 
-- `out` in C order and of the operands' common dtype is written; any other `out` has the product
-  copied to it, from memory of its own, and so has one that shares memory with an operand.
-- An operand that lies in neither C nor Fortran order, as a block of a matrix's columns does, is
-  copied, for cuBLAS is told nothing of what lies between rows. One of another dtype is converted.
-- Of `out` the size is looked at, not the shape, where its dtype is the operands'.
-- Nothing looks at the devices that the arrays lie on: cuBLAS's handle is the current device's.
-- 16 bits are added up in float32 and rounded once. CuPy 13 does not know bfloat16.
-- Where there is nothing to add up, `out` is filled with zeros. A single number is a reduction by
-  kernels of CuPy's own.
+- cuBLAS writes into `out` if it is in C order, has the operands' common dtype and shares no memory
+  with an operand; otherwise the product gets memory of its own and is copied to `out`.
+- An operand in neither C nor Fortran order, such as a block of a matrix's columns, is copied, since
+  CuPy does not tell cuBLAS about gaps between rows. One of another dtype is converted.
+- If `out` has the operands' dtype, its size is checked but not its shape.
+- The arrays' devices are not checked: cuBLAS's handle is that of the current device.
+- 16-bit products are summed in float32 and rounded once. CuPy 13 does not know bfloat16.
+- If there is nothing to sum, `out` is filled with zeros. A result of a single number is a reduction
+  by kernels of CuPy's own.
 """
 
 from __future__ import annotations

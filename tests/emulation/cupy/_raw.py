@@ -1,4 +1,4 @@
-"""`RawModule` and `RawKernel`: kernels compiled when first asked for, and started."""
+"""`RawModule` and `RawKernel`: kernels, compiled when first asked for, and their launches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class RawKernel:
         shared_mem: int = 0,
         stream: Stream | None = None,
     ) -> None:
-        """Start it, and wait until it has ended, as nobody does on a GPU."""
+        """Start it and wait until it has ended, which a launch on a GPU does not."""
         built, kernel = self._find()
         grid = _extents(f"{self.name}, grid", grid, MOST_BLOCKS)
         block = _extents(f"{self.name}, block", block, MOST_IN_BLOCK)
@@ -133,7 +133,7 @@ def _extents(what: str, given: Any, most: tuple[int, int, int]) -> tuple[int, in
     ):
         raise EmulationError(f"{what} must be a tuple of one to three ints, got {given!r}")
     extents = (*given, 1, 1)[:3]
-    # CuPy would make 1 of what is less.
+    # CuPy would silently turn anything less into 1.
     if min(extents) < 1:
         raise EmulationError(f"{what} must not be empty, got {given}; start no kernel at all")
     if any(extent > limit for extent, limit in zip(extents, most, strict=True)):

@@ -1,4 +1,4 @@
-"""Launches written down, with all that it takes to run them again without Python.
+"""Launches recorded, with everything it takes to run them again without Python.
 
 A folder of recordings holds one folder for each text and its options, with `kernel.cpp`, the text
 within the shim, `options.txt`, and the launches, PROCESS-NUMBER.launch: lines of text
@@ -35,7 +35,7 @@ _number = itertools.count(1)
 
 
 class Extent(NamedTuple):
-    """A stretch of memory: its first address, and the one behind its last."""
+    """A stretch of memory: its first address, and the one after its last."""
 
     first: int
     end: int
@@ -59,7 +59,7 @@ def extent_of(argument: ndarray | MemoryPointer) -> Extent:
 
 
 def joined(extents: list[Extent]) -> list[Extent]:
-    """Join what overlaps, so that arguments that share memory go on sharing it."""
+    """Join stretches that overlap, so that arguments that share memory go on sharing it."""
     result: list[Extent] = []
     for extent in sorted(extents):
         if result and extent.first < result[-1].end:
@@ -94,7 +94,7 @@ def launch(
     arguments: tuple[Any, ...],
     packed: list[bytes],
 ) -> Iterator[None]:
-    """Write down the launch that is made within, if launches are to be recorded."""
+    """Record the launch made within the block, if launches are to be recorded."""
     if emulation.record_folder is None:
         yield
         return

@@ -1,7 +1,7 @@
-"""What the emulated CuPy has done, and how it is to run kernels.
+"""What the emulated CuPy has done, and how it runs kernels.
 
 A test sets and reads the names of this module through the module: `emulation.order = "reverse"`,
-`emulation.launches`. `reset` brings all of them back to what they were.
+`emulation.launches`. `reset` sets all of them back to what they were.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ORDERS = ("forward", "reverse", "shuffled")
 
 
 class EmulationError(RuntimeError):
-    """What a GPU would take for undefined behaviour, or CuPy pass on to it unseen."""
+    """Undefined behaviour on a GPU, or an argument that CuPy would pass on without a check."""
 
 
 class Launch(NamedTuple):
@@ -93,7 +93,7 @@ def this_order() -> int:
 
 @contextlib.contextmanager
 def record(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write all that is launched within to a folder, from which `replay.py` can run it."""
+    """Record all launches within the block in a folder, from which `replay.py` can run them."""
     before, path = record_folder, Path(folder)
     _here.record_folder = path
     try:

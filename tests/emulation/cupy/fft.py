@@ -1,1 +1,1 @@
-"""Fourier transforms, which array-api-compat wants to find and nobody here calls."""
+"""Fourier transforms, which array-api-compat imports and nothing here calls."""

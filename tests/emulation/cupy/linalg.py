@@ -1,6 +1,6 @@
-"""Linear algebra, which array-api-compat wants to find and nobody here calls."""
+"""Linear algebra, which array-api-compat imports and nothing here calls."""
 
 
 def lstsq(a: object, b: object, rcond: object = None) -> object:
-    """Say that there is none."""
+    """Raise: there is no least-squares solver here."""
     raise NotImplementedError("the emulated CuPy has no linear algebra")

@@ -1,4 +1,4 @@
-"""The error that a compiler gives."""
+"""The error of CuPy's compiler."""
 
 
 class CompileException(Exception):

@@ -1,4 +1,4 @@
-"""The emulated devices, which are but numbers, and the one that is current."""
+"""The emulated devices, which are only numbers, and the current one."""
 
 from __future__ import annotations
 

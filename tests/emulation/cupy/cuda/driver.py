@@ -1,8 +1,8 @@
-"""The error that CUDA's driver gives."""
+"""The error of CUDA's driver."""
 
 
 class CUDADriverError(RuntimeError):
-    """What CuPy raises for a status of the driver's."""
+    """What CuPy raises for an error code of the driver's."""
 
     def __init__(self, status: str, message: str) -> None:
         self.status = status

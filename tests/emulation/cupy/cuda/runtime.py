@@ -1,4 +1,4 @@
-"""The few names of CUDA's runtime that are asked for."""
+"""The few names of CUDA's runtime that polyce or CuPy's users ask for."""
 
 from .device import COUNT, get_device_id, set_device
 
@@ -6,7 +6,7 @@ is_hip = False
 
 
 class CUDARuntimeError(RuntimeError):
-    """What CUDA's runtime found wrong; here it finds nothing."""
+    """CUDA's runtime errors; the emulation raises none."""
 
 
 def getDevice() -> int:

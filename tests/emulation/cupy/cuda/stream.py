@@ -20,7 +20,7 @@ class Stream:
     ) -> None:
         self.null_ = null
         self.ptr = 0 if null else id(self)
-        # The null stream is every device's.
+        # The null stream belongs to every device.
         self.device_id = -1 if null else get_device_id()
 
     def __enter__(self) -> Stream:
@@ -43,7 +43,7 @@ class Stream:
         return f"<Stream {self.ptr} (device {self.device_id})>"
 
     def use(self) -> Stream:
-        """Make this stream the current device's current one."""
+        """Make this stream the current one of the current device."""
         if self.device_id not in (-1, get_device_id()):
             raise RuntimeError(
                 f"The device that the stream is created on ({self.device_id}) does not match with "
