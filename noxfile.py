@@ -22,23 +22,23 @@ nox.needs_version = ">=2025.5.1"
 # pip, not uv: both name the same packages, but the pinned CPU wheel of torch is found by pip alone
 # where pip is configured to look for it.
 nox.options.default_venv_backend = "virtualenv"
-# What a change must pass before it is shown to others.
+# What every change must pass before it is shown to others.
 TIER_1 = ("numpy", "strict", "torch", "jax-x32", "dask", "cupy-emulated")
-# Those of which the plain run leaves the slow tests to `nox -t ci`.
+# The plain run leaves the slow tests of these to `nox -t ci`.
 SLOW = ("torch", "jax-x32", "cupy-emulated")
 nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in TIER_1), "docs"]
-# What else must hold; and what is so much like it that it runs beside all cases of all tests only.
+# What else must hold; and variants so similar that they run only with all cases of all tests.
 CI, FULL = ["ci"], ["full"]
 STRICT = nox.param("strict", id="strict", tags=FULL)
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
-# backend: the dependency group that brings its library, and the environment it is tested in
+# backend: the dependency group that installs its library, and the environment it is tested in
 BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "numpy": ("numpy", {}),
     "strict": ("strict", {}),
     "torch": ("torch", {}),
-    # jax compiles each case anew: here it takes the few cases that stand for the grid.
+    # jax compiles each case anew, so it takes only the few cases that stand for the grid.
     "jax-x32": ("jax", {"JAX_ENABLE_X64": "0", "POLYCE_FEW": "1"}),
     "jax-x64": ("jax", {"JAX_ENABLE_X64": "1", "POLYCE_FEW": "1"}),
     "dask": ("dask", {}),
@@ -55,8 +55,8 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     "triton-compile": ("triton", {}),
 }
 
-# Holds the docstrings behind `polyce.__all__` to numpydoc's rules, less those in its arguments.
-# (`numpydoc lint` would hold the inner functions of a file to them as well.)
+# Checks the docstrings behind `polyce.__all__` against numpydoc's rules, except those in its
+# arguments. (`numpydoc lint` would check the inner functions of a file too.)
 PUBLIC_DOCSTRINGS = """
 import sys
 import polyce
@@ -71,7 +71,7 @@ findings = [
 sys.exit("\\n".join(findings) or 0)
 """
 
-# Writes the cases for the program that runs the kernels without Python: those that stand for the
+# Writes the cases for the program that runs the kernels without Python: a few that stand for the
 # grid, or all of it.
 DUMP = """
 import sys
@@ -81,20 +81,20 @@ folder, everything = sys.argv[1:]
 dump(folder, cases() if everything == "1" else representative(cases(), 100))
 """
 
-# session of that program: the sanitizers it is built with
+# session that runs this program: the sanitizers it is built with
 SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 
 STUB = Path("src/polyce/_core.pyi")
 NEEDED = {"polyce/py.typed", "polyce/_core.pyi", "polyce/data/digits.npz"}
 
-# What a wheel is made of.
+# The sources of a wheel.
 SOURCES = ("src", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
 
 _earlier: list[str] = []
 
 
 def wheel(session: nox.Session) -> str:
-    """Path of the wheel of these sources for the session's Python, built by the first that asks."""
+    """Return the path of the wheel for the session's Python, built when first asked for."""
     version = session.python or f"{sys.version_info.major}.{sys.version_info.minor}"
     # From 3.12 on all share the stable ABI.
     kind = "cp311" if version == "3.11" else "abi3"
@@ -107,19 +107,19 @@ def wheel(session: nox.Session) -> str:
         session.error("no wheel was built: `nox -R` skips that, `nox -r` does not")
     if not any(map(is_core, contents(built))):
         shutil.rmtree(out)
-        # What is wrong with the compiled part, pip hides: it builds a wheel without it instead.
+        # pip would hide errors in the compiled part and build a wheel without it.
         session.error("the wheel lacks polyce._core: `pip wheel -v .` tells why")
     return str(built)
 
 
 def fingerprint(folder: Path) -> str:
-    """Tell states of the sources in a folder apart, by names and contents."""
+    """Return a hash of the sources in a folder, by names and contents."""
     found = hashlib.sha256()
     for name in SOURCES:
         path = folder / name
         files = path.rglob("*") if path.is_dir() else [path]
         for file in sorted(file for file in files if file.is_file()):
-            # What an editable install, or running from the checkout, leaves there.
+            # Files that an editable install, or running from the checkout, leaves there.
             if file.suffix not in (".pyc", ".so", ".pyd"):
                 found.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode())
                 found.update(file.read_bytes())
@@ -142,15 +142,15 @@ def is_core(name: str) -> bool:
 
 
 def contents(path: str | Path) -> dict[str, bytes]:
-    """Names and contents of the files in a wheel."""
+    """Return the names and contents of the files in a wheel."""
     with zipfile.ZipFile(path) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 def forget_earlier(session: nox.Session) -> None:
-    """Delete the environments of this run's earlier sessions, unless `nox -r` is to find them.
+    """Delete the environments of this run's earlier sessions, except under `nox -r`.
 
-    All of them together take 15 GB.
+    Together they would take 15 GB.
     """
     while _earlier:
         shutil.rmtree(_earlier.pop(), ignore_errors=True)
@@ -160,7 +160,7 @@ def forget_earlier(session: nox.Session) -> None:
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the wheel and dependency groups, and nothing of the checkout itself."""
+    """Install the wheel and dependency groups, and nothing from the checkout itself."""
     forget_earlier(session)
     built = wheel(session)
     requirements = nox.project.dependency_groups(PYPROJECT, *groups)
@@ -172,13 +172,13 @@ def install(session: nox.Session, *groups: str) -> None:
 def run_tests(session: nox.Session, backend: str, *options: str, **env: str) -> None:
     """Run the tests of one backend; what follows `--` on nox's command line goes to pytest."""
     env |= BACKENDS[backend][1] if backend in BACKENDS else {}
-    # So that nothing is left in the home folder.
+    # Keeps caches out of the home folder.
     folder = Path(session.create_tmp()).resolve()
     env["TRITON_CACHE_DIR"] = str(folder / "triton")
     env["POLYCE_EMULATION_CACHE"] = str(folder / "emulation")
-    # Large exact answers, which the runs have in common and which take longer than the runs.
+    # Large exact answers, which all runs share and which take longer than the runs.
     env["POLYCE_ANSWERS"] = str(Path(session.cache_dir).resolve() / "answers")
-    # Two at once: the least that a machine has today. Another `-n` after `--` goes before this one.
+    # Two processes, as any machine has two cores today. A `-n` after `--` overrides this one.
     command = ("pytest", f"--backend={backend}", "-n", "2", *options, *session.posargs)
     session.run(*command, env=env)
 
@@ -197,7 +197,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the package, strictly, and of a caller of the installed package."""
+    """Check the types of the package strictly, and those of a caller of the installed package."""
     install(session, "types")
     session.run("mypy")
     session.run("mypy", "tests/typing/consumer.py")
@@ -207,7 +207,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def stub(session: nox.Session) -> None:
-    """Write the types of the compiled core, src/polyce/_core.pyi, anew."""
+    """Rewrite the types of the compiled core, src/polyce/_core.pyi."""
     install(session, "types")
     write_stub(session, STUB.parent)
 
@@ -222,21 +222,21 @@ def write_stub(session: nox.Session, folder: Path) -> str:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Check wheel and sdist, and run the demo on the wheel alone, with its core and without."""
+    """Check wheel and sdist, and run the demo from the wheel, with its core and without."""
     install(session)
     session.run("python", "-m", "pip", "check")
     with tempfile.TemporaryDirectory() as elsewhere:
         with session.chdir(elsewhere):
             session.run("python", "-m", "polyce")
             session.run("python", "-m", "polyce", "demo")
-        # Only now may the environment hold more than the wheel and what it requires.
+        # Until now the environment must hold only the wheel and what it requires.
         session.install(*nox.project.dependency_groups(PYPROJECT, "build"))
         session.run("python", "-m", "build", "--sdist", "--outdir", elsewhere, silent=True)
         (sdist,) = Path(elsewhere).glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             archive.extractall(elsewhere, filter="data")
         (unpacked,) = (path for path in Path(elsewhere).iterdir() if path.is_dir())
-        # The core takes minutes to compile: of the same sources it is the same.
+        # The core takes minutes to compile, so it is not built again from the same sources.
         if fingerprint(unpacked) != fingerprint(Path()):
             session.error(f"the sdist has other files than the checkout in {SOURCES}")
         check_without_core(session, unpacked, Path(elsewhere) / "pure")
@@ -245,7 +245,7 @@ def build(session: nox.Session) -> None:
 
 
 def check_without_core(session: nox.Session, source: Path, folder: Path) -> None:
-    """Check that what is built without a compiler is the same polyce less its core, and runs."""
+    """Check that a build without a compiler is the same polyce without its core, and runs."""
     pip_wheel(session, source, folder, POLYCE_BUILD_CORE="0")
     (pure,) = folder.glob("*.whl")
     if not pure.name.endswith("-py3-none-any.whl"):
@@ -286,7 +286,7 @@ def sanitize(session: nox.Session) -> None:
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests on one array library."""
     install(session, BACKENDS[backend][0])
-    # What is asked for after `--` is run, slow or not.
+    # Tests named after `--` run, slow or not.
     leaves_slow = backend in SLOW and not session.posargs
     run_tests(session, backend, *(["--slow=without"] if leaves_slow else []))
 
@@ -294,7 +294,7 @@ def tests(session: nox.Session, backend: str) -> None:
 @nox.session(tags=CI)
 @nox.parametrize("backend", [nox.param(name, id=name) for name in SLOW])
 def slow(session: nox.Session, backend: str) -> None:
-    """Run the tests that take long on a library of the first tier."""
+    """Run the slow tests on a library of the first tier."""
     install(session, BACKENDS[backend][0])
     run_tests(session, backend, "--slow=only")
 
@@ -316,7 +316,7 @@ def tests_other(session: nox.Session, backend: str) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("backend", [nox.param("numpy", id="numpy", tags=CI), STRICT])
 def minimums(session: nox.Session, backend: str) -> None:
-    """Run the tests on the oldest Python, NumPy and array-api-compat that polyce takes."""
+    """Run the tests on the oldest Python, NumPy and array-api-compat that polyce supports."""
     install(session, "minimums")
     run_tests(session, backend, POLYCE_FEW="1")
 
@@ -324,20 +324,20 @@ def minimums(session: nox.Session, backend: str) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every example of docstrings and pages, and build the site into docs/_build/html."""
-    # Every module is imported, so the libraries that some modules are written for must be there; of
-    # CuPy a stand-in.
+    # Every module is imported, so the libraries that some modules need must be installed; CuPy has
+    # a stand-in.
     install(session, "docs", "triton")
     env = {"PYTHONPATH": str(Path("tests/emulation").resolve())}
     session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs, env=env)
     build = ("sphinx-build", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
-    # Read anew (-E): much of it is made from the code.
+    # -E reads all pages again, since many are made from the code.
     session.run(*build, "-E", "-b", "doctest", "docs", "docs/_build/doctest")
     session.run(*build, "-b", "html", "docs", "docs/_build/html")
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time polyce on a CPU, draw what came out, and measure errors; arguments follow `--`.
+    """Time polyce on a CPU, draw the results, and measure errors; arguments follow `--`.
 
     `--reference` times the reference and the dask path instead.
     """
@@ -362,7 +362,7 @@ def bench(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Test and time polyce on a CUDA or ROCm device, and fail where there is none.
 
-    Arguments go to the benchmark, whose results lie in benchmarks/results afterwards.
+    Arguments go to the benchmark, which writes its results into benchmarks/results.
     """
     install(session, "cupy", "triton")
     code = "import torch; print(torch.cuda.is_available(), torch.version.hip is not None)"
@@ -371,14 +371,14 @@ def gpu(session: nox.Session) -> None:
         session.error("torch finds no CUDA or ROCm device")
     timed = ("python", "-m", "benchmarks.gpu", *session.posargs)
     commands = [("pytest", "--backend=torch-cuda"), timed]
-    # The CuPy that is installed is CUDA's.
+    # The group installs CuPy for CUDA.
     if found[1:] == ["False"]:
         code = "import cupy; print(cupy.cuda.is_available())"
         if session.run("python", "-c", code, silent=True) != "True\n":
             session.error("cupy finds no CUDA device")
         commands.insert(0, ("pytest", "--backend=cupy"))
         commands.append((*timed, "--library", "cupy"))
-    # A device is not at hand every day: what one of them finds does not keep the others from it.
+    # A device is rarely available, so a failure of one of these does not stop the others.
     failed = []
     for command in commands:
         try:

@@ -1,4 +1,4 @@
-"""What polyce is timed by, from the root of a checkout.
+"""The benchmarks of polyce, run from the root of a checkout.
 
 python -m benchmarks.cpu            logits on a CPU, against torch, jax and scipy
 python -m benchmarks.cpu.reference  the reference, and dask

@@ -22,7 +22,7 @@ class Sizes(NamedTuple):
 
 
 class Log:
-    """What a run has found, written down after each step with the load of the machine."""
+    """A run's results, saved after each step with the load of the machine."""
 
     def __init__(self, out: Path, shapes: Mapping[str, Any]) -> None:
         self.out, self.start = out, time.perf_counter()
@@ -34,7 +34,7 @@ class Log:
         }
 
     def add(self, text: str, **rows: list[Any]) -> None:
-        """Add rows by their kind, and say how far it is."""
+        """Add rows by their kind, and report progress."""
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         self.found["environment"]["loads"].append(load)
         for kind, more in rows.items():
@@ -52,7 +52,7 @@ def main(
     draw: Callable[[dict[str, Any], Path], None],
     choices: tuple[str, ...] = (),
 ) -> None:
-    """Run a command. `choices` are further fields of a size to choose from, or to turn on."""
+    """Run a command. `choices` are more fields of a size that options choose from, or turn on."""
     parser = argparse.ArgumentParser(description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure")

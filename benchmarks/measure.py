@@ -1,7 +1,7 @@
-"""How the benchmarks measure: calls in turn, peak memory, fresh processes, what it depends on.
+"""How the benchmarks measure: calls in turn, peak memory, fresh processes, the environment.
 
-Run as a program it is the fresh process: `python -m benchmarks.measure module:function
-'{"argument": 1}'` calls the function and prints what it returns as JSON.
+As a program this is the fresh process: `python -m benchmarks.measure module:function
+'{"argument": 1}'` calls the function and prints its result as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "optax", "dask", "scipy")
-# A sample this long is not disturbed by the clock's own cost.
+# In a sample this long the clock's own cost does not matter.
 _SAMPLE_SECONDS = 1e-3
 _MEBIBYTE = 2**20
 
@@ -37,8 +37,8 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Take samples of contenders in turn, so that a busy machine disturbs all of them alike.
 
-    Each round takes one sample of every contender, starting with another one each time. Rounds go
-    on until `budget` seconds are spent, but there are at least `rounds`.
+    Each round takes one sample of every contender, starting with another one each time. There are
+    at least `rounds` rounds, and more until `budget` seconds are spent.
     """
     samples: dict[str, list[float]] = {name: [] for name in names}
     order = list(names)
@@ -71,7 +71,7 @@ def interleave(
 
 
 def sample(call: Callable[[], Any], repeats: int = 1) -> float:
-    """Take the seconds of one call, of several in a row."""
+    """Return the seconds of one call, averaged over several in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -101,7 +101,7 @@ def against(
     budget: float,
     rounds: int,
 ) -> list[Row]:
-    """Time polyce against its peers, each given with the target for the ratio or None."""
+    """Time polyce against its peers, each given with a target for the ratio, or None."""
     calls = {"polyce": polyce} | {name: call for name, (call, _) in peers.items()}
     losses = {name: loss_of(call()) for name, call in calls.items()}
     check_losses(case, losses, losses["polyce"], 1e-4)
@@ -117,20 +117,20 @@ def against(
 
 
 def judge(value: float, target: float | None) -> Row:
-    """Say what a number should not exceed, and whether it does."""
+    """Return a number's target, and whether the number meets it; nothing without a target."""
     return {} if target is None else {"target": target, "met": value <= target}
 
 
 def loss_of(answer: Any) -> float:
-    """Return the loss of an answer that may have a gradient beside it."""
+    """Return the loss of an answer, which may also have a gradient."""
     return float(answer[0] if isinstance(answer, tuple) else answer)
 
 
 def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
-    """Tell by how many bytes the process grows at most during a call, and how long it takes.
+    """Measure by how many bytes the process grows at most during a call, and how long it takes.
 
-    Right only in a process that has not yet been larger than it is; None where the system does not
-    tell. (ru_maxrss would not do: a new process starts with its parent's.)
+    Right only in a process that has never been larger than it is now; None if the system does not
+    report it. (ru_maxrss does not serve: a new process starts with its parent's.)
     """
     before = memory()
     start = time.perf_counter()
@@ -146,17 +146,17 @@ def peak_growth(call: Callable[[], Any]) -> dict[str, float] | None:
 
 
 def settled_growth(call: Callable[[], Any]) -> dict[str, float] | None:
-    """Tell the same of a process that has called before, once it has freed what it returned."""
-    time.sleep(0.5)  # jax frees it a moment later
+    """Measure the same in a process that has made a call before, once its result is freed."""
+    time.sleep(0.5)  # jax frees results with a delay
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        # The system counts the peak from now on.
+        # Reset the system's record of the peak.
         clear.write_text("5")
     return peak_growth(call)
 
 
 def memory() -> dict[str, int] | None:
-    """Return this process's memory, now and at its peak, where the system tells."""
+    """Return this process's memory, now and at its peak, if the system reports it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -181,12 +181,12 @@ def fresh(
 
 
 def fresh_source(source: str, times: int) -> list[Any]:
-    """Run source that prints JSON in so many fresh processes, with the bytecode as after pip."""
+    """Run source that prints JSON in several fresh processes, with bytecode compiled as by pip."""
     command = [sys.executable, "-c", source]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"PYTHONPYCACHEPREFIX": cache}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        # The first one compiles.
+        # The first process compiles the bytecode.
         runs = [
             subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
             for _ in range(1 + times)
@@ -200,7 +200,7 @@ def installed(*modules: str) -> list[str]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of packages, of those that are installed."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -211,7 +211,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Tell what the numbers depend on: versions, processor, number of threads."""
+    """Return what the numbers depend on: versions, processor, number of threads."""
     import polyce
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processors usable": threads,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        # It may name an older processor than this one, whose products are slower.
+        # It may name an older processor, whose products are slower.
         "OPENBLAS_CORETYPE": os.environ.get("OPENBLAS_CORETYPE"),
     }
 
@@ -240,7 +240,7 @@ def _processor() -> str:
 
 
 def say(text: str) -> None:
-    """Tell how far it is, beside what is printed."""
+    """Report progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

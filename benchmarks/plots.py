@@ -1,4 +1,4 @@
-"""What the benchmarks draw in the same way: styles, times and memory, as SVG and PNG."""
+"""Drawings that the benchmarks share: styles, times and memory, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import tables
 from .measure import Row
 
 Styles = Mapping[str, tuple[str, str]]
-# The colours of Okabe and Ito, which the colour-blind tell apart; the markers differ too.
+# The colours of Okabe and Ito, which the colour-blind can tell apart; the markers differ too.
 STYLES = {
     "polyce NumPy": ("#0072B2", "o"),
     "polyce NumPy out=": ("#56B4E9", "D"),
@@ -67,7 +67,7 @@ def mark(axis: Any) -> None:
 
 
 def name_shapes(axis: Any, shapes: Iterable[str]) -> None:
-    """Name a place on the vertical axis for each shape, the first one on top."""
+    """Label a place on the vertical axis for each shape, the first one on top."""
     names = list(shapes)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylabel("logits")
@@ -134,7 +134,7 @@ def time(
 
 
 def memory(rows: list[Row], styles: Styles = STYLES) -> Any:
-    """Draw the growth of the process by contender, each case in a panel of its own."""
+    """Draw the growth of the process by contender, with a panel for each case."""
     names = [name for name in styles if any(row["contender"] == name for row in rows)]
     cases = list(dict.fromkeys((row["what"], row["shape"]) for row in rows))
     figure, ((*axes,),) = plt.subplots(

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def element_type(dtype: str) -> Any:
-    """Return NumPy's dtype of a name, bfloat16 among them."""
+    """Return NumPy's dtype of a name, which may be bfloat16."""
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -47,7 +47,7 @@ def element_type(dtype: str) -> Any:
 def normal(
     rng: np.random.Generator, dims: tuple[int, ...], dtype: str, scale: float = 1.0
 ) -> np.ndarray:
-    """Make normal numbers, in little more memory than they take."""
+    """Draw normal numbers, with little memory beside the result."""
     array = np.empty(dims, element_type(dtype))
     flat = array.reshape(-1)
     for start in range(0, flat.size, _BLOCK):
@@ -57,7 +57,7 @@ def normal(
 
 
 def problem(dims: tuple[int, ...], dtype: str = "float32") -> Problem:
-    """Make normal logits, and labels."""
+    """Draw normal logits, and labels."""
     rng = np.random.default_rng(0)
     logits = normal(rng, dims, dtype)
     return Problem(logits, rng.integers(0, dims[1], (dims[0], *dims[2:])))

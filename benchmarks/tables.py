@@ -1,4 +1,4 @@
-"""Tables of what was measured: for a terminal, and in Markdown."""
+"""Tables of measurements: for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def show(rows: list[Row]) -> None:
-    """Print rows as a table, with units for people."""
+    """Print rows as a table, with readable units."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [[column.removesuffix("_s").replace("_", " ") for column in columns]]
     table += [[text(column, row.get(column)) for column in columns] for row in rows]
@@ -45,7 +45,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def print_head(found: dict[str, Any], key: str) -> None:
-    """Print what the times depend on, and which of them the tables show."""
+    """Print what the times depend on, and whether the tables show medians or bests."""
     facts = found["environment"]
     versions = ", ".join(" ".join(each) for each in facts["versions"].items())
     loads = [load for load in facts["loads"] if load is not None] or ["unknown"]
@@ -56,7 +56,7 @@ def print_head(found: dict[str, Any], key: str) -> None:
 
 
 def by_case(found: dict[str, Any]) -> Times:
-    """Return the times by what they are of."""
+    """Return the times by shape, dtype, threads, huge pages, what and contender."""
     keys = ("shape", "dtype", "threads", "huge_pages", "what", "contender")
     return {tuple(row[key] for key in keys): row for row in found["times"]}
 
@@ -72,7 +72,7 @@ def count(threads: int) -> str:
 
 
 def faster(theirs: Row | None, ours: Row | None, key: str) -> str:
-    """Say how many times as fast polyce is, in words too where it is slower."""
+    """Write how many times as fast polyce is, with words if it is slower."""
     if theirs is None or ours is None:
         return ""
     ratio = theirs[key] / ours[key]
@@ -80,12 +80,12 @@ def faster(theirs: Row | None, ours: Row | None, key: str) -> str:
 
 
 def seconds(rows: Iterable[Row | None], key: str) -> str:
-    """Write the seconds of several rows beside each other."""
+    """Write the seconds of several rows side by side."""
     return " / ".join(text("_s", row and row[key]) for row in rows)
 
 
 def crossed(rows: Sequence[Row], across: str, value: str, corner: str) -> Table:
-    """Return a table of one line a contender, with a column for each of what is `across`."""
+    """Return a table with a line for each contender and a column for each value of `across`."""
     cells = {(row["contender"], row[across]): row[value] for row in rows}
     columns = list(dict.fromkeys(column for _, column in cells))
     names = dict.fromkeys(name for name, _ in cells)

@@ -1,7 +1,7 @@
 """Processes that keep running and time cases in turn.
 
-torch reads THP_MEM_ALLOC_ENABLE when it starts, so that what it takes with huge pages is measured
-in a second process, and the two take turns.
+torch reads THP_MEM_ALLOC_ENABLE when it starts, so its times with huge pages are measured in a
+second process, and the two take turns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 from .measure import Row, installed
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-# Every row loss of bfloat16 may be off by half a unit in the last place, 2⁻⁹ of it, and the sum too
-# where it is bfloat16 as well; of a gradient's largest entry, as every logit's gradient is rounded.
+# In bfloat16 every row loss may be off by half a unit in the last place, 2⁻⁹ of it, and so may a
+# sum in bfloat16, and the largest entry of a gradient, since every logit's gradient is rounded.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
@@ -45,7 +45,7 @@ def worker(threads: int, huge_pages: bool = False) -> Iterator[ProcessPoolExecut
     os.environ[HUGE_PAGES] = str(int(huge_pages))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, begin, (threads,)) as process:
-        # It starts, and reads the environment, with the first call.
+        # The process starts, and reads the environment, with the first call.
         process.submit(os.getpid).result()
         yield process
 
@@ -55,7 +55,7 @@ def begin(threads: int) -> None:
     import polyce
 
     if threads == 1 and hasattr(os, "sched_setaffinity"):
-        # Nothing else holds jax to one thread; where this is missing, jax keeps all of them.
+        # Nothing else limits jax to one thread; without this function jax uses all of them.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     polyce.set_num_threads(threads)
     if installed("torch"):
@@ -64,12 +64,12 @@ def begin(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-# A worker, whether it has huge pages, and how often it has had its turn, to times by contender.
+# Takes a worker, whether it has huge pages, and its number of turns; returns times by contender.
 Ask = Callable[[ProcessPoolExecutor, bool, int], "Future[dict[str, dict[str, float]]]"]
 
 
 def visit(processes: Mapping[bool, ProcessPoolExecutor], visits: int, ask: Ask) -> list[Row]:
-    """Time one case, the processes in turn, and put the visits of each together."""
+    """Time one case, the processes in turn, and combine the visits to each."""
     taken: dict[tuple[bool, str], list[Row]] = {}
     order = list(processes)
     for turn in range(visits):

@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before any example imports a library: on any machine they run on the CPU, jax sees four devices
-# to lay a mesh over, and Keras leaves no settings behind.
+# Set before any example imports a library: examples run on the CPU on any machine, jax has four
+# devices for a mesh, and Keras writes no settings file.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-os.environ.setdefault("PJRT_NPROC", "16")  # threads, so that devices do not wait for each other's
+os.environ.setdefault("PJRT_NPROC", "16")  # threads enough for all devices
 os.environ.setdefault("KERAS_BACKEND", "jax")
 if "KERAS_HOME" not in os.environ:
     os.environ["KERAS_HOME"] = tempfile.mkdtemp()
@@ -37,7 +37,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext"]
 nitpicky = True
-# Other projects' names are not linked: that would fetch their indexes.
+# Names of other projects are not linked, since that would download their indexes.
 nitpick_ignore_regex = [("py:.*", r"(numpy|torch|jax)\..*")]
 
 # Pages
@@ -52,12 +52,12 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 
-# Examples: what a `testcode` block prints is what the block `testoutput` after it says. Those in
+# Examples: a `testcode` block must print what the `testoutput` block after it says. Those in
 # docstrings are run by `nox -s doctest`.
 doctest_test_doctest_blocks = ""
 doctest_default_flags = 0
 
-# Look
+# Appearance
 html_theme = "furo"
 html_title = f"polyce {release}"
 html_static_path = ["_static"]

@@ -1,4 +1,4 @@
-// What native_driver.cpp computes with: arrays in every order of memory, and cases, from files or made up.
+// The inputs of native_driver.cpp: arrays in every memory order, and cases, from files or made up.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +48,8 @@ inline double read_brain(const char* place) {
     return read_as<float>(reinterpret_cast<const char*>(&bits));
 }
 
-// How numbers of a dtype are stored, what the kernels call it (Float or Integer), and from where on
-// a number is rounded to infinity.
+// How numbers of a dtype are stored, what the kernels call it (Float or Integer), and the bound
+// from which a number is rounded to infinity.
 struct Format {
     int size, code;
     double (*read)(const char*);
@@ -103,14 +103,14 @@ inline Bytes stored(const std::vector<double>& values, bool wide) {
     return bytes;
 }
 
-// How an array lies in memory: which axis is outermost, how many elements apart its neighbours are,
-// whether backwards, and by how many bytes its address misses alignment.
+// An array's layout: which axis is outermost, how many elements apart neighbours are, whether it is
+// reversed, and by how many bytes its address misses alignment.
 struct Layout {
     bool transposed = false, backwards = false;
     int step = 1, offset = 0;
 };
 
-// An array in memory that begins and ends with it.
+// An array in memory of exactly its size.
 class Placed {
 public:
     Placed(const Shape& shape, int size, Layout layout = {})
@@ -130,7 +130,7 @@ public:
         bytes_ = empty ? 0 : span + size;
         memory_.reset(new char[std::size_t(bytes_ + layout.offset)]);
         data_ = memory_.get() + layout.offset + (empty ? 0 : start);
-        // What is never written shows: 0xa5a5... is a number that no case has.
+        // Memory that is never written is noticed: no case has the number 0xa5a5...
         std::memset(memory_.get(), 0xa5, std::size_t(bytes_ + layout.offset));
     }
 
@@ -179,12 +179,12 @@ private:
     char* data_;
 };
 
-// One call, and where polyce.testing.dump has them its exact results.
+// One call, with its exact results if they come from polyce.testing.dump.
 struct Case {
     std::string name;
     Shape shape;
     int axis = 0;
-    Job job;  // all that is no array, and the dtypes
+    Job job;  // everything but the arrays, and the dtypes
     Bytes logits, target, weight, sample_weight, cotangents;
     Fields fields;
     std::map<std::string, std::vector<double>> expected;
@@ -219,12 +219,12 @@ inline Job options(const Fields& field) {
     if (field.at("kind") == "index") {
         job.label_dtype = Integer(formats.at(target_dtype).code);
         job.ignored = std::stoll(field.at("ignore_index"));
-        // An unsigned dtype has no place for a negative one.
+        // An unsigned dtype cannot hold a negative label.
         job.has_ignored = job.ignored >= 0 || target_dtype[0] != 'u';
     } else {
         job.probabilities.dtype = Float(formats.at(target_dtype).code);
     }
-    job.check_labels = false;  // what a bad label does when nobody looks is among the answers
+    job.check_labels = false;  // the answers include rows with bad labels
     job.smoothing = number("label_smoothing", 0);
     job.z_loss = number("z_loss", 0);
     job.scale = number("logit_scale", 1);
@@ -252,7 +252,7 @@ inline Case read_case(const std::string& folder, const std::string& line) {
     c.logits = bytes("logits");
     c.target = bytes("target");
     if (c.fields.at("kind") == "index") {
-        // Of int64, the first bytes of each label are what a smaller dtype holds.
+        // The first bytes of each int64 label are the label in a smaller dtype.
         const std::size_t size = std::size_t(c.format("target_dtype").size);
         Bytes labels;
         for (std::size_t i = 0; i < c.target.size(); i += 8) {

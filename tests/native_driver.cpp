@@ -1,6 +1,6 @@
-// Holds the kernels to the answers that polyce.testing.dump wrote, with no Python in the process:
-// for every instruction set that is here, in every order of memory and on several threads. What it
-// is for is to be built with sanitizers: every array lies in heap memory of exactly its size.
+// Checks the kernels against the answers that polyce.testing.dump wrote, without Python: for every
+// instruction set of this machine, in every memory order and on several threads. It is meant to be
+// built with sanitizers: every array lies in heap memory of exactly its size.
 //
 //   polyce_driver FOLDER
 //
@@ -20,7 +20,7 @@ using namespace polyce;
 
 namespace {
 
-// Who is refused scratch memory, which is all that the core asks for in this form.
+// Which threads are refused scratch memory, which is all that the core allocates in this form.
 enum class Refused : std::uint8_t { nobody, helpers, everybody };
 std::atomic<Refused> refused{Refused::nobody};
 thread_local bool is_caller = false;
@@ -169,7 +169,7 @@ void check_answers(const Case& c, const Way& way, const Results& found) {
     tell(text.empty(), c.name + ", " + way.name + ": " + text);
 }
 
-// Every nan is as good as another: which one comes out is the compiler's choice.
+// All nans are equal here: which one results is the compiler's choice.
 bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
     if (a == b) return true;
     const std::size_t size = std::size_t(format.size);
@@ -189,7 +189,7 @@ std::string difference(const Case& c, const Results& a, const Results& b, bool w
     return same ? "" : "stats";
 }
 
-// Numbers whose places in memory differ, not the order in which they are read: the same bits.
+// Arrays that differ in their layout, but not in the order they are read in, give the same bits.
 void check_same_bits(const Case& c, const Way& way, const Results& one, const Results& other, bool with_grad) {
     const std::string text = difference(c, one, other, with_grad);
     tell(text.empty(), c.name + ", " + way.name + ": other bits than in C order in " + text);
@@ -264,7 +264,7 @@ void check_large(const Case& c) {
     }
 }
 
-// A large gradient goes past the caches, unless its classes do not lie side by side.
+// A large gradient is written past the caches, unless its classes do not lie side by side.
 void check_streaming(const Case& c) {
     const Results kept = run_case(c, {"every second", {false, false, 2, 0}, Gradient::apart, 1, false});
     for (const int offset : {0, 1, 62}) {
@@ -274,7 +274,7 @@ void check_streaming(const Case& c) {
     }
 }
 
-// Several callers at a time, of whom one has the helpers.
+// Several callers at a time, of which one has the helper threads.
 void check_callers(const Case& c) {
     const Way way{"several callers", {}, Gradient::apart, 3};
     const Results alone = run_case(c, way);
@@ -289,8 +289,8 @@ void check_callers(const Case& c) {
     for (const Results& one : found) check_same_bits(c, way, alone, one, true);
 }
 
-// Helpers without memory leave the work to the caller, who without any is told; the next call is
-// right.
+// Helpers without memory leave the work to the caller; a caller without memory gets an error, and
+// the next call is right.
 void check_without_memory(const Case& c) {
     const Way way{"4 threads", {}, Gradient::apart, 4};
     const Results before = run_case(c, way);

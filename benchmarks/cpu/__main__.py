@@ -4,8 +4,8 @@ python -m benchmarks.cpu run --out results.json [--quick | --tiny] [--shapes NAM
 python -m benchmarks.cpu table results.json
 python -m benchmarks.cpu plot results.json --out docs/_static
 
-Contenders of one case run in turn in one process; a second process has huge pages for torch, and
-for one thread there are two more.
+Contenders of one case take turns in one process. A second process gives torch huge pages, and two
+more run with one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..shapes import SHAPES, element_type
 from ..workers import Size, visit, worker
 from . import peers, tables, work
 
-# Malloc keeps freed blocks of up to 32 MiB, which would hide that a call takes as much again.
+# malloc keeps freed blocks of up to 32 MiB, which would hide memory that a call takes again.
 MEMORY = ("1024x32000",)
 FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), MEMORY, True, 2, 0.4, 4)
 QUICK = Size(("8x10", "4096x1000", "65536x10"), ("float32",), MEMORY, False, 1, 0.1, 3)
@@ -87,7 +87,7 @@ def memory(shape: str) -> list[Row]:
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """Draw all figures; only this takes matplotlib."""
+    """Draw all figures; only this needs matplotlib."""
     from . import plots
 
     plots.draw(found, folder)

@@ -1,7 +1,7 @@
 """Error of the row losses and of the label's gradient, in units in the last place.
 
 `python -m benchmarks.cpu.accuracy` prints the table of docs/accuracy.md: the native path on each
-instruction set that is here, the reference on NumPy and under jax's jit, and torch's own function,
+instruction set of this machine, the reference on NumPy and under jax's jit, and torch's function,
 against the exact answers of polyce.testing.
 """
 
@@ -20,7 +20,7 @@ from polyce.testing.dtypes import FORMATS
 from polyce.testing.oracle import exact_answer
 
 ROWS = 24
-# What the label's logit is ahead of all others by, what is added to all logits.
+# How far the label's logit is ahead of all others; what is added to all logits.
 FAMILIES = {
     "random": (None, 0.0),
     "5.3 ahead": (5.3, 0.0),
@@ -33,7 +33,7 @@ FAMILIES = {
 }
 
 
-# 16-bit results are rounded from float32 ones, so two families say it all.
+# 16-bit results are rounded from float32 ones, so two families are enough.
 FEW = ("random", "17.3 ahead")
 DTYPES = {
     "float16": (np.float16, FEW),

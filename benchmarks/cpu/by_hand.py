@@ -1,8 +1,8 @@
-"""What polyce is measured against: losses written by hand, for NumPy, jax and dask.
+"""Losses written by hand, which polyce is measured against, for NumPy, jax and dask.
 
-None of those checks its arguments, ignores rows, or minds infinite logits. The `exact` ones keep
-polyce's digits: the label's class stays out of the sums, and the scalars of a row are float64. The
-`simple` ones are what one writes first.
+None of these checks arguments, ignores rows, or handles infinite logits. The `exact` ones keep as
+many digits as polyce: the label's class stays out of the sums, and the scalars of a row are
+float64. The `simple` ones are what one would write first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def lazy_problem(shape: tuple[int, int], chunks: tuple[int, int]) -> tuple[Any, Any]:
-    """Return a dask array of random float32 logits, made where they are needed, and labels."""
+    """Return a dask array of random float32 logits, made when they are needed, and labels."""
     import dask.array as da
 
     def block(block_info: Any = None) -> np.ndarray:
@@ -29,14 +29,14 @@ def lazy_problem(shape: tuple[int, int], chunks: tuple[int, int]) -> tuple[Any, 
 
 
 def simple_loss(logits: np.ndarray, labels: np.ndarray) -> Any:
-    """Mean loss as log-sum-exp less the label's logit."""
+    """Compute the mean loss as log-sum-exp minus the label's logit."""
     top = logits.max(axis=1, keepdims=True)
     lse = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0]
     return (lse - logits[np.arange(len(labels)), labels]).mean()
 
 
 def simple_loss_and_gradient(logits: np.ndarray, labels: np.ndarray) -> tuple[Any, np.ndarray]:
-    """Mean loss, and its gradient as softmax less one-hot."""
+    """Compute the mean loss, and its gradient as softmax minus one-hot."""
     rows = np.arange(len(labels))
     shifted = logits - logits.max(axis=1, keepdims=True)
     grad = np.exp(shifted)
@@ -49,7 +49,7 @@ def simple_loss_and_gradient(logits: np.ndarray, labels: np.ndarray) -> tuple[An
 
 
 def exact_loss(logits: np.ndarray, labels: np.ndarray, together: int | None = None) -> Any:
-    """Mean loss with polyce's digits, of so many rows at a time, by default all, in one array."""
+    """Compute the mean loss with polyce's digits, in one array."""
     together = together or len(labels)
     scratch = np.empty((together, logits.shape[1]), logits.dtype)
     losses = np.empty(len(labels))
@@ -63,7 +63,7 @@ def exact_loss(logits: np.ndarray, labels: np.ndarray, together: int | None = No
 def exact_loss_and_gradient(
     logits: np.ndarray, labels: np.ndarray, together: int | None = None
 ) -> tuple[Any, np.ndarray]:
-    """Mean loss and gradient with polyce's digits, in one array that becomes the gradient."""
+    """Compute the mean loss and gradient with polyce's digits; one array becomes the gradient."""
     together = together or len(labels)
     grad = np.empty_like(logits)
     losses = np.empty(len(labels))
@@ -74,7 +74,7 @@ def exact_loss_and_gradient(
 
 
 def in_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function take a few rows at a time, which stay in the cache."""
+    """Make a function take a few rows at a time, so that they stay in the cache."""
 
     def call(logits: np.ndarray, labels: np.ndarray) -> Any:
         return function(logits, labels, max(1, 2**18 // (logits.shape[1] * logits.itemsize)))
@@ -83,7 +83,7 @@ def in_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exact_rows(logits: np.ndarray, labels: np.ndarray, out: np.ndarray) -> tuple[Any, Any]:
-    """Return the losses, and what the gradient takes; `out` becomes exp(logits - rest_max)."""
+    """Return the losses and what the gradient needs; `out` becomes exp(logits - rest_max)."""
     rows = np.arange(len(labels))
     np.copyto(out, logits)
     out[rows, labels] = -np.inf
@@ -117,7 +117,7 @@ LOSSES_AND_GRADIENTS = {
 
 
 def jax_loss(logits: Any, labels: Any) -> Any:
-    """Mean loss as optax writes it, for where optax is missing."""
+    """Compute the mean loss as optax does, in case optax is missing."""
     import jax
     import jax.numpy as jnp
 
@@ -126,7 +126,7 @@ def jax_loss(logits: Any, labels: Any) -> Any:
 
 
 def dask_loss(logits: Any, labels: Any) -> Any:
-    """Mean loss of a dask array, which cannot gather: the label's logit through a mask."""
+    """Compute the mean loss of a dask array, with the label's logit through a mask."""
     import dask.array as da
 
     top = logits.max(axis=1, keepdims=True)

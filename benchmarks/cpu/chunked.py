@@ -1,4 +1,4 @@
-"""Measure dask: seconds, growth of the process, and tasks, of its own path and of the reference.
+"""Measure dask, by its own path and by the reference: seconds, memory and number of tasks.
 
 `python -m benchmarks.cpu.reference --only dask dask-memory dask-cluster dask-tasks` runs it all.
 """
@@ -21,14 +21,14 @@ OURS = ("loss", "loss and gradient")
 
 
 def cuts(shape: tuple[int, int], chunk: int) -> dict[str, tuple[int, int]]:
-    """Return chunks of so many whole rows, and chunks as large that cut the classes as well."""
+    """Return chunks of this many whole rows, and chunks as large that cut the classes too."""
     return {"rows": (chunk, shape[1]), "classes": (8 * chunk, -(-shape[1] // 8))}
 
 
 def results(
     case: str, logits: Any, labels: Any, path: str | None = None, whole: bool = False
 ) -> tuple[Any, ...]:
-    """Return the lazy results of one case; not of the whole gradient, which need not stay."""
+    """Return the lazy results of one case, with the gradient reduced so that it need not stay."""
     import polyce
 
     if case == "logits alone":
@@ -60,7 +60,7 @@ def seconds(shape: tuple[int, int], chunk: int) -> list[Row]:
 def time_case(
     source: str, cut: str, case: str, shape: tuple[int, int], chunk: int, rounds: int = 3
 ) -> list[Row]:
-    """Time one case, with logits made chunk by chunk or cut from memory."""
+    """Time one case, with logits made chunk by chunk or sliced from memory."""
     import dask
     import dask.array as da
 
@@ -113,7 +113,7 @@ def grow(
         return results(case, *problem, path)
 
     with dask.config.set(scheduler="threads", num_workers=2):
-        # What the first computation imports and starts is not meant.
+        # The first computation imports modules and starts threads, which is not to be measured.
         dask.compute(*lazy((32, 16), 2))
         large = lazy(tuple(shape), chunk)
         return measure.peak_growth(lambda: dask.compute(*large))
@@ -147,7 +147,7 @@ def on_worker(path: str, cut: str, shape: tuple[int, int], chunk: int) -> Row:
 
 
 def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
-    """Count dask's tasks and time the making of the graph, for more and more chunks."""
+    """Count dask's tasks and time how long the graph takes to make, for more and more chunks."""
     found = []
     for cut, case, share in itertools.product(CUTS, OURS, (8, 4, 2, 1)):
         whole = (shape[0] // share, shape[1])
@@ -155,7 +155,7 @@ def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
         for path in ("reference", "dask"):
             logits, labels = by_hand.lazy_problem(whole, cuts(whole, chunk)[cut])
             start = time.perf_counter()
-            # What a caller makes of the gradient is not polyce's.
+            # What a caller does with the gradient is not polyce's.
             lazy = results(case, logits, labels, path, whole=True)
             described = time.perf_counter() - start
             counts[path] = _count(lazy)
@@ -171,11 +171,11 @@ def tasks(shape: tuple[int, int], chunk: int) -> list[Row]:
 
 
 class _Counted(Exception):
-    """Carries the number of tasks that dask was about to run."""
+    """Raised to carry the number of tasks that dask was about to run."""
 
 
 def _count(lazy: tuple[Any, ...]) -> int:
-    """Count the tasks for all results together: dask.optimize would fuse those of each alone."""
+    """Count the tasks for all results together: dask.optimize would fuse each result's alone."""
     import dask
 
     def scheduler(graph: Any, keys: Any, **options: Any) -> Any:

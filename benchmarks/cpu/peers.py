@@ -1,7 +1,7 @@
-"""The contenders of the CPU benchmark: polyce and what one would call in its place.
+"""The contenders of the CPU benchmark: polyce and what one would call instead.
 
-Each is made from a problem and gives a call without arguments. Forward calls return the mean loss,
-gradient calls the mean loss and the gradient.
+Each turns a problem into a call without arguments. Forward calls return the mean loss, gradient
+calls the mean loss and the gradient.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def on_numpy(function: Callable[..., Any], **options: Any) -> Callable[[Problem]
 
 
 def into_out(problem: Problem) -> Call:
-    """Write the gradient into an array that is there already."""
+    """Write the gradient into an array that exists already."""
     gradient = np.zeros_like(problem.logits)
     return lambda: polyce.cross_entropy_with_grad(*problem, out=gradient)
 
 
 def on_torch(function: Callable[..., Any], **options: Any) -> Callable[[Problem], Call]:
-    """Call a function on torch tensors that want no gradient."""
+    """Call a function on torch tensors that do not require a gradient."""
 
     def make(problem: Problem) -> Call:
         logits, labels = torch_arrays(problem)
@@ -62,7 +62,7 @@ def on_torch(function: Callable[..., Any], **options: Any) -> Callable[[Problem]
 
 
 def through_autograd(function: Callable[..., Any]) -> Callable[[Problem], Call]:
-    """Call a function on torch tensors, then let torch ask it for the gradient."""
+    """Call a function on torch tensors, then compute the gradient by torch's autograd."""
 
     def make(problem: Problem) -> Call:
         import torch
@@ -89,12 +89,12 @@ def torch_eager(*arguments: Any, **options: Any) -> Any:
 def torch_compiled(
     wrap: Callable[..., Callable[[Problem], Call]], **options: Any
 ) -> Callable[[Problem], Call]:
-    """Do as another one with torch's own function, compiled for this shape alone."""
+    """Make another contender with torch's own function, compiled for this shape only."""
 
     def make(problem: Problem) -> Call:
         import torch
 
-        # What was compiled for other shapes would count towards torch's limit of recompilations.
+        # Graphs compiled for other shapes would count towards torch's limit of recompilations.
         torch.compiler.reset()
         return wrap(torch.compile(torch.nn.functional.cross_entropy, dynamic=False), **options)(
             problem
@@ -104,7 +104,7 @@ def torch_compiled(
 
 
 def jax_jit(transform: Callable[[Any, Any], Any]) -> Callable[[Problem], Call]:
-    """Compile a loss, written as optax writes it, with jax."""
+    """Compile a loss, written as in optax, with jax."""
 
     def make(problem: Problem) -> Call:
         import jax
@@ -117,7 +117,7 @@ def jax_jit(transform: Callable[[Any, Any], Any]) -> Callable[[Problem], Call]:
 
 
 def scipy_loss(problem: Problem) -> Call:
-    """Take the mean loss from scipy.special.log_softmax."""
+    """Compute the mean loss by scipy.special.log_softmax."""
     import scipy.special
 
     logits, labels = problem
@@ -153,7 +153,7 @@ GRADIENT = {
     "jax jit": Contender("jax", jax_jit(lambda jax, loss: jax.value_and_grad(loss))),
 }
 WHATS = {"forward": FORWARD, "gradient": GRADIENT}
-# What reads, or reads and writes, each number once: by NumPy, and in pieces by all threads.
+# Calls that read, or read and write, each number once: by NumPy, and in pieces by all threads.
 ROOFS = {
     "forward": ("np.max", "np.max, all threads"),
     "gradient": ("np.copyto", "np.copyto, all threads"),
@@ -161,7 +161,7 @@ ROOFS = {
 
 
 def roofs(what: str, problem: Problem, threads: int) -> dict[str, Call]:
-    """Return calls that do nothing but what any implementation must do with the memory."""
+    """Return calls that only read and write the memory that any implementation must."""
     flat = problem.logits.reshape(-1)
     if flat.dtype != np.float32:
         # NumPy has no vectorised maximum of bfloat16.

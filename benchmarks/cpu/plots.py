@@ -14,7 +14,7 @@ from ..plots import STYLES, TITLES, begin, legend, mark, save, time
 from .peers import ROOFS
 
 ROOF = "roof: one read of the logits, or one copy"
-# Fewer logits stay in a core's own cache, so they say nothing about memory.
+# Fewer logits stay in a core's own cache and say nothing about memory.
 FEWEST = 2**19
 
 
@@ -31,7 +31,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 
 def bandwidth(found: dict[str, Any], dtype: str, threads: int) -> Any:
-    """Draw the bandwidth of each contender against the classes, under what memory gives."""
+    """Draw each contender's bandwidth against the number of classes, below the memory's own."""
     points: dict[tuple[str, str], list[tuple[int, float, str]]] = {}
     for row in found["times"]:
         dims = found["shapes"][row["shape"]]["dims"]
@@ -77,5 +77,5 @@ def bandwidth(found: dict[str, Any], dtype: str, threads: int) -> Any:
 
 
 def highest(lines: list[list[tuple[int, float, str]]]) -> list[tuple[int, float, str]]:
-    """Return the highest point of several lines at each place."""
+    """Return the maximum of several lines at each place."""
     return [max(points, key=lambda point: point[1]) for points in zip(*lines, strict=True)]

@@ -2,8 +2,8 @@
 
 python -m benchmarks.cpu.reference [--only NAME ...] [--json FILE] [--tiny]
 
-Contenders of one case run in turn in one process; `ratio` is the median of polyce over that of the
-contender beside it. A target is what polyce holds itself to, on a machine that is otherwise quiet.
+Contenders of one case take turns in one process; `ratio` is polyce's median over that of the
+contender beside it. A target is what polyce is to reach on an otherwise quiet machine.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Size(NamedTuple):
 
     @property
     def timing(self) -> dict[str, float]:
-        """What the timing of one case takes."""
+        """Return the arguments for timing one case."""
         return {"budget": self.seconds, "rounds": self.rounds}
 
 
@@ -65,7 +65,7 @@ def imports(size: Size) -> list[Row]:
     return rows
 
 
-# Nothing else may be imported before the clock stops: polyce might need it too.
+# Nothing else may be imported before the clock stops: polyce might import it too.
 IMPORTS = """
 from time import perf_counter
 start = perf_counter()
@@ -86,18 +86,18 @@ print(json.dumps({
 """
 
 
-# By what is asked for: polyce's function, and what a user writes by hand.
+# For each kind of call: polyce's function, and what a user would write by hand.
 BY_HAND = {
     "loss": ("cross_entropy", by_hand.LOSSES),
     "loss and gradient": ("cross_entropy_with_grad", by_hand.LOSSES_AND_GRADIENTS),
 }
-# For a small input against losses without any check, for a large one with polyce's digits.
+# A small input is compared with losses without any check, a large one with polyce's digits.
 SMALL_TARGETS = {("loss", "simple"): 6.0}
 LARGE_TARGETS = {("loss", "exact"): 2.5, ("loss and gradient", "exact"): 2.5}
 
 
 def time_numpy(shape: tuple[int, int], small: bool, **timing: Any) -> list[Row]:
-    """Time NumPy inputs; small ones against the simple losses alone."""
+    """Time NumPy inputs; small ones only against the simple losses."""
     import polyce
 
     given = problem(tuple(shape))
@@ -129,7 +129,7 @@ def memory(size: Size) -> list[Row]:
             if grown is None:
                 raise LookupError("this system does not tell a process's peak memory")
             multiple = 1.0 + grown["bytes"] / grown["logits"]
-            # The 16-bit dtypes are computed in float32, twice their size.
+            # The 16-bit dtypes are computed in float32, which takes twice their size.
             target = 3.5 if dtype == "float32" else None
             row = {"case": f"{case} {by(size.large)} {dtype}", "peak_times_logits": multiple}
             rows.append(row | measure.judge(multiple, target))
@@ -142,7 +142,7 @@ def grow(function: str, shape: tuple[int, int], dtype: str) -> dict[str, float] 
 
     call = partial(getattr(polyce, function), implementation=PATH)
     logits, labels = problem(tuple(shape), dtype)
-    call(logits[:1, :2], labels[:1] * 0)  # what the first call imports is not meant
+    call(logits[:1, :2], labels[:1] * 0)  # not measured: what the first call imports
     grown = measure.peak_growth(lambda: call(logits, labels))
     return grown and grown | {"logits": logits.nbytes}
 
@@ -222,7 +222,7 @@ def time_torch(shape: tuple[int, int], **timing: Any) -> list[Row]:
 
 
 class Question(NamedTuple):
-    """What one table answers."""
+    """A question that one table answers."""
 
     title: str
     needed: str
@@ -279,7 +279,7 @@ QUESTIONS = {
 
 
 def main() -> None:
-    """Run the questions asked for."""
+    """Answer the questions asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only", nargs="+", choices=QUESTIONS, metavar="NAME", help=" ".join(QUESTIONS)

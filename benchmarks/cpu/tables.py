@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import tables
 
-# Column of the table: what is compared, and which contender of polyce.
+# For each column of the table: what is compared, and polyce's contender.
 COLUMNS = {
     "forward, NumPy": ("forward", "polyce NumPy"),
     "forward, torch": ("forward", "polyce torch"),
@@ -14,7 +14,7 @@ COLUMNS = {
     "with gradient, NumPy, `out=`": ("gradient", "polyce NumPy out="),
     "with gradient, torch autograd": ("gradient", "polyce torch"),
 }
-# What is compared with what bounds it.
+# What is compared, and the memory operation that bounds it.
 BOUNDS = {
     "forward / np.max": ("forward", "polyce NumPy", "np.max"),
     "gradient into out= / np.copyto": ("gradient", "polyce NumPy out=", "np.copyto"),
@@ -22,7 +22,7 @@ BOUNDS = {
 
 
 def show(found: dict[str, Any], key: str) -> None:
-    """Print all tables, with the medians or the bests of the times."""
+    """Print all tables, with the medians or the best of the times."""
     print(f"instruction set {found['environment']['instruction set']}")
     tables.print_head(found, key)
     times = tables.by_case(found)
@@ -68,7 +68,7 @@ def against_torch(
 def bounds(
     times: tables.Times, shapes: dict[str, Any], cases: list[tuple[str, int]]
 ) -> tables.Table:
-    """Compare polyce with what it takes to read, and to copy, the logits."""
+    """Compare polyce with the time it takes to read, and to copy, the logits."""
     rows = []
     for dtype, threads in cases:
         for shape in shapes:

@@ -1,4 +1,4 @@
-"""What the processes of the CPU benchmark do: time a case, measure errors, measure memory."""
+"""The work of the CPU benchmark's processes: time a case, measure errors, measure memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import peers
 
 
 def taking_part(table: dict[str, peers.Contender], dtype: str) -> dict[str, Any]:
-    """Return the contenders whose library is there, and takes the dtype."""
+    """Return the contenders whose library is installed and takes the dtype."""
     libraries = measure.installed("numpy", "torch", "jax", "scipy")
     if dtype == "bfloat16" and "scipy" in libraries:
         libraries.remove("scipy")
@@ -20,10 +20,10 @@ def taking_part(table: dict[str, peers.Contender], dtype: str) -> dict[str, Any]
 def time_case(
     shape: str, dtype: str, what: str, threads: int, huge_pages: bool, first: bool, **timing: Any
 ) -> dict[str, dict[str, float]]:
-    """Time the contenders of one case in turn, with what bounds them, after comparing their losses.
+    """Compare the losses of one case, then time its contenders and their bounds in turn.
 
-    With `huge_pages` only those in torch take part, since the others do not depend on it, and in
-    visits after the first one those that are not slow.
+    With `huge_pages` only torch's contenders take part, since the others do not depend on it. After
+    the first visit slow contenders are left out.
     """
     problem = shapes.problem(shapes.SHAPES[shape].dims, dtype)
     calls = {
@@ -43,6 +43,6 @@ def grow(shape: str, what: str, contender: str) -> dict[str, float] | None:
     """Measure by how much this process grows at most during a call on float32."""
     problem = shapes.problem(shapes.SHAPES[shape].dims, "float32")
     call = peers.WHATS[what][contender].make(problem)
-    call()  # what is imported and compiled at first is not meant
+    call()  # not measured: what the first call imports and compiles
     grown = measure.settled_growth(call)
     return grown and {"bytes": grown["bytes"], "logits": problem.logits.nbytes}

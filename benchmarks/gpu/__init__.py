@@ -1,4 +1,4 @@
-"""Times on a GPU; what checks values there is in tests/gpu, whose record of a device this takes."""
+"""Times on a GPU, through the record of a device in tests/gpu, where values are checked."""
 
 import sys
 from pathlib import Path

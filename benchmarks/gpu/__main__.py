@@ -4,14 +4,14 @@ python -m benchmarks.gpu [--library LIBRARY] [--out FILE] [--quick] [--sweep]
 python -m benchmarks.gpu --rehearse [--library LIBRARY] [--out FILE] [--sweep]
 python -m benchmarks.gpu --table FILE
 
-It wants a CUDA or ROCm device that torch finds, and Triton; or, with `--library cupy`, one that
+It needs Triton and a CUDA or ROCm device that torch finds; or, with `--library cupy`, a device that
 CuPy finds. All results go into one JSON file, by default benchmarks/results/gpu-<device>.json, or
-gpu-cupy-<device>.json, written anew after every row, and a Markdown summary is printed. The exit
-status is 1 where something of polyce's fails, and no time does. What cannot be done on a machine is
-recorded as "not here", with its reason. Values are checked by tests/gpu.
+gpu-cupy-<device>.json, which is rewritten after every row, and a Markdown summary is printed. The
+exit status is 1 if something of polyce's fails; no time is a failure. What cannot be done on a
+machine is recorded as "not here", with its reason. Values are checked by tests/gpu.
 
-`--rehearse` goes the same way without a device, on tiny arrays: it shows that the benchmark runs,
-and nothing about a GPU.
+`--rehearse` does the same without a device, on tiny arrays: it shows that the benchmark runs, and
+nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> int:
-    """Run what is asked for; the exit status tells whether all is right."""
+    """Run what is asked for, and return the exit status."""
     arguments = parsed()
     if arguments.table:
         tables.show(json.loads(arguments.table.read_text()))
         return 0
-    # torch's profiler tells about its every start and stop.
+    # torch's profiler logs each of its starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         device = find(arguments.library, arguments.rehearse)
@@ -67,13 +67,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="try tiles and numbers of warps too")
     parser.add_argument("--rehearse", action="store_true", help="run on a CPU, emulated and tiny")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a run again")
-    # For the processes that it starts.
+    # For the processes that this one starts.
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run(device: Device, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the parts, and write what is known after each row, lest a crash take it along."""
+    """Run the parts, and save the results after each row, so that a crash does not lose them."""
     size = REHEARSAL if device.rehearses else QUICK if arguments.quick else FULL
     found: dict[str, Any] = {"header": header(device), "parts": {}}
     out = arguments.out or default_out(found["header"])
@@ -87,7 +87,7 @@ def run(device: Device, arguments: argparse.Namespace) -> dict[str, Any]:
                 write(found, out)
             return {}
 
-        # Where it ends early, as when the device is lost, that is what is wrong.
+        # If it ends early, for instance because the device is lost, that is the failure.
         rows.append(attempt("the part runs to its end", all_rows))
         say(f"{time.perf_counter() - start:5.0f} s: {name}")
     found["header"]["clocks and power afterwards"] = told(lambda: power(device))
@@ -99,7 +99,7 @@ def run(device: Device, arguments: argparse.Namespace) -> dict[str, Any]:
 def parts(
     device: Device, size: Size, with_sweep: bool, found: dict[str, Any]
 ) -> dict[str, Callable[[], Iterator[Row]]]:
-    """Return what is done, by name."""
+    """Return the parts of the benchmark, by name."""
 
     def times() -> Iterator[Row]:
         copy = found["header"]["copy"] = copy_bandwidth(device, size)
@@ -117,7 +117,7 @@ def parts(
 
 
 def default_out(facts: dict[str, Any]) -> Path | None:
-    """Name the file after the device; a rehearsal leaves none behind."""
+    """Return a file named after the device, or None for a rehearsal."""
     if facts["rehearsal"]:
         return None
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"]["name"].lower()).strip("-")

@@ -1,4 +1,4 @@
-"""The contenders on a GPU: polyce and what one would call in its place, with torch or CuPy.
+"""The contenders on a GPU: polyce and what one would call instead, with torch or CuPy.
 
 Each computes the mean loss of logits and labels, and is timed in one or several ways.
 """
@@ -15,14 +15,14 @@ from gpu.device import Device, NotHereError, Timed
 
 from ..measure import installed
 
-# Logits and labels to the loss, or to a tuple that begins with it.
+# Takes logits and labels; returns the loss, or a tuple that begins with it.
 Loss = Callable[[Any, Any], Any]
-# Logits and labels to a call to time.
+# Takes logits and labels; returns a call to time.
 Way = Callable[[Any, Any], Timed]
 
 
 class Made(NamedTuple):
-    """A contender that is there."""
+    """A contender that can run here."""
 
     loss: Loss
     ways: dict[str, Way]
@@ -39,12 +39,12 @@ class Contender(NamedTuple):
 
 
 def contenders(device: Device) -> dict[str, Contender]:
-    """Return polyce's and its peers, for the arrays of a device."""
+    """Return polyce's contenders and its peers, for the arrays of a device."""
     return for_cupy() if device.library == "cupy" else for_torch(device)
 
 
 def for_torch(device: Device) -> dict[str, Contender]:
-    """Return those for torch tensors."""
+    """Return the contenders for torch tensors."""
     import torch
 
     import polyce.torch
@@ -64,7 +64,7 @@ def for_torch(device: Device) -> dict[str, Contender]:
             lambda: through_autograd(torch.nn.functional.cross_entropy, whole)
         ),
         "torch compiled": Contender(lambda: through_autograd(compiled(device), whole)),
-        # It computes the gradient in its forward pass, where the logits were.
+        # Its forward pass computes the gradient, over the logits.
         "liger": Contender(
             lambda: through_autograd(liger().LigerCrossEntropyLoss(), whole[-1:], True),
             images=False,
@@ -82,10 +82,10 @@ def for_torch(device: Device) -> dict[str, Contender]:
 
 
 def compiled(device: Device) -> Loss:
-    """Compile torch's own loss, for one shape alone."""
+    """Compile torch's own loss, for one shape only."""
     import torch
 
-    # What was compiled for other shapes would count towards torch's limit of recompilations.
+    # Graphs compiled for other shapes would count towards torch's limit of recompilations.
     torch.compiler.reset()
     backend = "aot_eager" if device.rehearses else "inductor"
     function: Loss = torch.compile(
@@ -102,12 +102,12 @@ def found(name: str, package: str) -> Any:
 
 
 def through_autograd(loss: Loss, whats: tuple[str, ...], writes: bool = False) -> Made:
-    """Return the ways of a loss on torch's graph; `writes` says that its forward pass does so."""
+    """Return the calls of a loss on torch's graph; `writes`: its forward pass writes the logits."""
     return Made(loss, {what: graph_way(loss, what, writes) for what in whats})
 
 
 def graph_way(loss: Loss, what: str, writes: bool) -> Way:
-    """Return one of them; what writes over its logits has some of its own."""
+    """Return one of these calls; one that writes over its logits gets a copy."""
     import torch
 
     spoils = writes or what == "in-place backward"
@@ -135,7 +135,7 @@ def graph_way(loss: Loss, what: str, writes: bool) -> Way:
 
 
 def for_cupy() -> dict[str, Contender]:
-    """Return those for CuPy arrays."""
+    """Return the contenders for CuPy arrays."""
     ours, reference = (
         [
             functools.partial(function, implementation=name)
@@ -156,17 +156,17 @@ def for_cupy() -> dict[str, Contender]:
 
 
 def of_two(loss: Loss, both: Loss) -> Made:
-    """Return the ways of a function for the loss and one for loss and gradient."""
+    """Return the calls of a function for the loss and one for loss and gradient."""
     return Made(loss, {"forward": plain_way(loss), "loss and gradient": plain_way(both)})
 
 
 def plain_way(function: Loss) -> Way:
-    """Return the way that calls a function on logits that stay."""
+    """Return a call on logits that stay as they are."""
     return lambda logits, labels: Timed(lambda: logits, lambda x: function(x, labels))
 
 
 def written_way(function: Callable[..., Any]) -> Way:
-    """Return the way that calls a function on logits that its gradient is written over."""
+    """Return a call that writes the gradient over its logits."""
 
     def way(logits: Any, labels: Any) -> Timed:
         place = logits.copy()
@@ -181,7 +181,7 @@ def written_way(function: Callable[..., Any]) -> Way:
 
 
 def cupyx_log_softmax() -> Made:
-    """Return what a user of CuPy writes by hand."""
+    """Return what a user of CuPy would write by hand."""
     if not installed("cupyx"):
         raise NotHereError("cupyx is not installed")
     import cupy
@@ -204,7 +204,7 @@ def cupyx_log_softmax() -> Made:
 
 
 def torch_eager() -> Made:
-    """Return torch's own loss, its tensors over CuPy's memory."""
+    """Return torch's own loss, on tensors over CuPy's memory."""
     if not installed("torch"):
         raise NotHereError("torch is not installed")
     import cupy

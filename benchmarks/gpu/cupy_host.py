@@ -1,10 +1,9 @@
-"""Time what the host does for a call on CuPy arrays, but for making memory and starting kernels.
+"""Time what the host does for a call on CuPy arrays, without allocations and launches.
 
 python -m benchmarks.gpu.cupy_host [--calls N]
 
-The arrays of the CuPy that is installed are shells over memory nobody reads: what polyce asks of
-them takes as long as ever, and in place of what needs a device stands nothing. Target: less than
-30 µs.
+Arrays of the real CuPy lie over memory that is never read: what polyce asks of them takes its
+normal time, and whatever needs a device is replaced by nothing. Target: less than 30 µs.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def calls(make: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
 
 
 def shells(cupy: Any) -> Callable[..., Any]:
-    """Let nothing need a device, and return a maker of arrays over memory nobody may read."""
+    """Replace all that needs a device, and return a maker of arrays over unreadable memory."""
     memory = cupy.cuda.UnownedMemory(0x10000, 1 << 30, None, device_id=0)
     pointer = cupy.cuda.MemoryPointer(memory, 0)
     apart = itertools.count(1)
@@ -74,7 +73,7 @@ def shells(cupy: Any) -> Callable[..., Any]:
             self.id = device
 
     class Shell(cupy.ndarray):  # type: ignore[misc]
-        # A real array's own asks the driver as it becomes the current one.
+        # A real array's device calls the driver when it becomes the current one.
         device = Device()
 
     def empty(shape: Any, dtype: Any = np.float64, order: str = "C") -> Any:

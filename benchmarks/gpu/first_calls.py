@@ -1,4 +1,4 @@
-"""The first calls of a process, with kernels to compile and with kernels compiled before."""
+"""The first calls of a process, with kernels still to compile and with compiled kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MINUTES = 30
 
 
 def first_calls(device: Device) -> Iterator[Row]:
-    """Time the first calls of two processes that share the kernels they compile."""
+    """Time the first calls of two processes that share compiled kernels."""
     with tempfile.TemporaryDirectory() as cache:
         for kernels in ("to compile", "compiled before"):
             yield attempt(
@@ -34,7 +34,7 @@ def first_calls(device: Device) -> Iterator[Row]:
 
 
 def in_a_process(device: Device, cache: str) -> Row:
-    """Let a fresh process tell of its first calls."""
+    """Return the first calls' times of a fresh process."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--first-call", "--library", device.library]
     done = subprocess.run(
         [*command, *(["--rehearse"] if device.rehearses else [])],
@@ -52,8 +52,8 @@ def in_a_process(device: Device, cache: str) -> Row:
 
 
 def here(device: Device) -> None:
-    """Time the first two calls of this process, and print it."""
-    # What the library and the device take to start is not meant.
+    """Time the first two calls of this process, and print the times."""
+    # Starting the library and the device is not to be measured.
     logits, labels = problem(device, (8, 1000))
     float((logits * 2).sum())
     device.synchronize()

@@ -21,7 +21,7 @@ NVIDIA = (
 
 
 def header(device: Device) -> dict[str, Any]:
-    """Tell all of it; what cannot be told here says why."""
+    """Return all of it; what cannot be found here says why."""
     found = environment()
     found["versions"] |= versions(*PACKAGES) | device.versions()
     return found | {
@@ -35,7 +35,7 @@ def header(device: Device) -> dict[str, Any]:
 
 
 def told(tell: Callable[[], Any]) -> Any:
-    """Return a fact, or why it is not here."""
+    """Return what a function finds, or why that cannot be found here."""
     try:
         return tell()
     except NotHereError as reason:
@@ -43,7 +43,7 @@ def told(tell: Callable[[], Any]) -> Any:
 
 
 def power(device: Device) -> dict[str, Any]:
-    """Ask the driver's own tool; again after the run, where a busy device is slower."""
+    """Ask the driver's own tool, before the run and after it, when a busy device is slower."""
     selector = device.selector()
     if device.is_rocm:
         shown = ("--showclocks", "--showpower", "--showmaxpower", "--showdriverversion")
@@ -54,7 +54,7 @@ def power(device: Device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, marked where it has changes."""
+    """Return the commit of the checkout, with a mark if files have changed."""
     folder = Path(__file__).parent
     found = run("git", "-C", str(folder), "rev-parse", "HEAD").strip()
     changed = run("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")

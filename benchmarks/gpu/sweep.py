@@ -1,6 +1,6 @@
-"""Try tiles and numbers of warps for rows of contiguous classes, and tell the best of each.
+"""Try tiles and numbers of warps for rows of contiguous classes, and report the best.
 
-What comes out belongs into the table at the top of `polyce.implementations.triton.layout`.
+The results belong in the table at the top of `polyce.implementations.triton.layout`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..measure import Row, loss_of
 from .contenders import contenders
 from .timing import NOT_HERE, RIGHT, Size, attempt, in_turn
 
-# What Triton raises where a program wants more of the device than there is: no error of polyce's.
+# What Triton raises if a program needs more of the device than it has; no error of polyce's.
 TOO_LARGE = ("OutOfResources", "PTXASError")
 WHATS = ("forward", "backward")
 
 
 @contextlib.contextmanager
 def launched_with(tile: Tile) -> Iterator[None]:
-    """Let every program take this tile, whatever the table says."""
+    """Make every program take this tile, whatever the table says."""
     before = triton_layout.tile
     triton_layout.tile = lambda *_, **__: tile
     try:
@@ -57,7 +57,7 @@ def one(
     rows: list[Row] = []
     calls: dict[str, Timed] = {}
     for tile in (Tile(n, 1, warps) for n in size.sweep_tiles for warps in size.sweep_warps):
-        # A tile of twice the classes is half empty.
+        # A tile of twice the row's classes is half empty.
         if tile.classes >= 2 * logits.shape[1]:
             continue
         name = f"{tile.classes} classes, {tile.warps} warps"
@@ -75,13 +75,13 @@ def one(
 
 
 def with_tile(tile: Tile, plain: Timed, state: Any) -> Any:
-    """Call with a tile."""
+    """Make a call with a tile."""
     with launched_with(tile):
         return plain.call(state)
 
 
 def right(device: Device, tile: Tile, timed: Timed, given: tuple[Any, Any], want: float) -> Row:
-    """Check the loss that comes with a tile, and call once."""
+    """Check the loss with a tile, and call once."""
     with launched_with(tile):
         loss = loss_of(device.alone(*given))
     if not abs(loss - want) <= 2e-2 * abs(want):

@@ -17,7 +17,7 @@ _SHOWN = 300
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print everything that is worth a look; the JSON file has the rest."""
+    """Print the main results; the JSON file has the rest."""
     head(found["header"])
     parts = found["parts"]
     statuses = (RIGHT, WRONG, NOT_HERE)
@@ -53,7 +53,7 @@ def head(header: dict[str, Any]) -> None:
 
 
 def listed(title: str, status: str, key: str, parts: dict[str, list[Row]]) -> None:
-    """Print what did not go right, those with one reason together."""
+    """Print what failed or was left out, grouped by reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for part, rows in parts.items():
         for row in rows:
@@ -109,7 +109,7 @@ def _memory(row: Row) -> str:
 
 
 def key(row: Row) -> tuple[str, str, str]:
-    """Return what a time is of."""
+    """Return what a time was measured for."""
     layout = "" if row["layout"] == "plain" else f" {row['layout']}"
     case = f"{'x'.join(map(str, row['dims']))} {row['dtype']}{layout}"
     return case, row["what"], row["contender"]

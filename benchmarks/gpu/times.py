@@ -44,7 +44,7 @@ def copy_bandwidth(device: Device, size: Size) -> Row:
 def all_times(device: Device, size: Size, copy: float) -> Iterator[Row]:
     """Time all cases."""
     for dims in size.shapes:
-        # CuPy's 16-bit kernels are two.
+        # CuPy has two 16-bit kernels.
         more = ("float16",) if device.library == "cupy" and len(dims) == 2 else ()
         for dtype in (*size.dtypes, *more):
             for layout in ("plain", "channels last") if len(dims) > 2 else ("plain",):
@@ -96,11 +96,11 @@ def agrees(
     if logits.ndim > 2 and not contender.images:
         raise NotHereError("takes two dimensions only")
     made[name] = contender.make()
-    # Some write over them.
+    # Some contenders write over them.
     own = device.xp.asarray(logits, copy=True)
     got = loss_of(made[name].loss(own, labels))
     ours = name.startswith("polyce")
-    # 16-bit losses are rounded, others' on the way too.
+    # 16-bit losses are rounded, and those of some peers on the way too.
     allowed = {2: 5e-3 if ours else 2e-2, 4: 1e-4, 8: 1e-9}[logits.itemsize]
     if abs(got - want) <= allowed * abs(want):
         return {"loss": got}
@@ -111,7 +111,7 @@ def agrees(
 
 
 def host(device: Device, size: Size) -> Iterator[Row]:
-    """Time what the host does for a call: one row of ten classes, and nobody waits."""
+    """Time what the host does for a call: one row of ten classes, without waiting."""
     given = case_problem(device, Case((1, 10), "float32"))
     for name, contender in contenders(device).items():
         if contender.spoils:
@@ -135,5 +135,5 @@ def host_seconds(device: Device, timed: Timed, calls: int) -> Row:
         device.synchronize()
         taken.append(sample(functools.partial(timed.call, state), calls))
     device.synchronize()
-    # The first ones compile.
+    # The first calls compile.
     return {"median_s": statistics.median(taken[2:])}

@@ -1,6 +1,6 @@
-"""How calls are timed on a device: sizes, calls in turn, and a row for what came of each.
+"""How calls are timed on a device: sizes, calls in turn, and a row of results for each.
 
-No time is ever wrong.
+No time counts as a failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpu.device import Device, NotHereError, Timed
 from ..measure import Row, take_turns
 
 RIGHT, WRONG, NOT_HERE = "right", "wrong", "not here"
-# What is timed: how often it reads and writes the logits' size at least.
+# What is timed, and how many times at least it reads or writes the logits.
 PASSES = {
     "forward": 1,
     "backward": 2,
@@ -27,9 +27,9 @@ PASSES = {
     "loss and gradient": 2,
     "loss and gradient in place": 2,
 }
-# What the host takes is timed of these.
+# The host's time is measured for these.
 WHOLE = ("forward", "forward and backward", "loss and gradient")
-# What a kernel that waits for nothing but memory should reach, where rows are long enough.
+# The share of the bandwidth that a memory-bound kernel should reach, if rows are long enough.
 TARGET, TARGET_CLASSES = 0.85, 4096
 
 
@@ -41,9 +41,9 @@ class Size(NamedTuple):
     rounds: int
     seconds: float
     copies: int
-    """How often the copy is timed that all else is compared with."""
+    """How often the copy is timed that everything is compared with."""
     calls: int
-    """Calls in a row for the host's share."""
+    """How many calls in a row the host's time is measured over."""
     sweep_logits: int
     sweep_classes: tuple[int, ...]
     sweep_tiles: tuple[int, ...]
@@ -57,7 +57,7 @@ FULL = Size(
     seconds=0.3,
     copies=50,
     calls=100,
-    # Enough to keep every multiprocessor busy for long.
+    # Enough to keep every multiprocessor busy for a while.
     sweep_logits=2**28,
     sweep_classes=(1000, 4096, 32000, 50257, 128256, 262144),
     sweep_tiles=(1024, 2048, 4096, 8192, 16384, 32768),
@@ -79,7 +79,7 @@ REHEARSAL = Size(
 
 
 def attempt(name: str, run: Callable[[], Row], **facts: object) -> Row:
-    """Run something, and return its facts with how it went and how long it took."""
+    """Run something, and return its row with the outcome and the time it took."""
     row: Row = {"check": name, "status": RIGHT} | facts
     start = time.perf_counter()
     try:
@@ -97,14 +97,14 @@ def attempt(name: str, run: Callable[[], Row], **facts: object) -> Row:
 
 
 def at_most_a_note(name: str, row: Row) -> Row:
-    """Keep a peer's failure from being polyce's."""
+    """Mark a peer's failure so that it does not count as polyce's."""
     if row["status"] == WRONG and not name.startswith("polyce"):
         return row | {"status": NOT_HERE, "reason": f"it failed: {row.pop('wrong')}"}
     return row
 
 
 def in_turn(device: Device, calls: Mapping[str, Timed], size: Size) -> dict[str, dict[str, float]]:
-    """Time calls in turn, so that a clock that changes does so for all of them alike."""
+    """Time calls in turn, so that a changing clock affects all of them alike."""
     for timed in calls.values():
         device.seconds(timed)
     taken = take_turns(
@@ -114,7 +114,7 @@ def in_turn(device: Device, calls: Mapping[str, Timed], size: Size) -> dict[str,
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Return the median, and where the middle four fifths of the samples end."""
+    """Return the median, and the first and last decile of the samples."""
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return {"median_s": statistics.median(samples), "p10_s": tenths[0], "p90_s": tenths[-1]}
 
@@ -122,7 +122,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 def time_what(
     device: Device, size: Size, what: str, calls: Mapping[str, Timed], nbytes: int, copy: float
 ) -> list[Row]:
-    """Time one thing of all contenders in turn, after what takes no clock."""
+    """Time one kind of call of all contenders in turn, after measuring what needs no clock."""
     rows: dict[str, Row] = {}
     for name, timed in calls.items():
         row = attempt("times", functools.partial(once, device, timed, nbytes))
@@ -136,7 +136,7 @@ def time_what(
 
 
 def once(device: Device, timed: Timed, nbytes: int) -> Row:
-    """Call once, and tell the memory that it takes and the kernels that it launches."""
+    """Call once, and return the memory that it takes and the kernels that it launches."""
     device.seconds(timed)
     kernels = device.launches(timed)
     return {

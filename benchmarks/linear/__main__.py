@@ -4,7 +4,7 @@ python -m benchmarks.linear run --out results.json [--quick | --tiny] [--shapes 
 python -m benchmarks.linear table results.json
 python -m benchmarks.linear plot results.json --out docs/_static
 
-The contenders of one library run in turn in one process, and the processes of the libraries take
+The contenders of one library take turns in one process, and the processes of the libraries take
 turns, since each has its own threads. Memory is measured in a fresh process for each.
 """
 
@@ -77,7 +77,7 @@ TINY = QUICK._replace(shapes=(TINIEST,), whats=("gradient",), seconds=0.0, round
 
 def run(size: Size, log: command.Log) -> None:
     """Measure everything."""
-    # Inductor would keep processes of its own to compile in, and NumPy take all processors.
+    # Otherwise inductor would keep its compile processes, and NumPy would take all processors.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(THREADS))
     cases = [
@@ -96,14 +96,14 @@ def run(size: Size, log: command.Log) -> None:
 
 
 def taking_part(library: str, size: Size, dtype: str) -> bool:
-    """Tell whether a library takes part in a dtype."""
+    """Tell whether a library is measured in a dtype."""
     return library != "numpy" or dtype == "float32" or size.numpy_bfloat16
 
 
 def time_case(
     processes: Mapping[str, ProcessPoolExecutor], size: Size, shape: str, dtype: str, what: str
 ) -> list[Row]:
-    """Compare the losses of one case, and time it, the processes in turn."""
+    """Compare the losses of one case, then time it, the processes in turn."""
     order = [library for library in processes if taking_part(library, size, dtype)]
     case = (SHAPES[shape].dims, dtype, what)
     losses: dict[str, float] = {}
@@ -123,7 +123,7 @@ def time_case(
         order.append(order.pop(0))
         number += 1
     facts: Row = {"shape": shape, "dtype": dtype, "what": what, "rounds": number}
-    # As by_case wants them.
+    # The keys that by_case needs.
     facts |= {"threads": THREADS, "huge_pages": False}
     return [
         facts | {"contender": name, "median_s": statistics.median(samples), "best_s": min(samples)}
@@ -149,7 +149,7 @@ def memory(size: Size, shape: str, dtype: str, what: str) -> list[Row]:
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """Draw all figures; only this takes matplotlib."""
+    """Draw all figures; only this needs matplotlib."""
     from . import plots
 
     plots.draw(found, folder)

@@ -22,7 +22,7 @@ STYLES = {
     "numpy unfused": ("#999999", "P"),
     "jax": plots.STYLES["jax jit"],
 }
-# A logarithmic axis has no place for less; the system counts whole pages, and those of code too.
+# A logarithmic axis cannot show 0; the system counts whole pages, and those of code too.
 LEAST = 1.0
 
 
@@ -37,7 +37,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 
 def memory_and_time(found: dict[str, Any], dtype: str, threads: int, what: str) -> Any:
-    """Draw the memory of each contender against its time, each shape in a panel of its own."""
+    """Draw the memory of each contender against its time, with a panel for each shape."""
     times = tables.by_case(found)
     megabytes = {
         (row["shape"], row["contender"]): max(beyond(row), LEAST)

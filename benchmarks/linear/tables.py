@@ -19,7 +19,7 @@ def beyond(row: Row) -> float:
 
 
 def show(found: dict[str, Any], key: str) -> None:
-    """Print all tables, with the medians or the bests of the times."""
+    """Print all tables, with the medians or the best of the times."""
     print_head(found, key)
     rounds = sorted({row["rounds"] for row in found["times"]})
     print(f"They are of {rounds[0]} to {rounds[-1]} rounds.")
@@ -43,7 +43,7 @@ def show(found: dict[str, Any], key: str) -> None:
 
 
 def against_torch(found: dict[str, Any], dtype: str, what: str, key: str) -> Table:
-    """Return each contender's time on each shape as a multiple of torch's, and torch's own."""
+    """Return each contender's time on each shape as a multiple of torch's, and torch's time."""
     times = by_case(found)
     names = [
         name
@@ -61,7 +61,7 @@ def against_torch(found: dict[str, Any], dtype: str, what: str, key: str) -> Tab
 
 
 def against_products(found: dict[str, Any], key: str) -> Table:
-    """Return NumPy's times as multiples of those of the products alone, and these."""
+    """Return NumPy's times as multiples of the products' times, and the products' times."""
     times = by_case(found)
     names = [
         name

@@ -1,8 +1,8 @@
-"""What the processes of the benchmark of linear_cross_entropy do: make, call, time, measure memory.
+"""The work of the linear benchmark's processes: make, call, time, measure memory.
 
-A contender is made from a problem and gives a call without arguments. Forward calls return the mean
-loss, gradient calls the mean loss and the gradients of input and weight; what is there only to be
-compared with in time returns nothing.
+Each contender turns a problem into a call without arguments. Forward calls return the mean loss,
+gradient calls the mean loss and the gradients of input and weight. Contenders that only serve as a
+comparison of times return nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Dims = tuple[int, int, int]
 
 THREADS = 2
 LIBRARIES = ("torch", "numpy", "jax")
-# Tokens, features and classes of a call that loads a library, and leaves no memory worth a mention.
+# Tokens, features and classes of a call that loads a library and leaves hardly any memory behind.
 SMALL = (16, 64, 1000)
 
 
@@ -68,7 +68,7 @@ def problem(dims: Dims, dtype: str) -> Problem:
 
 
 def on_torch(loss: Callable[[], Loss]) -> Make:
-    """Call a loss on torch tensors, and for the gradient its backward()."""
+    """Call a loss on torch tensors, and its backward() for the gradient."""
 
     def make(problem: Problem, what: str) -> Call:
         function = loss()
@@ -82,7 +82,7 @@ def on_torch(loss: Callable[[], Loss]) -> Make:
             loss = function(*leaves, labels)
             loss.backward()
             gradients = [leaf.grad for leaf in leaves]
-            # Otherwise the next call would add to them, and they would stay until then.
+            # Otherwise the gradients would stay until the next call and be added to.
             for leaf in leaves:
                 leaf.grad = None
             return loss.detach(), *gradients
@@ -93,7 +93,7 @@ def on_torch(loss: Callable[[], Loss]) -> Make:
 
 
 def torch_loss() -> Loss:
-    """Return what one writes in torch: all logits, then the loss."""
+    """Return what one would write in torch: all logits, then the loss."""
     import torch
 
     functional = torch.nn.functional
@@ -105,16 +105,16 @@ def torch_loss() -> Loss:
 
 
 def torch_compiled() -> Loss:
-    """Compile that, for these sizes alone."""
+    """Compile torch_loss, for these sizes only."""
     import torch
 
-    # What was compiled for other sizes would count towards torch's limit of recompilations.
+    # Graphs compiled for other sizes would count towards torch's limit of recompilations.
     torch.compiler.reset()
     return torch.compile(torch_loss(), dynamic=False, fullgraph=True)
 
 
 def torch_chunked() -> Loss:
-    """Return torch's own function, which takes chunks where it is given options."""
+    """Return torch's own function with the options that make it work in chunks."""
     import torch
 
     options = torch.nn.LinearCrossEntropyOptions()
@@ -136,7 +136,7 @@ def polyce_numpy(problem: Problem, what: str) -> Call:
 def numpy_unfused(problem: Problem, what: str) -> Call:
     """Make all logits in NumPy, let polyce turn them into their gradient, and multiply back.
 
-    All of it in float32, for which NumPy has fast products.
+    All of it is in float32, for which NumPy has fast products.
     """
 
     def call() -> Any:
@@ -153,7 +153,7 @@ def numpy_unfused(problem: Problem, what: str) -> Call:
 
 
 def numpy_products(problem: Problem, what: str) -> Call:
-    """Do nothing but multiply, in float32, each product at once and into memory that is there."""
+    """Only multiply, in float32, each product at once and into existing memory."""
     inputs, weight = (array.astype(np.float32, copy=False) for array in problem[:2])
     logits = np.zeros((len(inputs), len(weight)), np.float32)
     d_input, d_weight = np.zeros_like(inputs), np.zeros_like(weight)
@@ -189,7 +189,7 @@ def on_jax(loss: Loss) -> Make:
 
 
 def jax_loss(input: Any, weight: Any, labels: Any) -> Any:
-    """Return what one writes in jax: all logits, in float32, then the loss."""
+    """Return what one would write in jax: all logits, in float32, then the loss."""
     import jax
 
     logits = jax.numpy.matmul(input, weight.T, preferred_element_type=np.float32)
@@ -198,7 +198,7 @@ def jax_loss(input: Any, weight: Any, labels: Any) -> Any:
 
 
 PRODUCTS = "numpy products"
-# In each library, the others are compared with the first.
+# In each library, the contenders are compared with the first one.
 CONTENDERS = {
     "torch": Contender("torch", on_torch(torch_loss)),
     "torch compiled": Contender("torch", on_torch(torch_compiled), compiles=True),
@@ -214,7 +214,7 @@ CONTENDERS = {
 
 @functools.lru_cache(maxsize=1)
 def calls(library: str, dims: Dims, dtype: str, what: str) -> dict[str, Call]:
-    """Make the contenders of a case, and keep them for its turns."""
+    """Make the contenders of a case, and keep them for all of its turns."""
     made = problem(dims, dtype)
     return {
         name: contender.make(made, what)
@@ -225,7 +225,7 @@ def calls(library: str, dims: Dims, dtype: str, what: str) -> dict[str, Call]:
 
 def prepare(library: str, dims: Dims, dtype: str, what: str) -> dict[str, float]:
     """Call the contenders of a case once, compare their gradients, and return the losses."""
-    # Otherwise the memory of the case before would stay until this one's is made.
+    # Otherwise the last case's memory would stay until this one's is made.
     calls.cache_clear()
     gc.collect()
     losses: dict[str, float] = {}
@@ -243,7 +243,7 @@ def prepare(library: str, dims: Dims, dtype: str, what: str) -> dict[str, float]
                 error = off(ours, theirs)
                 if not error <= TOLERANCE[dtype]:
                     raise RuntimeError(f"{dims} {dtype}: the gradients differ by {error} ({name})")
-        # Before the next one is called, not after.
+        # Freed before the next contender is called.
         del answer
     return losses
 
@@ -263,10 +263,10 @@ def off(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def turn(number: int, library: str, dims: Dims, dtype: str, what: str) -> dict[str, float]:
-    """Take the seconds of one call of each contender, in each turn from another one on."""
+    """Time one call of each contender, starting with another one in each turn."""
     made = list(calls(library, dims, dtype, what).items())
     first = number % len(made)
-    time.sleep(0.1)  # threads of the process that had its turn before spin on for a while
+    time.sleep(0.1)  # the other process's threads keep spinning for a while
     gc.disable()
     try:
         return {name: measure.sample(call) for name, call in made[first:] + made[:first]}
@@ -282,8 +282,8 @@ def grow(
     measured = CONTENDERS[contender]
     made = problem(dims, dtype)
     call = measured.make(made, what)
-    # What is imported and compiled at first is not meant. Where nothing compiles, the call before
-    # is a small one: of a large one, malloc or a library would keep what this one needs again.
+    # Imports and compilation are not to be measured, so there is a call before. It is small if
+    # nothing compiles: malloc or a library might keep memory of a large one and reuse it.
     (call if measured.compiles else measured.make(problem(SMALL, dtype), what))()
     grown = measure.settled_growth(call)
     gradients = made.input.nbytes + made.linear_weight.nbytes if what == "gradient" else 0

@@ -4,9 +4,9 @@ python -m benchmarks.torch run --out results.json [--quick | --tiny] [--shapes N
 python -m benchmarks.torch table results.json
 python -m benchmarks.torch plot results.json --out docs/_static
 
-What is called is a function around a module: the loss, and loss and gradient through autograd.
-Contenders of one case run in turn in one process; a second process has huge pages, for those that
-are not compiled.
+A call goes through a function around a module: the loss, and loss and gradient through autograd.
+Contenders of one case take turns in one process; a second process, with huge pages, times those
+that are not compiled.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from . import work
 THREADS = 2
 
 
-# Malloc keeps freed blocks of up to 32 MiB, which would hide that a call takes as much again.
+# malloc keeps freed blocks of up to 32 MiB, which would hide memory that a call takes again.
 MEMORY = ("1024x32000", "4x21x512x512")
 FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), MEMORY, True, 3, 0.4, 5)
 QUICK = Size(("8x10", "4096x1000"), ("float32",), MEMORY[1:], False, 1, 0.1, 3)
 TINY = Size(("8x10",), ("float32",), ("8x10",), False, 1, 0.0, 1)
 
-# Column of the tables: what is compared, and which two contenders.
+# For each column of the tables: what is compared, and between which two contenders.
 COLUMNS = {
     "loss": ("forward", "polyce", "torch"),
     "with gradient": ("gradient", "polyce", "torch"),
@@ -41,7 +41,7 @@ COLUMNS = {
 
 def run(size: Size, log: command.Log) -> None:
     """Measure everything."""
-    # Inductor would keep processes of its own to compile in.
+    # Otherwise inductor would keep its compile processes.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     timing = {"budget": size.seconds, "rounds": size.rounds}
     with worker(THREADS) as plain, worker(THREADS, huge_pages=True) as huge:
@@ -70,7 +70,7 @@ def run(size: Size, log: command.Log) -> None:
 
 
 def show(found: dict[str, Any], key: str) -> None:
-    """Print all tables, with the medians or the bests of the times."""
+    """Print all tables, with the medians or the best of the times."""
     tables.print_head(found, key)
     for dtype, threads in tables.settings(found):
         setting = f"{dtype}, {tables.count(threads)}"
@@ -104,7 +104,7 @@ def against_torch(found: dict[str, Any], dtype: str, huge_pages: bool, key: str)
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """Draw all figures; only this takes matplotlib."""
+    """Draw all figures; only this needs matplotlib."""
     from .. import plots
 
     styles = {

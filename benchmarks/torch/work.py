@@ -1,4 +1,4 @@
-"""What the processes of the benchmark of torch modules do: time a case, measure memory."""
+"""The work of the torch benchmark's processes: time a case, measure memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def torch_loss() -> Loss:
 
 
 def polyce_loss(**options: Any) -> Loss:
-    """Return a function of its own around polyce's module: compiled code is kept by function."""
+    """Return a new function around polyce's module: torch keeps compiled code by function."""
     import polyce.torch
 
     criterion = polyce.torch.CrossEntropyLoss(**options)
@@ -44,7 +44,7 @@ def in_place() -> Loss:
 
 
 def compiled(make: Callable[[], Loss]) -> Callable[[], Loss]:
-    """Compile the function, all of it."""
+    """Compile the whole function."""
 
     def make_compiled() -> Loss:
         import torch
@@ -75,12 +75,12 @@ def time_case(
 ) -> dict[str, dict[str, float]]:
     """Time the contenders of one case in turn, after comparing their losses.
 
-    In place the logits of every call but the first are the gradient of the one before. No time
-    depends on their values.
+    In place, the logits of every call but the first are the last call's gradient. No time depends
+    on their values.
     """
     import torch
 
-    # What was compiled for other shapes would count towards torch's limit of recompilations.
+    # Graphs compiled for other shapes would count towards torch's limit of recompilations.
     torch.compiler.reset()
     problem = shapes.problem(shapes.SHAPES[shape].dims, dtype)
     calls = {}
@@ -100,6 +100,6 @@ def grow(dims: list[int], contender: str) -> dict[str, float] | None:
     """Measure by how much this process grows at most during loss and gradient of float32."""
     problem = shapes.problem(tuple(dims), "float32")
     call = prepared("gradient", contender, problem)
-    call()  # what is imported and compiled at first is not meant
+    call()  # not measured: what the first call imports and compiles
     grown = measure.settled_growth(call)
     return grown and {"bytes": grown["bytes"], "logits": problem.logits.nbytes}

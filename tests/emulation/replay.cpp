@@ -1,4 +1,4 @@
-// Runs recorded launches again, each array in memory of its own, and compares what they leave.
+// Runs recorded launches again, with separate memory for each array, and compares the results.
 // Built by replay.py, once for each text, its options and sanitizer: SHIM_TEXT names the text.
 
 #include SHIM_TEXT
@@ -15,8 +15,8 @@ namespace {
 
 constexpr size_t ALIGNMENT = 256;
 
-// A stretch of memory of just so many bytes, as far behind a 256-byte boundary as it was, so that
-// what was aligned is, and what was not is not.
+// A stretch of memory of exactly its size, at the same offset from a 256-byte boundary as when it
+// was recorded, so that its alignment is the same.
 class Extent {
  public:
   Extent(size_t offset, size_t bytes) : bytes(bytes) {
@@ -101,7 +101,7 @@ const shim::Kernel &find(const std::string &name) {
   exit(2);
 }
 
-// Says which bytes the launch left other than they were recorded, if any.
+// Reports which bytes differ from the recording after the launch, if any.
 std::string difference(const Launch &launch) {
   for (size_t i = 0; i < launch.extents.size(); i++) {
     const Extent &extent = launch.extents[i];
@@ -115,7 +115,7 @@ std::string difference(const Launch &launch) {
 
 }  // namespace
 
-// Says of each recording that it was run, and whether it differs; what a sanitizer finds ends it.
+// Reports that each recording was run, and whether it differs; a sanitizer's finding ends the run.
 int main(int count, char **paths) {
   for (int i = 1; i < count; i++) {
     Launch launch = load(paths[i]);

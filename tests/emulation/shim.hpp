@@ -1,14 +1,14 @@
-// Lets a C++ compiler for CPUs take the text of CUDA kernels as it stands.
+// Lets a C++ compiler for CPUs compile the text of CUDA kernels unchanged.
 //
-// Two ways to run it: each CUDA thread a fiber (shim_fibers.hpp), quick and in a chosen order; or,
-// with SHIM_THREADS, each an operating system's thread (shim_threads.hpp), for the sanitizers.
-// A text may be run that keeps to what stands here, and takes its shared memory from
-// SHARED(type, name, count).
+// There are two ways to run it: each CUDA thread is a fiber (shim_fibers.hpp), which is quick and
+// has a chosen order; or, with SHIM_THREADS, a thread of the operating system (shim_threads.hpp),
+// for the sanitizers. A text must use only what is defined here, and SHARED(type, name, count) for
+// its shared memory.
 //
-// What it cannot show: what CUDA's own compiler makes of the text, its registers and its rounding,
-// for a product is never added in one step here, and exp, log and tanh are a CPU's; warps, whose
-// threads go their own ways here, without shuffles or votes; memory that a block sees late, but for
-// what ThreadSanitizer finds; and anything of time.
+// What it cannot show: what CUDA's own compiler makes of the text, its registers and its rounding
+// (products are never fused with sums here, and exp, log and tanh are a CPU's); warps, whose
+// threads are independent here, without shuffles or votes; memory that a block sees late, except
+// for what ThreadSanitizer finds; and timing.
 #pragma once
 
 #include <math.h>
@@ -39,7 +39,7 @@ struct Index {
   unsigned x, y, z;
 };
 
-// How a launch is to be run; threads take nothing of it.
+// How a launch is to be run; SHIM_THREADS ignores it.
 struct How {
   int order;  // of threads and blocks: 0 forward, 1 reverse, 2 shuffled
   unsigned seed;
@@ -47,10 +47,10 @@ struct How {
   void *scratch;
 };
 
-// What went wrong, for whoever asked for the launch; the first thing counts.
+// The first error, for the caller of the launch.
 inline char failure[1024];
 
-// Ends the launch. Never returns to the kernel, which may be in no state to go on.
+// Ends the launch. Never returns to the kernel, which may be unable to go on.
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace shim
@@ -60,18 +60,17 @@ inline shim::Index blockDim, gridDim;
 
 namespace shim {
 
-// The shared memory of one block: an array for each place in the text that declares one.
+// The shared memory of one block: an array for each declaration in the text.
 //
-// It takes no lock, for a lock would order threads before the eyes of a sanitizer that no barrier
-// of the kernel does.
+// It takes no lock, which to a sanitizer would order threads that no barrier of the kernel orders.
 class SharedMemory {
  public:
-  // What CUDA grants a block without being asked for more.
+  // What CUDA grants a block by default.
   static constexpr size_t LIMIT = 48 * 1024;
   static constexpr size_t GUARD = 256;
   static constexpr int ROOM = 12;
   static constexpr size_t BYTES = ROOM * (LIMIT + GUARD);
-  static constexpr unsigned char POISON = 0xFF;  // not a number, in every width
+  static constexpr unsigned char POISON = 0xFF;  // a nan in every width
 
   void lay_out(unsigned char *memory) {
     memset(memory, POISON, BYTES);
@@ -97,7 +96,7 @@ class SharedMemory {
     fail("shared array %s is one more than the %d that the emulation has room for", name, ROOM);
   }
 
-  // Says what is wrong with what a block leaves, and makes its memory that of a fresh one.
+  // Reports what is wrong with the memory that a block leaves, and resets it for the next block.
   const char *finish() {
     const char *wrong = nullptr;
     size_t all = 0;
@@ -123,7 +122,7 @@ class SharedMemory {
   };
   Entry entries[ROOM];
 
-  // AddressSanitizer sees what goes beyond an array by a plain pointer to it.
+  // AddressSanitizer then sees accesses beyond an array through a plain pointer.
   static void fence(Entry &entry);
   static void unfence(Entry &entry);
 };
@@ -143,10 +142,10 @@ inline void SharedMemory::fence(Entry &) {}
 inline void SharedMemory::unfence(Entry &) {}
 #endif
 
-// The block that the calling thread is of.
+// The block of the calling thread.
 inline SHIM_OWN SharedMemory *shared_memory;
 
-// A shared array, whose indices are looked at.
+// A shared array whose indices are checked.
 template <class T>
 class Shared {
  public:
@@ -155,7 +154,7 @@ class Shared {
         name(name),
         count(count) {}
 
-  // A template, so that no built-in operator of the pointer below fits an index better.
+  // A template, so that no built-in operator on the pointer below is a better match for an index.
   template <class I>
   T &operator[](I index) const {
     const long long i = static_cast<long long>(index);
@@ -173,7 +172,7 @@ class Shared {
 
 }  // namespace shim
 
-// The address of the static tells the places apart, and the instances of a template.
+// The static's address identifies the declaration, and the instance of a template.
 #define SHARED(type, name, count) \
   static char name##_site;        \
   const shim::Shared<type> name(&name##_site, #name, count)
@@ -194,7 +193,7 @@ inline double __longlong_as_double(long long bits) { return shim_bits<double>(bi
 inline long long __double_as_longlong(double value) { return shim_bits<long long>(value); }
 
 #ifdef SHIM_EXP_ERROR
-// A GPU's exponential is off by a unit or two in the last place; which way, depends on the value.
+// A GPU's exponential is off by a unit or two in the last place, in a direction that varies.
 inline float shim_expf(float x) {
   const float exact = expf(x);
   if (x == 0.0f || !(exact > 0.0f) || exact > 3e38f) return exact;
@@ -212,7 +211,7 @@ inline float shim_expf(float x) {
 #include "shim_fibers.hpp"
 #endif
 
-// The place tells the barriers of a text apart.
+// The place identifies a barrier of the text.
 #define SHIM_QUOTE_(line) #line
 #define SHIM_QUOTE(line) SHIM_QUOTE_(line)
 #define SHIM_PLACE __FILE__ ":" SHIM_QUOTE(__LINE__)

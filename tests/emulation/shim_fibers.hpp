@@ -12,9 +12,9 @@ namespace shim {
 
 constexpr unsigned MOST_THREADS = 1024;
 constexpr size_t STACK = 64 * 1024;
-// What a launch needs for itself; it belongs to the caller, who lends it to every launch.
+// Working memory of a launch; it belongs to the caller, who lends it to every launch.
 constexpr size_t SCRATCH = SharedMemory::BYTES + MOST_THREADS * STACK;
-// At the far end of every stack.
+// Written at the far end of every stack.
 constexpr uint64_t UNTOUCHED = 0x5AFE5AFE5AFE5AFE;
 
 enum State : unsigned char { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, FINISHED };
@@ -29,14 +29,14 @@ struct Fiber {
 inline Fiber fibers[MOST_THREADS];
 inline unsigned turns[MOST_THREADS];
 inline unsigned threads, current;
-inline bool inside;  // a kernel, not what runs it
+inline bool inside;  // a kernel is running, not the code around it
 inline void *outside;
 inline SharedMemory block_memory;
 inline unsigned char *stacks;
 inline void (*kernel)(void *);
 inline void *kernel_arguments;
 
-// Keeps what a function call keeps, and goes on where the other one stopped.
+// Saves the registers that a function call preserves, and continues where the other fiber stopped.
 extern "C" void shim_switch(void **from, void *to);
 __asm__(R"(
   .text
@@ -96,7 +96,7 @@ inline void fail(const char *format, ...) {
   abort();
 }
 
-// The same from outside a kernel, which has nowhere else to go.
+// The same from outside a kernel, where there is no fiber to switch to.
 __attribute__((format(printf, 1, 2))) inline void refuse(const char *format, ...) {
   va_list values;
   va_start(values, format);
@@ -133,7 +133,7 @@ inline void set_up(unsigned thread) {
   unsigned char *stack = stacks + thread * STACK;
   memcpy(stack, &UNTOUCHED, sizeof UNTOUCHED);
   void **top = reinterpret_cast<void **>(stack + STACK);
-  *--top = nullptr;  // where a caller's address would be: a stack is at its odd eight on entry
+  *--top = nullptr;  // the place of a return address: on entry stacks are odd multiples of 8
   *--top = reinterpret_cast<void *>(&enter);
   for (int i = 0; i < 6; i++) *--top = nullptr;
   const Index &b = blockDim;
@@ -142,7 +142,7 @@ inline void set_up(unsigned thread) {
   fibers[thread].index = {thread % b.x, thread / b.x % b.y, thread / (b.x * b.y)};
 }
 
-// Lets go the warps all of whose threads wait for each other.
+// Releases the warps whose threads all wait for each other.
 inline bool release_warps() {
   bool released = false;
   for (unsigned first = 0; first < threads; first += 32) {
@@ -160,7 +160,7 @@ inline bool release_warps() {
   return released;
 }
 
-// Lets go the block if it may; says what keeps it if not.
+// Releases the block if it may go on; otherwise reports what it waits for.
 inline void release_block() {
   unsigned waiting = 0, elsewhere = 0, in_warps = 0, finished = 0;
   const char *place = "", *other = "";
@@ -222,7 +222,7 @@ inline void *fault_address;
   fail("it reads or writes %p, where nothing is", fault_address);
 }
 
-// A kernel that reaches into nowhere is to be an error of that launch, not the end of the process.
+// A kernel that accesses unmapped memory is an error of its launch, not the end of the process.
 inline void on_fault(int number, siginfo_t *info, void *context) {
   if (!inside) {
     signal(number, SIG_DFL);
@@ -235,8 +235,7 @@ inline void on_fault(int number, siginfo_t *info, void *context) {
   registers[REG_RIP] = reinterpret_cast<greg_t>(&after_fault);
 }
 
-// The blocks of a grid, each once: forward, backward or in leaps that have no divisor in common
-// with their number.
+// The blocks of a grid, each once: forward, backward, or in leaps coprime to their number.
 class Blocks {
  public:
   Blocks(unsigned long long count, int order, Random &random) : count(count) {
@@ -259,7 +258,7 @@ class Blocks {
   unsigned long long count, place = 0, leap = 1;
 };
 
-// Takes subnormal numbers for 0 while it lives, if it is to; CuPy has kernels compiled so.
+// If asked to, treats subnormal numbers as 0 for its lifetime, as CuPy's compiled kernels do.
 class Flushing {
  public:
   explicit Flushing(bool wanted) : before(_mm_getcsr()) {
@@ -319,7 +318,7 @@ inline unsigned atomicInc(unsigned *address, unsigned limit) {
 }
 
 #ifdef SHIM_ALIGNMENT
-// What -fsanitize=alignment calls. With its own library it could only end the process.
+// Called by -fsanitize=alignment. The sanitizer's own library could only end the process.
 struct shim_Mismatch {
   const char *file;
   unsigned line, column;

@@ -1,5 +1,5 @@
-// What a kernel takes, read off its own type, and a launch from the addresses of arguments, as
-// cuLaunchKernel takes them. To be included behind the text of the kernels.
+// A kernel's parameters, derived from its type, and a launch from the addresses of arguments, as
+// cuLaunchKernel takes them. Included after the text of the kernels.
 #pragma once
 
 #include <tuple>
@@ -13,7 +13,7 @@ struct Parameter {
   unsigned size, pointee_size, pointee_alignment;
 };
 
-// Of launch bounds, which may name a number of blocks as well.
+// Launch bounds, which may also have a number of blocks.
 template <class... Rest>
 constexpr int first(int threads, Rest...) {
   return threads;
@@ -43,7 +43,7 @@ constexpr Parameter parameter() {
 
 struct Kernel {
   const char *name;
-  int bound;  // the most threads of a block, 0 where the text sets none
+  int bound;  // the most threads of a block, 0 if the text sets no bound
   int count;
   const Parameter *parameters;
   void (*launch)(void **arguments, Index grid, Index block, const How &how);
@@ -62,7 +62,7 @@ struct Launcher<kernel> {
 
   static void launch(void **arguments, Index grid, Index block, const How &how) {
     int i = 0;
-    // In braces, so that they are taken in order.
+    // In braces, so that they are evaluated in order.
     Values values{copied<std::remove_cv_t<Types>>(arguments[i++])...};
     run(&call, &values, grid, block, how);
   }

@@ -1,4 +1,4 @@
-// What the emulated CuPy calls, by ctypes. `shim_kernels` is the table that comes behind the text.
+// What the emulated CuPy calls through ctypes. The table `shim_kernels` comes after the text.
 #pragma once
 
 #define SHIM_EXPORT extern "C" __attribute__((visibility("default")))

@@ -1,5 +1,5 @@
 // One thread of the operating system for each CUDA thread, and several blocks at once, so that a
-// sanitizer sees what happens as it would on a GPU: ordered by the kernel's own barriers alone.
+// sanitizer sees accesses as on a GPU: ordered only by the kernel's own barriers.
 #pragma once
 
 #include <stdarg.h>
@@ -12,11 +12,11 @@
 #include <thread>
 #include <vector>
 
-// How many blocks there are at any time, two of them in any case.
+// How many blocks run at a time, always at least two.
 #ifndef SHIM_BLOCKS
 #define SHIM_BLOCKS 4
 #endif
-// Beyond as many threads there are fewer blocks.
+// With more threads than this, fewer blocks run at a time.
 #ifndef SHIM_MOST_THREADS
 #define SHIM_MOST_THREADS 512
 #endif
@@ -35,11 +35,11 @@ inline void fail(const char *format, ...) {
   fprintf(stderr, "shim: block (%u, %u, %u), thread (%u, %u, %u): %s\n", b.x, b.y, b.z, t.x, t.y,
           t.z, what);
   fflush(nullptr);
-  // The other threads wait for what will never come.
+  // The other threads would wait for ever.
   _Exit(3);
 }
 
-// Where threads wait for each other, all at the same line of the text.
+// A barrier, which all threads must wait at on the same line of the text.
 class Barrier {
  public:
   void expect(unsigned count) { size = count, waiting = gone = 0; }
@@ -79,7 +79,7 @@ class Barrier {
   const char *place = "";
 };
 
-// The threads that run a block, and then another one. Nothing orders them and another team's.
+// Threads that run one block after another. Nothing orders them relative to another team.
 struct Team {
   Barrier block, between;
   std::vector<Barrier> warps;
@@ -99,7 +99,7 @@ struct Team {
   }
 };
 
-// What a thread has done that orders it and others.
+// What a thread has done that orders it relative to others.
 struct Order {
   bool fenced = false;
   std::atomic<unsigned> *last = nullptr;
@@ -128,7 +128,7 @@ inline void run(void (*body)(void *), void *arguments, Index grid, Index block, 
     shared_memory = &team->shared;
     order = {};
     threadIdx = {thread % block.x, thread / block.x % block.y, thread / (block.x * block.y)};
-    // A fixed share of the blocks: to draw them in turn would order the teams.
+    // A fixed share of the blocks, since taking them from a queue would order the teams.
     for (unsigned long long b = which; b < blocks; b += at_once) {
       blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                   static_cast<unsigned>(b / grid.x / grid.y)};
@@ -149,10 +149,10 @@ inline void run(void (*body)(void *), void *arguments, Index grid, Index block, 
   for (std::thread &thread : threads) thread.join();
 }
 
-// A fence lets others see what came before it once they see the atomic operation that follows. GCC's
-// ThreadSanitizer knows no fences, so that operation is the one that releases. By the letter of
-// CUDA's memory model who reads needs a fence as well, behind its own atomic operation; that is
-// asked for with SHIM_STRICT alone, for the examples of CUDA's own guide do without.
+// A fence makes earlier writes visible to threads that see the atomic operation after it. GCC's
+// ThreadSanitizer does not know fences, so that operation releases here. By the letter of CUDA's
+// memory model a reader needs a fence too, after its own atomic operation; only SHIM_STRICT demands
+// that, since the examples of CUDA's own guide do without.
 template <class Change>
 unsigned change(unsigned *address, Change changed) {
   auto *place = reinterpret_cast<std::atomic<unsigned> *>(address);

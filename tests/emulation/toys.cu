@@ -1,4 +1,4 @@
-// Small kernels, sound ones and ones with a fault, for the tests of what runs kernels on a CPU.
+// Small kernels, correct ones and faulty ones, for the tests of the emulation.
 
 #ifndef SHARED
 #define SHARED(type, name, count) __shared__ type name[count]
@@ -13,7 +13,7 @@ struct Pair { double real; int whole; };
 
 #define KERNEL extern "C" __global__ void
 
-// Adds up BLOCK numbers. Without the first barrier a thread may add what is not there yet.
+// Adds up BLOCK numbers. Without the first barrier a thread may add a number not yet written.
 template <bool GUARDED> __device__ void add_up(const float* x, float* out) {
   SHARED(float, part, BLOCK);
   const int t = (int)threadIdx.x;
@@ -51,7 +51,7 @@ KERNEL last_unfenced(const float* x, float* sums, unsigned* count, float* out) {
   add_last<false>(x, sums, count, out);
 }
 
-// Notes who comes when.
+// Records the order in which threads arrive.
 KERNEL turns(unsigned* count, unsigned* who) {
   who[atomicAdd(count, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
@@ -72,7 +72,7 @@ KERNEL warp_and_block(int keep) {
     __syncthreads();
 }
 
-// Thread t leaves in `out` what its neighbour, the other way round the warp, has told it.
+// Thread t stores in `out` what its mirror image in the warp, t ^ 31, has told it.
 KERNEL neighbours(unsigned* out) {
   SHARED(unsigned, told, BLOCK);
   told[threadIdx.x] = threadIdx.x;
@@ -93,7 +93,7 @@ KERNEL shared_pointer(int place, int* out) {
   plain[place] = 1;
   *out = plain[place];
 }
-// Of each block, what its shared memory holds at first.
+// Stores what each block's shared memory holds at first.
 KERNEL shared_fresh(float* out) {
   SHARED(float, few, 4);
   if (threadIdx.x == 0) out[blockIdx.x] = few[0], few[0] = 1;

@@ -1,4 +1,4 @@
-"""What every page has to keep, each as a warning, which ends the build.
+"""Rules that every page must keep; each violation is a warning, which ends the build.
 
 Each page says in its first sentence who it is for and links to the API it is about, code that
 looks like Python is code that is run, and the reference has every public name.
@@ -20,13 +20,13 @@ PYTHON = {"python", "py", "pycon", "python3", "default"}
 
 
 def setup(app: Sphinx) -> None:
-    """Run them when a page has been read, and when all have been."""
+    """Run the checks when a page has been read, and when all have been."""
     app.connect("doctree-read", check_page)
     app.connect("env-check-consistency", check_reference)
 
 
 def check_page(app: Sphinx, doctree: nodes.document) -> None:
-    """Look at one page."""
+    """Check one page."""
     page = app.env.docname
     first = next(doctree.findall(nodes.paragraph), None)
     if first is None or not first.astext().startswith("For "):
@@ -35,14 +35,14 @@ def check_page(app: Sphinx, doctree: nodes.document) -> None:
     if not links and not list(doctree.findall(addnodes.desc)):
         logger.warning("no link to the API", location=page)
     for block in doctree.findall(nodes.literal_block):
-        # A file that is shown is run elsewhere; what `testcode` made knows its kind.
+        # Included files are run elsewhere, and `testcode` blocks are marked by their kind.
         is_run = "testnodetype" in block or "source" in block
         if block.get("language") in PYTHON and not is_run:
             logger.warning("code that nothing runs: use testcode", location=block)
 
 
 def check_reference(app: Sphinx, env: BuildEnvironment) -> None:
-    """Look for public names that the reference lacks."""
+    """Find public names that the reference lacks."""
     documented = env.domains.python_domain.objects
     for module in (polyce, polyce.testing):
         for name in module.__all__:

@@ -1,4 +1,4 @@
-"""Directives: `generated` puts in what comes from the code, `drawing` a figure that is inline."""
+"""Directives: `generated` inserts text made from the code, `drawing` an inline figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Generated(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Parse what the function named in the argument gives."""
+        """Parse what the function named in the argument returns."""
         self.env.note_reread()
         return self.parse_text_to_nodes(PAGES[self.arguments[0]](), allow_section_headings=True)
 
@@ -47,7 +47,7 @@ class Drawing(SphinxDirective):
     option_spec: ClassVar = {"alt": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
-        """Put the SVG in, with its description for those who do not see it."""
+        """Insert the SVG, with a description for those who cannot see it."""
         name = self.arguments[0]
         if name in DRAWINGS:
             self.env.note_reread()

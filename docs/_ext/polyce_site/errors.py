@@ -48,7 +48,7 @@ def messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
-    """Write a message with ‹names› where the call's values come in."""
+    """Write a message with ‹names› in place of the call's values."""
     if isinstance(node, ast.Name) and node.id in constants:
         return _template(constants[node.id], constants)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -63,7 +63,7 @@ def _template(node: ast.expr, constants: Mapping[str, ast.expr]) -> str:
 
 
 def _placeholder(node: ast.expr) -> str:
-    """Name a value: what it is taken from matters to a reader, not how it is written out."""
+    """Name a value by what it is taken from, without its formatting."""
     match node:
         case ast.Name():
             return node.id.strip("_").replace("_", " ").lower()

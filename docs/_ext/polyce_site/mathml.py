@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: no script, no font, no other site."""
+"""Formulas as MathML, which browsers show without a script, a font or another site."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> None:
-    """Make it a choice of `html_math_renderer`."""
+    """Add it to the choices of `html_math_renderer`."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 
 
@@ -30,7 +30,7 @@ def _block(translator: Any, node: nodes.math_block) -> None:
 
 
 def _convert(node: nodes.Element, *, as_block: bool) -> str:
-    # docutils knows \bigl and \bigr, not \big, which leaves it to the bracket.
+    # docutils knows \bigl and \bigr, but not \big, which takes its side from the bracket.
     formula = re.sub(r"\\(big|Big)(?=\()", r"\\\1l", node.astext())
     formula = re.sub(r"\\(big|Big)(?=\))", r"\\\1r", formula)
     try:

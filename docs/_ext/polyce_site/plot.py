@@ -14,9 +14,9 @@ import polyce
 from polyce.testing import exact_answer
 
 ROWS, CLASSES, FARTHEST = 16, 10, 40
-# Stands for the page's text colour until the drawing is done.
+# A placeholder for the page's text colour until the drawing is done.
 TEXT = "#010203"
-# They differ in lightness too, and stand out from white and from black.
+# They differ in lightness too, and stand out on white and on black.
 COLOURS = {"torch": "#d55e00", "polyce": "#2a83c9"}
 STYLE = {
     "text.color": TEXT,
@@ -79,7 +79,7 @@ def _worst(got: Any, exact: Any) -> Any:
 
 
 def error_against_margin() -> str:
-    """Draw it, as SVG whose text and axes take the colour of the text around them."""
+    """Draw the figure, as SVG whose text and axes have the colour of the surrounding text."""
     found = measure()
     margins = found.pop("margins")["values"]
     with mpl.rc_context(STYLE):
