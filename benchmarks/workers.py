@@ -28,15 +28,15 @@ class Size(NamedTuple):
     shapes: tuple[str, ...]
     dtypes: tuple[str, ...]
     memory: tuple[str, ...]
-    """Logits during whose loss and gradient memory is measured."""
+    """The logits for which the memory of loss and gradient is measured."""
     thorough: bool
-    """Whether one thread is measured beside all, or the memory of what must be compiled first."""
+    """Whether one thread is measured too, or the memory of what must be compiled first."""
     visits: int
-    """How often each process has its turn at a case."""
+    """How often each process has a turn at a case."""
     seconds: float
     """Time for the rounds of one visit."""
     rounds: int
-    """Rounds of one visit at least."""
+    """The least number of rounds of one visit."""
 
 
 @contextlib.contextmanager

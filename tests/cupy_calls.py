@@ -91,7 +91,7 @@ class Inside(NamedTuple):
     array: Any
     memory: Any
     outside: Any
-    """Which entries of the memory are not the array's."""
+    """A mask of the memory's entries that do not belong to the array."""
 
     def untouched(self, filler: float) -> bool:
         """Tell whether all the other numbers are what they were."""

@@ -91,7 +91,7 @@ class Numbers(NamedTuple):
     """The arrays of a case, by the names of the arguments."""
 
     moving: dict[str, Any]
-    """With respect to which there are derivatives."""
+    """The arguments that derivatives are taken with respect to."""
     fixed: dict[str, Any]
     tangents: dict[str, Any]
     cotangent: Any

@@ -32,13 +32,13 @@ class Mutant:
     grad: Callable[..., Any] | None = None
     """What it does to the gradient: grad(problem, plan, logits, gradient)."""
     call: Callable[[Problem, Plan], tuple[Problem, Plan]] | None = None
-    """What it takes the call to be."""
+    """The call that it computes instead: call(problem, plan)."""
     patch: Patch | None = None
-    """What it does elsewhere: module, name, function in its place."""
+    """What it replaces elsewhere: a module, a name, and the new function."""
     stats: Callable[[RowStats], RowStats] | None = None
     """What it does to the rows' stats."""
     dtype: str = "float32"
-    """Of the logits of the cases that have to notice."""
+    """The dtype of the logits of the cases that must catch it."""
 
     def forward(self, problem: Problem, plan: Plan, logits: Any) -> tuple[Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
@@ -314,4 +314,4 @@ OPTION_MUTANTS = {
     ),
     "no-stats": Mutant("stats", patch=(stats, "finish", lambda p, plan, found: (None,) * 5)),
 }
-"""As `MUTANTS`, in the options that torch lacks."""
+"""Like `MUTANTS`, with faults in the options that torch lacks."""

@@ -24,7 +24,7 @@ class Kernel:
     registers: int
     stack: int
     spilled: int
-    """Stored and loaded again for want of registers."""
+    """Bytes stored and loaded again because registers run out."""
     shared: int
 
 

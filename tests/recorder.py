@@ -38,7 +38,7 @@ class Launched:
     warps: int
     arguments: tuple[Any, ...]
     hash: str
-    """What its binary is known by."""
+    """The hash that identifies its binary."""
 
 
 @dataclass

@@ -90,7 +90,7 @@ polyce.cross_entropy(logits, labels).backward()
 polyce.cross_entropy_with_grad(logits, labels)
 polyce.explain(logits, labels)
 import sys
-# Nor what torch.compile alone needs, or who asks for the modules.
+# What only torch.compile or the modules need is not imported.
 assert not {"polyce.implementations.torch_ops", "polyce.torch"} & sys.modules.keys()
 """
     found = loaded(code)

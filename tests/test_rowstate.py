@@ -22,7 +22,7 @@ pytestmark = pytest.mark.only("numpy", "strict", "torch", "torch-cuda", "jax-x64
 INF, NAN = np.inf, np.nan
 ROWS, CLASSES = 8, 12
 MERGED_ULP = {"float32": 6.0, "float64": 5.0}
-"""Ulps of the logits' dtype that the loss of a merged state may be off by."""
+"""How many ulps of the logits' dtype the loss of a merged state may be off by."""
 # The row dtype is float64 on all of these backends, for both dtypes of the logits.
 KINDS = ("label", "smoothed", "probability")
 Merge = Callable[[Any, RowState, RowState], RowState]

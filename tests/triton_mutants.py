@@ -49,7 +49,7 @@ class Mutant:
     new: str
     check: Callable[[], None]
     crashes: bool = False
-    """Whether it may read or write where no memory of its own is."""
+    """Whether it may access memory that is not its own."""
 
     def install(self) -> None:
         """Make the launcher use kernels with the change."""

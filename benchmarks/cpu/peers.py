@@ -27,7 +27,7 @@ class Contender(NamedTuple):
     """The module it needs."""
     make: Callable[[Problem], Call]
     slow: bool = False
-    """Whether it only takes part in one visit, since it would take most of the time."""
+    """Whether it is timed in one visit only, since it would take most of the time."""
 
 
 def torch_arrays(problem: Problem) -> tuple[Any, Any]:

@@ -27,11 +27,11 @@ class Size(NamedTuple):
     """How much a run measures."""
 
     processes: int
-    """Fresh processes for one number."""
+    """How many fresh processes one number is measured in."""
     seconds: float
     """Time for the rounds of one case."""
     rounds: int
-    """Rounds of one case at least."""
+    """The least number of rounds of one case."""
     small: tuple[int, int]
     large: tuple[int, int]
     wide: tuple[int, int]
@@ -39,7 +39,7 @@ class Size(NamedTuple):
     lazy: tuple[int, int]
     """Rows and classes of a dask array that would not all fit into memory."""
     lazy_chunk: int
-    """Rows of one of its chunks."""
+    """The rows of each of its chunks."""
 
     @property
     def timing(self) -> dict[str, float]:

@@ -35,7 +35,7 @@ class Contender(NamedTuple):
     images: bool = True
     """Whether it takes more than two dimensions."""
     spoils: bool = False
-    """Whether a call writes over its logits, which are brought back before the next one."""
+    """Whether a call writes over its logits, which are then restored before the next call."""
 
 
 def contenders(device: Device) -> dict[str, Contender]:

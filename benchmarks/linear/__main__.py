@@ -55,9 +55,9 @@ class Size(NamedTuple):
     seconds: float
     """Time for the rounds of one case."""
     rounds: int
-    """Rounds of one case at least."""
+    """The least number of rounds of one case."""
     memory_compiled: bool
-    """Whether memory is measured of what must be compiled first, too."""
+    """Whether memory is also measured for contenders that must be compiled first."""
     numpy_bfloat16: bool
     """Whether NumPy takes part in bfloat16, for which it has no fast loops."""
 

@@ -51,7 +51,7 @@ class Contender(NamedTuple):
     compiles: bool = False
     """Whether its first call of a size compiles it."""
     has_loss: bool = True
-    """Whether it gives an answer, and takes memory for one."""
+    """Whether it returns a loss, and takes memory for one."""
     sums_as_given: bool = False
     """Whether its sums are in the dtype of the arrays, which loses digits in 16 bits."""
 

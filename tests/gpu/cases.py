@@ -33,7 +33,7 @@ class Case(NamedTuple):
     layout: str = "plain"
     options: tuple[str, ...] = ()
     scales: bool = False
-    """Whether there may be fewer rows where memory is short."""
+    """Whether there may be fewer rows if memory is short."""
 
     @property
     def name(self) -> str:
@@ -47,22 +47,22 @@ class Size(NamedTuple):
 
     classes: tuple[int, ...]
     few_classes: tuple[int, ...]
-    """For the layouts and the options."""
+    """The numbers of classes for the layouts and the options."""
     few_dtypes: tuple[str, ...]
-    """The same."""
+    """The dtypes for them."""
     elements: int
-    """Logits of a case, of those that are not meant to be large."""
+    """How many logits a case has that is not meant to be large."""
     checked: int
-    """Logits that are compared."""
+    """How many logits are compared."""
     images: tuple[tuple[int, ...], ...]
     long_rows: tuple[tuple[int, int], ...]
     many_rows: tuple[tuple[int, int], ...]
     large: tuple[tuple[int, ...], ...]
-    """Logits of a mean over all rows, as large as those that are timed."""
+    """Shapes of a mean over all rows, as large as those that are timed."""
     dims: tuple[int, int]
-    """Logits of the tests of behaviour."""
+    """The shape of the logits in the tests of behaviour."""
     repeats: int
-    """How often a result has to come out the same."""
+    """How often a call must repeat its result."""
 
 
 FULL = Size(

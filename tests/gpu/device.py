@@ -35,7 +35,7 @@ class Timed(NamedTuple):
     """A call to time."""
 
     prepare: Callable[[], Any]
-    """What goes before, untimed; it returns what the call takes."""
+    """Runs before the call, untimed, and returns its argument."""
     call: Callable[[Any], Any]
 
 

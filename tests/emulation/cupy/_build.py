@@ -71,7 +71,7 @@ class Library(NamedTuple):
 
     handle: ctypes.PyDLL
     scratch: ctypes.Array[ctypes.c_char]
-    """What a launch needs for itself: its threads' stacks and the shared memory."""
+    """Working memory of a launch: its threads' stacks and the shared memory."""
 
     def kernel(self, name: str) -> Kernel | None:
         """Find a kernel."""

@@ -40,27 +40,27 @@ class Product(NamedTuple):
 
 launches: list[Launch] = []
 products: list[Product] = []
-"""What cuBLAS would have been asked for."""
+"""The products that cuBLAS would have computed."""
 allocations: list[int] = []
-"""The bytes of every array that was made, whatever made it."""
+"""The bytes of every array that was made."""
 held = 0
-"""The bytes of all arrays that are there."""
+"""The bytes of all arrays that exist."""
 most_held = 0
-"""The most that they were at a time."""
+"""The largest number of bytes at one time."""
 synchronizations = 0
 """How often the host waited for the device, or would have."""
 other_kernels = 0
 """How many of CuPy's own kernels would have been started."""
 order = ""
-"""One of ORDERS for the threads and blocks of all launches; "cycle" takes them in turns."""
+"""One of ORDERS for the threads and blocks of all launches; "cycle" takes them in turn."""
 seed = 0
 """Chooses among the shuffled orders."""
 IN_FLOAT32 = "-DREAL=FLOAT32"
 flushes: bool | str = IN_FLOAT32
-"""Whether kernels take subnormal numbers for 0, as CuPy has them compiled; or those compiled with
-this option alone: no GPU does so in float64, but on a CPU there is no telling the two apart."""
+"""Whether all kernels treat subnormal numbers as 0, as CuPy compiles them; or an option, and only
+kernels compiled with it do. A GPU never does so in float64, but a CPU cannot tell the two apart."""
 defines: tuple[str, ...] = ()
-"""Options that every kernel is compiled with beside its own, as ("-DSHIM_EXP_ERROR=2",)."""
+"""Additional options that every kernel is compiled with, such as ("-DSHIM_EXP_ERROR=2",)."""
 record_folder: Path | None = None
 
 
