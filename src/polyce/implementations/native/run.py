@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ NUMPY = ArrayAccess(
     empty_like=np.empty_like,
     in_order=_in_order,
     dense=_dense,
-    scalar=lambda array: array[()],
+    scalar=operator.itemgetter(()),
 )
 
 
@@ -73,11 +74,11 @@ def run(
 
     `fresh` says that the memory of `grad` is dense and has never been written.
     """
-    empty = own.empty
-    by_rows = problem.options.reduction == "none"
+    empty, options = own.empty, problem.options
+    by_rows = options.reduction == "none"
     losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
     found = None
-    if problem.options.stats is not None:
+    if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
     logits, target, weight, sample_weight, normalizer, cotangent, by_row = _readable(
         own, problem, operands
@@ -151,7 +152,8 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[A
     elif type(cotangent) is not float and problem.options.reduction == "none" and cotangent.ndim:
         by_row = True
         cotangent = own.dense("grad_output", cotangent, problem.row_dtype)
-    return own.in_order(logits), target, weight, sample_weight, normalizer, cotangent, by_row
+    # The path takes no logits whose bytes are in another order.
+    return logits, target, weight, sample_weight, normalizer, cotangent, by_row
 
 
 def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:
