@@ -26,7 +26,7 @@ def names(crashes: bool) -> list[str]:
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from polyce.implementations.triton import launch as triton_launch
 
-    for name in ("kernels", "row"):
+    for name in ("kernels", "records"):
         monkeypatch.setattr(triton_launch, name, getattr(triton_launch, name))
 
 

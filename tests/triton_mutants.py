@@ -36,7 +36,7 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("row", "tiles", "kernels")
+FILES = ("records", "row", "tiles", "kernels")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
             setattr(triton_launch, name, loaded)
 
 
-ROW, TILE, KERNEL = FILES
+RECORD, ROW, TILE, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -194,13 +194,13 @@ MUTANTS = {
         ties,
     ),
     "entropy-from-the-label": Mutant(
-        ROW,
+        RECORD,
         "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
         "LARGEST=form.PROBABILITY",
         unlikely_labels,
     ),
     "entropy-from-the-label-of-parts": Mutant(
-        ROW,
+        RECORD,
         "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
         "LARGEST=form.PROBABILITY",
         unlikely_labels_in_parts,

@@ -6,24 +6,12 @@ any row stride as well as (N, C, inner). Offsets have 64 bits; a program's numbe
 widened before it is multiplied.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.row import (
-    Pivot,
-    State,
-    difference,
-    merge,
-    narrow,
-    numbers,
-    slope,
-)
+from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Saved, Seen, State
+from polyce.implementations.triton.row import difference, merge, narrow, numbers, slope
 from polyce.implementations.triton.tiles import (
-    Inputs,
-    Outputs,
-    Seen,
     body,
     choose_pivot,
     coefficients,
@@ -210,15 +198,6 @@ def reduce(
         tl.store(denominator_ptr, denominator)
         result = result / denominator
     tl.store(result_ptr, narrow(result, result_ptr.dtype.element_ty, EMULATED))
-
-
-class Saved(NamedTuple):
-    """What a row's gradient is made of, as the forward pass saved it."""
-
-    top: Any
-    factor: Any
-    pivot_grad: Any
-    pivot_class: Any
 
 
 @triton.jit

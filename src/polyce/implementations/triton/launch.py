@@ -20,7 +20,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, transform
 from polyce.formula.stats import Stats
 from polyce.implementations.strides import Rows, cdiv, cut, rows_of
-from polyce.implementations.triton import kernels, layout, row
+from polyce.implementations.triton import kernels, layout, records
 from polyce.implementations.triton.layout import Tile
 
 _FIELDS_OF_A_PART = 10
@@ -184,12 +184,12 @@ def _ignored(problem: Problem) -> int | None:
     return labels.ignored_as_signed(problem) if problem.kind == "index" else None
 
 
-def _form(call: KernelCall, **asked: bool) -> row.Form:
+def _form(call: KernelCall, **asked: bool) -> records.Form:
     """Return what the kernels are compiled for; `asked` is what a forward pass is asked for."""
     problem = call.problem
     scale, _ = transform.scale_and_cap(problem)
     form = "none" if scale == 1.0 else "scale"
-    given = row.Form(
+    given = records.Form(
         TRANSFORM="softcap" if transform.is_capped(problem) else form,
         DTYPE=tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
         PROBABILITY=problem.kind == "probability",
@@ -200,7 +200,7 @@ def _form(call: KernelCall, **asked: bool) -> row.Form:
         EMULATED=EMULATED,
         **asked,
     )
-    return row.completed(given)
+    return records.completed(given)
 
 
 def _named(name: str, rows: Rows | None) -> dict[str, int]:

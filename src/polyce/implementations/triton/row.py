@@ -14,81 +14,10 @@ With a softcap, x = cap·tanh(scale·logit): `scale` has been divided by the cap
 
 # Triton compiles these functions from source. Names in capitals are compile-time constants.
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-
-class Form(NamedTuple):
-    """What a kernel is compiled for."""
-
-    TRANSFORM: str
-    """"none", "scale" or "softcap"."""
-    DTYPE: tl.dtype
-    """What is computed in, float32 or float64."""
-    PROBABILITY: bool
-    WEIGHTED: bool
-    SAMPLED: bool
-    SMOOTHED: bool
-    IGNORES: bool
-    EMULATED: bool
-    # What a forward pass is asked for.
-    PENALTY: bool = False
-    REDUCED: bool = False
-    KEEP: bool = False
-    STATS: bool = False
-    LSE: bool = False
-    ENTROPY: bool = False
-    PREDICTION: bool = False
-    CORRECT: bool = False
-    # What follows from these, see `completed`.
-    SPREAD: bool = False
-    """Whether classes besides the pivot have coefficients."""
-    LARGEST: bool = False
-    """Whether the pivot is the class of the largest logit, not the label."""
-
-
-def completed(form: Form) -> Form:
-    """Set what follows from the rest."""
-    return form._replace(
-        SPREAD=form.PROBABILITY or form.SMOOTHED,
-        LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT,
-    )
-
-
-class Numbers(NamedTuple):
-    """A call's numbers, each a vector of length 1 in float64."""
-
-    kept: Any
-    """1 less the smoothing."""
-    share: Any
-    """The smoothing's share of each class."""
-    scale: Any
-    cap: Any
-
-
-class State(NamedTuple):
-    """The state of a part of each row's classes, besides the pivot; all but m' in float64."""
-
-    top: Any
-    """m'"""
-    total: Any
-    """d'"""
-    rest: Any
-    """R'"""
-    excess: Any
-    """q'"""
-    entropy: Any
-
-
-class Pivot(NamedTuple):
-    """The pivot of each row."""
-
-    logit: Any
-    coefficient: Any
-    number: Any
-    """Which class it is."""
+from polyce.implementations.triton.records import Numbers, State
 
 
 @triton.jit

@@ -3,14 +3,11 @@
 A tile has classes along its first axis and rows, the lanes, along its second.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.records import Meaning, Pivot, Seen, State
 from polyce.implementations.triton.row import (
-    Pivot,
-    State,
     count_label,
     finish,
     merge,
@@ -18,53 +15,6 @@ from polyce.implementations.triton.row import (
     slope,
     tile_state,
 )
-
-
-class Inputs(NamedTuple):
-    """Where the target, the class weights and the sample weights lie."""
-
-    target: Any
-    weight: Any
-    sample: Any
-
-
-class Outputs(NamedTuple):
-    """Where a forward pass writes its results."""
-
-    loss: Any
-    saved: Any
-    """What a backward pass needs of each row, four numbers."""
-    sums: Any
-    """For each program the sum of its rows' losses, and of their weights."""
-    lse: Any
-    entropy: Any
-    prediction: Any
-    correct: Any
-    valid: Any
-
-
-class Meaning(NamedTuple):
-    """What the target says of each row."""
-
-    label: Any
-    """Always in range."""
-    weight: Any
-    """The class weight of the label."""
-    sample: Any
-    """The sample weight."""
-    counted: Any
-    invalid: Any
-    """Whether the label was out of range."""
-
-
-class Seen(NamedTuple):
-    """What is known of each row after a part of its classes has been read."""
-
-    state: Any
-    pivot: Any
-    most: Any
-    """The largest probability, and its class: where CORRECT needs them."""
-    most_class: Any
 
 
 @triton.jit
