@@ -215,8 +215,7 @@ def stub(session: nox.Session) -> None:
 def write_stub(session: nox.Session, folder: Path) -> str:
     """Write the stub of the installed core into a folder, and return its text."""
     path = folder / STUB.name
-    command = ("python", "-m", "nanobind.stubgen", "-q", "-m", "polyce._core", "-o", str(path))
-    session.run(*command)
+    session.run("python", "-m", "nanobind.stubgen", "-q", "-m", "polyce._core", "-o", str(path))
     return path.read_text(encoding="utf-8")
 
 
@@ -393,8 +392,7 @@ def gpu(session: nox.Session) -> None:
 def full(session: nox.Session) -> None:
     """Run every session of tests and checks, each test with all of its cases (POLYCE_FULL=1)."""
     for sessions in ((), ("-t", *CI, *FULL)):
-        command = (sys.executable, "-m", "nox", *sessions)
-        session.run(*command, env={"POLYCE_FULL": "1"}, external=True)
+        session.run(sys.executable, "-m", "nox", *sessions, env={"POLYCE_FULL": "1"}, external=True)
 
 
 if __name__ == "__main__":

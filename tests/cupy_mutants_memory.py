@@ -138,15 +138,15 @@ MUTANTS = {
     "narrow-classes": wrong(
         far((2, 4, 4), (4, NEAR, 1), "logits"),
         CLASSES,
-        "x + c * (VECTOR ? 1 : call.x_class)",
-        "x + (int)(c * (VECTOR ? 1 : call.x_class))",
+        "x + c * (WIDTH > 1 ? 1 : call.x_class)",
+        "x + (int)(c * (WIDTH > 1 ? 1 : call.x_class))",
         crashes=True,
     ),
     "narrow-classes-of-the-gradient": wrong(
         far((2, 4, 4), (4, NEAR, 1), "out"),
         CLASSES,
-        "grad + c * (VECTOR ? 1 : call.g_class)",
-        "grad + (int)(c * (VECTOR ? 1 : call.g_class))",
+        "grad + c * (WIDTH > 1 ? 1 : call.g_class)",
+        "grad + (int)(c * (WIDTH > 1 ? 1 : call.g_class))",
         crashes=True,
     ),
     "narrow-label": wrong(

@@ -95,13 +95,13 @@ def cases() -> list[Any]:
 
 def told(kernel: str, macros: tuple[str, ...], architecture: int) -> str:
     values = dict(macro[2:].split("=") for macro in macros if macro.startswith("-D"))
-    left_out = {"KERNEL", "BLOCK", "REAL"}
+    left_out = {"KERNEL", "BLOCK", "REAL", "WIDTH"}
     words = (
         name.lower() if value == "1" else value.lower()
         for name, value in values.items()
         if name not in left_out and value != "0"
     )
-    return "-".join((kernel, *words, f"sm_{architecture}"))
+    return "-".join((kernel, *words, f"width_{values['WIDTH']}", f"sm_{architecture}"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -121,7 +121,7 @@ def test_compiled(kernel: str, macros: tuple[str, ...], architecture: int) -> No
     assert (used.spilled, used.stack) == (0, 0)
     loads, stores = nvrtc.widths(found.ptx)
     # Probabilities, or a softcap, leave registers for fewer loads at once.
-    if "-DVECTOR=1" in macros and "-DSOFTCAP=1" not in macros and not probabilities:
+    if "-DWIDTH=1" not in macros and "-DSOFTCAP=1" not in macros and not probabilities:
         assert kernel not in READING or 16 in loads
         assert kernel not in WRITING or 16 in stores
     assert nvrtc.generic(found.ptx) == []

@@ -198,7 +198,7 @@ ACCESSES = {
     r"\*place = numbers\[0\];": "count(place, 1); ",
     r"\*\(Words<N>\*\)place = words;": "count(place, W); ",
     r"grad\[c \+ w\] = result\[w\];": "count(&grad[c + w], 1), ",
-    r"taken\.p\[u\]\[w\] = \(real\)": "count(&p[(c + w) * (VECTOR ? 1 : call.t_class)], 1), ",
+    r"taken\.p\[u\]\[w\] = \(real\)": "count(&p[(c + w) * (WIDTH > 1 ? 1 : call.t_class)], 1), ",
     r"const real label = \(real\)Stored": "count(&x[meaning.label * call.x_class], 1); ",
 }
 

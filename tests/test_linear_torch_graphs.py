@@ -228,12 +228,12 @@ def test_torchs_own_checks_of_operators(torch: Any) -> None:
             stats=None,
         )
         wanted = Gradients(*(reduction != "none" and leaf is not None for leaf in leaves))
-        asked = torch_op._Asked(wanted, options[:-1], leaves[0].dtype, 3, None)
+        settings = torch_op._HeadSettings(wanted, options[:-1], leaves[0].dtype, 3, None)
         weight = torch.rand(C, dtype=leaves[0].dtype) if number % 3 else None
         normalizer = torch.tensor(3.0) if reduction == "mean" and number % 2 else None
         tensors = (*leaves, target, weight, torch.rand(N), normalizer, None)
         close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bfloat16" else {}
-        torch.library.opcheck(torch_op._operator, (*tensors, *asked.values()), **close)
+        torch.library.opcheck(torch_op._operator, (*tensors, *settings.values()), **close)
 
 
 # As a module

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.only("torch")
 
 def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
     """Return arguments of the first operator, and whether they have few digits."""
-    from polyce.implementations.torch_ops import _Asked
+    from polyce.implementations.torch_ops import _CallSettings
 
     cases = []
     for kind in ("index", "probability"):
@@ -43,11 +43,11 @@ def operator_cases(torch: Any) -> list[tuple[tuple[Any, ...], bool]]:
                     logit_softcap=(None, 4.0)[number % 2],
                     stats=(None, "lse,entropy,prediction,correct", "", "correct")[number],
                 )
-                asked = _Asked(options[:-1], dtype, "native")
+                settings = _CallSettings(options[:-1], dtype, "native")
                 sample_weight = torch.rand(5) if number % 2 else None
                 normalizer = torch.tensor(3.0) if number == 2 else None
                 tensors = (x, target, weight, sample_weight, normalizer)
-                cases.append(((*tensors, grad, *asked.values()), dtype == torch.bfloat16))
+                cases.append(((*tensors, grad, *settings.values()), dtype == torch.bfloat16))
     return cases
 
 

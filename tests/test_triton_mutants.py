@@ -26,7 +26,8 @@ def names(crashes: bool) -> list[str]:
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from polyce.implementations.triton import launch as triton_launch
 
-    monkeypatch.setattr(triton_launch, "kernels", triton_launch.kernels)
+    for name in ("kernels", "records"):
+        monkeypatch.setattr(triton_launch, name, getattr(triton_launch, name))
 
 
 @pytest.mark.parametrize("name", names(False))
@@ -61,10 +62,9 @@ def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("put_back")
 def test_nothing_is_wrong_with_copies() -> None:
-    from polyce.implementations.triton import launch as triton_launch
     from triton_checks import SLOW
-    from triton_mutants import MUTANTS, kernels
+    from triton_mutants import MUTANTS, install
 
-    triton_launch.kernels = kernels()
+    install()
     for check in {mutant.check for mutant in MUTANTS.values()} - SLOW:
         check()

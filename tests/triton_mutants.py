@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from triton_checks import (
     COMBINED,
@@ -37,7 +36,7 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("row", "tiles", "kernels")
+FILES = ("records", "row", "tiles", "kernels")
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,19 @@ class Mutant:
 
     def install(self) -> None:
         """Make the launcher use kernels with the change."""
-        from polyce.implementations.triton import launch as triton_launch
-
-        triton_launch.kernels = kernels(self.file, self.old, self.new)
+        install(self.file, self.old, self.new)
 
 
-def kernels(file: str = "", old: str = "", new: str = "") -> Any:
-    """Load copies of the kernels' files, one of them changed."""
+def install(file: str = "", old: str = "", new: str = "") -> None:
+    """Load copies of the kernels' files, one of them changed, and make the launcher use them."""
     import polyce.implementations.triton
+    from polyce.implementations.triton import launch as triton_launch
 
     source = Path(polyce.implementations.triton.__file__).parent
     folder = Path(tempfile.mkdtemp())
     # Deleted only at exit: Triton reads a kernel's source when it is first called.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     prefix = f"{folder.name}_"
-    loaded = None
     for name in FILES:
         text = (source / f"{name}.py").read_text(encoding="utf-8")
         if name == file:
@@ -84,14 +81,18 @@ def kernels(file: str = "", old: str = "", new: str = "") -> Any:
         loaded = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = loaded
         spec.loader.exec_module(loaded)
-    return loaded
+        if hasattr(triton_launch, name):
+            setattr(triton_launch, name, loaded)
 
 
-ROW, TILE, KERNEL = FILES
+RECORD, ROW, TILE, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
-        KERNEL, "(step < length)[:, None] & counted", "(step <= length)[:, None] & counted", zones
+        KERNEL,
+        "(step < length)[:, None] & meaning.counted",
+        "(step <= length)[:, None] & meaning.counted",
+        zones,
     ),
     "writes-one-beyond": Mutant(
         KERNEL, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones
@@ -157,57 +158,57 @@ MUTANTS = {
     # the state
     "tile-without-guard": Mutant(
         ROW,
-        'difference(x, tl.where(top == float("-inf"), 0.0, top), scale',
-        "difference(x, top, scale",
+        "gap = difference(x, reference, given",
+        "gap = difference(x, top, given",
         SPECIAL,
     ),
     "merge-without-guard": Mutant(
         ROW,
-        'reference = tl.where(new == float("-inf"), 0.0, new)',
-        "reference = new",
+        'reference = tl.where(top == float("-inf"), 0.0, top)\n    gap = difference(part.top',
+        "reference = top\n    gap = difference(part.top",
         masked_in_parts,
     ),
-    "merge-without-rest": Mutant(ROW, "excess + rest * risen", "excess", IN_TILES),
+    "merge-without-rest": Mutant(ROW, "excess + part.rest * risen", "excess", IN_TILES),
     "merge-without-decay": Mutant(
-        ROW, "tl.where(total == 0.0, 0.0, total * decay)", "total", IN_TILES
+        ROW, "tl.where(part.total == 0.0, 0.0, part.total * decay)", "part.total", IN_TILES
     ),
     "entropy-stays-behind": Mutant(
-        ROW, "moved = (entropy + total * risen) * decay", "moved = entropy * decay", STATS
+        ROW, "moved = (entropy + part.total * risen) * decay", "moved = entropy * decay", STATS
     ),
     "pivot-excluded-nowhere": Mutant(
         ROW, 'x = tl.where(excluded, float("-inf"), x)', "x = x + 0.0", EXACT
     ),
     "loser-forgotten": Mutant(
-        TILE, "loser, found, loser_r.to", "loser, 0.0 * found, loser_r.to", IN_TILES
+        TILE, "State(loser, found, loser_r.to", "State(loser, 0.0 * found, loser_r.to", IN_TILES
     ),
     "loser-without-coefficient": Mutant(
-        TILE, "loser, found, loser_r.to(tl.float64)", "loser, found, tl.zeros_like(total)", masked
+        TILE, "State(loser, found, loser_r.to(tl.float64)", "State(loser, found, nothing", masked
     ),
     "parts-of-the-first": Mutant(
         KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
     ),
     "last-of-the-largest": Mutant(
         TILE,
-        "(other == pivot) & (other_class < pivot_class)",
-        "(other == pivot) & (other_class > pivot_class)",
+        "(other.logit == pivot.logit) & (other.number < pivot.number)",
+        "(other.logit == pivot.logit) & (other.number > pivot.number)",
         ties,
     ),
     "entropy-from-the-label": Mutant(
-        KERNEL,
-        "LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT",
-        "LARGEST: tl.constexpr = PROBABILITY",
+        RECORD,
+        "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
+        "LARGEST=form.PROBABILITY",
         unlikely_labels,
     ),
     "entropy-from-the-label-of-parts": Mutant(
-        KERNEL,
-        "LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT",
-        "LARGEST: tl.constexpr = PROBABILITY",
+        RECORD,
+        "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
+        "LARGEST=form.PROBABILITY",
         unlikely_labels_in_parts,
     ),
     "label-counted-twice": Mutant(
         TILE,
-        "added = tl.where(leads | (kept == 0.0), 0.0, weight * kept.to(DTYPE))",
-        "added = weight * kept.to(DTYPE)",
+        "added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))",
+        "added = weight * given.kept.to(DTYPE)",
         grid("stats", only="margins/plain/top"),
     ),
     "likeliest-saved-for-backward": Mutant(
@@ -226,29 +227,27 @@ MUTANTS = {
     "rounded-gap": Mutant(
         ROW, "return delta, tl.where(finite, error, 0.0)", "return delta, 0.0 * error", EXACT
     ),
-    "plain-logarithm": Mutant(ROW, "h = log1p(e, DTYPE)", "h = tl.log(1.0 + e)", EXACT),
+    "plain-logarithm": Mutant(ROW, "h = log1p(e, FORM.DTYPE)", "h = tl.log(1.0 + e)", EXACT),
     "plain-exponential": Mutant(
         ROW,
-        "decay = exp(tl.where(below, delta, opposite), DTYPE)",
+        "decay = exp(tl.where(below, delta, opposite), FORM.DTYPE)",
         "decay = tl.exp(tl.where(below, delta, opposite) * 1.000001)",
         EXACT,
     ),
     "one-too-many": Mutant(ROW, "(total - 1.0) + wide", "total + wide", EXACT),
     "infinite-pivot-is-sure": Mutant(
-        ROW, "nothing = pivot - pivot", "nothing = 0.0 * rest", SPECIAL
+        ROW, "nothing = pivot.logit - pivot.logit", "nothing = 0.0 * wide", SPECIAL
     ),
     "zero-times-infinity": Mutant(ROW, "tl.where(r == 0.0, 0.0, r * -gap)", "r * -gap", SPECIAL),
     "penalty-without-gradient": Mutant(ROW, "sum_of_r += pull", "sum_of_r += 0.0 * pull", COMBINED),
-    "slope-dropped": Mutant(
-        KERNEL, "grad = grad * slope(x, scale, cap, TRANSFORM, DTYPE)", "grad = grad", COMBINED
-    ),
+    "slope-dropped": Mutant(KERNEL, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED),
     "slope-dropped-at-the-pivot": Mutant(
         TILE,
-        "pivot_grad = pivot_grad * slope(pivot, scale, cap, TRANSFORM, DTYPE)",
+        "pivot_grad = pivot_grad * slope(saved_x, given, FORM)",
         "pivot_grad = pivot_grad",
         COMBINED,
     ),
-    "scale-not-in-the-gradient": Mutant(KERNEL, "g = g * scale", "g = g", COMBINED),
+    "scale-not-in-the-gradient": Mutant(KERNEL, "g = g * given.scale", "g = g", COMBINED),
     # rows, the mean, the gradient
     "bad-labels-answered": Mutant(
         TILE,
@@ -258,7 +257,7 @@ MUTANTS = {
     ),
     "bad-labels-have-gradients": Mutant(
         KERNEL,
-        'grad = tl.where(invalid, float("nan"), grad)',
+        'grad = tl.where(meaning.invalid, float("nan"), grad)',
         "grad = grad",
         grid("targets", only="bad"),
     ),
@@ -282,12 +281,12 @@ MUTANTS = {
     ),
     "denominator-forgotten": Mutant(KERNEL, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
     "pivot-next-door": Mutant(
-        KERNEL, "c[:, None] == pivot_class", "c[:, None] == pivot_class + 1", EXACT
+        KERNEL, "c[:, None] == saved.pivot_class", "c[:, None] == saved.pivot_class + 1", EXACT
     ),
     "reads-what-was-written": Mutant(
         KERNEL,
-        "top = tl.load(place, mask=here, other=0.0).to(DTYPE)\n    factor",
-        "top = tl.load(x_ptr + row * x_lane, mask=here).to(DTYPE)\n    factor",
+        "top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)\n    factor",
+        "top = tl.load(x_ptr + row * x_lane, mask=here).to(FORM.DTYPE)\n    factor",
         in_place,
     ),
 }

@@ -146,7 +146,9 @@ def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
         first = xp.where(is_one, one.rest_first, other.rest_first)
 
     def add(a: Any, b: Any) -> Any:
-        return b if a is None else a if b is None else a + b
+        if a is None:
+            return b
+        return a if b is None else a + b
 
     return RowState(
         rest_max=top,

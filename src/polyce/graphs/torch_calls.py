@@ -68,6 +68,11 @@ def cross_entropy(
     if not needs_graph(problem, operands):
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
+    return on_graph(kernels, problem, operands)
+
+
+def on_graph(kernels: Kernels, problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
+    """Compute the loss, on torch's graph, and the stats, where `needs_graph` says so."""
     logits, target, weight, _, normalizer, _ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, so that it differentiates by the normalizer.

@@ -158,7 +158,8 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
     if wanted is None and preferred is not None:
         wanted = preferred.name
-    for path in sorted(TABLE, key=lambda path: path.name != wanted):
+    named = [path for path in TABLE if path.name == wanted]
+    for path in (*named, *TABLE):
         if path.log_softmax is not None and path.serves(problem):
             return path.log_softmax
     return rows.log_softmax

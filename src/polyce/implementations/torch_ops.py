@@ -8,6 +8,7 @@ logits. An operator always returns as many tensors as it declares: an absent one
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -31,7 +32,6 @@ _TYPES: dict[Any, str] = {
 }
 _KINDS = list(get_type_hints(Options).items())[:-1]
 OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _KINDS)
-OPTION_COUNT = len(_KINDS)
 
 
 def flat(problem: Problem) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def options_of(given: tuple[Any, ...]) -> Options:
     return options._replace(stats=stats is not None and tuple(filter(None, stats.split(","))))
 
 
-class _Asked(NamedTuple):
+class _CallSettings(NamedTuple):
     """What both operators take besides tensors."""
 
     options: tuple[Any, ...]
@@ -56,16 +56,65 @@ class _Asked(NamedTuple):
     result_dtype: Any
     implementation: str
 
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _CallSettings:
+        """Read the values, in the order of the schemas."""
+        *options, result_dtype, implementation = values
+        return cls(tuple(options), result_dtype, implementation)
+
     def values(self) -> tuple[Any, ...]:
-        """Return the values in the order of the schemas."""
+        """Return the values that `of` reads."""
         return *self.options, self.result_dtype, self.implementation
 
 
-_ASKED = f"{OPTIONS}, ScalarType result_dtype, str implementation"
-_OPERANDS = (
-    "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
-)
-_COUNT = 5
+class _Tensors(NamedTuple):
+    """The tensors of a call, as both operators take them; or a flag for each."""
+
+    logits: Any
+    target: Any
+    weight: Any
+    sample_weight: Any
+    normalizer: Any
+
+
+def _split(values: Sequence[Any]) -> tuple[_Tensors, Sequence[Any]]:
+    """Return the tensors that values begin with, and the rest."""
+    count = len(_Tensors._fields)
+    return _Tensors(*values[:count]), values[count:]
+
+
+class _ForwardArguments(NamedTuple):
+    """What `cross_entropy` takes; or a flag for each, such as whether it needs a gradient."""
+
+    tensors: _Tensors
+    keep: Any
+    settings: _CallSettings
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _ForwardArguments:
+        """Read the values, in the order of the schema."""
+        tensors, (keep, *settings) = _split(values)
+        return cls(tensors, keep, _CallSettings.of(settings))
+
+
+class _BackwardArguments(NamedTuple):
+    """What `cross_entropy_backward` takes; or a flag for each."""
+
+    cotangent: Any
+    tensors: _Tensors
+    saved: Saved
+    settings: _CallSettings
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _BackwardArguments:
+        """Read the values, in the order of the schema."""
+        cotangent, *others = values
+        tensors, (rows, denominator, *settings) = _split(others)
+        return cls(cotangent, tensors, Saved(rows, denominator), _CallSettings.of(settings))
+
+
+_SETTINGS = f"{OPTIONS}, ScalarType result_dtype, str implementation"
+_TENSORS = "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
 _FOUND = "Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct, Tensor valid"
 
 
@@ -93,16 +142,16 @@ def cross_entropy_with_grad(
     if cotangent is None or isinstance(cotangent, float):
         ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
         cotangent = ones if cotangent is None else ones * cotangent
-    tensors, asked = _arguments(implementation, problem.with_options(stats=None), operands)
-    grad = _backward_operator(cotangent, *tensors, rows, denominator, *asked)
+    tensors, settings = _arguments(implementation, problem.with_options(stats=None), operands)
+    grad = _backward_operator(cotangent, *tensors, rows, denominator, *settings.values())
     return loss, grad, found
 
 
 def _forward(
     implementation: str, problem: Problem, operands: Operands, keep: bool
 ) -> tuple[Any, Stats | None, Any, Any]:
-    tensors, asked = _arguments(implementation, problem, operands)
-    loss, *entries, rows, denominator = _operator(*tensors, keep, *asked)
+    tensors, settings = _arguments(implementation, problem, operands)
+    loss, *entries, rows, denominator = _operator(*tensors, keep, *settings.values())
     if problem.options.stats is None:
         return loss, None, rows, denominator
     wanted = (*(name in problem.options.stats for name in Stats._fields[:-1]), True)
@@ -112,52 +161,46 @@ def _forward(
 
 def _arguments(
     implementation: str, problem: Problem, operands: Operands
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+) -> tuple[_Tensors, _CallSettings]:
     logits, target, weight, sample_weight, normalizer, _ = operands
     if isinstance(normalizer, float):
         # It may change with every batch: as an operator's argument a number would become a constant
         # of the graph, as a factor of a product it does not.
         one = torch.ones((), dtype=problem.row_dtype, device=logits.device)
         normalizer = one * normalizer
-    asked = _Asked(flat(problem), problem.result_dtype, implementation)
-    return (logits, target, weight, sample_weight, normalizer), asked.values()
+    settings = _CallSettings(flat(problem), problem.result_dtype, implementation)
+    return _Tensors(logits, target, weight, sample_weight, normalizer), settings
 
 
 def _described(
-    tensors: tuple[Any, ...], asked: _Asked, cotangent: Any = None
+    tensors: _Tensors, settings: _CallSettings, cotangent: Any = None
 ) -> tuple[Problem, Operands]:
     """Describe the call that an operator's arguments belong to."""
     logits, target, weight, sample_weight, normalizer = tensors
-    options = options_of(asked.options)
+    options = options_of(settings.options)
     problem, operands = describe(logits, target, weight, sample_weight, options=options)
     # The autocast that was on when the call was traced may be off now.
-    problem = problem._replace(result_dtype=asked.result_dtype, normalized=normalizer is not None)
+    problem = problem._replace(
+        result_dtype=settings.result_dtype, normalized=normalizer is not None
+    )
     return problem, operands._replace(normalizer=normalizer, grad_output=cotangent)
 
 
-def _kernels(asked: _Asked) -> Kernels:
-    kernels = registry.find(asked.implementation).torch_kernels
+def _kernels(settings: _CallSettings) -> Kernels:
+    kernels = registry.find(settings.implementation).torch_kernels
     if kernels is None:
         raise ValueError(
             "the operators of polyce run an implementation that has kernels for torch, got "
-            f"{asked.implementation!r}; call polyce.cross_entropy instead"
+            f"{settings.implementation!r}; call polyce.cross_entropy instead"
         )
     return kernels()
 
 
-def _asked(values: tuple[Any, ...]) -> _Asked:
-    return _Asked(values[:OPTION_COUNT], *values[OPTION_COUNT:])
-
-
-def _taken(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool, _Asked]:
-    return arguments[:_COUNT], arguments[_COUNT], _asked(arguments[_COUNT + 1 :])
-
-
 def _compute(*arguments: Any) -> tuple[Any, ...]:
-    tensors, keep, asked = _taken(arguments)
-    problem, operands = _described(tensors, asked)
-    loss, found, saved = _kernels(asked).forward(problem, operands, keep)
-    return _filled(tensors[0], loss, found, saved)
+    tensors, keep, settings = _ForwardArguments.of(arguments)
+    problem, operands = _described(tensors, settings)
+    loss, found, saved = _kernels(settings).forward(problem, operands, keep)
+    return _filled(tensors.logits, loss, found, saved)
 
 
 _DTYPES = (*(torch.float32,) * 2, torch.int64, *(torch.bool,) * 2, *(torch.float64,) * 2)
@@ -174,10 +217,10 @@ def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[
 
 def _imagine(*arguments: Any) -> tuple[Any, ...]:
     """Return results without values, in the form of `_compute`."""
-    tensors, keep, asked = _taken(arguments)
+    tensors, keep, settings = _ForwardArguments.of(arguments)
     check_imagined(*tensors)
-    problem, _ = _described(tensors, asked)
-    logits, rows = tensors[0], problem.row_shape
+    problem, _ = _described(tensors, settings)
+    logits, rows = tensors.logits, problem.row_shape
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
         return logits.new_empty(shape, dtype=dtype)
@@ -185,7 +228,7 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
     loss = empty(rows if problem.options.reduction == "none" else (), problem.result_dtype)
     saved = Saved()
     if keep:
-        keeps = _kernels(asked).keeps(problem)
+        keeps = _kernels(settings).keeps(problem)
         saved = Saved(
             rows=empty((math.prod(rows), 4), torch.float64) if keeps.rows else None,
             denominator=empty((), torch.float64) if keeps.denominator else None,
@@ -193,11 +236,11 @@ def _imagine(*arguments: Any) -> tuple[Any, ...]:
     return _filled(logits, loss, stats.unfilled(problem, empty), saved)
 
 
-def _compute_gradient(cotangent: Any, *arguments: Any) -> Any:
-    tensors, asked = arguments[:_COUNT], _asked(arguments[_COUNT + 2 :])
-    problem, operands = _described(tensors, asked, cotangent)
-    saved = Saved(*(a if a.numel() else None for a in arguments[_COUNT : _COUNT + 2]))
-    return _kernels(asked).backward(problem, operands, saved, None)
+def _compute_gradient(*arguments: Any) -> Any:
+    cotangent, tensors, saved, settings = _BackwardArguments.of(arguments)
+    problem, operands = _described(tensors, settings, cotangent)
+    saved = Saved(*(tensor if tensor.numel() else None for tensor in saved))
+    return _kernels(settings).backward(problem, operands, saved, None)
 
 
 def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
@@ -216,59 +259,66 @@ def check_imagined(*tensors: Any) -> None:
         )
 
 
+def with_none(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """Return the gradients of an operator's first arguments, and None for each of the others."""
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, *found, rows, denominator = output
     ctx.mark_non_differentiable(*found, rows, denominator)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_COUNT], rows, denominator)
-    asked = _asked(inputs[_COUNT + 1 :])
-    without_stats = options_of(asked.options)._replace(stats=None)[:-1]
-    ctx.asked = asked._replace(options=without_stats)
+    tensors, _, settings = _ForwardArguments.of(inputs)
+    ctx.save_for_backward(*tensors, rows, denominator)
+    without_stats = options_of(settings.options)._replace(stats=None)[:-1]
+    ctx.settings = settings._replace(options=without_stats)
 
 
 def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-    needs, saved, asked = ctx.needs_input_grad, ctx.saved_tensors, ctx.asked
+    *tensors, rows, denominator = ctx.saved_tensors
+    needed = _ForwardArguments.of(ctx.needs_input_grad).tensors
     grad = of_target = of_weight = None
-    if needs[0]:
-        grad = _backward_operator(cotangent, *saved, *asked.values())
-    if needs[1] or needs[2]:
-        problem, operands = _described(saved[:_COUNT], asked, cotangent)
-        of_target, of_weight = torch_calls.target_gradients(problem, operands, needs[1:3])
-    return grad, of_target, of_weight, *(None,) * (_COUNT - 2 + len(asked.values()))
+    if needed.logits:
+        settings = ctx.settings.values()
+        grad = _backward_operator(cotangent, *tensors, rows, denominator, *settings)
+    if needed.target or needed.weight:
+        problem, operands = _described(_Tensors(*tensors), ctx.settings, cotangent)
+        needs = needed.target, needed.weight
+        of_target, of_weight = torch_calls.target_gradients(problem, operands, needs)
+    return with_none(ctx, grad, of_target, of_weight)
 
 
 def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[: _COUNT + 1])
-    ctx.asked = _asked(inputs[_COUNT + 3 :])
+    cotangent, tensors, _, ctx.settings = _BackwardArguments.of(inputs)
+    ctx.save_for_backward(cotangent, *tensors)
 
 
 def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     """Differentiate the gradient, computed again in torch operations."""
-    first, *tensors = ctx.saved_tensors
-    wanted = [
-        a for a, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed
-    ]
+    saved, flags = ctx.saved_tensors, _BackwardArguments.of(ctx.needs_input_grad)
+    first, *tensors = saved
+    needs = (flags.cotangent, *flags.tensors)
+    wanted = [tensor for tensor, needed in zip(saved, needs, strict=True) if needed]
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        problem, operands = _described(tuple(tensors), ctx.asked, first)
+        problem, operands = _described(_Tensors(*tensors), ctx.settings, first)
         grad = torch_calls.gradient(problem, operands)
         found = iter(
             torch.autograd.grad(grad, wanted, cotangent, create_graph=graph, allow_unused=True)
         )
-    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[: _COUNT + 1]]
-    return *grads, *(None,) * (2 + len(ctx.asked.values()))
+    return with_none(ctx, *(next(found) if needed else None for needed in needs))
 
 
 # By hand instead of `torch.library.custom_op`, whose checks at each call take as long as describing
 # the call, and half of a small kernel's time.
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")
 _LIBRARY.define(
-    f"cross_entropy({_OPERANDS}, bool keep, {_ASKED}) "
+    f"cross_entropy({_TENSORS}, bool keep, {_SETTINGS}) "
     f"-> ({_FOUND}, Tensor rows, Tensor denominator)"
 )
 _LIBRARY.define(
-    f"cross_entropy_backward(Tensor cotangent, {_OPERANDS}, Tensor rows, Tensor denominator, "
-    f"{_ASKED}) -> Tensor"
+    f"cross_entropy_backward(Tensor cotangent, {_TENSORS}, Tensor rows, Tensor denominator, "
+    f"{_SETTINGS}) -> Tensor"
 )
 for _name, _run, _fake, _rule, _save in (
     ("cross_entropy", _compute, _imagine, _differentiate, _keep),

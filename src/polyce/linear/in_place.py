@@ -8,7 +8,6 @@ read from memory once for each chunk, not twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,74 +55,98 @@ def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradien
     own = PRODUCTS[call.whole.backend]()
     whole, cut, classes = call.whole, call.chunks, call.whole.classes
     implementation = call.implementation
-    hidden, features = call.hidden, call.features
-
-    def empty(shape: tuple[int, ...], dtype: Any = call.sum_dtype) -> Any:
-        return own.empty(shape, dtype, hidden)
-
     kept = _kept(call, own)
     total = cut.total if kept is None else int(kept.shape[0])
-    rows = empty((cut.total,), whole.row_dtype)
-    shapes = Gradients((cut.total, features), (classes, features), (classes,))
-    found = Gradients(
-        *(empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
-    )
+    rows, found = _results(call, own, wanted)
     if kept is not None or not total or not classes:
         for array in (rows, *found):
             if array is not None:
                 array[...] = 0.0
-    of_input = None
-    if wanted.input and cut.by_class:
-        of_input = empty((features, cut.rows)).T
-    elif wanted.input and kept is not None:
-        of_input = empty((cut.rows, features))
-    back = _Back(
-        own,
-        wanted,
-        found,
-        of_input=of_input,
-        ones=empty((1, cut.rows), whole.logits_dtype) if wanted.linear_bias else None,
-        scratch=(
-            empty((max(cut.rows, cut.classes) * max(features, 1),))
-            if own.has_scratch and any(wanted) and (cut.count > 1 or cut.classes < classes)
-            else None
-        ),
-    )
-    if back.ones is not None:
-        back.ones[...] = 1.0
-    buffer = empty((cut.rows * classes,), whole.logits_dtype)
-    bias = call.head.bias
-    bias = bias if bias is None else whole.library.cast(bias, whole.logits_dtype)
+    back = _back(call, own, wanted, found, scattered=kept is not None)
+    logits = _logits(call, own)
 
-    def logits(chunk: _Chunk) -> Any:
-        count = chunk.hidden.shape[0]
-        flat = buffer[: count * classes]
-        return flat.reshape((classes, count)).T if cut.by_class else flat.reshape((count, classes))
+    def losses(chunk: _Chunk) -> Any:
+        """Compute a chunk's losses; write their gradient over the logits and return it."""
+        part = call.part(chunk.hidden.shape[0])
+        operands = chunk.operands._replace(logits=logits.of(chunk))
+        if not any(wanted):
+            rows[chunk.places], _ = implementation.cross_entropy(part, operands)
+            return None
+        rows[chunk.places], grad, _ = implementation.cross_entropy_with_grad(
+            part, operands, operands.logits
+        )
+        return grad
+
+    def blocks() -> Iterator[tuple[slice, Any]]:
+        """Return each block of classes, and the head's weight for it."""
+        for block in cut.blocks(classes):
+            yield block, whole.library.cast(call.head.weight[block], whole.logits_dtype)
 
     chunks = _chunks(call, own, kept, cut.spans(total), cotangent)
-    for number, (chunk, ahead) in enumerate(pairwise(chain((None,), chunks, (None,)))):
-        grad = None
-        if chunk is not None:
-            part = call.part(chunk.hidden.shape[0])
-            operands = chunk.operands._replace(logits=logits(chunk))
-            if any(wanted):
-                rows[chunk.places], grad, _ = implementation.cross_entropy_with_grad(
-                    part, operands, operands.logits
-                )
-            else:
-                rows[chunk.places], _ = implementation.cross_entropy(part, operands)
-        if grad is None and ahead is None:
-            continue
-        for block in cut.blocks(classes):
-            weight = whole.library.cast(call.head.weight[block], whole.logits_dtype)
-            if grad is not None and chunk is not None:
-                back.add(chunk, grad[:, block], weight, block, first=number == 1)
-            if ahead is not None:
-                part_bias = None if bias is None else bias[block]
-                own.multiply(ahead.hidden, weight.T, part_bias, logits(ahead)[:, block])
-        if chunk is not None and grad is not None:
+    ahead = next(chunks, None)
+    if ahead is not None:
+        for block, weight in blocks():
+            logits.fill(ahead, weight, block)
+    is_first = True
+    while ahead is not None:
+        chunk, ahead = ahead, next(chunks, None)
+        grad = losses(chunk)
+        if grad is not None or ahead is not None:
+            for block, weight in blocks():
+                if grad is not None:
+                    back.add(chunk, grad[:, block], weight, block, first=is_first)
+                if ahead is not None:
+                    logits.fill(ahead, weight, block)
+        if grad is not None:
             back.place(chunk)
+        is_first = False
     return rows, found
+
+
+def _results(call: HeadCall, own: Products, wanted: Gradients) -> tuple[Any, Gradients]:
+    """Return memory for the rows' losses, and for the gradients wanted."""
+    hidden, total = call.hidden, call.chunks.total
+    classes, features = call.whole.classes, call.features
+    shapes = Gradients((total, features), (classes, features), (classes,))
+    rows = own.empty((total,), call.whole.row_dtype, hidden)
+    found = Gradients(
+        *(
+            own.empty(shape, call.sum_dtype, hidden) if want else None
+            for shape, want in zip(shapes, wanted, strict=True)
+        )
+    )
+    return rows, found
+
+
+class _Logits(NamedTuple):
+    """The logits of one chunk after the other, in the same memory."""
+
+    own: Products
+    buffer: Any
+    bias: Any
+    classes: int
+    by_class: bool
+    """Whether a class's logits lie together, not a row's."""
+
+    def of(self, chunk: _Chunk) -> Any:
+        """Return a chunk's logits, (rows, classes)."""
+        count = chunk.hidden.shape[0]
+        flat = self.buffer[: count * self.classes]
+        if self.by_class:
+            return flat.reshape((self.classes, count)).T
+        return flat.reshape((count, self.classes))
+
+    def fill(self, chunk: _Chunk, weight: Any, block: slice) -> None:
+        """Write a chunk's logits of a block of classes, whose weight is given."""
+        bias = None if self.bias is None else self.bias[block]
+        self.own.multiply(chunk.hidden, weight.T, bias, self.of(chunk)[:, block])
+
+
+def _logits(call: HeadCall, own: Products) -> _Logits:
+    whole, cut, bias = call.whole, call.chunks, call.head.bias
+    buffer = own.empty((cut.rows * whole.classes,), whole.logits_dtype, call.hidden)
+    bias = bias if bias is None else whole.library.cast(bias, whole.logits_dtype)
+    return _Logits(own, buffer, bias, whole.classes, cut.by_class)
 
 
 class _Back(NamedTuple):
@@ -157,6 +180,25 @@ class _Back(NamedTuple):
         if self.of_input is None:
             return self.found.input[chunk.places]
         return self.of_input[: chunk.hidden.shape[0]]
+
+
+def _back(
+    call: HeadCall, own: Products, wanted: Gradients, found: Gradients, *, scattered: bool
+) -> _Back:
+    """Return the products for `found`; `scattered` says whether a chunk's rows lie apart there."""
+    whole, cut, hidden, features = call.whole, call.chunks, call.hidden, call.features
+    of_input = ones = scratch = None
+    if wanted.input and cut.by_class:
+        of_input = own.empty((features, cut.rows), call.sum_dtype, hidden).T
+    elif wanted.input and scattered:
+        of_input = own.empty((cut.rows, features), call.sum_dtype, hidden)
+    if wanted.linear_bias:
+        ones = own.empty((1, cut.rows), whole.logits_dtype, hidden)
+        ones[...] = 1.0
+    if own.has_scratch and any(wanted) and (cut.count > 1 or cut.classes < whole.classes):
+        size = max(cut.rows, cut.classes) * max(features, 1)
+        scratch = own.empty((size,), call.sum_dtype, hidden)
+    return _Back(own, wanted, found, of_input, ones, scratch)
 
 
 def _kept(call: HeadCall, own: Products) -> Any:

@@ -8,6 +8,7 @@ is an empty tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from polyce.linear import compute
 from polyce.linear.call import NONE, Gradients, HeadCall, describe
 
 
-class _Asked(NamedTuple):
+class _HeadSettings(NamedTuple):
     """What the operator takes besides tensors, in the order of its schema."""
 
     wanted: Gradients
@@ -29,15 +30,56 @@ class _Asked(NamedTuple):
     implementation: str | None
 
     @classmethod
-    def of(cls, values: tuple[Any, ...]) -> _Asked:
-        """Read the arguments after the tensors."""
-        wanted, rest = values[:_PARAMETERS], values[_PARAMETERS:]
-        options, rest = rest[: torch_ops.OPTION_COUNT], rest[torch_ops.OPTION_COUNT :]
-        return cls(Gradients(*wanted), options, *rest)
+    def of(cls, values: Sequence[Any]) -> _HeadSettings:
+        """Read the values, in the order of the schema."""
+        of_input, of_weight, of_bias, *options, result_dtype, chunk_size, implementation = values
+        wanted = Gradients(of_input, of_weight, of_bias)
+        return cls(wanted, tuple(options), result_dtype, chunk_size, implementation)
 
     def values(self) -> tuple[Any, ...]:
-        """Return the arguments that `of` reads."""
-        return *self.wanted, *self.options, *self[2:]
+        """Return the values that `of` reads."""
+        return (
+            *self.wanted,
+            *self.options,
+            self.result_dtype,
+            self.chunk_size,
+            self.implementation,
+        )
+
+
+class _Tensors(NamedTuple):
+    """The tensors of a call, as the operator takes them; or a flag for each."""
+
+    input: Any
+    linear_weight: Any
+    linear_bias: Any
+    target: Any
+    weight: Any
+    sample_weight: Any
+    normalizer: Any
+    grad_output: Any
+
+    @property
+    def differentiated(self) -> Gradients:
+        """Return those by which the operator differentiates."""
+        return Gradients(self.input, self.linear_weight, self.linear_bias)
+
+
+class _Arguments(NamedTuple):
+    """What the operator takes; or a flag for each, such as whether it needs a gradient."""
+
+    tensors: _Tensors
+    settings: _HeadSettings
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _Arguments:
+        """Read the values, in the order of the schema."""
+        count = len(_Tensors._fields)
+        return cls(_Tensors(*values[:count]), _HeadSettings.of(values[count:]))
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the values that `of` reads."""
+        return *self.tensors, *self.settings.values()
 
 
 _SCHEMA = (
@@ -47,8 +89,6 @@ _SCHEMA = (
     "ScalarType result_dtype, int? chunk_size, str? implementation) "
     "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor)"
 )
-_COUNT = 8
-_PARAMETERS = 3
 
 
 def loss(call: HeadCall) -> Any:
@@ -57,29 +97,38 @@ def loss(call: HeadCall) -> Any:
     wanted = NONE
     if call.whole.options.reduction != "none":
         wanted = Gradients(*map(torch_state.needs_gradient, given))
-    return _operator(*_arguments(call, wanted))[0]
+    return _operator(*_arguments(call, wanted).values())[0]
 
 
 def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
     """Compute the loss and the gradients wanted as parts of a graph, without derivatives."""
-    result, *sums, factor = _operator(*_arguments(call, wanted))
+    result, *sums, factor = _operator(*_arguments(call, wanted).values())
     return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
 
 
-def _arguments(call: HeadCall, wanted: Gradients) -> tuple[Any, ...]:
+def _arguments(call: HeadCall, wanted: Gradients) -> _Arguments:
     whole, operands = call.whole, call.operands
-    parameters = []
-    for tensor in (operands.logits, *call.head):
+
+    def factor(tensor: Any) -> Any:
+        """Return a factor of the product in the dtype that it is multiplied in."""
         # The autocast that is on now may be off when the operator runs.
         dtype = None if tensor is None else whole.library.factor_dtype(tensor.dtype, tensor)
         is_cast = dtype is not None and dtype != tensor.dtype
-        parameters.append(tensor.to(dtype) if is_cast else tensor)
-    normalizer, cotangent = (
-        _tensor(number, call) for number in (operands.normalizer, operands.grad_output)
+        return tensor.to(dtype) if is_cast else tensor
+
+    tensors = _Tensors(
+        input=factor(operands.logits),
+        linear_weight=factor(call.head.weight),
+        linear_bias=factor(call.head.bias),
+        target=operands.target,
+        weight=operands.weight,
+        sample_weight=operands.sample_weight,
+        normalizer=_tensor(operands.normalizer, call),
+        grad_output=_tensor(operands.grad_output, call),
     )
-    asked = _Asked(wanted, torch_ops.flat(whole), whole.result_dtype, call.chunk_size, call.name)
-    rest = (operands.target, operands.weight, operands.sample_weight, normalizer, cotangent)
-    return *parameters, *rest, *asked.values()
+    options = torch_ops.flat(whole)
+    settings = _HeadSettings(wanted, options, whole.result_dtype, call.chunk_size, call.name)
+    return _Arguments(tensors, settings)
 
 
 def _tensor(number: Any, call: HeadCall) -> Any:
@@ -90,30 +139,21 @@ def _tensor(number: Any, call: HeadCall) -> Any:
     return torch.ones((), dtype=call.whole.row_dtype, device=device) * number
 
 
-def _described(arguments: tuple[Any, ...]) -> tuple[HeadCall, Gradients]:
+def _described(arguments: _Arguments) -> HeadCall:
     """Describe the call that the operator's arguments belong to."""
-    hidden, linear_weight, linear_bias, target, *rest = arguments[:_COUNT]
-    weight, sample_weight, normalizer, cotangent = rest
-    asked = _Asked.of(arguments[_COUNT:])
+    tensors, settings = arguments
     call = describe(
-        hidden,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=weight,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        options=torch_ops.options_of(asked.options),
-        chunk_size=asked.chunk_size,
-        implementation=asked.implementation,
-        grad_output=cotangent,
+        **tensors._asdict(),
+        options=torch_ops.options_of(settings.options),
+        chunk_size=settings.chunk_size,
+        implementation=settings.implementation,
     )
-    call = replace(call, whole=call.whole._replace(result_dtype=asked.result_dtype))
-    return call, asked.wanted
+    return replace(call, whole=call.whole._replace(result_dtype=settings.result_dtype))
 
 
-def _compute(*arguments: Any) -> tuple[Any, ...]:
-    call, wanted = _described(arguments)
+def _compute(*values: Any) -> tuple[Any, ...]:
+    arguments = _Arguments.of(values)
+    call, wanted = _described(arguments), arguments.settings.wanted
     if not any(wanted):
         return compute.loss(call), *_filled(call, Gradients(None, None, None), None)
     result, sums, factor = compute.loss_and_sums(call, wanted)
@@ -128,10 +168,11 @@ def _filled(call: HeadCall, sums: Gradients, factor: Any) -> list[Any]:
     return [like.new_empty(0) if array is None else array for array in (*sums, factor)]
 
 
-def _imagine(*arguments: Any) -> tuple[Any, ...]:
+def _imagine(*values: Any) -> tuple[Any, ...]:
     """Return results without values, in the form of `_compute`."""
-    torch_ops.check_imagined(*arguments[:_COUNT])
-    call, wanted = _described(arguments)
+    arguments = _Arguments.of(values)
+    torch_ops.check_imagined(*arguments.tensors)
+    call, wanted = _described(arguments), arguments.settings.wanted
     like, whole = call.operands.logits, call.whole
     rows = math.prod(whole.row_shape)
     shapes = ((rows, call.features), (whole.classes, call.features), (whole.classes,))
@@ -170,25 +211,28 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, *sums = output
     ctx.mark_non_differentiable(*sums)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_COUNT], *sums)
-    ctx.asked = _Asked.of(inputs[_COUNT:])
+    tensors, ctx.settings = _Arguments.of(inputs)
+    ctx.save_for_backward(*tensors, *sums)
 
 
 def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-    arguments, (*sums, factor) = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
-    asked, given = ctx.asked, arguments[:_PARAMETERS]
-    wanted = Gradients(*ctx.needs_input_grad[:_PARAMETERS])
-    if torch_ops.options_of(asked.options).reduction == "none":
+    *tensors, d_input, d_weight, d_bias, factor = ctx.saved_tensors
+    sums = [d_input, d_weight, d_bias]
+    arguments = _Arguments(_Tensors(*tensors), ctx.settings)
+    wanted = _Arguments.of(ctx.needs_input_grad).tensors.differentiated
+    if torch_ops.options_of(ctx.settings.options).reduction == "none":
         # Computed again, each row's scaled by its own cotangent.
-        arguments = (*arguments[: _COUNT - 1], cotangent)
-        _, *sums, factor = _operator(*arguments, *asked._replace(wanted=wanted).values())
-        cotangent = None
-    found = _finished(wanted, given, sums, factor, cotangent)
-    if found.input is not None:
-        found = found._replace(
-            input=compute.select_counted(_described((*arguments, *asked.values()))[0], found.input)
+        arguments = _Arguments(
+            arguments.tensors._replace(grad_output=cotangent),
+            ctx.settings._replace(wanted=wanted),
         )
-    return *found, *(None,) * (_COUNT - _PARAMETERS + len(asked.values()))
+        _, *sums, factor = _operator(*arguments.values())
+        cotangent = None
+    found = _finished(wanted, arguments.tensors.differentiated, sums, factor, cotangent)
+    if found.input is not None:
+        counted = compute.select_counted(_described(arguments), found.input)
+        found = found._replace(input=counted)
+    return torch_ops.with_none(ctx, *found)
 
 
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")

@@ -163,7 +163,7 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
         call[name] = value
     return LaunchPlan(
         call=call,
-        options=_options(problem, real, threads.width > 1),
+        options=_options(problem, real, threads.width),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
         parts=threads.parts,
         rows=count,
@@ -215,7 +215,7 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     along = x.strides[2] == 1 or classes == 1
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
-        # The same table is in `cuda/classes.cu`.
+        # 16 bytes of logits, but for kernels that need the registers.
         probability, capped = problem.kind == "probability", transform.is_capped(problem)
         most = 4 if probability or capped else 8
         if probability and (capped or problem.options.stats is not None):
@@ -234,7 +234,7 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     return _Threads(lanes, not along, width, parts, chunk)
 
 
-def _options(problem: Problem, real: str, vector: bool) -> dict[str, tuple[str, ...]]:
+def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ...]]:
     target = problem.target_dtype
     of_rows = {
         "REAL": real.upper(),
@@ -243,13 +243,13 @@ def _options(problem: Problem, real: str, vector: bool) -> dict[str, tuple[str, 
         "SOFTCAP": int(transform.is_capped(problem)),
         "STATS": int(problem.options.stats is not None),
     }
-    plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "VECTOR": 0}
+    plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "WIDTH": 1}
     macros: dict[str, dict[str, Any]] = {
         "reduce": {**plain, "REAL": real.upper(), "TARGET": "FLOAT32"},
         "weigh": {**plain, "REAL": real.upper(), "TARGET": target.upper()},
-        "join": {**of_rows, "LOGITS": real.upper(), "VECTOR": 0},
+        "join": {**of_rows, "LOGITS": real.upper(), "WIDTH": 1},
     }
-    reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "VECTOR": int(vector)}
+    reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "WIDTH": width}
     macros |= dict.fromkeys(("forward", "forward_backward", "backward"), reading)
     return {
         name: (

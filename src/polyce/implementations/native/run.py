@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ NUMPY = ArrayAccess(
     empty_like=np.empty_like,
     in_order=_in_order,
     dense=_dense,
-    scalar=lambda array: array[()],
+    scalar=operator.itemgetter(()),
 )
 
 
@@ -68,52 +69,95 @@ def run(
     *,
     fresh: bool = False,
     saved: Any = None,
-    backward: bool = False,
 ) -> tuple[Any, Stats | None]:
-    """Run the kernels; write `grad`, and `saved` for a backward pass, where these are given."""
-    empty, in_order, dense = own.empty, own.in_order, own.dense
-    logits, target, weight, sample_weight, normalizer, cotangent = operands
-    by_rows = problem.options.reduction == "none"
-    losses = None
-    if not backward:
-        losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
+    """Compute the loss and the stats; write `grad`, and `saved` for a backward pass, if given.
+
+    `fresh` says that the memory of `grad` is dense and has never been written.
+    """
+    empty, options = own.empty, problem.options
+    by_rows = options.reduction == "none"
+    losses = empty(problem.row_shape if by_rows else (), dtype=problem.result_dtype)
     found = None
-    if problem.options.stats is not None:
+    if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row = _readable(
+        own, problem, operands
+    )
+    bad_row = kernel(problem).run(
+        logits=logits,
+        target=target,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        losses=losses,
+        stats=found,
+        saved=saved,
+        cotangent=cotangent,
+        by_row=by_row,
+        grad=grad,
+        fresh=fresh,
+        backward=False,
+    )
+    if bad_row is not None:
+        raise _bad_label(problem, target, bad_row)
+    return losses if by_rows else own.scalar(losses), found
+
+
+def run_backward(
+    own: ArrayAccess, problem: Problem, operands: Operands, saved: Any, grad: Any, *, fresh: bool
+) -> None:
+    """Write the gradient, from what a forward pass has `saved` of the rows, if it has."""
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row = _readable(
+        own, problem, operands
+    )
+    if saved is not None:
+        saved = own.dense("what was saved of the rows", saved, None)
+    bad_row = kernel(problem).run(
+        logits=logits,
+        target=target,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        losses=None,
+        stats=None,
+        saved=saved,
+        cotangent=cotangent,
+        by_row=by_row,
+        grad=grad,
+        fresh=fresh,
+        backward=True,
+    )
+    if bad_row is not None:
+        raise _bad_label(problem, target, bad_row)
+
+
+def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """Return the operands as the kernels read them, and whether each row has a cotangent."""
+    logits, target, weight, sample_weight, normalizer, cotangent = operands
     if problem.kind == "index":
-        target = dense("target", target, None)
+        target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
             target = target.reshape(())  # one label for one row may have an axis
     else:
-        target = in_order(target)
+        target = own.in_order(target)
     if weight is not None:
-        weight = dense("weight", weight, problem.arithmetic_dtype)
+        weight = own.dense("weight", weight, problem.arithmetic_dtype)
     if sample_weight is not None:
-        sample_weight = dense("sample_weight", sample_weight, problem.row_dtype)
-    if backward and saved is not None:
-        saved = dense("what was saved of the rows", saved, None)
-    by_row = by_rows and cotangent is not None and type(cotangent) is not float
-    by_row = by_row and cotangent.ndim > 0
-    if by_row:
-        cotangent = dense("grad_output", cotangent, problem.row_dtype)
-    bad_row = kernel(problem).run(
-        in_order(logits),
-        target,
-        weight,
-        sample_weight,
-        0.0 if normalizer is None else normalizer,
-        losses,
-        found,
-        saved,
-        1.0 if cotangent is None else cotangent,
-        by_row,
-        grad,
-        fresh,
-        backward,
-    )
-    if bad_row is not None:
-        raise labels.bad_label(problem, int(target.reshape((-1,))[bad_row]), bad_row)
-    return losses if by_rows or backward else own.scalar(losses), found
+        sample_weight = own.dense("sample_weight", sample_weight, problem.row_dtype)
+    if normalizer is None:
+        normalizer = 0.0
+    by_row = False
+    if cotangent is None:
+        cotangent = 1.0
+    elif type(cotangent) is not float and problem.options.reduction == "none" and cotangent.ndim:
+        by_row = True
+        cotangent = own.dense("grad_output", cotangent, problem.row_dtype)
+    # The path takes no logits whose bytes are in another order.
+    return logits, target, weight, sample_weight, normalizer, cotangent, by_row
+
+
+def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:
+    return labels.bad_label(problem, int(target.reshape((-1,))[row]), row)
 
 
 _kernels: dict[Problem, Any] = {}

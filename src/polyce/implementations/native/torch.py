@@ -12,7 +12,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import Kernels, Saved
-from polyce.implementations.native.run import SAVED_FROM, ArrayAccess, run
+from polyce.implementations.native.run import SAVED_FROM, ArrayAccess, run, run_backward
 
 
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _backward(
     problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
 ) -> torch.Tensor:
     grad = torch.empty_like(operands.logits) if out is None else out
-    run(TORCH, problem, operands, grad, fresh=out is None, saved=saved.rows, backward=True)
+    run_backward(TORCH, problem, operands, saved.rows, grad, fresh=out is None)
     return grad
 
 
@@ -68,7 +68,7 @@ KERNELS = Kernels("native", _forward, _backward, _keeps)
 
 def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] | None:
     if torch_calls.needs_graph(problem, operands):
-        return torch_calls.cross_entropy(KERNELS, problem, operands)
+        return torch_calls.on_graph(KERNELS, problem, operands)
     return None
 
 

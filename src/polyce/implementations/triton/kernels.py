@@ -9,7 +9,8 @@ widened before it is multiplied.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.row import difference, merge, narrow, slope
+from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Saved, Seen, State
+from polyce.implementations.triton.row import difference, merge, narrow, numbers, slope
 from polyce.implementations.triton.tiles import (
     body,
     choose_pivot,
@@ -17,6 +18,7 @@ from polyce.implementations.triton.tiles import (
     conclude,
     edge,
     lanes,
+    likelier,
     nothing_read,
     read,
     target,
@@ -32,32 +34,21 @@ def forward(
     x_outer, x_lane, x_class, t_outer, t_lane, t_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
-    PENALTY: tl.constexpr, IGNORES: tl.constexpr,
-    REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
-    LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
-    EMULATED: tl.constexpr,
-    SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr,
-    TILE: tl.constexpr, LANES: tl.constexpr,
+    FORM: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
+    UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Read rows once, or the part of them that the program's second number selects."""
-    SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
-    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
     # This tells the compiler that 16-byte loads end with the row.
     classes = units * UNIT
-    kept = tl.full((1,), kept, tl.float64)
-    share = tl.full((1,), share, tl.float64)
+    given = numbers(kept, share, scale, cap)
     z_loss = tl.full((1,), z_loss, tl.float64)
-    scale = tl.full((1,), scale, tl.float64)
-    cap = tl.full((1,), cap, tl.float64)
-    label, _weight, _sample, counted, _invalid = target(
-        target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
-        DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
-    )  # fmt: skip
+    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
+    outputs = Outputs(
+        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr
+    )
+    meaning = target(inputs, row, here, classes, ignore_index, FORM)
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     if LANES > 1:
@@ -65,10 +56,7 @@ def forward(
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
 
-    (
-        top, total, rest, excess, entropy,
-        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-    ) = nothing_read(LANES, DTYPE)  # fmt: skip
+    seen = nothing_read(LANES, FORM.DTYPE)
 
     part = tl.program_id(1)
     start = 0
@@ -77,17 +65,11 @@ def forward(
         start, stop = body(x_at + lead, classes, VECTOR)
         if part == 0:
             c, ends = edge(start, stop, classes, VECTOR)
-            (
-                top, total, rest, excess, entropy,
-                pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-            ) = read(
+            seen = read(
                 x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
                 target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
-                weight_ptr, c, ends[:, None] & counted[None, :], label, classes,
-                kept, share, scale, cap, top, total, rest, excess, entropy,
-                pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
-                ENTROPY, CORRECT,
+                weight_ptr, c, ends[:, None] & meaning.counted[None, :], meaning.label, classes,
+                given, seen, FORM,
             )  # fmt: skip
     # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
     # where the array itself does not begin on one.
@@ -109,47 +91,35 @@ def forward(
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         c = start + step
-        inside = (step < length)[:, None] & counted[None, :]
-        (
-            top, total, rest, excess, entropy,
-            pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-        ) = read(
+        inside = (step < length)[:, None] & meaning.counted[None, :]
+        seen = read(
             x_row + step[:, None].to(tl.int64) * x_class,
             t_row + step[:, None].to(tl.int64) * t_class,
-            weight_ptr, c, inside, label, classes,
-            kept, share, scale, cap, top, total, rest, excess, entropy,
-            pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, SPREAD, LARGEST,
-            ENTROPY, CORRECT,
+            weight_ptr, c, inside, meaning.label, classes, given, seen, FORM,
         )  # fmt: skip
 
     if SPLIT:
         place = parts_ptr + part.to(tl.int64) * rows + row
         step = tl.num_programs(1).to(tl.int64) * rows
-        tl.store(place, top.to(tl.float64), mask=here)
-        tl.store(place + step, total, mask=here)
-        if SPREAD:
-            tl.store(place + 2 * step, rest, mask=here)
-            tl.store(place + 3 * step, excess, mask=here)
-        if ENTROPY:
-            tl.store(place + 4 * step, entropy, mask=here)
-        if LARGEST:
-            tl.store(place + 5 * step, pivot.to(tl.float64), mask=here)
-            tl.store(place + 6 * step, pivot_r.to(tl.float64), mask=here)
-            tl.store(place + 7 * step, pivot_class.to(tl.float64), mask=here)
-        if PROBABILITY and CORRECT:
-            tl.store(place + 8 * step, likeliest.to(tl.float64), mask=here)
-            tl.store(place + 9 * step, likeliest_class.to(tl.float64), mask=here)
+        state, pivot = seen.state, seen.pivot
+        tl.store(place, state.top.to(tl.float64), mask=here)
+        tl.store(place + step, state.total, mask=here)
+        if FORM.SPREAD:
+            tl.store(place + 2 * step, state.rest, mask=here)
+            tl.store(place + 3 * step, state.excess, mask=here)
+        if FORM.ENTROPY:
+            tl.store(place + 4 * step, state.entropy, mask=here)
+        if FORM.LARGEST:
+            tl.store(place + 5 * step, pivot.logit.to(tl.float64), mask=here)
+            tl.store(place + 6 * step, pivot.coefficient.to(tl.float64), mask=here)
+            tl.store(place + 7 * step, pivot.number.to(tl.float64), mask=here)
+        if FORM.PROBABILITY and FORM.CORRECT:
+            tl.store(place + 8 * step, seen.most.to(tl.float64), mask=here)
+            tl.store(place + 9 * step, seen.most_class.to(tl.float64), mask=here)
     else:
         conclude(
-            x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
-            loss_ptr, saved_ptr, sums_ptr,
-            lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
-            row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-            top, total, rest, excess, entropy,
-            pivot, pivot_r, pivot_class, likeliest_class,
-            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
-            PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+            x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
+            row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
         )  # fmt: skip
 
 
@@ -162,69 +132,46 @@ def join(
     x_outer, x_lane, x_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
-    PENALTY: tl.constexpr, IGNORES: tl.constexpr,
-    REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
-    LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
-    EMULATED: tl.constexpr,
-    LANES: tl.constexpr,
+    FORM: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Merge, in order, the states of the parts in which `forward` has read the rows."""
-    SPREAD: tl.constexpr = PROBABILITY or SMOOTHED
-    LARGEST: tl.constexpr = PROBABILITY or ENTROPY or PREDICTION or CORRECT
     outer, _line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
-    kept = tl.full((1,), kept, tl.float64)
-    share = tl.full((1,), share, tl.float64)
+    given = numbers(kept, share, scale, cap)
     z_loss = tl.full((1,), z_loss, tl.float64)
-    scale = tl.full((1,), scale, tl.float64)
-    cap = tl.full((1,), cap, tl.float64)
-    (
-        top, total, rest, excess, entropy,
-        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-    ) = nothing_read(LANES, DTYPE)  # fmt: skip
+    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
+    outputs = Outputs(
+        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr
+    )
+    seen = nothing_read(LANES, FORM.DTYPE)
     plane = tl.full((1,), rows, tl.int64)
     step = plane * parts
     for part in range(parts):
         place = parts_ptr + plane * part + row
-        p_top = tl.load(place, mask=here, other=0.0).to(DTYPE)
+        state, pivot, most, most_class = seen.state, seen.pivot, seen.most, seen.most_class
+        p_top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
         p_total = tl.load(place + step, mask=here, other=0.0)
-        p_rest, p_excess, p_entropy = rest, excess, entropy
-        if SPREAD:
+        p_rest, p_excess, p_entropy = state.rest, state.excess, state.entropy
+        if FORM.SPREAD:
             p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
             p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
-        if ENTROPY:
+        if FORM.ENTROPY:
             p_entropy = tl.load(place + 4 * step, mask=here, other=0.0)
-        top, total, rest, excess, entropy = merge(
-            top, total, rest, excess, entropy,
-            p_top, p_total, p_rest, p_excess, p_entropy,
-            scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
-        )  # fmt: skip
-        if LARGEST:
-            new = tl.load(place + 5 * step, mask=here, other=0.0).to(DTYPE)
-            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(DTYPE)
+        state = merge(state, State(p_top, p_total, p_rest, p_excess, p_entropy), given, FORM)
+        if FORM.LARGEST:
+            new = tl.load(place + 5 * step, mask=here, other=0.0).to(FORM.DTYPE)
+            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(FORM.DTYPE)
             new_class = tl.load(place + 7 * step, mask=here, other=0.0).to(tl.int32)
-            top, total, rest, excess, entropy, pivot, pivot_r, pivot_class = choose_pivot(
-                top, total, rest, excess, entropy, pivot, pivot_r, pivot_class,
-                new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
-            )  # fmt: skip
-        if PROBABILITY and CORRECT:
-            most = tl.load(place + 8 * step, mask=here, other=0.0).to(DTYPE)
+            state, pivot = choose_pivot(state, pivot, Pivot(new, new_r, new_class), given, FORM)
+        if FORM.PROBABILITY and FORM.CORRECT:
+            most = tl.load(place + 8 * step, mask=here, other=0.0).to(FORM.DTYPE)
             most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
             # Parts are in the order of their classes, but the first also read the row's end.
-            better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
-            likeliest = tl.where(better, most, likeliest)
-            likeliest_class = tl.where(better, most_class, likeliest_class)
+            most, most_class = likelier(seen, most, most_class)
+        seen = Seen(state, pivot, most, most_class)
     conclude(
-        x_ptr + outer * x_outer + lane * x_lane, target_ptr, weight_ptr, sample_ptr,
-        loss_ptr, saved_ptr, sums_ptr,
-        lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
-        row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-        top, total, rest, excess, entropy,
-        pivot, pivot_r, pivot_class, likeliest_class,
-        TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SAMPLED, SMOOTHED, SPREAD, LARGEST,
-        PENALTY, IGNORES, REDUCED, KEEP, STATS, LSE, ENTROPY, PREDICTION, CORRECT, EMULATED,
+        x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
+        row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
     )  # fmt: skip
 
 
@@ -255,29 +202,27 @@ def reduce(
 
 @triton.jit
 def _gradient(
-    x_ptr, target_ptr, weight_ptr, grad_ptr, c, inside, counted, invalid, classes,
-    kept, share, scale, cap, g, factor, pivot_grad, top, pivot_class,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, EMULATED: tl.constexpr,
+    x_ptr, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the gradient, possibly over its logits, which are read first."""
-    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(DTYPE)
-    p = tl.exp(difference(x, top, scale, cap, TRANSFORM, DTYPE))
-    if PROBABILITY or SMOOTHED:
+    counted = meaning.counted
+    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
+    p = tl.exp(difference(x, saved.top, given, FORM))
+    if FORM.SPREAD:
         r, _ = coefficients(
-            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, kept, share,
-            DTYPE, PROBABILITY, WEIGHTED, SMOOTHED,
-        )  # fmt: skip
+            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
+        )
         # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
-        grad = (factor * p - r) * g
+        grad = (saved.factor * p - r) * g
     else:
-        grad = p * (factor * g)
-    if TRANSFORM == "softcap":
-        grad = grad * slope(x, scale, cap, TRANSFORM, DTYPE)
-    grad = tl.where(c[:, None] == pivot_class, pivot_grad * g, grad)
+        grad = p * (saved.factor * g)
+    if FORM.TRANSFORM == "softcap":
+        grad = grad * slope(x, given, FORM)
+    grad = tl.where(c[:, None] == saved.pivot_class, saved.pivot_grad * g, grad)
     grad = tl.where(counted, grad, 0.0)
-    grad = tl.where(invalid, float("nan"), grad)
-    tl.store(grad_ptr, narrow(grad, grad_ptr.dtype.element_ty, EMULATED), mask=inside)
+    grad = tl.where(meaning.invalid, float("nan"), grad)
+    tl.store(grad_ptr, narrow(grad, grad_ptr.dtype.element_ty, FORM.EMULATED), mask=inside)
 
 
 @triton.jit
@@ -287,9 +232,7 @@ def backward(
     x_outer, x_lane, x_class, t_outer, t_lane, t_class, g_outer, g_lane, g_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr, IGNORES: tl.constexpr,
-    MEAN: tl.constexpr, BY_ROW: tl.constexpr, EMULATED: tl.constexpr,
+    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -300,28 +243,25 @@ def backward(
     outer, line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
     classes = units * UNIT
-    kept = tl.full((1,), kept, tl.float64)
-    share = tl.full((1,), share, tl.float64)
-    scale = tl.full((1,), scale, tl.float64)
-    cap = tl.full((1,), cap, tl.float64)
-    label, _weight, sample, counted, invalid = target(
-        target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
-        DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
-    )  # fmt: skip
+    given = numbers(kept, share, scale, cap)
+    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
+    meaning = target(inputs, row, here, classes, ignore_index, FORM)
     place = saved_ptr + 4 * row
-    top = tl.load(place, mask=here, other=0.0).to(DTYPE)
-    factor = tl.load(place + 1, mask=here, other=0.0).to(DTYPE)
-    pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(DTYPE)
-    pivot_class = label
-    if PROBABILITY:
+    top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
+    factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
+    pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
+    pivot_class = meaning.label
+    if FORM.PROBABILITY:
         # Only compared, never an address: a number outside the row is the pivot nowhere.
         pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
-    g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64) * sample
+    saved = Saved(top, factor, pivot_grad, pivot_class)
+    g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
+    g = g * meaning.sample
     if MEAN:
         g = g / tl.load(denominator_ptr)
-    if TRANSFORM == "scale":
-        g = g * scale
-    g = g.to(DTYPE)
+    if FORM.TRANSFORM == "scale":
+        g = g * given.scale
+    g = g.to(FORM.DTYPE)
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     g_at = outer * g_outer + line * g_lane
@@ -342,9 +282,7 @@ def backward(
             _gradient(
                 x_ptr + x_at + wide * x_class, target_ptr + t_at + wide * t_class,
                 weight_ptr, grad_ptr + g_at + wide * g_class, c, ends[:, None] & here[None, :],
-                counted, invalid, classes, kept, share, scale, cap,
-                g, factor, pivot_grad, top, pivot_class,
-                TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, EMULATED,
+                meaning, classes, given, g, saved, FORM,
             )  # fmt: skip
     # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
     # where the array itself does not begin on one.
@@ -370,7 +308,5 @@ def backward(
             x_row + wide * x_class, t_row + wide * t_class,
             weight_ptr, g_row + wide * g_class, start + step,
             (step < length)[:, None] & here[None, :],
-            counted, invalid, classes, kept, share, scale, cap,
-            g, factor, pivot_grad, top, pivot_class,
-            TRANSFORM, DTYPE, PROBABILITY, WEIGHTED, SMOOTHED, EMULATED,
+            meaning, classes, given, g, saved, FORM,
         )  # fmt: skip

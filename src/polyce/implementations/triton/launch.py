@@ -20,7 +20,7 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, transform
 from polyce.formula.stats import Stats
 from polyce.implementations.strides import Rows, cdiv, cut, rows_of
-from polyce.implementations.triton import kernels, layout
+from polyce.implementations.triton import kernels, layout, records
 from polyce.implementations.triton.layout import Tile
 
 _FIELDS_OF_A_PART = 10
@@ -163,8 +163,6 @@ def _options(call: KernelCall) -> dict[str, Any]:
     """Return the arguments that all kernels of rows have."""
     problem = call.problem
     scale, cap = transform.scale_and_cap(problem)
-    form = "none" if scale == 1.0 else "scale"
-    ignored = labels.ignored_as_signed(problem) if problem.kind == "index" else None
     return {
         "x_ptr": call.logits,
         "target_ptr": call.target,
@@ -173,21 +171,36 @@ def _options(call: KernelCall) -> dict[str, Any]:
         "inner": call.rows.inner,
         "blocks": call.blocks,
         **_named("x", call.rows),
-        "ignore_index": 0 if ignored is None else ignored,
+        "ignore_index": _ignored(problem) or 0,
         "kept": 1.0 - problem.options.label_smoothing,
         "share": problem.options.label_smoothing / problem.classes,
         "scale": scale,
         "cap": cap,
-        "TRANSFORM": "softcap" if transform.is_capped(problem) else form,
-        "DTYPE": tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
-        "PROBABILITY": problem.kind == "probability",
-        "WEIGHTED": call.weight is not None,
-        "SAMPLED": call.sample_weight is not None,
-        "SMOOTHED": problem.options.label_smoothing > 0.0,
-        "IGNORES": ignored is not None,
         "LANES": call.tile.lanes,
-        "EMULATED": EMULATED,
     }
+
+
+def _ignored(problem: Problem) -> int | None:
+    return labels.ignored_as_signed(problem) if problem.kind == "index" else None
+
+
+def _form(call: KernelCall, **asked: bool) -> records.Form:
+    """Return what the kernels are compiled for; `asked` is what a forward pass is asked for."""
+    problem = call.problem
+    scale, _ = transform.scale_and_cap(problem)
+    form = "none" if scale == 1.0 else "scale"
+    given = records.Form(
+        TRANSFORM="softcap" if transform.is_capped(problem) else form,
+        DTYPE=tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
+        PROBABILITY=problem.kind == "probability",
+        WEIGHTED=call.weight is not None,
+        SAMPLED=call.sample_weight is not None,
+        SMOOTHED=problem.options.label_smoothing > 0.0,
+        IGNORES=_ignored(problem) is not None,
+        EMULATED=EMULATED,
+        **asked,
+    )
+    return records.completed(given)
 
 
 def _named(name: str, rows: Rows | None) -> dict[str, int]:
@@ -256,14 +269,17 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
         "valid_ptr": dummy if found is None else place(_bytes(found.valid)),
         "rows": call.row_count,
         "z_loss": problem.options.z_loss,
-        "PENALTY": problem.options.z_loss > 0.0,
-        "REDUCED": results.sums is not None,
-        "KEEP": results.rows is not None,
-        "STATS": found is not None,
-        "LSE": "lse" in asked,
-        "ENTROPY": "entropy" in asked,
-        "PREDICTION": "prediction" in asked,
-        "CORRECT": "correct" in asked,
+        "FORM": _form(
+            call,
+            PENALTY=problem.options.z_loss > 0.0,
+            REDUCED=results.sums is not None,
+            KEEP=results.rows is not None,
+            STATS=found is not None,
+            LSE="lse" in asked,
+            ENTROPY="entropy" in asked,
+            PREDICTION="prediction" in asked,
+            CORRECT="correct" in asked,
+        ),
     }
     shared["parts_ptr"] = dummy
     if parts > 1:
@@ -334,6 +350,7 @@ def backward(
         "cotangent_ptr": cotangent.contiguous() if by_row else cotangent,
         "grad_ptr": grad,
         "chunk": chunk,
+        "FORM": _form(call),
         "MEAN": problem.options.reduction == "mean",
         "BY_ROW": by_row,
     }

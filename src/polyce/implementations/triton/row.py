@@ -12,10 +12,23 @@ float64 would take longer than reading the row.
 With a softcap, x = cap·tanh(scale·logit): `scale` has been divided by the cap already.
 """
 
-# Triton compiles these functions from source; arguments in capitals are compile-time constants.
+# Triton compiles these functions from source. Names in capitals are compile-time constants.
 
 import triton
 import triton.language as tl
+
+from polyce.implementations.triton.records import Numbers, State
+
+
+@triton.jit
+def numbers(kept, share, scale, cap):
+    """Return a call's numbers."""
+    return Numbers(
+        tl.full((1,), kept, tl.float64),
+        tl.full((1,), share, tl.float64),
+        tl.full((1,), scale, tl.float64),
+        tl.full((1,), cap, tl.float64),
+    )
 
 
 @triton.jit
@@ -125,164 +138,127 @@ def _capped_decay(x, scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def difference(x, reference, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Compute the difference of two transformed logits, in the form of `formula.transform`."""
+def difference(x, reference, given, FORM: tl.constexpr):
+    """Compute the difference of two transformed logits, in their dtype.
+
+    It has the form of `formula.transform`. `given` are the call's `Numbers`.
+    """
+    DTYPE: tl.constexpr = x.dtype
     gap = x - reference
-    if TRANSFORM == "scale":
-        gap = gap * scale.to(DTYPE)
-    elif TRANSFORM == "softcap":
-        p = _capped_decay(x, scale, DTYPE)
-        q = _capped_decay(reference, scale, DTYPE)
+    if FORM.TRANSFORM == "scale":
+        gap = gap * given.scale.to(DTYPE)
+    elif FORM.TRANSFORM == "softcap":
+        p = _capped_decay(x, given.scale, DTYPE)
+        q = _capped_decay(reference, given.scale, DTYPE)
         share = tl.where((x < 0.0) == (reference < 0.0), p + q, 1.0 + p * q)
-        share = share * (2.0 * cap).to(DTYPE) / ((1.0 + p) * (1.0 + q))
+        share = share * (2.0 * given.cap).to(DTYPE) / ((1.0 + p) * (1.0 + q))
         masked = (x == float("-inf")) | (reference == float("-inf"))
-        gap = tl.where(masked, gap, share * tanh(gap * scale.to(DTYPE), DTYPE))
+        gap = tl.where(masked, gap, share * tanh(gap * given.scale.to(DTYPE), DTYPE))
     return gap
 
 
 @triton.jit
-def slope(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+def slope(x, given, FORM: tl.constexpr):
     """Compute the derivative of a transformed logit by the logit."""
-    if TRANSFORM == "softcap":
-        e = _capped_decay(x, scale, DTYPE)
-        result = (4.0 * scale * cap).to(DTYPE) * e / ((1.0 + e) * (1.0 + e))
+    if FORM.TRANSFORM == "softcap":
+        e = _capped_decay(x, given.scale, FORM.DTYPE)
+        result = (4.0 * given.scale * given.cap).to(FORM.DTYPE) * e / ((1.0 + e) * (1.0 + e))
     else:
-        result = scale.to(DTYPE)
+        result = given.scale.to(FORM.DTYPE)
     return result
 
 
 @triton.jit
-def _value(x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
-    if TRANSFORM == "scale":
-        x = x * scale.to(DTYPE)
-    elif TRANSFORM == "softcap":
-        x = tl.where(x == float("-inf"), x, cap.to(DTYPE) * tanh(x * scale.to(DTYPE), DTYPE))
+def _value(x, given, FORM: tl.constexpr):
+    if FORM.TRANSFORM == "scale":
+        x = x * given.scale.to(FORM.DTYPE)
+    elif FORM.TRANSFORM == "softcap":
+        masked = x == float("-inf")
+        cap = given.cap.to(FORM.DTYPE)
+        x = tl.where(masked, x, cap * tanh(x * given.scale.to(FORM.DTYPE), FORM.DTYPE))
     return x
 
 
 @triton.jit
-def tile_state(
-    x,
-    coefficient,
-    excluded,
-    scale,
-    cap,
-    TRANSFORM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """Compute the state of a tile's classes but the excluded: m', d', R', q', entropy.
-
-    SPREAD tells whether classes besides the pivot have coefficients.
-    """
+def tile_state(x, coefficient, excluded, given, FORM: tl.constexpr):
+    """Compute the state of a tile's classes but the excluded."""
     x = tl.where(excluded, float("-inf"), x)
     top = tl.max(x, 0)
     # What a program does not ask for stays 0 and is not computed.
     nothing = tl.zeros_like(top).to(tl.float64)
     rest, excess, entropy = nothing, nothing, nothing
-    gap = difference(x, tl.where(top == float("-inf"), 0.0, top), scale, cap, TRANSFORM, DTYPE)
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    gap = difference(x, reference, given, FORM)
     p = tl.exp(gap)
-    if SPREAD:
+    if FORM.SPREAD:
         r = tl.where(excluded, 0.0, coefficient)
         rest = tl.sum(r, 0).to(tl.float64)
         # A class of coefficient 0 has no effect, not even as 0 times infinity.
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
-    if ENTROPY:
+    if FORM.ENTROPY:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
-    return top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy
+    return State(top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy)
 
 
 @triton.jit
-def _carried(
-    top,
-    total,
-    rest,
-    excess,
-    entropy,
-    reference,
-    scale,
-    cap,
-    TRANSFORM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
-    """Move a part's sums to another maximum."""
-    decay = tl.exp(difference(top, reference, scale, cap, TRANSFORM, DTYPE)).to(tl.float64)
+def _carried(part, top, given, FORM: tl.constexpr):
+    """Move a part's sums to the larger maximum `top`."""
+    reference = tl.where(top == float("-inf"), 0.0, top)
+    gap = difference(part.top, reference, given, FORM)
+    decay = tl.exp(gap).to(tl.float64)
     # Infinite if all classes of the part are masked; its excess is then 0 or infinite already.
-    risen = difference(reference, top, scale, cap, TRANSFORM, DTYPE).to(tl.float64)
-    if SPREAD:
-        excess = tl.where(rest == 0.0, excess, excess + rest * risen)
-    if ENTROPY:
-        moved = (entropy + total * risen) * decay
-        entropy = tl.where(total * decay == 0.0, 0.0, moved)
-    return tl.where(total == 0.0, 0.0, total * decay), excess, entropy
+    risen = difference(reference, part.top, given, FORM).to(tl.float64)
+    excess, entropy = part.excess, part.entropy
+    if FORM.SPREAD:
+        excess = tl.where(part.rest == 0.0, excess, excess + part.rest * risen)
+    if FORM.ENTROPY:
+        moved = (entropy + part.total * risen) * decay
+        entropy = tl.where(part.total * decay == 0.0, 0.0, moved)
+    total = tl.where(part.total == 0.0, 0.0, part.total * decay)
+    return State(top, total, part.rest, excess, entropy)
 
 
 @triton.jit
-def merge(
-    top,
-    total,
-    rest,
-    excess,
-    entropy,
-    other_top,
-    other_total,
-    other_rest,
-    other_excess,
-    other_entropy,
-    scale,
-    cap,
-    TRANSFORM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+def merge(one, other, given, FORM: tl.constexpr):
     """Merge the states of two parts of each row, over disjoint classes; either may be empty."""
-    new = tl.maximum(top, other_top)
-    reference = tl.where(new == float("-inf"), 0.0, new)
-    total, excess, entropy = _carried(
-        top, total, rest, excess, entropy, reference, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY
-    )
-    other_total, other_excess, other_entropy = _carried(
-        other_top, other_total, other_rest, other_excess, other_entropy, reference, scale, cap,
-        TRANSFORM, DTYPE, SPREAD, ENTROPY,
-    )  # fmt: skip
-    return (
-        new,
-        total + other_total,
-        rest + other_rest,
-        excess + other_excess,
-        entropy + other_entropy,
+    top = tl.maximum(one.top, other.top)
+    one = _carried(one, top, given, FORM)
+    other = _carried(other, top, given, FORM)
+    return State(
+        top,
+        one.total + other.total,
+        one.rest + other.rest,
+        one.excess + other.excess,
+        one.entropy + other.entropy,
     )
 
 
 @triton.jit
-def _exact_gap(top, x, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr):
+def _exact_gap(top, x, given, FORM: tl.constexpr):
     """Compute how far a class lies below the largest non-pivot class of its row, as two numbers.
 
     For the pivot that is δ. The second number is the rounding error of the first.
     """
     error = tl.zeros_like(top)
-    if tl.float32 == DTYPE:
-        exact = difference(top.to(tl.float64), x.to(tl.float64), scale, cap, TRANSFORM, tl.float64)
+    if tl.float32 == FORM.DTYPE:
+        wide_top, wide_x = top.to(tl.float64), x.to(tl.float64)
+        exact = difference(wide_top, wide_x, given, FORM)
         delta = exact.to(tl.float32)
         error = (exact - delta.to(tl.float64)).to(tl.float32)
-    elif TRANSFORM == "softcap":
-        delta = difference(top, x, scale, cap, TRANSFORM, DTYPE)
+    elif FORM.TRANSFORM == "softcap":
+        delta = difference(top, x, given, FORM)
     else:
         # Knuth's two-sum, and Dekker's two-product with the scale.
         delta = top - x
         x_part = top - delta
         top_part = delta + x_part
         error = (top - top_part) + (x_part - x)
-        if TRANSFORM == "scale":
-            product = delta * scale
+        if FORM.TRANSFORM == "scale":
+            product = delta * given.scale
             high, low = _split(delta)
-            scale_high, scale_low = _split(scale)
+            scale_high, scale_low = _split(given.scale)
             lost = (high * scale_high - product) + high * scale_low + low * scale_high
-            error = (lost + low * scale_low) + error * scale
+            error = (lost + low * scale_low) + error * given.scale
             delta = product
     # With an infinity or a nan there is no error to correct.
     finite = (error == error) & (tl.abs(delta) < 1e30)
@@ -298,64 +274,47 @@ def _split(x):
 
 
 @triton.jit
-def count_label(
-    top, rest, excess, x, coefficient, scale, cap, TRANSFORM: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Add a label's coefficient, at logit x, to R' and q'; return these and exp(x - m')."""
-    reference = tl.where(top == float("-inf"), 0.0, top)
-    gap, error = _exact_gap(reference, x, scale, cap, TRANSFORM, DTYPE)
-    p = exp(-gap, DTYPE)
+def count_label(state, x, coefficient, given, FORM: tl.constexpr):
+    """Add a label's coefficient, at logit x, to R' and q'; return the state and exp(x - m')."""
+    reference = tl.where(state.top == float("-inf"), 0.0, state.top)
+    gap, error = _exact_gap(reference, x, given, FORM)
+    p = exp(-gap, FORM.DTYPE)
     r = coefficient.to(tl.float64)
     added = r * gap.to(tl.float64) + r * error.to(tl.float64)
-    return rest + r, excess + tl.where(r == 0.0, 0.0, added), p - p * error
+    rest = state.rest + r
+    excess = state.excess + tl.where(r == 0.0, 0.0, added)
+    return State(state.top, state.total, rest, excess, state.entropy), p - p * error
 
 
 @triton.jit
-def finish(
-    top,
-    total,
-    rest,
-    excess,
-    entropy,
-    pivot,
-    at_pivot,
-    penalty,
-    scale,
-    cap,
-    TRANSFORM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPREAD: tl.constexpr,
-    LARGEST: tl.constexpr,
-    PENALTY: tl.constexpr,
-    LSE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-):
+def finish(state, pivot, penalty, given, FORM: tl.constexpr):
     """Compute loss, lse and entropy of whole rows, and what their gradient is made of.
 
-    That is f, p_k, R with the penalty's share, and the pivot's gradient. `pivot` is the pivot's
-    logit, `at_pivot` its coefficient; LARGEST tells whether it is the largest class.
+    That is f, p_k, R with the penalty's share, and the pivot's gradient.
     """
-    delta, error = _exact_gap(top, pivot, scale, cap, TRANSFORM, DTYPE)
+    at_pivot = pivot.coefficient
+    total = state.total
+    delta, error = _exact_gap(state.top, pivot.logit, given, FORM)
     below = delta <= 0.0
     opposite = -delta
-    decay = exp(tl.where(below, delta, opposite), DTYPE)
+    decay = exp(tl.where(below, delta, opposite), FORM.DTYPE)
     decay = decay + decay * tl.where(below, error, -error)
     # 0, or nan where the pivot is at +inf: such a row has no softmax.
-    nothing = pivot - pivot
+    nothing = pivot.logit - pivot.logit
     wide = decay.to(tl.float64)
-    e = tl.where(below, total * wide + nothing, (total - 1.0) + wide).to(DTYPE)
-    h = log1p(e, DTYPE)
+    e = tl.where(below, total * wide + nothing, (total - 1.0) + wide).to(FORM.DTYPE)
+    h = log1p(e, FORM.DTYPE)
     behind = tl.where(below, 0.0, delta)
     loss = at_pivot * (tl.where(at_pivot == 0.0, 0.0, behind) + h)
     factor = tl.where(below, decay, 1.0) / (1.0 + e)
     probability = tl.where(below, 1.0, decay) / (1.0 + e)
-    others = (total * factor).to(DTYPE)
+    others = (total * factor).to(FORM.DTYPE)
     sum_of_r = at_pivot
-    if SPREAD:
-        rest = rest.to(DTYPE)
+    if FORM.SPREAD or FORM.LARGEST:
+        rest = state.rest.to(FORM.DTYPE)
         ahead = tl.where(below & (rest != 0.0), opposite, 0.0)
         # It is nan where an infinite coefficient meets a gap of 0: the other term suffices then.
-        excess = excess.to(DTYPE)
+        excess = state.excess.to(FORM.DTYPE)
         loss += tl.where(excess == excess, excess, 0.0) + rest * (ahead + h)
         sum_of_r = at_pivot + rest
         pivot_grad = rest - sum_of_r * others
@@ -363,26 +322,27 @@ def finish(
         pivot_grad = -at_pivot * others
     # Another form of the same number: torch's, where the terms are infinite.
     share = sum_of_r * probability
-    if LARGEST:
+    if FORM.LARGEST:
         # The form with the smaller terms loses fewer digits.
         larger = tl.abs(share) + tl.abs(at_pivot) > tl.abs(rest) + tl.abs(sum_of_r * others)
     else:
         larger = tl.abs(sum_of_r) < float("inf")
     pivot_grad = tl.where(larger, pivot_grad, share - at_pivot)
     lse = h
-    if LSE or PENALTY:
-        largest = tl.where(below, pivot, top)
-        lse = _value(largest, scale, cap, TRANSFORM, DTYPE) + h
-    if PENALTY:
+    if FORM.STATS or FORM.PENALTY:
+        largest = tl.where(below, pivot.logit, state.top)
+        lse = _value(largest, given, FORM) + h
+    if FORM.PENALTY:
         loss += penalty * lse * lse
         pull = 2.0 * penalty * lse
         sum_of_r += pull
         pivot_grad += pull * probability
-    if ENTROPY:
+    entropy = state.entropy
+    if FORM.ENTROPY:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
         # The lead may overflow where the others have no probability left.
         lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
-        entropy = (factor * entropy).to(DTYPE) + lacking
+        entropy = (factor * entropy).to(FORM.DTYPE) + lacking
         entropy += probability * (gap_behind + h)
-    return loss, lse, entropy.to(DTYPE), factor, probability, sum_of_r, pivot_grad
+    return loss, lse, entropy.to(FORM.DTYPE), factor, probability, sum_of_r, pivot_grad

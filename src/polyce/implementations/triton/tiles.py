@@ -6,6 +6,7 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.records import Meaning, Pivot, Seen, State
 from polyce.implementations.triton.row import (
     count_label,
     finish,
@@ -45,239 +46,179 @@ def edge(start, stop, classes, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def target(
-    target_ptr,
-    weight_ptr,
-    sample_ptr,
-    row,
-    here,
-    classes,
-    ignore_index,
-    DTYPE: tl.constexpr,
-    PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    IGNORES: tl.constexpr,
-):
-    """Return each row's label, always in range, class weight, sample weight, counted, invalid."""
+def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
+    """Return what the target means for each row."""
     counted = here
     sample = tl.full(row.shape, 1.0, tl.float64)
-    if SAMPLED:
-        sample = tl.load(sample_ptr + row, mask=here, other=0.0).to(tl.float64)
+    if FORM.SAMPLED:
+        sample = tl.load(inputs.sample + row, mask=here, other=0.0).to(tl.float64)
         counted = counted & (sample != 0.0)
     label = tl.zeros(row.shape, tl.int32)
-    weight = tl.full(row.shape, 1.0, DTYPE)
+    weight = tl.full(row.shape, 1.0, FORM.DTYPE)
     invalid = here & (label != 0)
-    if not PROBABILITY:
-        given = tl.load(target_ptr + row, mask=here, other=0).to(tl.int64)
-        if IGNORES:
+    if not FORM.PROBABILITY:
+        given = tl.load(inputs.target + row, mask=here, other=0).to(tl.int64)
+        if FORM.IGNORES:
             counted = counted & (given != ignore_index)
         invalid = counted & ((given < 0) | (given >= classes))
         label = tl.where(counted & (invalid == 0), given, 0).to(tl.int32)
-        if WEIGHTED:
-            weight = tl.load(weight_ptr + label, mask=here, other=1.0).to(DTYPE)
+        if FORM.WEIGHTED:
+            weight = tl.load(inputs.weight + label, mask=here, other=1.0).to(FORM.DTYPE)
             weight = tl.where(invalid, 1.0, weight)
-    return label, weight, sample, counted, invalid
+    return Meaning(label, weight, sample, counted, invalid)
 
 
 @triton.jit
-def coefficients(
-    x,
-    target_ptr,
-    weight_ptr,
-    c,
-    inside,
-    classes,
-    kept,
-    share,
-    DTYPE: tl.constexpr,
-    PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-):
+def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
     """Compute a tile of the r_c without the label's own share, and of the probabilities."""
     probability = x
     r = tl.zeros_like(x)
-    if PROBABILITY:
-        probability = tl.load(target_ptr, mask=inside, other=0.0).to(DTYPE)
+    if FORM.PROBABILITY:
+        probability = tl.load(target_ptr, mask=inside, other=0.0).to(FORM.DTYPE)
         r = probability
-        if SMOOTHED:
-            r = r * kept.to(DTYPE) + share.to(DTYPE)
-    elif SMOOTHED:
-        r += share.to(DTYPE)
-    if WEIGHTED and (PROBABILITY or SMOOTHED):
+        if FORM.SMOOTHED:
+            r = r * given.kept.to(FORM.DTYPE) + given.share.to(FORM.DTYPE)
+    elif FORM.SMOOTHED:
+        r += given.share.to(FORM.DTYPE)
+    if FORM.WEIGHTED and FORM.SPREAD:
         known = (c < classes)[:, None]
-        r = r * tl.load(weight_ptr + c[:, None], mask=known, other=0.0).to(DTYPE)
+        r = r * tl.load(weight_ptr + c[:, None], mask=known, other=0.0).to(FORM.DTYPE)
     return tl.where(inside, r, 0.0), probability
 
 
 @triton.jit
-def choose_pivot(
-    top, total, rest, excess, entropy,
-    pivot, pivot_r, pivot_class,
-    other, other_r, other_class,
-    scale, cap,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, SPREAD: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
+def choose_pivot(state, pivot, other, given, FORM: tl.constexpr):
     """Choose the larger of two pivots, the first if equal, and count the other among the rest."""
-    wins = (other > pivot) | ((other == pivot) & (other_class < pivot_class))
-    loser = tl.where(wins, pivot, other)
-    loser_r = tl.where(wins, pivot_r, other_r)
+    wins = (other.logit > pivot.logit) | (
+        (other.logit == pivot.logit) & (other.number < pivot.number)
+    )
+    loser = tl.where(wins, pivot.logit, other.logit)
+    loser_r = tl.where(wins, pivot.coefficient, other.coefficient)
     # A masked class adds nothing to the sum; with a coefficient it makes the loss infinite, when
     # the merge moves it up from -inf.
     found = tl.where(loser == float("-inf"), 0.0, 1.0).to(tl.float64)
-    top, total, rest, excess, entropy = merge(
-        top, total, rest, excess, entropy,
-        loser, found, loser_r.to(tl.float64), tl.zeros_like(total), tl.zeros_like(total),
-        scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
-    )  # fmt: skip
-    pivot = tl.where(wins, other, pivot)
-    pivot_r = tl.where(wins, other_r, pivot_r)
-    pivot_class = tl.where(wins, other_class, pivot_class)
-    return top, total, rest, excess, entropy, pivot, pivot_r, pivot_class
+    nothing = tl.zeros_like(state.total)
+    alone = State(loser, found, loser_r.to(tl.float64), nothing, nothing)
+    state = merge(state, alone, given, FORM)
+    winner = Pivot(
+        tl.where(wins, other.logit, pivot.logit),
+        tl.where(wins, other.coefficient, pivot.coefficient),
+        tl.where(wins, other.number, pivot.number),
+    )
+    return state, winner
+
+
+@triton.jit
+def likelier(seen, most, most_class):
+    """Return the larger of two probabilities and its class, the first class if they are equal."""
+    better = (most > seen.most) | ((most == seen.most) & (most_class < seen.most_class))
+    return tl.where(better, most, seen.most), tl.where(better, most_class, seen.most_class)
 
 
 @triton.jit
 def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the state of rows before any class is read; 0x7FFFFFFF stands for no class."""
+    """Return what is known before any class is read; 0x7FFFFFFF stands for no class."""
     lowest = tl.full((LANES,), float("-inf"), DTYPE)
     none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     zero = tl.zeros((LANES,), tl.float64)
-    return (
-        lowest, zero, zero, zero, zero,
-        lowest, tl.zeros((LANES,), DTYPE), none, lowest, none,
-    )  # fmt: skip
+    pivot = Pivot(lowest, tl.zeros((LANES,), DTYPE), none)
+    return Seen(State(lowest, zero, zero, zero, zero), pivot, lowest, none)
 
 
 @triton.jit
 def read(
-    x_ptr, target_ptr, weight_ptr, c, inside, label, classes, kept, share, scale, cap,
-    top, total, rest, excess, entropy,
-    pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr, SPREAD: tl.constexpr,
-    LARGEST: tl.constexpr, ENTROPY: tl.constexpr, CORRECT: tl.constexpr,
+    x_ptr, target_ptr, weight_ptr, c, inside, label, classes, given, seen, FORM: tl.constexpr
 ):  # fmt: skip
-    """Read a tile, once, into the state of its rows.
+    """Read a tile, once, into what is known of its rows.
 
-    LARGEST tells whether the pivot is the class of the largest logit, not the label. A label then
-    gets its share of the smoothing here, and the rest of its coefficient in `conclude`.
+    Where the pivot is the class of the largest logit, a label gets its share of the smoothing here,
+    and the rest of its coefficient in `conclude`.
     """
-    x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(DTYPE)
-    r, probability = coefficients(
-        x, target_ptr, weight_ptr, c, inside, classes, kept, share,
-        DTYPE, PROBABILITY, WEIGHTED, SMOOTHED,
-    )  # fmt: skip
+    x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
     number = c[:, None]
-    if LARGEST:
+    pivot, most, most_class = seen.pivot, seen.most, seen.most_class
+    if FORM.LARGEST:
         new = tl.max(x, 0)
         # The largest 32-bit number stands for no class, in an empty tile.
         new_class = tl.min(tl.where((x == new) & inside, number, 0x7FFFFFFF), 0)
         excluded = number == new_class
         new_r = tl.sum(tl.where(excluded, r, 0.0), 0)
-        if PROBABILITY and CORRECT:
+        if FORM.PROBABILITY and FORM.CORRECT:
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
-            better = (most > likeliest) | ((most == likeliest) & (most_class < likeliest_class))
-            likeliest = tl.where(better, most, likeliest)
-            likeliest_class = tl.where(better, most_class, likeliest_class)
+            most, most_class = likelier(seen, most, most_class)
     else:
         excluded = number == label
-    t_top, t_total, t_rest, t_excess, t_entropy = tile_state(
-        x, r, excluded, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY
-    )
-    top, total, rest, excess, entropy = merge(
-        top, total, rest, excess, entropy, t_top, t_total, t_rest, t_excess, t_entropy,
-        scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
-    )  # fmt: skip
-    if LARGEST:
-        top, total, rest, excess, entropy, pivot, pivot_r, pivot_class = choose_pivot(
-            top, total, rest, excess, entropy, pivot, pivot_r, pivot_class,
-            new, new_r, new_class, scale, cap, TRANSFORM, DTYPE, SPREAD, ENTROPY,
-        )  # fmt: skip
-    return (
-        top, total, rest, excess, entropy,
-        pivot, pivot_r, pivot_class, likeliest, likeliest_class,
-    )  # fmt: skip
+    state = merge(seen.state, tile_state(x, r, excluded, given, FORM), given, FORM)
+    if FORM.LARGEST:
+        state, pivot = choose_pivot(state, pivot, Pivot(new, new_r, new_class), given, FORM)
+    return Seen(state, pivot, most, most_class)
 
 
 @triton.jit
 def conclude(
-    x_row, target_ptr, weight_ptr, sample_ptr,
-    loss_ptr, saved_ptr, sums_ptr,
-    lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
-    row, here, classes, x_class, ignore_index, kept, share, z_loss, scale, cap,
-    top, total, rest, excess, entropy,
-    pivot, pivot_r, pivot_class, likeliest_class,
-    TRANSFORM: tl.constexpr, DTYPE: tl.constexpr, PROBABILITY: tl.constexpr,
-    WEIGHTED: tl.constexpr, SAMPLED: tl.constexpr, SMOOTHED: tl.constexpr,
-    SPREAD: tl.constexpr, LARGEST: tl.constexpr, PENALTY: tl.constexpr, IGNORES: tl.constexpr,
-    REDUCED: tl.constexpr, KEEP: tl.constexpr, STATS: tl.constexpr,
-    LSE: tl.constexpr, ENTROPY: tl.constexpr, PREDICTION: tl.constexpr, CORRECT: tl.constexpr,
-    EMULATED: tl.constexpr,
+    x_row, inputs, outputs, row, here, classes, x_class, ignore_index, given, z_loss, seen,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """Write the results of whole rows: losses or their sums, stats, what backward needs."""
-    label, weight, sample, counted, invalid = target(
-        target_ptr, weight_ptr, sample_ptr, row, here, classes, ignore_index,
-        DTYPE, PROBABILITY, WEIGHTED, SAMPLED, IGNORES,
-    )  # fmt: skip
-    if not PROBABILITY:
+    DTYPE: tl.constexpr = FORM.DTYPE
+    label, weight, sample, counted, invalid = target(inputs, row, here, classes, ignore_index, FORM)
+    state, pivot = seen.state, seen.pivot
+    if not FORM.PROBABILITY:
         # Labels that are used are in range, so nothing outside is read.
         at = x_row + label.to(tl.int64) * x_class
         label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
         label_r = weight
-        if SMOOTHED:
-            label_r = weight * (kept + share).to(DTYPE)
-        if LARGEST:
-            leads = label == pivot_class
-            pivot_r = tl.where(leads, label_r, pivot_r)
-            added = tl.where(leads | (kept == 0.0), 0.0, weight * kept.to(DTYPE))
-            rest, excess, label_p = count_label(
-                top, rest, excess, label_x, added, scale, cap, TRANSFORM, DTYPE
-            )
+        if FORM.SMOOTHED:
+            label_r = weight * (given.kept + given.share).to(DTYPE)
+        if FORM.LARGEST:
+            leads = label == pivot.number
+            pivot = Pivot(pivot.logit, tl.where(leads, label_r, pivot.coefficient), pivot.number)
+            added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))
+            state, label_p = count_label(state, label_x, added, given, FORM)
         else:
-            pivot, pivot_r, pivot_class = label_x, label_r, label
+            pivot = Pivot(label_x, label_r, label)
     loss, lse, entropy, factor, probability, sum_of_r, pivot_grad = finish(
-        top, total, rest, excess, entropy, pivot, pivot_r, weight * z_loss.to(DTYPE), scale, cap,
-        TRANSFORM, DTYPE, SPREAD or LARGEST, LARGEST, PENALTY, STATS, ENTROPY,
-    )  # fmt: skip
+        state, pivot, weight * z_loss.to(DTYPE), given, FORM
+    )
     loss = tl.where(counted, loss.to(tl.float64) * sample, 0.0)
     loss = tl.where(invalid, float("nan"), loss)
-    if REDUCED:
-        place = sums_ptr + 2 * tl.program_id(0).to(tl.int64)
+    if FORM.REDUCED:
+        place = outputs.sums + 2 * tl.program_id(0).to(tl.int64)
         tl.store(place, tl.sum(loss, 0))
         tl.store(place + 1, tl.sum(tl.where(counted, sample * weight, 0.0), 0))
     else:
-        tl.store(loss_ptr + row, narrow(loss, loss_ptr.dtype.element_ty, EMULATED), mask=here)
-    predicted = pivot_class
-    if KEEP:
-        if LARGEST and not PROBABILITY:
+        loss = narrow(loss, outputs.loss.dtype.element_ty, FORM.EMULATED)
+        tl.store(outputs.loss + row, loss, mask=here)
+    if FORM.KEEP:
+        top, saved_x, saved_class = state.top, pivot.logit, pivot.number
+        if FORM.LARGEST and not FORM.PROBABILITY:
             # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, sum_of_r * (label_p * factor) - label_r)
             factor = tl.where(leads, factor, probability)
-            top = tl.where(leads, top, pivot)
-            pivot, pivot_class = label_x, label
+            top = tl.where(leads, top, saved_x)
+            saved_x, saved_class = label_x, label
         factor = factor * sum_of_r
-        if TRANSFORM == "softcap":
-            pivot_grad = pivot_grad * slope(pivot, scale, cap, TRANSFORM, DTYPE)
-        place = saved_ptr + 4 * row
+        if FORM.TRANSFORM == "softcap":
+            pivot_grad = pivot_grad * slope(saved_x, given, FORM)
+        place = outputs.saved + 4 * row
         tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(tl.float64), mask=here)
         tl.store(place + 1, factor.to(tl.float64), mask=here)
         tl.store(place + 2, pivot_grad.to(tl.float64), mask=here)
-        tl.store(place + 3, pivot_class.to(tl.float64), mask=here)
-    if STATS:
-        tl.store(valid_ptr + row, counted.to(tl.uint8), mask=here)
+        tl.store(place + 3, saved_class.to(tl.float64), mask=here)
+    if FORM.STATS:
+        tl.store(outputs.valid + row, counted.to(tl.uint8), mask=here)
         defined = counted & (lse == lse)
-        if LSE:
-            tl.store(lse_ptr + row, tl.where(counted, lse, float("nan")), mask=here)
-        if ENTROPY:
-            tl.store(entropy_ptr + row, tl.where(counted, entropy, float("nan")), mask=here)
-        if PREDICTION or CORRECT:
-            if PREDICTION:
-                found = tl.where(defined, predicted, -1).to(tl.int64)
-                tl.store(prediction_ptr + row, found, mask=here)
-            if CORRECT:
-                wanted = likeliest_class if PROBABILITY else label
-                right = defined & (predicted == wanted) & (invalid == 0)
-                tl.store(correct_ptr + row, right.to(tl.uint8), mask=here)
+        if FORM.LSE:
+            tl.store(outputs.lse + row, tl.where(counted, lse, float("nan")), mask=here)
+        if FORM.ENTROPY:
+            tl.store(outputs.entropy + row, tl.where(counted, entropy, float("nan")), mask=here)
+        if FORM.PREDICTION:
+            found = tl.where(defined, pivot.number, -1).to(tl.int64)
+            tl.store(outputs.prediction + row, found, mask=here)
+        if FORM.CORRECT:
+            wanted = seen.most_class if FORM.PROBABILITY else label
+            right = defined & (pivot.number == wanted) & (invalid == 0)
+            tl.store(outputs.correct + row, right.to(tl.uint8), mask=here)

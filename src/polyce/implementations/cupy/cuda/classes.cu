@@ -1,17 +1,7 @@
 // A thread's way over the classes of a row: reading them into a state, writing their gradient.
 
-// How many numbers are loaded at once: 16 bytes, but for kernels that need the registers.
-#if !VECTOR
-enum { WIDTH = 1 };
-#elif PROBABILITY && (SOFTCAP || STATS)
-enum { WIDTH = 2 };
-#elif SOFTCAP || PROBABILITY
-enum { WIDTH = sizeof(logit) == 8 ? 2 : 4 };
-#else
-enum { WIDTH = 16 / sizeof(logit) };
-#endif
 // How many loads a thread has under way: enough to wait for memory together.
-#if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (VECTOR && LOGITS < FLOAT32)
+#if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (WIDTH > 1 && LOGITS < FLOAT32)
 enum { LOADS = 1 };
 #else
 enum { LOADS = 2 };
@@ -149,7 +139,7 @@ DEVICE void take(const Call& call, const logit* x, const target* p, Taken<U, W>&
   for (int u = 0; u < U; u++) {
     if (!taken.has(u)) continue;
     const i64 c = taken.number(u, 0);
-    load<LOGITS>(x + c * (VECTOR ? 1 : call.x_class), taken.x[u]);
+    load<LOGITS>(x + c * (WIDTH > 1 ? 1 : call.x_class), taken.x[u]);
 #if PROBABILITY
     if constexpr (W > 1 && W * sizeof(target) <= 16) {
       if (call.t_in_step) {
@@ -159,7 +149,7 @@ DEVICE void take(const Call& call, const logit* x, const target* p, Taken<U, W>&
     }
 #pragma unroll
     for (int w = 0; w < W; w++)
-      taken.p[u][w] = (real)Stored<TARGET>::widen(p[(c + w) * (VECTOR ? 1 : call.t_class)]);
+      taken.p[u][w] = (real)Stored<TARGET>::widen(p[(c + w) * (WIDTH > 1 ? 1 : call.t_class)]);
 #endif
   }
 }
@@ -298,7 +288,7 @@ DEVICE void write_gradient(const Call& call, const Gradient& row, const real* we
       result[w] = Stored<LOGITS>::narrow(gradient_of(
           call, weight, row, taken.x[u][w], taken.probability(u, w), taken.number(u, w)));
     if (W == 1 || call.g_in_step) {
-      store(grad + c * (VECTOR ? 1 : call.g_class), result);
+      store(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
     } else {
 #pragma unroll
       for (int w = 0; w < W; w++) grad[c + w] = result[w];
@@ -312,7 +302,7 @@ DEVICE void each_class(const Call& call, int member, const logit* x, const targe
                        Use use) {
   const int classes = (int)call.classes, team = (int)call.team;
   int start = 0, length = classes;
-#if VECTOR
+#if WIDTH > 1
   // Up to where a boundary of loads begins, and behind the last one, classes come one by one.
   enum { BYTES = WIDTH * sizeof(logit) };
   start = (int)((BYTES - (u64)x % BYTES) % BYTES / sizeof(logit));

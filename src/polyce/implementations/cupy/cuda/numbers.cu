@@ -11,7 +11,7 @@
 //   SPREAD   1 if other classes than the pivot have coefficients: probabilities, smoothing
 //   SOFTCAP  1 for logits under a softcap
 //   STATS    1 if something besides the loss is wanted of each row
-//   VECTOR   1 if a row's classes are contiguous and several are read at once
+//   WIDTH    how many logits are loaded at once: more than 1 only where classes are contiguous
 //   BLOCK    how many threads a block has, a power of two
 
 #define FORWARD 1

@@ -1,0 +1,138 @@
+"""What the functions of the triton kernels hand on to each other.
+
+Names in capitals are compile-time constants. The fields of all other records are tensors or
+pointers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    TRANSFORM: str
+    """"none", "scale" or "softcap"."""
+    DTYPE: tl.dtype
+    """What is computed in, float32 or float64."""
+    PROBABILITY: bool
+    WEIGHTED: bool
+    SAMPLED: bool
+    SMOOTHED: bool
+    IGNORES: bool
+    EMULATED: bool
+    # What a forward pass is asked for.
+    PENALTY: bool = False
+    REDUCED: bool = False
+    KEEP: bool = False
+    STATS: bool = False
+    LSE: bool = False
+    ENTROPY: bool = False
+    PREDICTION: bool = False
+    CORRECT: bool = False
+    # What follows from these, see `completed`.
+    SPREAD: bool = False
+    """Whether classes besides the pivot have coefficients."""
+    LARGEST: bool = False
+    """Whether the pivot is the class of the largest logit, not the label."""
+
+
+def completed(form: Form) -> Form:
+    """Set what follows from the rest."""
+    return form._replace(
+        SPREAD=form.PROBABILITY or form.SMOOTHED,
+        LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT,
+    )
+
+
+class Numbers(NamedTuple):
+    """A call's numbers, each a vector of length 1 in float64."""
+
+    kept: Any
+    """1 less the smoothing."""
+    share: Any
+    """The smoothing's share of each class."""
+    scale: Any
+    cap: Any
+
+
+class State(NamedTuple):
+    """The state of a part of each row's classes, besides the pivot; all but m' in float64."""
+
+    top: Any
+    """m'"""
+    total: Any
+    """d'"""
+    rest: Any
+    """R'"""
+    excess: Any
+    """q'"""
+    entropy: Any
+
+
+class Pivot(NamedTuple):
+    """The pivot of each row."""
+
+    logit: Any
+    coefficient: Any
+    number: Any
+    """Which class it is."""
+
+
+class Inputs(NamedTuple):
+    """Where the target, the class weights and the sample weights lie."""
+
+    target: Any
+    weight: Any
+    sample: Any
+
+
+class Outputs(NamedTuple):
+    """Where a forward pass writes its results."""
+
+    loss: Any
+    saved: Any
+    """What a backward pass needs of each row, four numbers."""
+    sums: Any
+    """For each program the sum of its rows' losses, and of their weights."""
+    lse: Any
+    entropy: Any
+    prediction: Any
+    correct: Any
+    valid: Any
+
+
+class Meaning(NamedTuple):
+    """What the target says of each row."""
+
+    label: Any
+    """Always in range."""
+    weight: Any
+    """The class weight of the label."""
+    sample: Any
+    """The sample weight."""
+    counted: Any
+    invalid: Any
+    """Whether the label was out of range."""
+
+
+class Seen(NamedTuple):
+    """What is known of each row after a part of its classes has been read."""
+
+    state: Any
+    pivot: Any
+    most: Any
+    """The largest probability, and its class: where CORRECT needs them."""
+    most_class: Any
+
+
+class Saved(NamedTuple):
+    """What a row's gradient is made of, as the forward pass saved it."""
+
+    top: Any
+    factor: Any
+    pivot_grad: Any
+    pivot_class: Any
