@@ -1,20 +1,14 @@
-"""Processes that keep running and time cases in turn.
-
-torch reads THP_MEM_ALLOC_ENABLE when it starts, so that what it takes with huge pages is measured
-in a second process, and the two take turns.
-"""
+"""Processes that keep running and do one thing after another."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
-import statistics
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from typing import NamedTuple
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
-from .measure import Row, installed
+from .measure import installed
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 # Every row loss of bfloat16 may be off by half a unit in the last place, 2⁻⁹ of it, and the sum too
@@ -22,26 +16,10 @@ HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-class Size(NamedTuple):
-    """How much a run measures."""
-
-    shapes: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    memory: tuple[str, ...]
-    """Logits during whose loss and gradient memory is measured."""
-    thorough: bool
-    """Whether one thread is measured beside all, or the memory of what must be compiled first."""
-    visits: int
-    """How often each process has its turn at a case."""
-    seconds: float
-    """Time for the rounds of one visit."""
-    rounds: int
-    """Rounds of one visit at least."""
-
-
 @contextlib.contextmanager
 def worker(threads: int, huge_pages: bool = False) -> Iterator[ProcessPoolExecutor]:
     """Keep a fresh process that runs one function at a time."""
+    # torch reads it when it starts.
     os.environ[HUGE_PAGES] = str(int(huge_pages))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, begin, (threads,)) as process:
@@ -62,28 +40,3 @@ def begin(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-# A worker, whether it has huge pages, and how often it has had its turn, to times by contender.
-Ask = Callable[[ProcessPoolExecutor, bool, int], "Future[dict[str, dict[str, float]]]"]
-
-
-def visit(processes: Mapping[bool, ProcessPoolExecutor], visits: int, ask: Ask) -> list[Row]:
-    """Time one case, the processes in turn, and put the visits of each together."""
-    taken: dict[tuple[bool, str], list[Row]] = {}
-    order = list(processes)
-    for turn in range(visits):
-        for huge_pages in order:
-            times = ask(processes[huge_pages], huge_pages, turn).result()
-            for name, seconds in times.items():
-                taken.setdefault((huge_pages, name), []).append(seconds)
-        order.reverse()
-    return [
-        {
-            "huge_pages": huge_pages,
-            "contender": name,
-            "median_s": statistics.median(each["median_s"] for each in found),
-            "best_s": min(each["best_s"] for each in found),
-        }
-        for (huge_pages, name), found in taken.items()
-    ]
