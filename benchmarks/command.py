@@ -35,7 +35,7 @@ class Log:
 
     def add(self, text: str, **rows: list[Any]) -> None:
         """Add rows by their kind, and say how far it is."""
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         self.found["environment"]["loads"].append(load)
         for kind, more in rows.items():
             self.found.setdefault(kind, []).extend(more)

@@ -51,7 +51,11 @@ def show(found: dict[str, Any], key: str) -> None:
     tables.print_head(found, key)
     times = calmest(found)
     again = sum(row["attempt"] > 0 for row in times.values())
-    print(f"Of {len(times)} times, {again} were taken again and are calmer than the first.\n")
+    print(f"{again} of {len(times)} times are of a later attempt than the first.")
+    others = [row["others"] for row in times.values() if row["others"] is not None]
+    if others:
+        print(f"Other programs kept at most {max(others):.2f} processors busy meanwhile.")
+    print()
     settings = tables.settings(found)
     for dtype in dict.fromkeys(dtype for dtype, _ in settings):
         for title, columns in comparisons(sorted({threads for _, threads in settings})).items():
