@@ -338,7 +338,7 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time polyce on a CPU, draw the results, and measure errors; arguments follow `--`.
 
-    `--reference` times the reference and the dask path instead.
+    `--reference` times the reference on NumPy and the dask path instead.
     """
     install(session, "bench")
     arguments = list(session.posargs)
@@ -348,7 +348,7 @@ def bench(session: nox.Session) -> None:
         return
     # Other arguments name shapes of logits.
     quick = [argument for argument in arguments if argument == "--quick"]
-    for name, given in (("cpu", arguments), ("torch", arguments), ("linear", quick)):
+    for name, given in (("cpu", arguments), ("linear", quick)):
         command = ("python", "-m", f"benchmarks.{name}")
         results = str(Path(session.create_tmp()) / f"{name}.json")
         session.run(*command, "run", "--out", results, *given)

@@ -34,13 +34,17 @@ class Log:
         }
 
     def add(self, text: str, **rows: list[Any]) -> None:
-        """Add rows by their kind, and report progress."""
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        """Add rows by their kind, and say how far it is."""
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
         self.found["environment"]["loads"].append(load)
         for kind, more in rows.items():
             self.found.setdefault(kind, []).extend(more)
         self.out.write_text(json.dumps(self.found, indent=1) + "\n")
-        say(f"{time.perf_counter() - self.start:4.0f} s: {text}, load {load}")
+        say(f"{self.seconds():4.0f} s: {text}, load {load}")
+
+    def seconds(self) -> float:
+        """Return how long the run has taken."""
+        return time.perf_counter() - self.start
 
 
 def main(
@@ -57,7 +61,7 @@ def main(
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="measure")
     runs.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON to write")
-    runs.add_argument("--quick", action="store_true", help="take a minute or two")
+    runs.add_argument("--quick", action="store_true", help="take a few minutes")
     tiny = "run in seconds; the numbers mean nothing"
     runs.add_argument("--tiny", action="store_true", help=tiny)
     runs.add_argument("--shapes", nargs="+", choices=shapes, metavar="NAME", help=" ".join(shapes))

@@ -10,11 +10,11 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,11 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "optax", "dask", "scipy")
-# In a sample this long the clock's own cost does not matter.
+LIBRARIES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "dask")
+# A sample this long is not disturbed by the clock's own cost.
 _SAMPLE_SECONDS = 1e-3
 _MEBIBYTE = 2**20
 
@@ -54,7 +56,7 @@ def take_turns(
 def interleave(
     contenders: Mapping[str, Callable[[], Any]], budget: float, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Time contenders in turn, and return the median and best seconds of one call of each."""
+    """Time contenders in turn, and return the summary of the seconds of one call of each."""
     repeats = {name: _repeats(call) for name, call in contenders.items()}
     gc.collect()
     gc.disable()
@@ -64,16 +66,19 @@ def interleave(
         )
     finally:
         gc.enable()
-    return {
-        name: {"median_s": statistics.median(taken), "best_s": min(taken)}
-        for name, taken in samples.items()
-    }
+    return {name: summary(taken) for name, taken in samples.items()}
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Return the median, the best, and the distance of the quartiles in parts of the median."""
+    low, middle, high = (float(quartile) for quartile in np.percentile(samples, (25, 50, 75)))
+    return {"median_s": middle, "best_s": min(samples), "spread": (high - low) / middle}
 
 
 def sample(call: Callable[[], Any], repeats: int = 1) -> float:
     """Return the seconds of one call, averaged over several in a row."""
     start = time.perf_counter()
-    for _ in range(repeats):
+    for _ in itertools.repeat(None, repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
@@ -82,9 +87,21 @@ def _repeats(call: Callable[[], Any]) -> int:
     """Warm a contender up and count how many of its calls make a sample."""
     call()
     repeats = 1
-    while repeats < 1000 and sample(call, repeats) * repeats < _SAMPLE_SECONDS:
+    # Two long ones in a row: one alone may have been interrupted.
+    while any(sample(call, repeats) * repeats < _SAMPLE_SECONDS for _ in range(2)):
         repeats *= 2
     return repeats
+
+
+def busy_with_others() -> float | None:
+    """Return for how many seconds the processors have done other work, where the system tells."""
+    table = Path("/proc/stat")
+    if not table.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal: of all processors together.
+    ticks = [int(word) for word in table.read_text().split("\n", 1)[0].split()[1:9]]
+    busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def check_losses(case: str, losses: Mapping[str, float], expected: float, tolerance: float) -> None:

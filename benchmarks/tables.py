@@ -7,7 +7,7 @@ from typing import Any
 
 from .measure import Row
 
-# By shape, dtype, threads, huge pages, what and contender.
+# By shape, dtype, threads, what and contender.
 Times = dict[tuple[Any, ...], Row]
 Table = tuple[list[str], list[list[str]]]
 
@@ -55,10 +55,10 @@ def print_head(found: dict[str, Any], key: str) -> None:
     print(f"Times are the {'bests' if key == 'best_s' else 'medians'}.\n")
 
 
-def by_case(found: dict[str, Any]) -> Times:
-    """Return the times by shape, dtype, threads, huge pages, what and contender."""
-    keys = ("shape", "dtype", "threads", "huge_pages", "what", "contender")
-    return {tuple(row[key] for key in keys): row for row in found["times"]}
+def by_case(rows: Iterable[Row]) -> Times:
+    """Return the times by what they are of."""
+    keys = ("shape", "dtype", "threads", "what", "contender")
+    return {tuple(row[key] for key in keys): row for row in rows}
 
 
 def settings(found: dict[str, Any]) -> list[tuple[str, int]]:
@@ -69,14 +69,6 @@ def settings(found: dict[str, Any]) -> list[tuple[str, int]]:
 def count(threads: int) -> str:
     """Write a number of threads."""
     return "1 thread" if threads == 1 else f"{threads} threads"
-
-
-def faster(theirs: Row | None, ours: Row | None, key: str) -> str:
-    """Write how many times as fast polyce is, with words if it is slower."""
-    if theirs is None or ours is None:
-        return ""
-    ratio = theirs[key] / ours[key]
-    return f"{ratio:.3g}" if ratio >= 1 else f"{ratio:.2f}, polyce is slower"
 
 
 def seconds(rows: Iterable[Row | None], key: str) -> str:

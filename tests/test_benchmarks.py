@@ -45,15 +45,61 @@ def test_benchmark_of_dask_runs(question: str) -> None:
     assert "loss" in printed("cpu.reference", "--tiny", "--only", question)
 
 
-@pytest.mark.only("numpy")
-def test_benchmark_of_the_core_runs(tmp_path: Path) -> None:
-    assert "polyce NumPy" in run_and_print("cpu", tmp_path)
-
-
 @pytest.mark.slow("torch")
-@pytest.mark.only("torch")
-def test_benchmark_of_torch_modules_runs(tmp_path: Path) -> None:
-    assert "polyce in place" in run_and_print("torch", tmp_path)
+@pytest.mark.only("numpy", "torch")
+def test_benchmark_of_the_core_runs(backend_name: str, tmp_path: Path) -> None:
+    shown = run_and_print("cpu", tmp_path)
+    assert "Times as long as np.exp" in shown
+    rows = json.loads((tmp_path / "results.json").read_text())["times"]
+    contenders = {(row["what"], row["contender"]) for row in rows}
+    assert {("forward", "polyce NumPy"), ("gradient", "polyce NumPy out=")} <= contenders
+    assert all({"median_s", "spread", "others", "unrest"} < row.keys() for row in rows)
+    if backend_name == "torch":
+        compiled = {("forward", "polyce compiled"), ("gradient", "torch compiled")}
+        assert compiled | {("gradient", "polyce in place")} <= contenders
+        for text in ("as fast as torch eager", "torch compiled, both", "ALLOC_ENABLE=1", " of 2 |"):
+            assert text in shown
+
+
+UNREST = """
+import json
+from benchmarks.cpu import tables
+from benchmarks.cpu.__main__ import measure_until_calm
+
+class Log:
+    found = {"times": []}
+    def add(self, text, times): self.found["times"] += times
+    def seconds(self): return len(self.found["times"])
+
+unrest = {"calm": [0.5], "once": [2.0, 0.7], "always": [5.0, 3.0, 4.0]}
+keys = ("dtype", "threads", "what", "contender")
+def time(shape):
+    value = unrest[shape].pop(0)
+    return [{"shape": shape, "median_s": value, "unrest": value} | dict.fromkeys(keys)]
+
+measure_until_calm(list(unrest), time, Log(), attempts=3, limit=ROWS)
+kept = tables.calmest(Log.found).items()
+kept = {case[0]: row["median_s"] for case, row in kept}
+print(json.dumps([kept, sum(unrest.values(), [])]))
+"""
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize(
+    ("rows", "kept", "not_asked_for"),
+    [
+        (9, {"calm": 0.5, "once": 0.7, "always": 3.0}, []),
+        (4, {"calm": 0.5, "once": 0.7, "always": 5.0}, [3.0, 4.0]),
+    ],
+    ids=["as often as allowed", "until time is up"],
+)
+def test_what_was_disturbed_is_measured_again(
+    rows: int, kept: dict[str, float], not_asked_for: list[float]
+) -> None:
+    command = [sys.executable, "-c", UNREST.replace("ROWS", str(rows))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [kept, not_asked_for]
 
 
 @pytest.mark.slow("torch")

@@ -1,89 +1,165 @@
-"""Time polyce on a CPU against torch, jax and scipy, on shapes that occur.
+"""Time polyce on a CPU against torch and jax, on shapes that occur.
 
 python -m benchmarks.cpu run --out results.json [--quick | --tiny] [--shapes NAME ...]
 python -m benchmarks.cpu table results.json
 python -m benchmarks.cpu plot results.json --out docs/_static
 
-Contenders of one case take turns in one process. A second process gives torch huge pages, and two
-more run with one thread.
+The contenders of one case run in turn in one process: one of a single thread and one of all. For
+large logits torch runs once more in two processes with huge pages. A case that was disturbed is
+measured again after all others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyce import _core
 
 from .. import command, measure
 from ..measure import Row
-from ..shapes import SHAPES, element_type
-from ..workers import Size, visit, worker
-from . import peers, tables, work
+from ..shapes import SHAPES
+from ..workers import worker
+from . import tables, work
+from .peers import WHATS
 
-# malloc keeps freed blocks of up to 32 MiB, which would hide memory that a call takes again.
-MEMORY = ("1024x32000",)
-FULL = Size(tuple(SHAPES), ("float32", "bfloat16"), MEMORY, True, 2, 0.4, 4)
-QUICK = Size(("8x10", "4096x1000", "65536x10"), ("float32",), MEMORY, False, 1, 0.1, 3)
-TINY = Size(("8x10",), ("float32",), ("8x10",), False, 1, 0.0, 1)
+
+class Size(NamedTuple):
+    """How much a run measures."""
+
+    shapes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    costly: tuple[str, ...]
+    """Shapes on which the costly contenders take part."""
+    memory: tuple[tuple[str, str], ...]
+    """Logits, and during what memory is measured."""
+    memory_costly: bool
+    """Whether memory is measured of costly contenders, too."""
+    huge_pages: bool
+    """Whether torch is timed with huge pages, too."""
+    large: int
+    """So many logits, from which on torch's pages matter, and what memory gives bounds the time."""
+    seconds: float
+    """Time for the rounds of one case."""
+    rounds: int
+    """Rounds of one case at least."""
+    attempts: int
+    """How often a case is measured at most, while it is disturbed."""
+    limit: float
+    """Seconds after which nothing is measured again."""
+
+
+COSTLY = (
+    "64x10", "65536x10", "128x100", "256x1000", "4096x1000", "1024x32000", "4x21x256x256",
+)  # fmt: skip
+# Malloc keeps freed blocks of up to 32 MiB, which would hide that a call takes as much again.
+MEMORY = (
+    ("1024x32000", "forward"),
+    ("1024x32000", "gradient"),
+    ("4x21x512x512", "gradient"),
+)
+FULL = Size(
+    shapes=tuple(SHAPES),
+    dtypes=("float32", "bfloat16"),
+    costly=COSTLY,
+    memory=MEMORY,
+    memory_costly=True,
+    huge_pages=True,
+    large=2**19,
+    seconds=0.6,
+    rounds=7,
+    attempts=4,
+    limit=23 * 60.0,
+)
+QUICK = FULL._replace(
+    dtypes=("float32",),
+    costly=("256x1000",),
+    memory=MEMORY[2:],
+    memory_costly=False,
+    huge_pages=False,
+    seconds=0.2,
+    rounds=5,
+    limit=3.5 * 60.0,
+)
+TINY = QUICK._replace(
+    shapes=("8x10", "8x3x64x64"),
+    costly=("8x10",),
+    memory=(("8x10", "gradient"),),
+    huge_pages=True,
+    large=0,
+    seconds=0.0,
+    rounds=2,
+    attempts=1,
+)
 
 
 def run(size: Size, log: command.Log) -> None:
     """Measure everything."""
+    # Inductor would keep processes of its own to compile in.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     facts = log.found["environment"]
     facts["instruction set"] = _core.isa()
-    every = facts["processors usable"]
-    for threads in sorted({1, every} if size.thorough else {every}, reverse=True):
-        with worker(threads) as plain, worker(threads, huge_pages=True) as huge:
-            processes = {False: plain, True: huge}
-            for dtype in size.dtypes:
-                for shape in size.shapes:
-                    times = [
-                        row
-                        for what in peers.WHATS
-                        for row in time_case(processes, size, shape, dtype, what, threads)
-                    ]
-                    log.add(f"{shape} {dtype}, threads: {threads}", times=times)
-    log.add("memory", memory=[row for shape in size.memory for row in memory(shape)])
-
-
-def time_case(
-    processes: Mapping[bool, ProcessPoolExecutor],
-    size: Size,
-    shape: str,
-    dtype: str,
-    what: str,
-    threads: int,
-) -> list[Row]:
-    """Time one case, the processes in turn."""
+    pages = (False, True) if size.huge_pages and measure.installed("torch") else (False,)
+    settings = list(itertools.product(sorted({1, facts["processors usable"]}), pages))
     timing = {"budget": size.seconds, "rounds": size.rounds}
-    case = (shape, dtype, what, threads)
-    rows = visit(
-        processes,
-        size.visits,
-        lambda process, huge_pages, turn: process.submit(
-            work.time_case, *case, huge_pages, turn == 0, **timing
-        ),
-    )
-    moved = {"forward": 1, "gradient": 2}[what] * math.prod(SHAPES[shape].dims)
-    nbytes = moved * element_type(dtype).itemsize
-    facts = {"shape": shape, "dtype": dtype, "what": what, "threads": threads}
-    return [facts | row | {"gb_per_s": nbytes / row["median_s"] / 1e9} for row in rows]
+    with contextlib.ExitStack() as stack:
+        processes = {each: stack.enter_context(worker(*each)) for each in settings}
+
+        def time(case: work.Case) -> list[Row]:
+            facts = (case.shape in size.costly, is_large(case.shape))
+            process = processes[case.threads, case.huge_pages]
+            return process.submit(work.time_case, case, *facts, **timing).result()
+
+        def is_large(shape: str) -> bool:
+            return math.prod(SHAPES[shape].dims) >= size.large
+
+        cases = [
+            work.Case(shape, dtype, *setting, what)
+            for dtype, shape, setting, what in itertools.product(
+                size.dtypes, size.shapes, settings, WHATS
+            )
+            if not setting[1] or is_large(shape)
+        ]
+        measure_memory(size, log)
+        measure_until_calm(cases, time, log, size.attempts, size.limit)
 
 
-def memory(shape: str) -> list[Row]:
+def measure_until_calm(
+    cases: Sequence[Any],
+    time: Callable[[Any], list[Row]],
+    log: command.Log,
+    attempts: int,
+    limit: float,
+) -> None:
+    """Time all cases, then those again that were disturbed, until time is up."""
+    left = list(cases)
+    for attempt in range(attempts):
+        disturbed = []
+        for case in left:
+            if attempt and log.seconds() >= limit:
+                return
+            rows = time(case)
+            log.add(str(case), times=[row | {"attempt": attempt} for row in rows])
+            if rows and rows[0]["unrest"] > 1:
+                disturbed.append(case)
+        left = disturbed
+
+
+def measure_memory(size: Size, log: command.Log) -> None:
     """Measure the growth of a fresh process for each contender."""
-    rows: list[Row] = []
-    for what, table in peers.WHATS.items():
-        for name in work.taking_part(table, "float32"):
-            facts = {"shape": shape, "what": what, "contender": name}
-            grown = measure.fresh(work.grow, **facts)
+    for shape, what in size.memory:
+        dims = [int(count) for count in shape.split("x")]
+        rows: list[Row] = []
+        for name in work.taking_part(what, size.memory_costly):
+            grown = measure.fresh(work.grow, dims=dims, what=what, contender=name)
             if grown is not None:
-                rows.append(facts | grown)
-    return rows
+                rows.append({"shape": shape, "what": what, "contender": name} | grown)
+        log.add(f"memory of {shape}, {what}", memory=rows)
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
@@ -95,4 +171,5 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 if __name__ == "__main__":
     summary = (__doc__ or "").splitlines()[0]
-    command.main(summary, SHAPES, command.Sizes(FULL, QUICK, TINY), run, tables.show, draw)
+    sizes = command.Sizes(FULL, QUICK, TINY)
+    command.main(summary, SHAPES, sizes, run, tables.show, draw, choices=("dtypes", "costly"))

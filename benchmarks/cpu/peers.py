@@ -7,7 +7,7 @@ calls the mean loss and the gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from ..shapes import Problem
 from . import by_hand
 
 Call = Callable[[], Any]
+Make = Callable[[Problem], Call]
+Loss = Callable[..., Any]
 
 
 class Contender(NamedTuple):
@@ -25,9 +27,9 @@ class Contender(NamedTuple):
 
     library: str
     """The module it needs."""
-    make: Callable[[Problem], Call]
-    slow: bool = False
-    """Whether it is timed in one visit only, since it would take most of the time."""
+    make: Make
+    costly: bool = False
+    """Whether it takes long, to compile or to run, and so is left out of most shapes."""
 
 
 def torch_arrays(problem: Problem) -> tuple[Any, Any]:
@@ -40,33 +42,67 @@ def torch_arrays(problem: Problem) -> tuple[Any, Any]:
     return torch.from_numpy(logits.view(np.int16)).view(torch.bfloat16), torch.from_numpy(labels)
 
 
-def on_numpy(function: Callable[..., Any], **options: Any) -> Callable[[Problem], Call]:
+def on_numpy(function: Loss) -> Make:
     """Call a function of polyce on NumPy arrays."""
-    return lambda problem: lambda: function(*problem, **options)
+    return lambda problem: partial(function, *problem)
 
 
 def into_out(problem: Problem) -> Call:
     """Write the gradient into an array that exists already."""
     gradient = np.zeros_like(problem.logits)
-    return lambda: polyce.cross_entropy_with_grad(*problem, out=gradient)
+    return partial(polyce.cross_entropy_with_grad, *problem, out=gradient)
 
 
-def on_torch(function: Callable[..., Any], **options: Any) -> Callable[[Problem], Call]:
-    """Call a function on torch tensors that do not require a gradient."""
-
-    def make(problem: Problem) -> Call:
-        logits, labels = torch_arrays(problem)
-        return lambda: function(logits, labels, **options)
-
-    return make
+def polyce_loss() -> Loss:
+    """Return polyce's function."""
+    return polyce.cross_entropy
 
 
-def through_autograd(function: Callable[..., Any]) -> Callable[[Problem], Call]:
-    """Call a function on torch tensors, then compute the gradient by torch's autograd."""
+def reference() -> Loss:
+    """Return polyce's function on its path for all libraries."""
+    return partial(polyce.cross_entropy, implementation="reference")
+
+
+def torch_loss() -> Loss:
+    """Return torch's own function."""
+    import torch
+
+    function: Loss = torch.nn.functional.cross_entropy
+    return function
+
+
+def compiled(get: Callable[[], Loss]) -> Callable[[], Loss]:
+    """Compile a function, all of it and for one shape alone."""
+
+    def get_compiled() -> Loss:
+        import torch
+
+        function: Loss = torch.compile(get(), dynamic=False, fullgraph=True)
+        return function
+
+    return get_compiled
+
+
+def in_place() -> Loss:
+    """Return polyce's module whose backward pass writes over the logits."""
+    import polyce.torch
+
+    module: Loss = polyce.torch.CrossEntropyLoss(inplace_backward=True)
+    return module
+
+
+def on_torch(get: Callable[[], Loss]) -> Make:
+    """Call a function on torch tensors that want no gradient."""
+    return lambda problem: partial(get(), *torch_arrays(problem))
+
+
+def through_autograd(get: Callable[[], Loss]) -> Make:
+    """Call a function on torch tensors, then let torch ask it for the gradient."""
 
     def make(problem: Problem) -> Call:
         import torch
 
+        function = get()
         logits, labels = torch_arrays(problem)
         leaf = logits.requires_grad_()
 
@@ -79,103 +115,70 @@ def through_autograd(function: Callable[..., Any]) -> Callable[[Problem], Call]:
     return make
 
 
-def torch_eager(*arguments: Any, **options: Any) -> Any:
-    """Call torch's own function."""
-    import torch
+def over_its_own(problem: Problem) -> Call:
+    """Write the gradient over logits that no other contender reads.
 
-    return torch.nn.functional.cross_entropy(*arguments, **options)
-
-
-def torch_compiled(
-    wrap: Callable[..., Callable[[Problem], Call]], **options: Any
-) -> Callable[[Problem], Call]:
-    """Make another contender with torch's own function, compiled for this shape only."""
-
-    def make(problem: Problem) -> Call:
-        import torch
-
-        # Graphs compiled for other shapes would count towards torch's limit of recompilations.
-        torch.compiler.reset()
-        return wrap(torch.compile(torch.nn.functional.cross_entropy, dynamic=False), **options)(
-            problem
-        )
-
-    return make
+    Those of every call but the first are the gradient of the one before. No time depends on their
+    values.
+    """
+    own = problem._replace(logits=problem.logits.copy(order="K"))
+    return through_autograd(in_place)(own)
 
 
-def jax_jit(transform: Callable[[Any, Any], Any]) -> Callable[[Problem], Call]:
-    """Compile a loss, written as in optax, with jax."""
+def jax_jit(loss: Loss, with_gradient: bool = False) -> Make:
+    """Compile what is made of a loss with jax."""
 
     def make(problem: Problem) -> Call:
         import jax
 
         logits, labels = (jax.numpy.asarray(array) for array in problem)
-        compiled = jax.jit(transform(jax, by_hand.jax_loss))
+        compiled = jax.jit(jax.value_and_grad(loss) if with_gradient else loss)
         return lambda: jax.block_until_ready(compiled(logits, labels))
 
     return make
 
 
-def scipy_loss(problem: Problem) -> Call:
-    """Compute the mean loss by scipy.special.log_softmax."""
-    import scipy.special
-
-    logits, labels = problem
-    picked = labels[:, None]
-
-    def call() -> Any:
-        logp = scipy.special.log_softmax(logits, axis=1)
-        return -np.take_along_axis(logp, picked, axis=1).mean()
-
-    return call
-
-
+# In the order in which they take turns: polyce on tensors comes after torch, whose threads spin on
+# for a while and hold the processors, as they do in a training step.
 FORWARD = {
+    "torch eager": Contender("torch", on_torch(torch_loss)),
+    "polyce torch": Contender("torch", on_torch(polyce_loss)),
     "polyce NumPy": Contender("numpy", on_numpy(polyce.cross_entropy)),
-    "polyce torch": Contender("torch", on_torch(polyce.cross_entropy)),
-    "polyce reference": Contender(
-        "numpy", on_numpy(polyce.cross_entropy, implementation="reference"), slow=True
-    ),
-    "torch eager": Contender("torch", on_torch(torch_eager)),
-    "torch compiled": Contender("torch", torch_compiled(on_torch)),
-    "jax jit": Contender("jax", jax_jit(lambda _, loss: loss)),
-    "scipy": Contender("scipy", scipy_loss, slow=True),
+    "jax jit": Contender("jax", jax_jit(by_hand.jax_loss)),
+    "polyce jax": Contender("jax", jax_jit(polyce.cross_entropy), costly=True),
+    "torch compiled": Contender("torch", on_torch(compiled(torch_loss)), costly=True),
+    "polyce compiled": Contender("torch", on_torch(compiled(polyce_loss)), costly=True),
+    "polyce reference": Contender("torch", on_torch(reference), costly=True),
 }
 GRADIENT = {
+    "torch eager": Contender("torch", through_autograd(torch_loss)),
+    "polyce torch": Contender("torch", through_autograd(polyce_loss)),
+    "polyce in place": Contender("torch", over_its_own),
     "polyce NumPy": Contender("numpy", on_numpy(polyce.cross_entropy_with_grad)),
     "polyce NumPy out=": Contender("numpy", into_out),
-    "polyce torch": Contender("torch", through_autograd(polyce.cross_entropy)),
-    "polyce reference": Contender(
-        "numpy", on_numpy(polyce.cross_entropy_with_grad, implementation="reference"), slow=True
-    ),
-    "torch eager": Contender("torch", through_autograd(torch_eager)),
-    "torch compiled": Contender("torch", torch_compiled(through_autograd)),
-    "jax jit": Contender("jax", jax_jit(lambda jax, loss: jax.value_and_grad(loss))),
+    "jax jit": Contender("jax", jax_jit(by_hand.jax_loss, with_gradient=True)),
+    "polyce jax": Contender("jax", jax_jit(polyce.cross_entropy, with_gradient=True), costly=True),
+    "torch compiled": Contender("torch", through_autograd(compiled(torch_loss)), costly=True),
+    "polyce compiled": Contender("torch", through_autograd(compiled(polyce_loss)), costly=True),
+    "polyce reference": Contender("torch", through_autograd(reference), costly=True),
 }
 WHATS = {"forward": FORWARD, "gradient": GRADIENT}
-# Calls that read, or read and write, each number once: by NumPy, and in pieces by all threads.
-ROOFS = {
-    "forward": ("np.max", "np.max, all threads"),
-    "gradient": ("np.copyto", "np.copyto, all threads"),
-}
+# What takes part in a process whose torch takes huge pages, under another name.
+ON_HUGE_PAGES = {name: f"{name}, huge pages" for name in ("polyce torch", "torch eager")}
+
+# One exponential of each logit, on one thread.
+FLOOR = "np.exp"
+# What reads, or reads and writes, each number once.
+ROOFS = {"forward": "np.max", "gradient": "np.copyto"}
 
 
-def roofs(what: str, problem: Problem, threads: int) -> dict[str, Call]:
-    """Return calls that only read and write the memory that any implementation must."""
-    flat = problem.logits.reshape(-1)
-    if flat.dtype != np.float32:
-        # NumPy has no vectorised maximum of bfloat16.
-        flat = flat.view(np.int16)
-    if what == "forward":
-        inputs: list[list[np.ndarray]] = [[flat]]
-        work: Callable[..., Any] = np.max
-    else:
-        inputs = [[np.zeros_like(flat), flat]]
-        work = np.copyto
-    alone, together = ROOFS[what]
-    calls: dict[str, Call] = {alone: lambda: work(*inputs[0])}
-    if threads > 1:
-        pieces = [np.array_split(array, threads) for array in inputs[0]]
-        pool = ThreadPoolExecutor(threads)
-        calls[together] = lambda: list(pool.map(work, *pieces))
+def bounds(what: str, problem: Problem, large: bool) -> dict[str, Call]:
+    """Return NumPy's calls on one thread for what most must do, or where large all must do."""
+    flat = problem.logits.ravel(order="K")
+    exponents = flat.astype(np.float32, copy=False)  # NumPy has no fast loops for bfloat16
+    calls: dict[str, Call] = {FLOOR: partial(np.exp, exponents, out=np.zeros_like(exponents))}
+    if large:
+        read = flat if flat.dtype == np.float32 else flat.view(np.int16)
+        forward, gradient = partial(np.max, read), partial(np.copyto, np.zeros_like(read), read)
+        calls[ROOFS[what]] = forward if what == "forward" else gradient
     return calls

@@ -1,81 +1,92 @@
-"""Draw a run of the CPU benchmark: time and bandwidth."""
+"""Draw a run of the CPU benchmark: time and memory."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
 
-from .. import tables
-from ..plots import STYLES, TITLES, begin, legend, mark, save, time
-from .peers import ROOFS
+from .. import plots, tables
+from ..measure import Row
+from .peers import FLOOR, ON_HUGE_PAGES
+from .tables import calmest
 
-ROOF = "roof: one read of the logits, or one copy"
-# Fewer logits stay in a core's own cache and say nothing about memory.
-FEWEST = 2**19
+UNIT = "torch eager"
+TITLES = {"forward": "loss", "gradient": "loss and gradient"}
+STYLES = plots.STYLES | {
+    "polyce NumPy out=": ("#56B4E9", "D"),
+    "polyce in place": ("#009E73", "*"),
+    "polyce compiled": ("#F0E442", "P"),
+    ON_HUGE_PAGES["polyce torch"]: ("#009E73", "1"),
+    ON_HUGE_PAGES[UNIT]: ("#D55E00", "1"),
+    FLOOR: ("#000000", "|"),
+    "polyce reference": ("#999999", "P"),
+    "polyce jax": ("#CC79A7", "D"),
+}
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Draw all figures into a folder."""
-    begin(folder)
-    times = tables.by_case(found)
+    plots.begin(folder)
     for dtype, threads in tables.settings(found):
-        name = f"{dtype}-{threads}"
-        save(time(times, found["shapes"], dtype, threads), folder / f"cpu-time-{name}")
-        figure = bandwidth(found, dtype, threads)
-        if figure is not None:
-            save(figure, folder / f"cpu-bandwidth-{name}")
+        figure = time(calmest(found), list(found["shapes"]), dtype, threads)
+        plots.save(figure, folder / f"cpu-time-{dtype}-{threads}")
+    if found["memory"]:
+        plots.save(memory(found["memory"]), folder / "cpu-memory")
 
 
-def bandwidth(found: dict[str, Any], dtype: str, threads: int) -> Any:
-    """Draw each contender's bandwidth against the number of classes, below the memory's own."""
-    points: dict[tuple[str, str], list[tuple[int, float, str]]] = {}
-    for row in found["times"]:
-        dims = found["shapes"][row["shape"]]["dims"]
-        setting = (row["dtype"], row["threads"], row["huge_pages"])
-        if setting == (dtype, threads, False) and math.prod(dims) >= FEWEST:
-            point = (dims[1], row["gb_per_s"], row["shape"])
-            points.setdefault((row["what"], row["contender"]), []).append(point)
-    if not points:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+def time(times: tables.Times, shapes: Sequence[str], dtype: str, threads: int) -> Any:
+    """Draw the time of each contender on each shape, relative to torch's."""
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 1.5 + 0.4 * len(shapes)), sharey=True, layout="constrained"
+    )
     for axis, (what, title) in zip(axes, TITLES.items(), strict=True):
-        roof = highest(
-            [sorted(points[what, name]) for name in ROOFS[what] if (what, name) in points]
-        )
-        classes = [point[0] for point in roof]
-        rates = [point[1] for point in roof]
-        axis.plot(classes, rates, color="#444444", linestyle="--", marker="_", label=ROOF)
-        axis.fill_between(classes, rates, color="#eeeeee", zorder=0)
         for name, (colour, marker) in STYLES.items():
-            line = sorted(points.get((what, name), []))
-            if line:
-                axis.plot(
-                    [point[0] for point in line], [point[1] for point in line], color=colour,
-                    marker=marker, label=name, linewidth=1, markersize=7,
-                )  # fmt: skip
+            places, values = [], []
+            for place, shape in enumerate(shapes):
+                case = (shape, dtype, threads, what)
+                row, one = times.get((*case, name)), times.get((*case, UNIT))
+                if row and one:
+                    places.append(place)
+                    values.append(row["median_s"] / one["median_s"])
+            if values:
+                axis.scatter(
+                    values, places, s=60, c=colour, marker=marker, label=name, zorder=3, alpha=0.9
+                )
+        axis.axvline(1.0, color=STYLES[UNIT][0], linewidth=1)
         axis.set_xscale("log")
-        axis.set_yscale("log")
-        mark(axis.yaxis)
-        axis.set_xticks(
-            classes,
-            [f"{point[0]} ({point[2]})" for point in roof],
-            rotation=40,
-            ha="right",
-            fontsize=8,
-        )
-        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axis.set_xlabel("classes (of which logits)")
+        plots.mark(axis.xaxis)
+        axis.tick_params(axis="x", rotation=45)
         axis.set_title(f"{title}, {dtype}, {tables.count(threads)}")
-    axes[0].set_ylabel("GB/s of logits read and gradient written")
-    axes[0].tick_params(labelleft=True)
-    legend(figure, axes)
+        axis.set_xlabel(f"time / time of {UNIT} (left is faster)")
+    axes[0].set_yticks(range(len(shapes)), shapes)
+    axes[0].set_ylabel("logits")
+    axes[0].set_ylim(len(shapes) - 0.5, -0.5)
+    plots.legend(figure, axes, STYLES)
     return figure
 
 
-def highest(lines: list[list[tuple[int, float, str]]]) -> list[tuple[int, float, str]]:
-    """Return the maximum of several lines at each place."""
-    return [max(points, key=lambda point: point[1]) for points in zip(*lines, strict=True)]
+def memory(rows: list[Row]) -> Any:
+    """Draw the growth of the process by contender, each case in a panel of its own."""
+    names = [name for name in STYLES if any(row["contender"] == name for row in rows)]
+    cases = list(dict.fromkeys((row["what"], row["shape"]) for row in rows))
+    figure, ((*axes,),) = plt.subplots(
+        1, len(cases), figsize=(3.6 * len(cases), 1.2 + 0.33 * len(names)), squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    for axis, (what, shape) in zip(axes, cases, strict=True):
+        for row in rows:
+            if (row["what"], row["shape"]) == (what, shape):
+                place, length = names.index(row["contender"]), row["bytes"] / row["logits"]
+                axis.barh(place, length, color=STYLES[row["contender"]][0], height=0.7)
+                where = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+                axis.annotate(f"{length:.2f}", (length, place), **where)
+        axis.set_title(f"{TITLES[what]}, {shape} float32", fontsize=10)
+        axis.set_xlabel("growth at the peak / size of the logits", fontsize=9)
+        axis.grid(visible=False, axis="y")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].margins(x=0.1)
+    return figure

@@ -1,4 +1,4 @@
-"""Time and measure the reference implementation: one table for each question.
+"""Time and measure the reference on NumPy, and dask: one table for each question.
 
 python -m benchmarks.cpu.reference [--only NAME ...] [--json FILE] [--tiny]
 
@@ -34,8 +34,6 @@ class Size(NamedTuple):
     """The least number of rounds of one case."""
     small: tuple[int, int]
     large: tuple[int, int]
-    wide: tuple[int, int]
-    """Rows and classes of a case with many rows and fewer classes."""
     lazy: tuple[int, int]
     """Rows and classes of a dask array that would not all fit into memory."""
     lazy_chunk: int
@@ -47,10 +45,10 @@ class Size(NamedTuple):
         return {"budget": self.seconds, "rounds": self.rounds}
 
 
-# NumPy and torch arrays would go to the compiled core.
+# NumPy arrays would go to the compiled core.
 PATH = "reference"
-FULL = Size(11, 5.0, 11, (8, 10), (1024, 32000), (8192, 1000), (8192, 32000), 256)
-TINY = Size(1, 0.0, 2, (4, 5), (32, 50), (64, 10), (64, 50), 8)
+FULL = Size(11, 5.0, 11, (8, 10), (1024, 32000), (8192, 32000), 256)
+TINY = Size(1, 0.0, 2, (4, 5), (32, 50), (64, 50), 8)
 
 
 def imports(size: Size) -> list[Row]:
@@ -147,80 +145,6 @@ def grow(function: str, shape: tuple[int, int], dtype: str) -> dict[str, float] 
     return grown and grown | {"logits": logits.nbytes}
 
 
-def time_jax(shape: tuple[int, int], **timing: Any) -> list[Row]:
-    """Time jax."""
-    import jax
-
-    import polyce
-
-    peer, peer_loss = "by hand", by_hand.jax_loss
-    if measure.installed("optax"):
-        import optax
-
-        def peer_loss(logits: Any, labels: Any) -> Any:
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        peer = "optax"
-
-    logits, labels = (jax.numpy.asarray(array) for array in problem(tuple(shape)))
-
-    def ready(function: Callable[..., Any]) -> Callable[[], Any]:
-        compiled = jax.jit(function)
-        return lambda: jax.block_until_ready(compiled(logits, labels))
-
-    name = by(shape)
-    return measure.against(
-        f"loss {name}", ready(polyce.cross_entropy), {peer: (ready(peer_loss), None)}, **timing
-    ) + measure.against(
-        f"value_and_grad {name}",
-        ready(jax.value_and_grad(polyce.cross_entropy)),
-        {peer: (ready(jax.value_and_grad(peer_loss)), 1.3)},
-        **timing,
-    )
-
-
-def eager_torch(size: Size) -> list[Row]:
-    """Time torch, and the large input once more with huge pages."""
-    rows = []
-    for shape in (size.small, size.large):
-        rows += measure.fresh(time_torch, shape=shape, **size.timing)
-    huge = measure.fresh(
-        time_torch,
-        {"THP_MEM_ALLOC_ENABLE": "1"},
-        shape=size.large,
-        **size.timing,
-    )
-    return rows + [row | {"case": f"{row['case']}, huge pages"} for row in huge]
-
-
-def time_torch(shape: tuple[int, int], **timing: Any) -> list[Row]:
-    """Time torch."""
-    import torch
-
-    import polyce
-
-    logits, labels = (torch.from_numpy(array) for array in problem(tuple(shape)))
-    leaf = logits.clone().requires_grad_()
-    theirs = torch.nn.functional.cross_entropy
-
-    def backward(function: Callable[..., Any]) -> Any:
-        loss = function(leaf, labels)
-        return loss.detach(), torch.autograd.grad(loss, leaf)
-
-    name = f"{by(shape)}, {torch.get_num_threads()} threads"
-    return measure.against(
-        f"forward {name}",
-        lambda: polyce.cross_entropy(logits, labels, implementation=PATH),
-        {"torch": (lambda: theirs(logits, labels), None)},
-        **timing,
-    ) + measure.against(
-        f"forward and backward {name}",
-        lambda: backward(partial(polyce.cross_entropy, implementation=PATH)),
-        {"torch": (lambda: backward(theirs), None)},
-        **timing,
-    )
-
-
 class Question(NamedTuple):
     """A question that one table answers."""
 
@@ -245,15 +169,6 @@ QUESTIONS = {
     "memory": Question(
         "NumPy, peak memory in multiples of the logits, which count as the first", "numpy", memory
     ),
-    "jax": Question(
-        "jax under jit, against optax (the same by hand where optax is missing)",
-        "jax",
-        lambda size: [
-            row
-            for shape in (size.large, size.wide)
-            for row in measure.fresh(time_jax, shape=shape, **size.timing)
-        ],
-    ),
     "dask": Question(
         "dask, its own path against the reference, logits made chunk by chunk or in memory",
         "dask",
@@ -274,7 +189,6 @@ QUESTIONS = {
         "dask",
         lambda size: measure.fresh(chunked.tasks, shape=size.lazy, chunk=size.lazy_chunk),
     ),
-    "torch": Question("torch, eager, against its own", "torch", eager_torch),
 }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -123,11 +122,9 @@ def time_case(
         order.append(order.pop(0))
         number += 1
     facts: Row = {"shape": shape, "dtype": dtype, "what": what, "rounds": number}
-    # The keys that by_case needs.
-    facts |= {"threads": THREADS, "huge_pages": False}
+    facts["threads"] = THREADS  # as by_case wants it
     return [
-        facts | {"contender": name, "median_s": statistics.median(samples), "best_s": min(samples)}
-        for name, samples in taken.items()
+        facts | {"contender": name} | measure.summary(samples) for name, samples in taken.items()
     ]
 
 

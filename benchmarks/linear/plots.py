@@ -37,8 +37,8 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 
 def memory_and_time(found: dict[str, Any], dtype: str, threads: int, what: str) -> Any:
-    """Draw the memory of each contender against its time, with a panel for each shape."""
-    times = tables.by_case(found)
+    """Draw the memory of each contender against its time, each shape in a panel of its own."""
+    times = tables.by_case(found["times"])
     megabytes = {
         (row["shape"], row["contender"]): max(beyond(row), LEAST)
         for row in found["memory"]
@@ -57,7 +57,7 @@ def memory_and_time(found: dict[str, Any], dtype: str, threads: int, what: str) 
     for axis in axes[len(shapes) :]:
         axis.set_axis_off()
     for axis, shape in zip(axes, shapes, strict=False):
-        case = (shape, dtype, threads, False, what)
+        case = (shape, dtype, threads, what)
         for name, (colour, marker) in STYLES.items():
             row = times.get((*case, name))
             if row and (shape, name) in megabytes:

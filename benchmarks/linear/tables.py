@@ -43,17 +43,17 @@ def show(found: dict[str, Any], key: str) -> None:
 
 
 def against_torch(found: dict[str, Any], dtype: str, what: str, key: str) -> Table:
-    """Return each contender's time on each shape as a multiple of torch's, and torch's time."""
-    times = by_case(found)
+    """Return each contender's time on each shape as a multiple of torch's, and torch's own."""
+    times = by_case(found["times"])
     names = [
         name
         for name in CONTENDERS
         if name not in (UNIT, PRODUCTS)
-        and any((dtype, what, name) == (k[1], k[4], k[5]) for k in times)
+        and any((dtype, what, name) == (k[1], k[3], k[4]) for k in times)
     ]
     lines = []
     for shape in found["shapes"]:
-        case = (shape, dtype, THREADS, False, what)
+        case = (shape, dtype, THREADS, what)
         one = times.get((*case, UNIT))
         line = [ratio(times.get((*case, name)), one, key) for name in names]
         lines.append([shape, *line, text("_s", one and one[key])])
@@ -61,8 +61,8 @@ def against_torch(found: dict[str, Any], dtype: str, what: str, key: str) -> Tab
 
 
 def against_products(found: dict[str, Any], key: str) -> Table:
-    """Return NumPy's times as multiples of the products' times, and the products' times."""
-    times = by_case(found)
+    """Return NumPy's times as multiples of those of the products alone, and these."""
+    times = by_case(found["times"])
     names = [
         name
         for name, contender in CONTENDERS.items()
@@ -71,7 +71,7 @@ def against_products(found: dict[str, Any], key: str) -> Table:
     lines = []
     for case, one in times.items():
         if case[-1] == PRODUCTS:
-            shape, dtype, _, _, what, _ = case
+            shape, dtype, _, what, _ = case
             line = [ratio(times.get((*case[:-1], name)), one, key) for name in names]
             lines.append([shape, dtype, WHATS[what], *line, text("_s", one[key])])
     return ["shape", "dtype", "what", *names, PRODUCTS], lines
