@@ -18,6 +18,7 @@ import polyce
 pytestmark = pytest.mark.only("torch")
 
 
+@pytest.mark.only("torch", "torch-cuda")
 def test_threads_may_share_the_loss(torch: Any) -> None:
     # As DataParallel does: one module, a thread for each replica, one backward pass through all.
     loss = polyce.CrossEntropyLoss(label_smoothing=0.1)
