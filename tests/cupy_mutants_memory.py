@@ -89,17 +89,11 @@ MUTANTS = {
         zones((5, 10)), CLASSES, "lane < call.inner ?", "lane <= call.inner ?"
     ),
     "ends-read-by-every-part": wrong(PARTS, CLASSES, "if (part == 0) {", "if (part >= 0) {"),
-    "narrow-vectors-planned": wrong(
+    "half-the-width-compared": wrong(
         zones((2, 72), out_at=4, name="float16"),
         PLAN,
-        "min(16 // itemsize, most)",
-        "min(16 // itemsize, 4)",
-    ),
-    "wide-vectors-planned": wrong(
-        right((3, 40), kind="probability", table=SPLIT, return_stats=True, grad=False),
-        PLAN,
-        "min(16 // itemsize, most)",
-        "min(16 // itemsize, 4)",
+        "_in_step(threads.width, key.logits, x, key.grad",
+        "_in_step(threads.width // 2, key.logits, x, key.grad",
     ),
     "gradient-taken-for-aligned": wrong(
         zones((2, 72), out_at=1), CLASSES, "W == 1 || call.g_in_step", "true"
