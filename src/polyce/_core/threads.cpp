@@ -41,7 +41,9 @@ public:
         Share& self = *static_cast<Share*>(share);
         if (std::this_thread::get_id() == self.caller_) {
             self.begun = now();
+            const Nanoseconds before = time_on_processor();
             self.work_alone();
+            self.computed = time_on_processor() - before;
             self.ended = now();
         } else if (self.places_.fetch_sub(1, std::memory_order_relaxed) > 0) {
             self.help();
@@ -51,7 +53,7 @@ public:
     std::int64_t tiles() const { return tiles_; }
     std::int64_t own_tiles() const { return own_tiles_; }
 
-    Nanoseconds begun = 0, ended = 0;  // the caller's work
+    Nanoseconds begun = 0, ended = 0, computed = 0;  // the caller's work
 
 private:
     std::int64_t work(char* scratch) {
@@ -90,9 +92,9 @@ Account pool_account, torch_account;
 
 // Books what others have saved the caller, and the time it waited for them.
 void book(Account& account, const Share& share, Nanoseconds start) {
-    const Nanoseconds own = share.ended - share.begun, waited = share.begun - start + now() - share.ended;
-    const std::int64_t others = share.tiles() - share.own_tiles();
-    const double saved = share.own_tiles() ? double(own) * double(others) / double(share.own_tiles()) : 0.0;
+    const Nanoseconds waited = share.begun - start + now() - share.ended;
+    const std::int64_t own = share.own_tiles(), others = share.tiles() - own;
+    const double saved = own ? double(share.computed) * double(others) / double(own) : 0.0;
     account.book(Nanoseconds(saved) - waited);
 }
 
