@@ -80,6 +80,24 @@ def test_where_torch_has_too_few_threads_polyce_has_its_own() -> None:
 
 
 @pytest.mark.slow("torch")
+def test_torchs_threads_may_end_and_others_begin() -> None:
+    told = run(
+        """
+        polyce.set_num_threads(1)
+        want = bits()
+        polyce.set_num_threads(3)
+        found = set()
+        for count in (3, 1, 5, 2, 3):
+            torch.set_num_threads(count)
+            parallel()
+            found |= {bits() for _ in range(5)}
+        print(found == {want})
+        """
+    )
+    assert told == "True\n"
+
+
+@pytest.mark.slow("torch")
 def test_torchs_threads_give_the_same_bits_and_round_as_before() -> None:
     told = run(
         """

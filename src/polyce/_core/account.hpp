@@ -3,29 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <cstdint>
-#include <ctime>
+
+#include "clocks.hpp"
 
 namespace polyce {
-
-using Nanoseconds = std::int64_t;
-
-inline Nanoseconds now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// How long the calling thread has had a processor, where the system tells.
-inline Nanoseconds time_on_processor() {
-#if defined(CLOCK_THREAD_CPUTIME_ID)
-    timespec found;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &found) == 0) {
-        return Nanoseconds(found.tv_sec) * 1'000'000'000 + found.tv_nsec;
-    }
-#endif
-    return now();
-}
 
 // On a machine with other work to do, a thread that has begun on a tile may be kept from its
 // processor for milliseconds, and the caller waits for it. So after calls that lost more by others
