@@ -136,3 +136,20 @@ def test_a_forked_child_does_not_wait_for_torchs_threads() -> None:
         """
     )
     assert told == "0 0 0\nTrue\n"
+
+
+@pytest.mark.slow("torch")
+def test_nor_does_a_child_that_loads_the_core_itself() -> None:
+    told = run(
+        """
+        torch.set_num_threads(3)
+        parallel()
+        child = os.fork()
+        if not child:
+            polyce.set_num_threads(3)
+            bits()
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        """
+    )
+    assert told == "0\n"

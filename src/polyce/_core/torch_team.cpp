@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <ctime>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 #include "clocks.hpp"
 #include "processor.hpp"
@@ -34,8 +37,22 @@ OpenMP find() {
     return found;
 }
 
+// Whether this process was forked before this library was loaded, and has run no other program since.
+bool is_forked() {
+    constexpr unsigned long forked_without_exec = 0x40;  // PF_FORKNOEXEC, for all processes since Linux 2.6
+    std::ifstream file("/proc/self/stat");
+    std::string text;
+    std::getline(file, text);
+    // The name, in parentheses, may hold anything; after it come the state and five numbers.
+    std::istringstream fields(text.substr(text.rfind(')') + 1));
+    std::string skipped;
+    for (int i = 0; i < 6; ++i) fields >> skipped;
+    unsigned long flags = 0;
+    return !(fields >> flags) || (flags & forked_without_exec);
+}
+
 // A forked child has no team and would wait for it without end.
-std::atomic<bool> forked{false};
+std::atomic<bool> forked{is_forked()};
 [[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 // Some of the threads that came to the calling thread's last call, by their clocks. OpenMP waits for
