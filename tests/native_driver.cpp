@@ -6,14 +6,17 @@
 //
 // The format of the files is described at the top of polyce/testing/dump.py.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
 #include <thread>
 
+#include "account.hpp"
 #include "core.hpp"
 #include "native_cases.hpp"
+#include "pool.hpp"
 #include "threads.hpp"
 
 using namespace polyce;
@@ -309,6 +312,51 @@ void check_without_memory(const Case& c) {
     check_same_bits(c, {"memory again"}, before, run_case(c, way), true);
 }
 
+// One that has not begun when the caller is done never begins; nobody begins twice, and no more do
+// than are wanted.
+void check_pool() {
+    constexpr int helpers = 3;
+    struct Call {
+        std::atomic<int> begun{0};
+        std::atomic<bool> is_over{false};
+    };
+    static std::atomic<int> late{0};
+    std::vector<Call> calls(2000);
+    int most = 0;
+    for (Call& call : calls) {
+        run_with_pool(helpers, [](void* context) {
+            Call& own = *static_cast<Call*>(context);
+            if (own.is_over) ++late;
+            ++own.begun;
+        }, &call);
+        call.is_over = true;
+    }
+    for (const Call& call : calls) most = std::max(most, call.begun.load());
+    tell(late == 0, "pool: " + std::to_string(late) + " began after their call was over");
+    tell(most >= 1 && most <= helpers + 1, "pool: " + std::to_string(most) + " threads at one call");
+}
+
+// Calls go alone after a loss, until a twentieth of their time makes up for it.
+void check_account() {
+    constexpr Nanoseconds millisecond = 1'000'000;
+    Account account;
+    tell(account.allows_help(), "account: the first call may be helped");
+    account.book(-2 * millisecond);
+    tell(!account.allows_help(), "account: no help after a loss");
+    account.book_alone(19 * millisecond);
+    tell(!account.allows_help(), "account: no help before the loss is made up for");
+    account.book_alone(millisecond);
+    tell(account.allows_help(), "account: help once it is");
+    account.book(-1000 * millisecond);
+    account.book_alone(1000 * millisecond);
+    tell(account.allows_help(), "account: however long an interruption, it counts for 50 ms");
+    for (int i = 0; i < 1000; ++i) account.book(millisecond);
+    account.book(-10 * millisecond);
+    tell(account.allows_help(), "account: a good time allows for a loss");
+    account.book(-1);
+    tell(!account.allows_help(), "account: however long, for 10 ms of it");
+}
+
 // With rows one after the other, then with rows side by side.
 std::vector<Case> large_cases() {
     return {
@@ -344,6 +392,8 @@ int main(int count, char** arguments) {
             check_streaming(c);
         }
     }
+    check_pool();
+    check_account();
     use_isa(isa_names()[0]);
     check_callers(large_case("float32", {300, 700}, true, 0));
     for (const Case& c : large_cases()) check_without_memory(c);

@@ -40,6 +40,7 @@ public:
 
     // Arrays without elements may lie nowhere, but where null means that there is none, they are.
     char* data() const;
+    bool is_tensor() const { return !is_held_; }
     // In bytes.
     std::int64_t stride(int axis) const { return strides_[axis]; }
 

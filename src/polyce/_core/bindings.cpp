@@ -216,6 +216,7 @@ private:
 
     // Says where the rows lie; axes that all arrays step through evenly become one.
     void place(Job& job, const Array& x, const Array* t, const Array* g) const {
+        job.on_torch = x.is_tensor();
         const Array* arrays[] = {&x, t, g};
         Matrix* matrices[] = {&job.logits, &job.probabilities, &job.grad};
         for (int m = 0; m < 3; ++m) {

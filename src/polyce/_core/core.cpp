@@ -16,16 +16,17 @@
 namespace polyce {
 namespace {
 
-// A thread that helps costs some microseconds to wake, as much as this many logits.
-constexpr std::int64_t numbers_per_thread = 32768;
+// A thread that helps costs some microseconds to wake, as much as this many logits; one of torch's,
+// which is mostly awake, a microsecond or two.
+constexpr std::int64_t numbers_per_thread = 32768, numbers_per_torch_thread = 16384;
 constexpr std::int64_t rows_in_label_block = 16384;
 // A gradient larger than this has left the caches before anyone reads it.
 constexpr std::int64_t bytes_worth_streaming = 16 << 20;
 constexpr std::int64_t bytes_worth_huge_pages = 4 << 20;
 constexpr std::int64_t huge_page = 2 << 20;
 
-int threads_for(std::int64_t numbers) {
-    const std::int64_t worthwhile = numbers / numbers_per_thread;
+int threads_for(std::int64_t numbers, bool with_torch) {
+    const std::int64_t worthwhile = numbers / (with_torch ? numbers_per_torch_thread : numbers_per_thread);
     const int most = thread_count();
     return worthwhile < 1 ? 1 : worthwhile < most ? int(worthwhile) : most;
 }
@@ -56,11 +57,12 @@ void ask_for_huge_pages(void* memory, std::int64_t bytes) {
 
 // Makes the system give all pages of fresh memory now, on all threads. Were each given when it is
 // first written, its zeros would push out of the caches what is being computed with.
-void fill_with_pages(char* memory, std::int64_t bytes) {
+void fill_with_pages(char* memory, std::int64_t bytes, bool with_torch) {
     const auto touch = [](void* start, std::int64_t page, char*) {
         static_cast<char*>(start)[page * huge_page] = 0;
     };
-    share_tiles((bytes + huge_page - 1) / huge_page, threads_for(bytes), 64, touch, memory);
+    const std::int64_t pages = (bytes + huge_page - 1) / huge_page;
+    share_tiles(pages, threads_for(bytes, with_torch), with_torch, 64, touch, memory);
 }
 
 }  // namespace
@@ -87,7 +89,7 @@ void read_target(Job& job) {
             c.facts[b] = c.kernels.read_labels(
                 c.job, first, left < rows_in_label_block ? left : rows_in_label_block);
         };
-        share_tiles(blocks, threads_for(job.rows / 2), 64, task, &context);
+        share_tiles(blocks, threads_for(job.rows / 2, job.on_torch), job.on_torch, 64, task, &context);
         const std::unique_ptr<double[]> weights(new double[std::size_t(blocks ? blocks : 1)]);
         for (std::int64_t b = 0; b < blocks; ++b) {
             weights[b] = facts[b].weight;
@@ -106,7 +108,7 @@ void run(Job& job) {
     if (job.grad.data && bytes >= bytes_worth_streaming) {
         // What is overwritten in place is in the caches already.
         job.streams = job.grad.data != job.logits.data && job.grad.class_stride == size_of(job.grad.dtype);
-        if (job.fresh) fill_with_pages(job.grad.data, bytes);
+        if (job.fresh) fill_with_pages(job.grad.data, bytes, job.on_torch);
     }
     const Kernels& kernels = current_kernels();
     const std::int64_t tiles = kernels.tiles(job);
@@ -120,7 +122,8 @@ void run(Job& job) {
         const Context& c = *static_cast<Context*>(shared);
         c.sums[tile] = c.kernels.run_tile(c.job, tile, scratch);
     };
-    share_tiles(tiles, threads_for(job.rows * job.classes), kernels.scratch_bytes(job), task, &context);
+    const int threads = threads_for(job.rows * job.classes, job.on_torch);
+    share_tiles(tiles, threads, job.on_torch, kernels.scratch_bytes(job), task, &context);
     job.total = pairwise(sums.get(), tiles);
 }
 
@@ -143,8 +146,8 @@ void log_softmax(const Job& job) {
         const Context& c = *static_cast<Context*>(shared);
         c.kernels.log_softmax_tile(c.job, tile, scratch);
     };
-    share_tiles(
-        kernels.tiles(job), threads_for(job.rows * job.classes), kernels.scratch_bytes(job), task, &context);
+    const int threads = threads_for(job.rows * job.classes, job.on_torch);
+    share_tiles(kernels.tiles(job), threads, job.on_torch, kernels.scratch_bytes(job), task, &context);
 }
 
 }  // namespace polyce

@@ -70,6 +70,7 @@ struct Job {
     bool backward_only = false;
     bool fresh = false;           // the gradient is dense and has never been written
     bool streams = false;         // the gradient goes past the caches
+    bool on_torch = false;        // the arrays are torch's, whose threads may help
     Stats stats;
 
     // Found on the way.

@@ -1,23 +1,13 @@
 #include "threads.hpp"
 
 #include <atomic>
-#include <cfenv>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
+#include "account.hpp"
+#include "pool.hpp"
+#include "processor.hpp"
+#include "torch_team.hpp"
 
 namespace polyce {
 namespace {
@@ -35,153 +25,78 @@ public:
     char* const memory;
 };
 
-// How a thread rounds, and whether it flushes subnormal numbers to zero.
-class FloatMode {
-public:
-#if defined(__x86_64__) || defined(_M_X64)
-    static FloatMode current() { return {_mm_getcsr()}; }
-    void set() const { _mm_setcsr(mode); }
-    unsigned mode;
-#else
-    static FloatMode current() {
-        FloatMode found;
-        std::fegetenv(&found.mode);
-        return found;
-    }
-    void set() const { std::fesetenv(&mode); }
-    std::fenv_t mode;
-#endif
-};
-
 // One call's tiles, while threads take them.
-struct Share {
-    std::int64_t tiles, scratch_bytes;
-    void (*task)(void*, std::int64_t, char*);
-    void* context;
-    const FloatMode mode = FloatMode::current();
-    std::atomic<std::int64_t> next{0};
+class Share {
+public:
+    Share(std::int64_t tiles, int threads, std::int64_t scratch_bytes, Task task, void* context)
+        : tiles_(tiles), scratch_bytes_(scratch_bytes), task_(task), context_(context),
+          places_(threads - 1), scratch_(scratch_bytes) {
+        if (!scratch_.memory) throw std::bad_alloc();
+    }
 
-    void work(char* scratch) {
-        for (;;) {
-            const std::int64_t tile = next.fetch_add(1, std::memory_order_relaxed);
-            if (tile >= tiles) return;
-            task(context, tile, scratch);
+    void work_alone() { own_tiles_ = work(scratch_.memory); }
+
+    // For each thread that comes, the caller among them.
+    static void come(void* share) {
+        Share& self = *static_cast<Share*>(share);
+        if (std::this_thread::get_id() == self.caller_) {
+            self.begun = now();
+            const Nanoseconds before = time_on_processor();
+            self.work_alone();
+            self.computed = time_on_processor() - before;
+            self.ended = now();
+        } else if (self.places_.fetch_sub(1, std::memory_order_relaxed) > 0) {
+            self.help();
+        }
+    }
+
+    std::int64_t tiles() const { return tiles_; }
+    std::int64_t own_tiles() const { return own_tiles_; }
+
+    Nanoseconds begun = 0, ended = 0, computed = 0;  // the caller's work
+
+private:
+    std::int64_t work(char* scratch) {
+        for (std::int64_t done = 0;; ++done) {
+            const std::int64_t tile = next_.fetch_add(1, std::memory_order_relaxed);
+            if (tile >= tiles_) return done;
+            task_(context_, tile, scratch);
         }
     }
 
     // Another thread has the same bits if it rounds as the caller does. One that finds no memory
     // leaves the tiles to the others.
     void help() {
-        const Scratch scratch(scratch_bytes);
+        const Scratch scratch(scratch_bytes_);
         if (!scratch.memory) return;
-        mode.set();
+        const FloatMode own = FloatMode::current();
+        mode_.set();
         work(scratch.memory);
+        own.set();
     }
+
+    const std::int64_t tiles_, scratch_bytes_;
+    const Task task_;
+    void* const context_;
+    const FloatMode mode_ = FloatMode::current();
+    const std::thread::id caller_ = std::this_thread::get_id();
+    std::atomic<std::int64_t> next_{0};
+    std::atomic<int> places_;
+    const Scratch scratch_;
+    std::int64_t own_tiles_ = 0;
 };
-
-constexpr int patience = 2000;  // looks, of up to 0.1 µs each
-
-void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-    _mm_pause();
-#elif defined(__aarch64__) && !defined(_MSC_VER)
-    asm volatile("yield");
-#endif
-}
-
-// Helpers sleep until a call wants some of them. One call at a time has them: a second caller,
-// meanwhile, does its work alone, which a machine that is busy anyway would hardly notice.
-class Pool {
-public:
-    void share(Share& share, int helpers, char* scratch) {
-        std::unique_lock<std::mutex> only(owner_, std::try_to_lock);
-        if (!only.owns_lock()) {
-            share.work(scratch);
-            return;
-        }
-        {
-            std::lock_guard<std::mutex> guard(mutex_);
-            while (started_ < helpers && start()) ++started_;
-            share_ = &share;
-            wanted_ = helpers < started_ ? helpers : started_;
-        }
-        wake_.notify_all();
-        share.work(scratch);
-        {
-            std::lock_guard<std::mutex> guard(mutex_);
-            wanted_ = 0;  // who has not come by now is not needed
-            share_ = nullptr;
-        }
-        // The others are at their last tiles: to fall asleep would take longer than most of them.
-        for (int i = 0; i < patience && busy_.load(std::memory_order_acquire) > 0; ++i) pause();
-        std::unique_lock<std::mutex> guard(mutex_);
-        done_.wait(guard, [this] { return busy_ == 0; });
-    }
-
-private:
-    // Fewer helpers do as well: a system that has no thread to give may have one at the next call.
-    bool start() {
-        try {
-            std::thread([this] { help(); }).detach();
-        } catch (const std::system_error&) {
-            return false;
-        } catch (const std::bad_alloc&) {
-            return false;
-        }
-        return true;
-    }
-
-    void help() {
-        std::unique_lock<std::mutex> guard(mutex_);
-        for (;;) {
-            wake_.wait(guard, [this] { return wanted_ > 0; });
-            --wanted_;
-            ++busy_;
-            Share& share = *share_;
-            guard.unlock();
-            share.help();
-            guard.lock();
-            if (--busy_ == 0) done_.notify_one();
-        }
-    }
-
-    std::mutex owner_, mutex_;
-    std::condition_variable wake_, done_;
-    Share* share_ = nullptr;
-    int started_ = 0, wanted_ = 0;
-    std::atomic<int> busy_{0};
-};
-
-// Never destroyed: at exit its threads may still be asleep in it. A forked child, which has none of
-// the threads, makes itself a new one.
-std::atomic<Pool*> pool{nullptr};
-
-#if !defined(_WIN32)
-// When the library is loaded, so that no thread is doing this while another one forks.
-[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-#endif
-
-Pool& current_pool() {
-    Pool* found = pool.load();
-    if (!found) {
-        Pool* fresh = new Pool;
-        if (pool.compare_exchange_strong(found, fresh)) return *fresh;
-        delete fresh;
-    }
-    return *found;
-}
-
-// The processors that this process may use.
-int usable_processors() {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-    const unsigned count = std::thread::hardware_concurrency();
-    return count ? int(count) : 1;
-}
 
 std::atomic<int> threads{0};
+
+Account pool_account, torch_account;
+
+// Books what others have saved the caller, and the time it waited for them.
+void book(Account& account, const Share& share, Nanoseconds start) {
+    const Nanoseconds waited = share.begun - start + now() - share.ended;
+    const std::int64_t own = share.own_tiles(), others = share.tiles() - own;
+    const double saved = own ? double(share.computed) * double(others) / double(own) : 0.0;
+    account.book(Nanoseconds(saved) - waited);
+}
 
 }  // namespace
 
@@ -197,19 +112,24 @@ int thread_count() {
 void set_thread_count(int count) { threads.store(count, std::memory_order_relaxed); }
 
 void share_tiles(
-    std::int64_t tiles, int count, std::int64_t scratch_bytes,
-    void (*task)(void*, std::int64_t, char*), void* context
+    std::int64_t tiles, int count, bool with_torch, std::int64_t scratch_bytes, Task task, void* context
 ) {
-    Share share{tiles, scratch_bytes, task, context};
-    // Before the work is shared: from then on, nothing may leave this frame but in good order.
-    const Scratch scratch(scratch_bytes);
-    if (!scratch.memory) throw std::bad_alloc();
     if (count > tiles) count = int(tiles);
+    // Before the work is shared: from then on, nothing may leave this frame but in good order.
+    Share share(tiles, count, scratch_bytes, task, context);
     if (count <= 1) {
-        share.work(scratch.memory);
-    } else {
-        current_pool().share(share, count - 1, scratch.memory);
+        share.work_alone();
+        return;
     }
+    Account& account = with_torch ? torch_account : pool_account;
+    const Nanoseconds start = now();
+    if (!account.allows_help()) {
+        share.work_alone();
+        account.book_alone(now() - start);
+        return;
+    }
+    if (!with_torch || !run_with_torch(count, Share::come, &share)) run_with_pool(count - 1, Share::come, &share);
+    book(account, share, start);
 }
 
 }  // namespace polyce
