@@ -76,8 +76,7 @@ POLYCE_INLINE double difference_error(const Transform<capped>& x, double a, doub
 // to float32 afterwards does not show the difference to the full forms, which take twice as long.
 // The terms of their series go by pairs, so that few wait for one another.
 POLYCE_INLINE double exp_negative_brief(double t) {
-    t = t < Exp<double>::lowest ? Exp<double>::lowest : t;
-    const auto [f, z, n] = reduce_exponent(t);
+    const auto [f, z, n] = reduce_exponent(bounded(t));
     const double f2 = f * f;
     const double p4 = fma(f, 0x1.9f08965704834p-13, 0x1.6d8d06db40dd1p-10);
     const double p2 = fma(f, 0x1.111270b2ef63fp-7, 0x1.55548dc490106p-5);
