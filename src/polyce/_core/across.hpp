@@ -14,10 +14,9 @@ namespace polyce::POLYCE_ISA {
 
 template <class T, bool capped>
 struct Across : Pivots<T> {
-    using Place = typename Lanes<T>::Place;
     using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::gaps, Tile<T>::coefficients;
-    using Tile<T>::first_row, Tile<T>::rows, Tile<T>::by_labels;
-    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add;
+    using Tile<T>::first_row, Tile<T>::rows, Tile<T>::used, Tile<T>::by_labels;
+    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add, Tile<T>::pitch;
     using Pivots<T>::each_chunk, Pivots<T>::each_label, Pivots<T>::each_pivot, Pivots<T>::find_pivots;
 
     Results<T, capped> results;
@@ -26,7 +25,10 @@ struct Across : Pivots<T> {
     Across(const Job& job, char* scratch)
         : Pivots<T>(job, scratch), results(*this), scale(T(job.scale)), cap(T(job.cap)),
           twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)),
-          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)) {}
+          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)) {
+        // What is needed once can give way to what is made of it, and stays in the first cache so.
+        if (!needs_gaps()) gaps = logits;
+    }
 
     void fill_coefficients(std::int64_t start, int count) const {
         if (!by_labels) fill(job.probabilities, start, count, coefficients);
@@ -34,7 +36,7 @@ struct Across : Pivots<T> {
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
             const T weight = weights ? weights[start + c] : T(1);
-            T* r = coefficients + c * width;
+            T* r = coefficients + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = coefficient(job, r[i], weight, kept, share); });
         }
     }
@@ -77,8 +79,8 @@ struct Across : Pivots<T> {
     void read_gaps(int count) const {
         const T scale = this->scale, cap = this->cap;
         for (int c = 0; c < count; ++c) {
-            const T* x = logits + c * width;
-            T* t = gaps + c * width;
+            const T* x = logits + c * pitch;
+            T* t = gaps + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
                 if constexpr (capped) {
                     t[i] = capped_gap(x[i], lane.m[i], lane.decay[i], scale, cap);
@@ -91,7 +93,7 @@ struct Across : Pivots<T> {
 
     void exponentials(int count) const {
         for (int c = 0; c < count; ++c) {
-            T* t = gaps + c * width;
+            T* t = gaps + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = exp_negative(t[i]); });
         }
     }
@@ -100,33 +102,44 @@ struct Across : Pivots<T> {
         fill_coefficients(start, count);
         each_pivot(coefficients, [&](int i, T& r) { lane.pivot_coefficient[i] = double(r), r = T(0); });
         const T *const t = gaps, *const r = coefficients;
-        add(count, lane.rest_coefficient, lane.lost_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA { return r[at]; });
+        add(count, lane.rest_coefficient, lane.lost_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA {
+            return load(r + at);
+        });
         add(count, lane.rest_excess, lane.lost_excess, [&](int, int at) POLYCE_INLINE_LAMBDA {
-            // Only what is infinite is skipped: a nan has to stay.
-            return r[at] == T(0) && t[at] == -infinity<T> ? T(0) : r[at] * -t[at];
+            return each_part(excess_of, load(r + at), load(t + at));
         });
     }
 
     void add_entropy(int count) {
         const T* const t = gaps;
         add(count, lane.rest_entropy, lane.lost_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
-            const T e = exp_negative(t[at]);
-            return e == T(0) ? T(0) : -t[at] * e;
+            return each_part(entropy_of, load(t + at));
         });
     }
 
-    // Adds the exponentials and leaves them in `gaps`.
+    // Whether the sums need what the exponents are, before the exponentials take its place.
+    bool needs_gaps() const { return capped || results.spread || job.stats.entropy; }
+
+    // Adds the exponentials; leaves them in `gaps`.
     void add_exponentials(int count) {
         T* const t = gaps;
         const T* const x = logits;
         const T scale = this->scale;
-        if (capped || results.spread || job.stats.entropy) {
-            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return t[at] = exp_negative(t[at]); });
-        } else {
-            add(count, lane.rest_sum, lane.lost_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
-                return t[at] = exp_negative((x[at] - lane.m[i]) * scale);
+        if (needs_gaps()) {
+            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA {
+                const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, load(t + at));
+                store(t + at, e);
+                return e;
             });
+            return;
         }
+        add(count, lane.rest_sum, lane.lost_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
+            const Pack<T> e = each_part([&](auto v, auto m) POLYCE_INLINE_LAMBDA {
+                return exp_negative(decltype(v)((v - m) * splat<decltype(v)>(scale)));
+            }, load(x + at), load(lane.m + i));
+            store(t + at, e);
+            return e;
+        });
     }
 
     void sum() {
@@ -140,7 +153,7 @@ struct Across : Pivots<T> {
             if (start) raise_to_top();
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
             refer_to(lane.rest_max);
-            if (capped || results.spread || job.stats.entropy) read_gaps(count);
+            if (needs_gaps()) read_gaps(count);
             if (job.stats.entropy) add_entropy(count);
             if (results.spread) add_coefficients(start, count);
             add_exponentials(count);
@@ -164,33 +177,44 @@ struct Across : Pivots<T> {
                 exponentials(count);
                 if (results.spread) fill_coefficients(start, count);
             }
-            const bool look = count <= few;
-            for (int c = 0; c < count; ++c) multiply(c, look);
-            if (!look) each_pivot(gaps, [&](int i, T& t) { t = lane.at_pivot[i]; });
+            if (results.plain && !capped) {
+                multiply(count);
+            } else {
+                for (int c = 0; c < count; ++c) compute_gradient(c);
+            }
             if (results.apart) each_label(start, count, [&](int i, std::int64_t at) { gaps[at] = results.at_label(i, gaps[at]); });
             empty(start, count);
         });
     }
 
-    // A class's exponentials become its gradient; `look`: also where it is the pivot.
-    void multiply(int c, bool look) const {
-        const T scale = this->scale, twice_over_cap = this->twice_over_cap;
-        const T *x = logits + c * width, *r = coefficients + c * width;
-        T* t = gaps + c * width;
-        const bool plain = results.plain, spread = results.spread;
-        if (plain && !capped) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                const T entry = lane.kept[i] == T(0) ? T(0) : t[i] * lane.once[i];
-                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
-            });
-        } else {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
-                if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
-                entry = lane.kept[i] == T(0) ? T(0) : entry;
-                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
-            });
+    // Exponentials become the gradient.
+    void multiply(int count) const {
+        const Pack<T> zero = filled(T(0)), one = filled(T(1));
+        for (int i = 0; i < used; i += pack_size) {
+            const Pack<T> place = load(lane.place + i), at_pivot = load(lane.at_pivot + i);
+            const Pack<T> kept = load(lane.kept + i), once = load(lane.once + i);
+            Pack<T> here = zero;
+            T* t = gaps + i;
+            for (int c = 0; c < count; ++c, t += pitch) {
+                const Pack<T> entry = chosen(kept, zero, zero, load(t) * once);
+                store(t, chosen(place, here, at_pivot, entry));
+                here = here + one;
+            }
         }
+    }
+
+    // The same for a class, with coefficients or a softcap.
+    void compute_gradient(int c) const {
+        const T scale = this->scale, twice_over_cap = this->twice_over_cap;
+        const T *x = logits + c * pitch, *r = coefficients + c * pitch;
+        T* t = gaps + c * pitch;
+        const bool spread = results.spread;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
+            if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
+            entry = lane.kept[i] == T(0) ? T(0) : entry;
+            t[i] = lane.place[i] == T(c) ? lane.at_pivot[i] : entry;
+        });
     }
 
     bool is_pair() const {
@@ -218,7 +242,7 @@ struct Across : Pivots<T> {
     // For a backward pass that goes along the classes, as after a hook that has laid them otherwise.
     void leave_nothing() const {
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        for (int i = 0; i < rows; ++i) job.saved[first_row + i] = {nan, nan, nan, nan};
+        for (int i = 0; i < rows; ++i) job.saved[this->number(i)] = {nan, nan, nan, nan};
     }
 
     // log(softmax): what the likeliest class lacks to 0 is its loss.
@@ -236,7 +260,7 @@ struct Across : Pivots<T> {
             find_pivots(start, here);
             read_gaps(here);
             for (int c = 0; c < here; ++c) {
-                T* t = gaps + c * width;
+                T* t = gaps + c * pitch;
                 each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = t[i] - T(lane.loss[i]); });
             }
             each_pivot(gaps, [&](int i, T& t) { t = -T(lane.loss[i]); });

@@ -70,11 +70,11 @@ POLYCE_INLINE V exp_series(V f, V done = splat<V>(ExpOf<V>::series[0])) {
     }
 }
 
-// No less than Exp::lowest, but nan where t is.
+// No less than Exp::lowest, but nan where t is: as the processors' maximum has it of its second operand.
 template <class V>
 POLYCE_INLINE V bounded(V t) {
     const V lowest = splat<V>(ExpOf<V>::lowest);
-    return t < lowest ? lowest : t;
+    return lowest > t ? lowest : t;
 }
 
 // exp(t) for t <= 0 or nan. 0 where it would be below the smallest normal number. The product is
@@ -87,7 +87,7 @@ POLYCE_INLINE V exp_negative(V t) {
 
 // The same down to the smallest subnormal number, which is reached by one rounding.
 POLYCE_INLINE double exp_negative_full(double t) {
-    t = t < -760.0 ? -760.0 : t;
+    t = -760.0 > t ? -760.0 : t;
     const auto [f, z, n] = reduce_exponent(t);
     const bool far = n < -1000.0;
     const double near = power_of_two(z + (far ? 200.0 : 0.0));

@@ -10,16 +10,15 @@ constexpr int width = 128, step = 16;
 // What is known of each row. Bools are numbers, so that all loops have one width.
 template <class T>
 struct Lanes {
-    using Place = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
     alignas(64) T rest_max[width], pivot_logit[width], m[width], top[width], decay[width];
     alignas(64) T once[width], softmax[width], last[width], at_pivot[width], kept[width];
-    alignas(64) Place place[width], found[width];  // of classes in the tile
+    alignas(64) T place[width], found[width];  // of classes in the tile
     alignas(64) double rest_sum[width], pivot_coefficient[width], rest_coefficient[width];
     alignas(64) double rest_excess[width], rest_entropy[width];
     // What rounding took from these sums, in float64.
     alignas(64) double lost_sum[width], lost_coefficient[width], lost_excess[width], lost_entropy[width];
     alignas(64) double weight[width], label_weight[width], counted[width], factor[width], loss[width];
-    alignas(64) std::int64_t pivot[width], first[width];
+    alignas(64) std::int64_t pivot[width], first[width], number[width];
     // Where the pivot is the largest class: the label, and its logit.
     alignas(64) std::int64_t label[width];
     alignas(64) T label_logit[width];
@@ -42,7 +41,10 @@ struct Group {
         first_row = first;
         rows = count;
         used = (rows + step - 1) / step * step;
+        if (!job.in_order) row_offsets(job, job.number_stride, first, count, lane.number);
     }
+
+    std::int64_t number(int i) const { return job.in_order ? first_row + i : lane.number[i]; }
 
     // Calls f for each row and, so that registers are full, for some that are not there.
     template <class F>
@@ -59,7 +61,7 @@ struct Group {
     // What the targets say of the rows before their logits are looked at. Rows that are not there
     // are not counted.
     void read_targets() {
-        for (int i = 0; i < rows; ++i) lane.weight[i] = job.sample_weight ? job.sample_weight[first_row + i] : 1.0;
+        for (int i = 0; i < rows; ++i) lane.weight[i] = job.sample_weight ? job.sample_weight[number(i)] : 1.0;
         for (int i = rows; i < used; ++i) lane.weight[i] = 0.0;
         if (by_labels) {
             read_labels();
@@ -79,10 +81,15 @@ private:
     void read_labels() {
         with_type(job.label_dtype, [&](auto type) {
             using L = decltype(type);
-            const char* labels = static_cast<const char*>(job.labels) + first_row * std::int64_t(sizeof(L));
-            POLYCE_SIMD
-            for (int i = 0; i < rows; ++i) {
-                lane.pivot[i] = std::int64_t(fetch<L>(labels + i * std::int64_t(sizeof(L))));
+            const char* labels = static_cast<const char*>(job.labels);
+            const auto read = [&](int i, std::int64_t number) POLYCE_INLINE_LAMBDA {
+                lane.pivot[i] = std::int64_t(fetch<L>(labels + number * std::int64_t(sizeof(L))));
+            };
+            if (job.in_order) {
+                POLYCE_SIMD
+                for (int i = 0; i < rows; ++i) read(i, first_row + i);
+            } else {
+                for (int i = 0; i < rows; ++i) read(i, lane.number[i]);
             }
         });
         for (int i = rows; i < used; ++i) lane.pivot[i] = 0;
@@ -109,9 +116,8 @@ private:
     }
 
     void read_factors() {
-        const double* cotangents = job.cotangents ? job.cotangents + first_row : nullptr;
         const double same = job.cotangent;
-        for (int i = 0; i < rows; ++i) lane.factor[i] = cotangents ? cotangents[i] : same;
+        for (int i = 0; i < rows; ++i) lane.factor[i] = job.cotangents ? job.cotangents[number(i)] : same;
         for (int i = rows; i < used; ++i) lane.factor[i] = 0.0;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.factor[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * lane.factor[i];

@@ -14,7 +14,7 @@ std::int64_t magnitude(std::int64_t value) { return value < 0 ? -value : value; 
 bool goes_across(const Job& job) {
     if (job.axes == 0) return false;
     const std::int64_t between_rows = magnitude(job.logits.row_stride[job.axes - 1]);
-    return job.classes <= chunk || between_rows < magnitude(job.logits.class_stride);
+    return job.classes <= (job.wide ? 40 : 64) || between_rows < magnitude(job.logits.class_stride);
 }
 
 // Calls f with a number of the arithmetic's type and whether there is a softcap.
@@ -76,7 +76,7 @@ void log_softmax_tile(const Job& job, std::int64_t tile, char* scratch) {
 
 // Without weights the total is a count, and no label is looked at twice unless one is bad.
 template <class L>
-LabelFacts count_labels(const Job& job, std::int64_t first, std::int64_t count) {
+LabelSummary count_labels(const Job& job, std::int64_t first, std::int64_t count) {
     const char* labels = static_cast<const char*>(job.labels) + first * std::int64_t(sizeof(L));
     std::int64_t ignored = 0, bad = 0;
     const std::int64_t marker = job.ignored, has_marker = job.has_ignored;
@@ -91,28 +91,28 @@ LabelFacts count_labels(const Job& job, std::int64_t first, std::int64_t count) 
     return {double(count - ignored), bad ? 0 : -1};
 }
 
-LabelFacts read_labels(const Job& job, std::int64_t first, std::int64_t count) {
-    LabelFacts facts{0.0, -1};
+LabelSummary read_labels(const Job& job, std::int64_t first, std::int64_t count) {
+    LabelSummary summary{0.0, -1};
     if (!job.probabilities.data && !job.class_weight && !job.sample_weight) {
-        facts = with_type(job.label_dtype, [&](auto type) {
+        summary = with_type(job.label_dtype, [&](auto type) {
             return count_labels<decltype(type)>(job, first, count);
         });
     } else {
         for (std::int64_t row = first; row < first + count; ++row) {
             const RowTarget target = job.wide ? read_target<double>(job, row) : read_target<float>(job, row);
             const double weight = job.sample_weight ? job.sample_weight[row] : 1.0;
-            if (target.counted) facts.weight += weight * target.label_weight;
+            if (target.counted) summary.weight += weight * target.label_weight;
         }
-        if (job.check_labels && !job.probabilities.data) facts.bad_row = 0;
+        if (job.check_labels && !job.probabilities.data) summary.bad_row = 0;
     }
-    if (facts.bad_row == -1) return facts;
-    facts.bad_row = -1;
-    for (std::int64_t row = first; row < first + count && facts.bad_row == -1; ++row) {
+    if (summary.bad_row == -1) return summary;
+    summary.bad_row = -1;
+    for (std::int64_t row = first; row < first + count && summary.bad_row == -1; ++row) {
         const std::int64_t label = label_at(job, row);
         const bool ignored = job.has_ignored && label == job.ignored;
-        if (!ignored && out_of_range(label, job.classes)) facts.bad_row = row;
+        if (!ignored && out_of_range(label, job.classes)) summary.bad_row = row;
     }
-    return facts;
+    return summary;
 }
 
 void store(Float dtype, double value, void* place) {

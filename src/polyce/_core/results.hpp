@@ -83,7 +83,7 @@ struct Results {
             const double loss = row_loss(s, found, penalty, lse);
             lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
             if constexpr (with_gradient) {
-                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top);
+                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top, sizeof(T) == 8);
                 const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
                 if (!capped) lane.once[i] = T(factor * own_scale * g.softmax);
                 if (capped || !only_pivots) {
@@ -109,7 +109,7 @@ struct Results {
         const RowState s = state(i);
         const RowScalars found = scalars(transform, s, sizeof(T) == 8);
         const double penalty = penalty_of(job, lane.label_weight[i]);
-        const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true);
+        const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true, sizeof(T) == 8);
         return T(label_apart(i).gradient(transform, s, g) * lane.factor[i]);
     }
 
@@ -121,7 +121,7 @@ struct Results {
     void save_rows() const {
         for (int i = 0; i < group.rows; ++i) {
             const LabelApart label = apart ? label_apart(i) : LabelApart{};
-            job.saved[group.first_row + i] = saved_row(transform, state(i), label, lane.pivot[i]);
+            job.saved[group.number(i)] = saved_row(transform, state(i), label, lane.pivot[i]);
         }
     }
 
@@ -130,8 +130,14 @@ struct Results {
         if (job.stats.valid) write_stats();
         if (job.losses) {
             const int size = size_of(job.result_dtype);
-            char* place = static_cast<char*>(job.losses) + group.first_row * size;
-            narrow_run(job.result_dtype, lane.loss, group.rows, place, size);
+            char* const losses = static_cast<char*>(job.losses);
+            if (job.in_order) {
+                narrow_run(job.result_dtype, lane.loss, group.rows, losses + group.first_row * size, size);
+            } else {
+                for (int i = 0; i < group.rows; ++i) {
+                    narrow_run(job.result_dtype, lane.loss + i, 1, losses + lane.number[i] * size, size);
+                }
+            }
         }
         double sums[step] = {};
         for (int start = 0; start < group.used; start += step) {
@@ -148,7 +154,7 @@ struct Results {
         std::int64_t probabilities[width] = {};
         if (!group.by_labels) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
         for (int i = 0; i < group.rows; ++i) {
-            const std::int64_t row = group.first_row + i;
+            const std::int64_t row = group.number(i);
             const char* p = group.by_labels ? nullptr : job.probabilities.data + probabilities[i];
             store_stats<T>(job, transform, row, read_target<T>(job, row), state(i), lane.pivot[i], lane.first[i], p);
         }

@@ -103,6 +103,18 @@ POLYCE_INLINE double log1p_positive_brief(double x) {
     return fma(k, 0x1.62e42fefa39efp-1, fma(f2, p, f)) + (x - x);
 }
 
+// What a class adds to the sums, of its coefficient and its gap x_c - m'. Only what is infinite is
+// skipped: a nan has to stay.
+inline constexpr auto excess_of = [](auto r, auto gap) POLYCE_INLINE_LAMBDA {
+    using V = decltype(gap);
+    return (r == V{}) & (gap == splat<V>(-infinity<typename Number<V>::Element>)) ? V{} : r * -gap;
+};
+inline constexpr auto entropy_of = [](auto gap) POLYCE_INLINE_LAMBDA {
+    using V = decltype(gap);
+    const V e = exp_negative(gap);
+    return e == V{} ? V{} : -gap * e;
+};
+
 // A part of a row: sums over the classes besides the pivot, as in rowstate.py.
 struct RowState {
     double rest_max, rest_sum, pivot_logit;
@@ -157,11 +169,14 @@ struct RowGradient {
 // R' - R·(1 - p), and R·p - r_k as well, which is torch's where these are infinite. Of the two, the
 // one with the smaller terms keeps its digits: for a label always the first.
 POLYCE_INLINE RowGradient row_gradient(
-    const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top
+    const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top, bool wide
 ) {
     const double whole = 1.0 + r.excess;
-    const double factor = (r.below ? r.decay : 1.0) / whole;
-    const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
+    // One division less, where the last digit of a double does not show.
+    const double inverse = wide ? 0.0 : 1.0 / whole;
+    const auto share = [&](double e) POLYCE_INLINE_LAMBDA { return wide ? e / whole : e * inverse; };
+    const double factor = share(r.below ? r.decay : 1.0);
+    const double at_pivot_probability = share(r.below ? 1.0 : r.decay);
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
     const double near_size = magnitude(near) + magnitude(s.pivot_coefficient);

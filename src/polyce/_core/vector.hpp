@@ -47,6 +47,16 @@ POLYCE_INLINE Pack<T> each_part(F f, Pack<T> p, const Others&... others) {
 }
 
 template <class T>
+POLYCE_INLINE Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
+    return each_part([](auto x, auto y) POLYCE_INLINE_LAMBDA { return x * y; }, a, b);
+}
+
+template <class T>
+POLYCE_INLINE Pack<T> operator-(const Pack<T>& a, const Pack<T>& b) {
+    return each_part([](auto x, auto y) POLYCE_INLINE_LAMBDA { return x - y; }, a, b);
+}
+
+template <class T>
 POLYCE_INLINE Pack<T> operator+(const Pack<T>& a, const Pack<T>& b) {
     return each_part([](auto x, auto y) POLYCE_INLINE_LAMBDA { return x + y; }, a, b);
 }
@@ -79,6 +89,12 @@ POLYCE_INLINE Pack<T> larger(const Pack<T>& a, const Pack<T>& b) {
     return each_part([](auto x, auto y) POLYCE_INLINE_LAMBDA { return x > y ? x : y; }, a, b);
 }
 
+// `then` where a and b are equal, else `other`.
+template <class T>
+POLYCE_INLINE Pack<T> chosen(const Pack<T>& a, const Pack<T>& b, const Pack<T>& then, const Pack<T>& other) {
+    return each_part([](auto x, auto y, auto t, auto o) POLYCE_INLINE_LAMBDA { return x == y ? t : o; }, a, b, then, other);
+}
+
 // to[i] = f(from[i]), which may be the same place: the last sixteen, which reach back into those
 // before them, are computed before anything is written.
 template <class T, class F>
@@ -93,6 +109,21 @@ POLYCE_INLINE void map_run(const T* from, std::int64_t count, T* to, F f) {
     }
     const Pack<T> last = mapped(from + count - pack_size);
     for (std::int64_t i = 0; i + pack_size < count; i += pack_size) store(to + i, mapped(from + i));
+    store(to + count - pack_size, last);
+}
+
+// Copies at least sixteen.
+template <class T>
+POLYCE_INLINE void copy_run(const T* from, std::int64_t count, T* to) {
+    const Pack<T> last = load(from + count - pack_size);
+    std::int64_t i = 0;
+    for (; i + 4 * pack_size <= count; i += 4 * pack_size) {
+        const Pack<T> a = load(from + i), b = load(from + i + pack_size);
+        const Pack<T> c = load(from + i + 2 * pack_size), d = load(from + i + 3 * pack_size);
+        store(to + i, a), store(to + i + pack_size, b);
+        store(to + i + 2 * pack_size, c), store(to + i + 3 * pack_size, d);
+    }
+    for (; i + pack_size < count; i += pack_size) store(to + i, load(from + i));
     store(to + count - pack_size, last);
 }
 
@@ -134,17 +165,27 @@ POLYCE_INLINE T folded(const Pack<T>& p, F f) {
 
 // `count` is a multiple of `pack_size` from here on.
 
-// May pass over a nan, which the sums do not.
+// The largest of each lane. May pass over a nan, which the sums do not.
 template <class T>
-POLYCE_INLINE T largest_of(const T* x, std::int64_t count) {
+POLYCE_INLINE Pack<T> largest_lanes(const T* x, std::int64_t count) {
     Pack<T> a = load(x), b = a;
     std::int64_t i = 0;
     for (; i + 4 * pack_size <= count; i += 4 * pack_size) {
         a = larger(larger(load(x + i), load(x + i + pack_size)), a);
         b = larger(larger(load(x + i + 2 * pack_size), load(x + i + 3 * pack_size)), b);
     }
-    for (; i < count; i += pack_size) a = larger(load(x + i), a);
-    return folded(larger(a, b), [](auto x, auto y) POLYCE_INLINE_LAMBDA { return x > y ? x : y; });
+    if (i + 2 * pack_size <= count) a = larger(larger(load(x + i), load(x + i + pack_size)), a), i += 2 * pack_size;
+    if (i < count) b = larger(load(x + i), b);
+    return larger(a, b);
+}
+
+template <class T>
+POLYCE_INLINE T largest_of(const Pack<T>& p) {
+    return folded(p, [](auto x, auto y) POLYCE_INLINE_LAMBDA { return x > y ? x : y; });
+}
+
+POLYCE_INLINE double sum_of(const Pack<double>& p) {
+    return folded(p, [](auto x, auto y) POLYCE_INLINE_LAMBDA { return x + y; });
 }
 
 // Sums have sixteen lanes, of at most sixteen terms added pairwise before they become double.
@@ -166,9 +207,9 @@ struct Ahead {
     }
 };
 
-// Σ term(i) for packs of terms from i on.
+// Σ term(i) for packs of terms from i on, in each lane.
 template <class T, class Term>
-POLYCE_INLINE double sum_of(std::int64_t count, Ahead ahead, Term term) {
+POLYCE_INLINE Pack<double> sum_lanes(std::int64_t count, Ahead ahead, Term term) {
     const auto four = [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
         return (term(i) + term(i + pack_size)) + (term(i + 2 * pack_size) + term(i + 3 * pack_size));
     };
@@ -181,11 +222,13 @@ POLYCE_INLINE double sum_of(std::int64_t count, Ahead ahead, Term term) {
             a = a + four(i);
             b = b + four(i + 4 * pack_size);
         }
+        // Not loops, so that what the terms need stays in registers.
         if (i + 4 * pack_size <= end) a = a + four(i), i += 4 * pack_size;
-        for (; i < end; i += pack_size) rest = rest + term(i);
+        if (i + 2 * pack_size <= end) rest = term(i) + term(i + pack_size), i += 2 * pack_size;
+        if (i < end) rest = rest + term(i), i += pack_size;
         sums = sums + widened(a + (b + rest));
     }
-    return folded(sums, [](auto x, auto y) POLYCE_INLINE_LAMBDA { return x + y; });
+    return sums;
 }
 
 }  // namespace polyce::POLYCE_ISA
