@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from polyce.implementations.native import core as native
 from polyce.testing import GROUPS, Case, cases, check_implementation, exact_answer
 from polyce.testing.backends import Backend
 from polyce.testing.dtypes import FORMATS
+from polyce.testing.dtypes import dtype as dtype_named
 from polyce.testing.selection import representative
 
 pytestmark = pytest.mark.only("numpy", "torch")
@@ -122,6 +123,109 @@ def test_float32_rows_and_label_entries_are_within_4_ulp(settings: Any, classes:
             for got, want in ((loss, answer.loss), (grad[place], answer.grad[place])):
                 ulps = np.abs(got.astype(np.float64) - want) / form.spacing(np.abs(want))
                 assert ulps.max() <= 4.0, (index, order, isa, ulps.max())
+
+
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_number_of_classes(settings: Any, dtype: str, order: str) -> None:
+    """Row i has label i: a pivot at every place of a register, and every length of the last one."""
+    form = FORMATS[dtype]
+    limit = 16.0 if dtype == "float64" else 4.0  # the reference's own error among them
+    rng = np.random.default_rng(7)
+    step = 1 if FULL else 3
+    counts = [*range(1, 40), *range(40, 301, step), 2047, 2048, 2049, 2063, 4097]
+    for classes in counts:
+        labels = np.arange(classes) if classes <= 300 else rng.integers(1, classes, 8)
+        logits = 3 * rng.standard_normal((len(labels), classes))
+        logits[np.arange(0, len(labels), 3), labels[::3]] += 20
+        logits[1::7, 0] = -np.inf
+        given = np.asarray(logits.astype(dtype_named(dtype)), order=order)
+        wide = given.astype(np.float64)
+        exact = polyce.cross_entropy_with_grad(
+            wide, labels, reduction="none", implementation="reference"
+        )
+        # Of gaps that were rounded are the small entries made.
+        gap = np.minimum(wide.max(axis=1, keepdims=True) - wide, 100)
+        bits = []
+        for isa in ISAS:
+            settings.use_isa(isa)
+            loss, grad = polyce.cross_entropy_with_grad(
+                given, labels, reduction="none", implementation="native"
+            )
+            for got, want, ulps in ((loss, exact[0], limit), (grad, exact[1], limit * (1 + gap))):
+                error = np.abs(got.astype(np.float64) - want)
+                assert (error <= ulps * form.spacing(np.abs(want))).all(), (classes, isa)
+            alone = polyce.cross_entropy(given, labels, reduction="none", implementation="native")
+            assert alone.tobytes() == loss.tobytes(), (classes, isa)
+            out = given.copy(order="K")
+            polyce.cross_entropy_with_grad(
+                out, labels, reduction="none", implementation="native", out=out
+            )
+            assert out.tobytes() == grad.tobytes(), (classes, isa)
+            if isa in FUSED:
+                bits.append(loss.tobytes() + grad.tobytes())
+        assert all(one == bits[0] for one in bits), classes
+
+
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("classes", [1, 2, 5, 64, 70])
+def test_axes_in_any_order_of_memory(classes: int) -> None:
+    """Rows are gone through as they lie, and are told apart by their number."""
+    rng = np.random.default_rng(classes)
+    shape = (3, classes, 9, 16)
+    x = rng.standard_normal(shape).astype(np.float32)
+    rows = (3, 9, 16)
+    target = rng.integers(0, classes, rows)
+    target[0, 2] = -100
+    options: dict[str, Any] = {
+        "sample_weight": rng.random(rows).astype(np.float32),
+        "grad_output": rng.random(rows).astype(np.float32),
+        "reduction": "none",
+        "return_stats": True,
+    }
+    soft = rng.random(shape).astype(np.float32)
+    for kind in (target, soft):
+        want = polyce.cross_entropy_with_grad(x, kind, **options)
+        total = polyce.cross_entropy(x, kind)
+        for order in permutations(range(4)):
+            back = np.argsort(order)
+            view = np.ascontiguousarray(x.transpose(order)).transpose(back)
+            other = np.ascontiguousarray(soft.transpose(order)).transpose(back)
+            given = other if kind is soft else kind
+            got = polyce.cross_entropy_with_grad(view, given, **options)
+            out = np.empty_like(x)
+            polyce.cross_entropy_with_grad(view, given, **options, out=out)
+            np.testing.assert_array_equal(out, got[1])
+            # Classes that lie side by side are added in another order than rows that do.
+            tight = {"rtol": 0.0} if classes <= 64 else {"rtol": 2e-6, "atol": 1e-7}
+            for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+                np.testing.assert_allclose(a, b, **tight, err_msg=str(order))
+            np.testing.assert_allclose(polyce.cross_entropy(view, given), total, rtol=1e-6)
+            same = polyce.log_softmax(view, axis=1)
+            np.testing.assert_allclose(same, polyce.log_softmax(x, axis=1), **tight)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("classes", [1, 6, 70])
+def test_gradients_that_go_past_the_caches(classes: int, dtype: str) -> None:
+    """They have the bits of those of each image alone, in whatever order out lies."""
+    size = np.dtype(dtype).itemsize
+    side = int(np.sqrt((17 << 20) / (2 * classes * size))) + 1
+    rng = np.random.default_rng(classes)
+    x = rng.standard_normal((2, classes, side, side), dtype=np.float32).astype(dtype)
+    target = rng.integers(0, classes, (2, side, side))
+    want = [
+        polyce.cross_entropy_with_grad(one[None], t[None], reduction="none")[1]
+        for one, t in zip(x, target, strict=True)
+    ]
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2), (2, 3, 1, 0)):
+        whole = np.zeros([x.shape[a] for a in order], dtype).transpose(np.argsort(order))
+        polyce.cross_entropy_with_grad(x, target, reduction="none", out=whole)
+        np.testing.assert_array_equal(whole, np.concatenate(want))
 
 
 @pytest.mark.same_everywhere

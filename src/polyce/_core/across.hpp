@@ -8,30 +8,27 @@
 
 #include "pair.hpp"
 #include "pivots.hpp"
+#include "results.hpp"
 
 namespace polyce::POLYCE_ISA {
 
 template <class T, bool capped>
 struct Across : Pivots<T> {
-    using Place = typename Lanes<T>::Place;
     using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::gaps, Tile<T>::coefficients;
-    using Tile<T>::first_row, Tile<T>::rows, Tile<T>::by_labels;
-    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add;
+    using Tile<T>::first_row, Tile<T>::rows, Tile<T>::used, Tile<T>::by_labels;
+    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::empty, Tile<T>::add, Tile<T>::pitch;
     using Pivots<T>::each_chunk, Pivots<T>::each_label, Pivots<T>::each_pivot, Pivots<T>::find_pivots;
 
-    Transform<capped> transform;
+    Results<T, capped> results;
     T scale, cap, twice_over_cap, share, kept;
-    bool spread;  // classes besides the pivot have coefficients
-    bool at_top;  // the pivot is the class of the largest logit
-    bool apart;   // though there are labels, which may be other classes
-    bool plain;   // none of these, nor z_loss
 
     Across(const Job& job, char* scratch)
-        : Pivots<T>(job, scratch), transform{job.scale, job.cap}, scale(T(job.scale)), cap(T(job.cap)),
+        : Pivots<T>(job, scratch), results(*this), scale(T(job.scale)), cap(T(job.cap)),
           twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)),
-          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)), spread(has_coefficients(job)),
-          at_top(pivots_on_largest(job)), apart(at_top && by_labels),
-          plain(!spread && !apart && job.z_loss == 0.0) {}
+          share(T(smoothing_share(job))), kept(T(1.0 - job.smoothing)) {
+        // What is needed once can give way to what is made of it, and stays in the first cache so.
+        if (!needs_gaps()) gaps = logits;
+    }
 
     void fill_coefficients(std::int64_t start, int count) const {
         if (!by_labels) fill(job.probabilities, start, count, coefficients);
@@ -39,14 +36,14 @@ struct Across : Pivots<T> {
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
             const T weight = weights ? weights[start + c] : T(1);
-            T* r = coefficients + c * width;
+            T* r = coefficients + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = coefficient(job, r[i], weight, kept, share); });
         }
     }
 
     // Carries the sums over to a maximum that the classes in the tile have raised.
     void raise_to_top() {
-        const Transform<capped> transform = this->transform;
+        const Transform<capped> transform = results.transform;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const double before = double(lane.rest_max[i]), found = double(lane.top[i]);
             const double top = found > before ? found : before;
@@ -82,8 +79,8 @@ struct Across : Pivots<T> {
     void read_gaps(int count) const {
         const T scale = this->scale, cap = this->cap;
         for (int c = 0; c < count; ++c) {
-            const T* x = logits + c * width;
-            T* t = gaps + c * width;
+            const T* x = logits + c * pitch;
+            T* t = gaps + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
                 if constexpr (capped) {
                     t[i] = capped_gap(x[i], lane.m[i], lane.decay[i], scale, cap);
@@ -96,7 +93,7 @@ struct Across : Pivots<T> {
 
     void exponentials(int count) const {
         for (int c = 0; c < count; ++c) {
-            T* t = gaps + c * width;
+            T* t = gaps + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = exp_negative(t[i]); });
         }
     }
@@ -105,56 +102,60 @@ struct Across : Pivots<T> {
         fill_coefficients(start, count);
         each_pivot(coefficients, [&](int i, T& r) { lane.pivot_coefficient[i] = double(r), r = T(0); });
         const T *const t = gaps, *const r = coefficients;
-        add(count, lane.rest_coefficient, lane.lost_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA { return r[at]; });
+        add(count, lane.rest_coefficient, lane.lost_coefficient, [&](int, int at) POLYCE_INLINE_LAMBDA {
+            return load(r + at);
+        });
         add(count, lane.rest_excess, lane.lost_excess, [&](int, int at) POLYCE_INLINE_LAMBDA {
-            // Only what is infinite is skipped: a nan has to stay.
-            return r[at] == T(0) && t[at] == -infinity<T> ? T(0) : r[at] * -t[at];
+            return each_part(excess_of, load(r + at), load(t + at));
         });
     }
 
     void add_entropy(int count) {
         const T* const t = gaps;
         add(count, lane.rest_entropy, lane.lost_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
-            const T e = exp_negative(t[at]);
-            return e == T(0) ? T(0) : -t[at] * e;
+            return each_part(entropy_of, load(t + at));
         });
     }
 
-    // Adds the exponentials and leaves them in `gaps`.
+    // Whether the sums need what the exponents are, before the exponentials take its place.
+    bool needs_gaps() const { return capped || results.spread || job.stats.entropy; }
+
+    // Adds the exponentials; leaves them in `gaps`.
     void add_exponentials(int count) {
         T* const t = gaps;
         const T* const x = logits;
         const T scale = this->scale;
-        if (capped || spread || job.stats.entropy) {
-            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return t[at] = exp_negative(t[at]); });
-        } else {
-            add(count, lane.rest_sum, lane.lost_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
-                return t[at] = exp_negative((x[at] - lane.m[i]) * scale);
+        if (needs_gaps()) {
+            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA {
+                const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, load(t + at));
+                store(t + at, e);
+                return e;
             });
+            return;
         }
+        add(count, lane.rest_sum, lane.lost_sum, [&](int i, int at) POLYCE_INLINE_LAMBDA {
+            const Pack<T> e = each_part([&](auto v, auto m) POLYCE_INLINE_LAMBDA {
+                return exp_negative(decltype(v)((v - m) * splat<decltype(v)>(scale)));
+            }, load(x + at), load(lane.m + i));
+            store(t + at, e);
+            return e;
+        });
     }
 
     void sum() {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            lane.rest_max[i] = -infinity<T>;
-            lane.pivot_logit[i] = T(0);
-            lane.rest_sum[i] = lane.rest_coefficient[i] = lane.pivot_coefficient[i] = 0.0;
-            lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
-            lane.lost_sum[i] = lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
-            lane.first[i] = 0;
-        });
+        results.begin_sums();
         each_chunk([&](std::int64_t start, int count) {
             fill(job.logits, start, count, logits);
-            if (apart) each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
+            if (results.apart) each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
             find_pivots(start, count);
             this->set_apart(count);
             if (job.stats.prediction || job.stats.correct) this->find_first(start, count);
             if (start) raise_to_top();
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
             refer_to(lane.rest_max);
-            if (capped || spread || job.stats.entropy) read_gaps(count);
+            if (needs_gaps()) read_gaps(count);
             if (job.stats.entropy) add_entropy(count);
-            if (spread) add_coefficients(start, count);
+            if (results.spread) add_coefficients(start, count);
             add_exponentials(count);
         });
         if (sizeof(T) == 8 && job.classes > chunk) {
@@ -163,62 +164,7 @@ struct Across : Pivots<T> {
                 lane.rest_excess[i] += lane.lost_excess[i], lane.rest_entropy[i] += lane.lost_entropy[i];
             });
         }
-        if (by_labels && !apart) {
-            const double each = label_coefficient(job, 1.0);
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.pivot_coefficient[i] = lane.label_weight[i] * each; });
-        }
-        if (apart) add_labels();
-    }
-
-    void add_labels() {
-        for (int i = 0; i < rows; ++i) {
-            if (lane.label[i] == lane.pivot[i]) {
-                lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
-            } else {
-                RowState s = state(i);
-                const RowTarget target{lane.label[i], true, false, lane.weight[i], lane.label_weight[i]};
-                count_label(job, transform, s, target, double(lane.label_logit[i]));
-                lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
-            }
-        }
-    }
-
-    POLYCE_INLINE RowState state(int i) const {
-        return {double(lane.rest_max[i]), lane.rest_sum[i], double(lane.pivot_logit[i]), lane.pivot_coefficient[i],
-                lane.rest_coefficient[i], lane.rest_excess[i], lane.rest_entropy[i]};
-    }
-
-    // From the sums to the losses and to what the gradient is made of.
-    template <bool with_gradient, bool only_pivots>
-    void finish() {
-        const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
-        const Transform<capped> transform = this->transform;
-        const bool at_top = this->at_top;
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            RowState s = state(i);
-            if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
-            const RowScalars found = scalars(transform, s, sizeof(T) == 8);
-            const double penalty = only_pivots || z_loss == 0.0 ? 0.0 : z_loss * lane.label_weight[i];
-            const double lse = only_pivots ? 0.0 : log_sum_exp(transform, s, found);
-            const double loss = row_loss(s, found, penalty, lse);
-            lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
-            if constexpr (with_gradient) {
-                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top);
-                const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
-                if constexpr (only_pivots && !capped) {
-                    lane.once[i] = T(factor * own_scale * g.softmax);
-                } else {
-                    lane.softmax[i] = T(g.softmax);
-                    lane.last[i] = T(factor * own_scale);
-                }
-                lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
-            }
-        });
-    }
-
-    template <bool with_gradient>
-    void finish() {
-        return plain ? finish<with_gradient, true>() : finish<with_gradient, false>();
+        results.end_sums();
     }
 
     void write_gradient() {
@@ -229,110 +175,74 @@ struct Across : Pivots<T> {
                 find_pivots(start, count);
                 read_gaps(count);
                 exponentials(count);
-                if (spread) fill_coefficients(start, count);
+                if (results.spread) fill_coefficients(start, count);
             }
-            const bool look = count <= few;
-            for (int c = 0; c < count; ++c) multiply(c, look);
-            if (!look) each_pivot(gaps, [&](int i, T& t) { t = lane.at_pivot[i]; });
-            if (apart) each_label(start, count, [&](int i, std::int64_t at) { gaps[at] = at_label(i, gaps[at]); });
+            if (results.plain && !capped) {
+                multiply(count);
+            } else {
+                for (int c = 0; c < count; ++c) compute_gradient(c);
+            }
+            if (results.apart) each_label(start, count, [&](int i, std::int64_t at) { gaps[at] = results.at_label(i, gaps[at]); });
             empty(start, count);
         });
     }
 
-    // The label's entry of the gradient, where the label is not the pivot.
-    T at_label(int i, T entry) const {
-        if (lane.label[i] == lane.pivot[i] || lane.counted[i] == 0.0) return entry;
-        const RowState s = state(i);
-        const RowScalars found = scalars(transform, s, sizeof(T) == 8);
-        const double penalty = penalty_of(job, lane.label_weight[i]);
-        const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true);
-        LabelApart label;
-        label.logit = double(lane.label_logit[i]), label.coefficient = label_coefficient(job, lane.label_weight[i]);
-        return T(label.gradient(transform, s, g) * lane.factor[i]);
+    // Exponentials become the gradient.
+    void multiply(int count) const {
+        const Pack<T> zero = filled(T(0)), one = filled(T(1));
+        for (int i = 0; i < used; i += pack_size) {
+            const Pack<T> place = load(lane.place + i), at_pivot = load(lane.at_pivot + i);
+            const Pack<T> kept = load(lane.kept + i), once = load(lane.once + i);
+            Pack<T> here = zero;
+            T* t = gaps + i;
+            for (int c = 0; c < count; ++c, t += pitch) {
+                const Pack<T> entry = chosen(kept, zero, zero, load(t) * once);
+                store(t, chosen(place, here, at_pivot, entry));
+                here = here + one;
+            }
+        }
     }
 
-    // A class's exponentials become its gradient; `look`: also where it is the pivot.
-    void multiply(int c, bool look) const {
+    // The same for a class, with coefficients or a softcap.
+    void compute_gradient(int c) const {
         const T scale = this->scale, twice_over_cap = this->twice_over_cap;
-        const T *x = logits + c * width, *r = coefficients + c * width;
-        T* t = gaps + c * width;
-        const bool plain = this->plain, spread = this->spread;
-        if (plain && !capped) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                const T entry = lane.kept[i] == T(0) ? T(0) : t[i] * lane.once[i];
-                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
-            });
-        } else {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
-                if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
-                entry = lane.kept[i] == T(0) ? T(0) : entry;
-                t[i] = look && lane.place[i] == Place(c) ? lane.at_pivot[i] : entry;
-            });
-        }
-    }
-
-    void write_stats() {
-        std::int64_t probabilities[width] = {};
-        if (!by_labels) row_offsets(job, job.probabilities.row_stride, first_row, rows, probabilities);
-        for (int i = 0; i < rows; ++i) {
-            const bool invalid = lane.weight[i] != lane.weight[i];
-            const std::int64_t label = apart ? lane.label[i] : by_labels ? lane.pivot[i] : 0;
-            const RowTarget target{label, lane.counted[i] != 0.0, invalid, lane.weight[i],
-                                   lane.label_weight[i]};
-            const char* p = by_labels ? nullptr : job.probabilities.data + probabilities[i];
-            store_stats<T, capped>(job, transform, first_row + i, target, state(i), lane.pivot[i], lane.first[i], p);
-        }
+        const T *x = logits + c * pitch, *r = coefficients + c * pitch;
+        T* t = gaps + c * pitch;
+        const bool spread = results.spread;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
+            if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
+            entry = lane.kept[i] == T(0) ? T(0) : entry;
+            t[i] = lane.place[i] == T(c) ? lane.at_pivot[i] : entry;
+        });
     }
 
     bool is_pair() const {
-        return sizeof(T) == 4 && !capped && plain && job.classes == 2;
+        return sizeof(T) == 4 && !capped && results.plain && job.classes == 2;
     }
 
     // The sum of the losses of one tile of rows.
     double run(std::int64_t first, int count) {
         this->begin(first, count);
         this->read_targets();
-        if (job.grad.data) this->read_factors();
         if (is_pair()) {
             if (job.stats.valid) sum();
             finish_pair(*this);
         } else {
-            if (apart) this->keep_labels();
-            if (at_top) this->find_largest();
+            if (results.apart) this->keep_labels();
+            if (results.at_top) this->find_largest();
             sum();
-            if (job.grad.data) {
-                finish<true>();
-                write_gradient();
-            } else {
-                finish<false>();
-            }
+            results.finish();
+            if (job.grad.data) write_gradient();
         }
-        if (job.stats.valid) write_stats();
         if (job.saved && !job.backward_only) leave_nothing();
-        if (job.losses) {
-            const int size = size_of(job.result_dtype);
-            narrow_run(job.result_dtype, lane.loss, rows, static_cast<char*>(job.losses) + first_row * size, size);
-        }
-        return total();
+        return results.write();
     }
 
     // For a backward pass that goes along the classes, as after a hook that has laid them otherwise.
     void leave_nothing() const {
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        for (int i = 0; i < rows; ++i) job.saved[first_row + i] = {nan, nan, nan, nan};
-    }
-
-    double total() const {
-        double sums[step] = {};
-        for (int start = 0; start < this->used; start += step) {
-            POLYCE_SIMD
-            for (int i = 0; i < step; ++i) sums[i] += lane.loss[start + i];
-        }
-        for (int half = step / 2; half; half /= 2) {
-            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-        }
-        return sums[0];
+        for (int i = 0; i < rows; ++i) job.saved[this->number(i)] = {nan, nan, nan, nan};
     }
 
     // log(softmax): what the likeliest class lacks to 0 is its loss.
@@ -343,14 +253,14 @@ struct Across : Pivots<T> {
         });
         this->find_largest();
         sum();
-        finish<false>();
+        results.template finish<false, true>();
         refer_to(lane.pivot_logit);
         each_chunk([&](std::int64_t start, int here) {
             fill(job.logits, start, here, logits);
             find_pivots(start, here);
             read_gaps(here);
             for (int c = 0; c < here; ++c) {
-                T* t = gaps + c * width;
+                T* t = gaps + c * pitch;
                 each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = t[i] - T(lane.loss[i]); });
             }
             each_pivot(gaps, [&](int i, T& t) { t = -T(lane.loss[i]); });

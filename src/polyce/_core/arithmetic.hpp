@@ -1,62 +1,9 @@
 // exp, expm1, log1p and tanh that compilers vectorise: no branches, no tables, no library calls.
-//
-// Everything here is compiled once for each instruction set, inside a namespace of that name, so
-// that the linker never takes code made for one of them for another.
 #pragma once
 
-#include <cstdint>
-#include <limits>
-
-// nan and infinity are values here, and every sum has its order.
-#if defined(__FAST_MATH__) || defined(_M_FP_FAST) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
-#error "polyce's kernels must be compiled without -ffast-math and -ffinite-math-only: take them out of CXXFLAGS"
-#endif
-
-#ifndef POLYCE_ISA
-#error "POLYCE_ISA must name the instruction set that this file is compiled for"
-#endif
-
-#if defined(_MSC_VER) && !defined(__clang__)
-#define POLYCE_PRAGMA(...) __pragma(__VA_ARGS__)
-#define POLYCE_INLINE __forceinline
-#define POLYCE_INLINE_LAMBDA
-#define POLYCE_FETCH(place, nearness) ((void)(place))
-#else
-#define POLYCE_PRAGMA(...) _Pragma(#__VA_ARGS__)
-#define POLYCE_INLINE inline __attribute__((always_inline))
-#define POLYCE_INLINE_LAMBDA __attribute__((always_inline))
-#define POLYCE_FETCH(place, nearness) __builtin_prefetch(place, 0, nearness)
-#endif
-#define POLYCE_SIMD POLYCE_PRAGMA(omp simd)
-#define POLYCE_SIMD_MAX(a, b, c, d) POLYCE_PRAGMA(omp simd reduction(max : a, b, c, d))
-#define POLYCE_SIMD_SUM(a, b) POLYCE_PRAGMA(omp simd reduction(+ : a, b))
+#include "numbers.hpp"
 
 namespace polyce::POLYCE_ISA {
-
-template <class T>
-inline constexpr T infinity = std::numeric_limits<T>::infinity();
-
-template <class To, class From>
-POLYCE_INLINE To bits(From value) {
-    return __builtin_bit_cast(To, value);
-}
-
-// Contraction is off for everything else, so that every compiler rounds in the same places.
-POLYCE_INLINE float fma(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-POLYCE_INLINE double fma(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
 
 // exp(t) = 2^n exp(f) with f in ±ln(2)/2. `magic` rounds t/ln 2 to the integer n and leaves
 // n + bias in the low bits of the sum, where a shift makes the floating number 2^n of it.
@@ -65,97 +12,94 @@ struct Exp;
 
 template <>
 struct Exp<float> {
-    using Bits = std::uint32_t;
     static constexpr int shift = 23;
     static constexpr float lowest = -88.0f;  // gives n = -127, which as an exponent is 0
     static constexpr float magic = 12582912.0f + 127.0f;
     static constexpr float log2e = 1.44269504f;
     static constexpr float ln2_high = 0.693359375f;
     static constexpr float ln2_low = -2.12194440e-4f;
-
-    // (exp(f) - 1) / f, minimax: 1.02 ulp of exp in all.
-    static POLYCE_INLINE float series(float f) {
-        float p = 0x1.6ae72ep-10f;
-        p = fma(f, p, 0x1.126784p-7f);
-        p = fma(f, p, 0x1.555822p-5f);
-        p = fma(f, p, 0x1.55541ap-3f);
-        p = fma(f, p, 0x1.fffffcp-2f);
-        return fma(f, p, 1.0f);
-    }
+    // Of (exp(f) - 1) / f, highest power first, minimax: 1.02 ulp of exp in all.
+    static constexpr float series[] = {
+        0x1.6ae72ep-10f, 0x1.126784p-7f, 0x1.555822p-5f, 0x1.55541ap-3f, 0x1.fffffcp-2f, 1.0f};
 };
 
 template <>
 struct Exp<double> {
-    using Bits = std::uint64_t;
     static constexpr int shift = 52;
     static constexpr double lowest = -709.0;
     static constexpr double magic = 0x1.8p52 + 1023.0;
     static constexpr double log2e = 0x1.71547652b82fep0;
     static constexpr double ln2_high = 0x1.62e42fefa3800p-1;  // its product with n is exact
     static constexpr double ln2_low = 0x1.ef35793c76730p-45;
-
-    // (exp(f) - 1) / f by Taylor: what it leaves out is below 1e-17.
-    static POLYCE_INLINE double series(double f) {
-        double p = 1.0 / 6227020800.0;
-        p = fma(f, p, 1.0 / 479001600.0);
-        p = fma(f, p, 1.0 / 39916800.0);
-        p = fma(f, p, 1.0 / 3628800.0);
-        p = fma(f, p, 1.0 / 362880.0);
-        p = fma(f, p, 1.0 / 40320.0);
-        p = fma(f, p, 1.0 / 5040.0);
-        p = fma(f, p, 1.0 / 720.0);
-        p = fma(f, p, 1.0 / 120.0);
-        p = fma(f, p, 1.0 / 24.0);
-        p = fma(f, p, 1.0 / 6.0);
-        p = fma(f, p, 0.5);
-        return fma(f, p, 1.0);
-    }
+    // By Taylor: what it leaves out is below 1e-17.
+    static constexpr double series[] = {
+        1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
+        1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0};
 };
 
-template <class T>
+template <class V>
+using ExpOf = Exp<typename Number<V>::Element>;
+
+template <class V>
 struct Reduced {
-    T f, z, n;
+    V f, z, n;
 };
 
-template <class T>
-POLYCE_INLINE Reduced<T> reduce_exponent(T t) {
-    using E = Exp<T>;
-    const T z = fma(t, E::log2e, E::magic);
-    const T n = z - E::magic;
-    return {fma(n, -E::ln2_low, fma(n, -E::ln2_high, t)), z, n};
+template <class V>
+POLYCE_INLINE Reduced<V> reduce_exponent(V t) {
+    using E = ExpOf<V>;
+    const V z = fma(t, splat<V>(E::log2e), splat<V>(E::magic));
+    const V n = z - splat<V>(E::magic);
+    return {fma(n, splat<V>(-E::ln2_low), fma(n, splat<V>(-E::ln2_high), t)), z, n};
 }
 
-template <class T>
-POLYCE_INLINE T power_of_two(T z) {
-    using E = Exp<T>;
-    return bits<T>(typename E::Bits(bits<typename E::Bits>(z) << E::shift));
+template <class V>
+POLYCE_INLINE V power_of_two(V z) {
+    using Bits = typename Number<V>::Bits;
+    return bits<V>(Bits(bits<Bits>(z) << ExpOf<V>::shift));
 }
 
-// exp(t) for t <= 0 or nan. 0 where it would be below the smallest normal number. The clamp is
-// written so that a nan passes it, and the product so that it passes on.
-template <class T>
-POLYCE_INLINE T exp_negative(T t) {
-    t = t < Exp<T>::lowest ? Exp<T>::lowest : t;
-    const auto [f, z, n] = reduce_exponent(t);
-    return fma(f, Exp<T>::series(f), T(1)) * power_of_two(z);
+// (exp(f) - 1) / f by Horner's rule, of which the part up to coefficient `next` is done.
+template <int next = 1, class V>
+POLYCE_INLINE V exp_series(V f, V done = splat<V>(ExpOf<V>::series[0])) {
+    constexpr auto& series = ExpOf<V>::series;
+    if constexpr (next == int(sizeof series / sizeof *series)) {
+        return done;
+    } else {
+        return exp_series<next + 1>(f, fma(f, done, splat<V>(series[next])));
+    }
+}
+
+// No less than Exp::lowest, but nan where t is: as the processors' maximum has it of its second operand.
+template <class V>
+POLYCE_INLINE V bounded(V t) {
+    const V lowest = splat<V>(ExpOf<V>::lowest);
+    return lowest > t ? lowest : t;
+}
+
+// exp(t) for t <= 0 or nan. 0 where it would be below the smallest normal number. The product is
+// written so that a nan passes it.
+template <class V>
+POLYCE_INLINE V exp_negative(V t) {
+    const auto [f, z, n] = reduce_exponent(bounded(t));
+    return fma(f, exp_series(f), splat<V>(1)) * power_of_two(z);
 }
 
 // The same down to the smallest subnormal number, which is reached by one rounding.
 POLYCE_INLINE double exp_negative_full(double t) {
-    t = t < -760.0 ? -760.0 : t;
+    t = -760.0 > t ? -760.0 : t;
     const auto [f, z, n] = reduce_exponent(t);
     const bool far = n < -1000.0;
     const double near = power_of_two(z + (far ? 200.0 : 0.0));
-    return fma(f, Exp<double>::series(f), 1.0) * near * (far ? 0x1p-200 : 1.0);
+    return fma(f, exp_series(f), 1.0) * near * (far ? 0x1p-200 : 1.0);
 }
 
 // exp(t) - 1 for t <= 0 or nan, accurate near 0.
 template <class T>
 POLYCE_INLINE T expm1_negative(T t) {
-    t = t < Exp<T>::lowest ? Exp<T>::lowest : t;
-    const auto [f, z, n] = reduce_exponent(t);
+    const auto [f, z, n] = reduce_exponent(bounded(t));
     const T scale = power_of_two(z);
-    return fma(scale, f * Exp<T>::series(f), scale - T(1));
+    return fma(scale, f * exp_series(f), scale - T(1));
 }
 
 template <class T>

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "isa.hpp"
+#include "order.hpp"
 #include "threads.hpp"
 
 #if defined(__linux__)
@@ -77,23 +78,23 @@ void read_target(Job& job) {
         weight = job.classes ? double(job.rows) : 0.0;
     } else if (needs_weight || (by_labels && job.check_labels)) {
         const std::int64_t blocks = (job.rows + rows_in_label_block - 1) / rows_in_label_block;
-        const std::unique_ptr<LabelFacts[]> facts(new LabelFacts[std::size_t(blocks ? blocks : 1)]);
+        const std::unique_ptr<LabelSummary[]> found(new LabelSummary[std::size_t(blocks ? blocks : 1)]);
         struct Context {
             const Job& job;
-            LabelFacts* facts;
+            LabelSummary* found;
             const Kernels& kernels;
-        } context{job, facts.get(), current_kernels()};
+        } context{job, found.get(), current_kernels()};
         const auto task = [](void* shared, std::int64_t b, char*) {
             const Context& c = *static_cast<Context*>(shared);
             const std::int64_t first = b * rows_in_label_block, left = c.job.rows - first;
-            c.facts[b] = c.kernels.read_labels(
+            c.found[b] = c.kernels.read_labels(
                 c.job, first, left < rows_in_label_block ? left : rows_in_label_block);
         };
         share_tiles(blocks, threads_for(job.rows / 2, job.on_torch), job.on_torch, 64, task, &context);
         const std::unique_ptr<double[]> weights(new double[std::size_t(blocks ? blocks : 1)]);
         for (std::int64_t b = 0; b < blocks; ++b) {
-            weights[b] = facts[b].weight;
-            if (job.check_labels && job.bad_row < 0) job.bad_row = facts[b].bad_row;
+            weights[b] = found[b].weight;
+            if (job.check_labels && job.bad_row < 0) job.bad_row = found[b].bad_row;
         }
         weight = pairwise(weights.get(), blocks);
     }
@@ -103,11 +104,14 @@ void read_target(Job& job) {
 }
 
 void run(Job& job) {
+    order_rows(job);
     const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
     if (job.fresh && bytes >= bytes_worth_huge_pages) ask_for_huge_pages(job.grad.data, bytes);
     if (job.grad.data && bytes >= bytes_worth_streaming) {
         // What is overwritten in place is in the caches already.
-        job.streams = job.grad.data != job.logits.data && job.grad.class_stride == size_of(job.grad.dtype);
+        const std::int64_t size = size_of(job.grad.dtype);
+        const bool is_dense = job.grad.class_stride == size || (job.axes && job.grad.row_stride[job.axes - 1] == size);
+        job.streams = is_dense && job.grad.data != job.logits.data;
         if (job.fresh) fill_with_pages(job.grad.data, bytes, job.on_torch);
     }
     const Kernels& kernels = current_kernels();
@@ -133,8 +137,9 @@ void store_reduced(const Job& job) {
     current_kernels().store(job.result_dtype, loss, job.reduced);
 }
 
-void log_softmax(const Job& job) {
+void log_softmax(Job job) {
     if (job.classes == 0) return;  // nothing to write, and no largest class to read
+    order_rows(job);
     const Kernels& kernels = current_kernels();
     const std::int64_t bytes = job.rows * job.classes * size_of(job.grad.dtype);
     if (job.fresh && bytes >= bytes_worth_huge_pages) ask_for_huge_pages(job.grad.data, bytes);

@@ -9,7 +9,7 @@ namespace polyce {
 void read_target(Job& job);
 // Reads the logits, writes what the job has places for, and sets total.
 void run(Job& job);
-void log_softmax(const Job& job);
+void log_softmax(Job job);
 // Writes the loss of the whole, rounded once, if there is a reduction and a place for it.
 void store_reduced(const Job& job);
 

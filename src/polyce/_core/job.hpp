@@ -40,10 +40,15 @@ struct SavedRow {
 enum class Reduction : std::uint8_t { none, sum, mean };
 
 struct Job {
-    // The rows, in C order of their axes, of which neighbours are joined where strides allow.
+    // The rows' axes, of which neighbours are joined where strides allow.
     std::int64_t rows = 1, classes = 0;
     int axes = 0;
     std::int64_t axis_size[max_axes] = {};
+
+    // A row's number, by which its label and its results are found. Rows that are gone through in
+    // another order than that of their numbers (order.hpp) have them as their axes step here.
+    bool in_order = true;
+    std::int64_t number_stride[max_axes] = {};
 
     Matrix logits;
     Matrix probabilities;           // data is null for class indices
@@ -79,7 +84,7 @@ struct Job {
 };
 
 // What the labels of some rows tell together.
-struct LabelFacts {
+struct LabelSummary {
     double weight;
     std::int64_t bad_row;
 };
@@ -87,7 +92,7 @@ struct LabelFacts {
 // One instruction set's kernels.
 struct Kernels {
     const char* name;
-    LabelFacts (*read_labels)(const Job&, std::int64_t first, std::int64_t count);
+    LabelSummary (*read_labels)(const Job&, std::int64_t first, std::int64_t count);
     // Rows go by tiles, which do not depend on the number of threads.
     std::int64_t (*tiles)(const Job&);
     std::int64_t (*scratch_bytes)(const Job&);

@@ -9,26 +9,12 @@
 namespace polyce::POLYCE_ISA {
 namespace {
 
-// Below this many numbers a tile would not be worth fetching.
-constexpr std::int64_t tile_numbers = 16384;
-
 std::int64_t magnitude(std::int64_t value) { return value < 0 ? -value : value; }
 
 bool goes_across(const Job& job) {
     if (job.axes == 0) return false;
     const std::int64_t between_rows = magnitude(job.logits.row_stride[job.axes - 1]);
-    return job.classes <= chunk || between_rows < magnitude(job.logits.class_stride);
-}
-
-std::int64_t rows_in_tile(const Job& job) {
-    if (goes_across(job)) return width;
-    const std::int64_t rows = tile_numbers / (job.classes + 1);
-    return rows < 1 ? 1 : rows > width ? width : rows;
-}
-
-std::int64_t tiles(const Job& job) {
-    const std::int64_t in_tile = rows_in_tile(job);
-    return (job.rows + in_tile - 1) / in_tile;
+    return job.classes <= (job.wide ? 40 : 64) || between_rows < magnitude(job.logits.class_stride);
 }
 
 // Calls f with a number of the arithmetic's type and whether there is a softcap.
@@ -38,65 +24,59 @@ decltype(auto) with_arithmetic(const Job& job, F&& f) {
     return job.wide ? f(double{}, std::false_type{}) : f(float{}, std::false_type{});
 }
 
-std::int64_t scratch_bytes(const Job& job) {
-    return with_arithmetic(job, [&](auto number, auto capped) {
+template <class O>
+struct Type {
+    using Order = O;
+};
+
+// Calls f with the rows' order, as which a tile goes through its kernels.
+template <class F>
+decltype(auto) with_order(const Job& job, F&& f) {
+    return with_arithmetic(job, [&](auto number, auto capped) -> decltype(auto) {
         using T = decltype(number);
-        return goes_across(job) ? Across<T, capped>::scratch_bytes() : Along<T, capped>::scratch_bytes(job);
+        return goes_across(job) ? f(Type<Across<T, capped>>{}) : f(Type<Along<T, capped>>{});
     });
 }
 
-template <class T, bool capped>
-double run_along(const Job& job, std::int64_t first, int count, char* scratch) {
-    Along<T, capped> order(job, scratch);
-    std::int64_t logits[width], probabilities[width], grad[width];
-    row_offsets(job, job.logits.row_stride, first, count, logits);
-    row_offsets(job, job.probabilities.row_stride, first, count, probabilities);
-    row_offsets(job, job.grad.row_stride, first, count, grad);
-    double total = 0.0;
-    for (int i = 0; i < count; ++i) {
-        total += order.run(first + i, job.logits.data + logits[i],
-                           job.probabilities.data ? job.probabilities.data + probabilities[i] : nullptr,
-                           job.grad.data ? job.grad.data + grad[i] : nullptr);
-    }
-    if (job.streams) end_streaming();
-    return total;
+std::int64_t rows_in_tile(const Job& job) {
+    return goes_across(job) ? width : Along<float, false>::rows_in_group(job);
 }
 
-template <class T, bool capped>
-void log_softmax_along(const Job& job, std::int64_t first, int count, char* scratch) {
-    Along<T, capped> order(job, scratch);
-    std::int64_t logits[width], out[width];
-    row_offsets(job, job.logits.row_stride, first, count, logits);
-    row_offsets(job, job.grad.row_stride, first, count, out);
-    for (int i = 0; i < count; ++i) order.log_softmax(job.logits.data + logits[i], job.grad.data + out[i]);
+std::int64_t tiles(const Job& job) {
+    const std::int64_t in_tile = rows_in_tile(job);
+    return (job.rows + in_tile - 1) / in_tile;
+}
+
+std::int64_t scratch_bytes(const Job& job) {
+    return with_order(job, [&](auto type) { return decltype(type)::Order::scratch_bytes(job); });
+}
+
+// Calls f with the order, the first row and the number of rows of a tile.
+template <class F>
+decltype(auto) with_tile(const Job& job, std::int64_t tile, char* scratch, F&& f) {
+    const std::int64_t in_tile = rows_in_tile(job), first = tile * in_tile;
+    const int count = int(job.rows - first < in_tile ? job.rows - first : in_tile);
+    return with_order(job, [&](auto type) {
+        typename decltype(type)::Order order(job, scratch);
+        return f(order, first, count);
+    });
 }
 
 double run_tile(const Job& job, std::int64_t tile, char* scratch) {
-    const std::int64_t in_tile = rows_in_tile(job), first = tile * in_tile;
-    const int count = int(job.rows - first < in_tile ? job.rows - first : in_tile);
-    return with_arithmetic(job, [&](auto number, auto capped) {
-        using T = decltype(number);
-        if (goes_across(job)) return Across<T, capped>(job, scratch).run(first, count);
-        return run_along<T, capped>(job, first, count, scratch);
+    return with_tile(job, tile, scratch, [](auto& order, std::int64_t first, int count) {
+        return order.run(first, count);
     });
 }
 
 void log_softmax_tile(const Job& job, std::int64_t tile, char* scratch) {
-    const std::int64_t in_tile = rows_in_tile(job), first = tile * in_tile;
-    const int count = int(job.rows - first < in_tile ? job.rows - first : in_tile);
-    with_arithmetic(job, [&](auto number, auto capped) {
-        using T = decltype(number);
-        if (goes_across(job)) {
-            Across<T, capped>(job, scratch).log_softmax(first, count);
-        } else {
-            log_softmax_along<T, capped>(job, first, count, scratch);
-        }
+    with_tile(job, tile, scratch, [](auto& order, std::int64_t first, int count) {
+        order.log_softmax(first, count);
     });
 }
 
 // Without weights the total is a count, and no label is looked at twice unless one is bad.
 template <class L>
-LabelFacts count_labels(const Job& job, std::int64_t first, std::int64_t count) {
+LabelSummary count_labels(const Job& job, std::int64_t first, std::int64_t count) {
     const char* labels = static_cast<const char*>(job.labels) + first * std::int64_t(sizeof(L));
     std::int64_t ignored = 0, bad = 0;
     const std::int64_t marker = job.ignored, has_marker = job.has_ignored;
@@ -111,28 +91,28 @@ LabelFacts count_labels(const Job& job, std::int64_t first, std::int64_t count) 
     return {double(count - ignored), bad ? 0 : -1};
 }
 
-LabelFacts read_labels(const Job& job, std::int64_t first, std::int64_t count) {
-    LabelFacts facts{0.0, -1};
+LabelSummary read_labels(const Job& job, std::int64_t first, std::int64_t count) {
+    LabelSummary summary{0.0, -1};
     if (!job.probabilities.data && !job.class_weight && !job.sample_weight) {
-        facts = with_type(job.label_dtype, [&](auto type) {
+        summary = with_type(job.label_dtype, [&](auto type) {
             return count_labels<decltype(type)>(job, first, count);
         });
     } else {
         for (std::int64_t row = first; row < first + count; ++row) {
             const RowTarget target = job.wide ? read_target<double>(job, row) : read_target<float>(job, row);
             const double weight = job.sample_weight ? job.sample_weight[row] : 1.0;
-            if (target.counted) facts.weight += weight * target.label_weight;
+            if (target.counted) summary.weight += weight * target.label_weight;
         }
-        if (job.check_labels && !job.probabilities.data) facts.bad_row = 0;
+        if (job.check_labels && !job.probabilities.data) summary.bad_row = 0;
     }
-    if (facts.bad_row == -1) return facts;
-    facts.bad_row = -1;
-    for (std::int64_t row = first; row < first + count && facts.bad_row == -1; ++row) {
+    if (summary.bad_row == -1) return summary;
+    summary.bad_row = -1;
+    for (std::int64_t row = first; row < first + count && summary.bad_row == -1; ++row) {
         const std::int64_t label = label_at(job, row);
         const bool ignored = job.has_ignored && label == job.ignored;
-        if (!ignored && out_of_range(label, job.classes)) facts.bad_row = row;
+        if (!ignored && out_of_range(label, job.classes)) summary.bad_row = row;
     }
-    return facts;
+    return summary;
 }
 
 void store(Float dtype, double value, void* place) {

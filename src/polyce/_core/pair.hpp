@@ -22,8 +22,8 @@ POLYCE_INLINE double log1p_of_fraction(double e) {
 template <bool with_gradient, class T>
 POLYCE_INLINE void pair_losses(const Tile<T>& tile) {
     Lanes<T>& lane = tile.lane;
-    const T *const first = tile.logits, *const second = first + width;
-    T *const to_first = tile.gaps, *const to_second = to_first + width;
+    const T *const first = tile.logits, *const second = first + tile.pitch;
+    T *const to_first = tile.gaps, *const to_second = to_first + tile.pitch;
     const double scale = tile.job.scale;
     tile.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
         const bool swapped = lane.pivot[i] != 0;

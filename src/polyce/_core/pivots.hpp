@@ -6,14 +6,10 @@
 
 namespace polyce::POLYCE_ISA {
 
-// Up to so many classes, a look at each is cheaper than going to the pivot of each row.
-constexpr int few = 16;
-
 template <class T>
 struct Pivots : Tile<T> {
-    using Place = typename Lanes<T>::Place;
-    using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::rows;
-    using Tile<T>::each_lane, Tile<T>::fill;
+    using Tile<T>::job, Tile<T>::lane, Tile<T>::logits, Tile<T>::rows, Tile<T>::used;
+    using Tile<T>::each_lane, Tile<T>::fill, Tile<T>::pitch;
     using Tile<T>::Tile;
 
     // Calls f(first class, number of classes) for as many classes as a tile has room for.
@@ -31,15 +27,15 @@ struct Pivots : Tile<T> {
             fill(job.logits, start, count, logits);
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = -1; });
             for (int c = 0; c < count; ++c) {
-                const T* x = logits + c * width;
+                const T* x = logits + c * pitch;
                 each_lane([&](int i) POLYCE_INLINE_LAMBDA {
                     const bool more = x[i] > lane.top[i];
                     lane.top[i] = more ? x[i] : lane.top[i];
-                    lane.found[i] = more ? Place(c) : lane.found[i];
+                    lane.found[i] = more ? T(c) : lane.found[i];
                 });
             }
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                lane.pivot[i] = lane.found[i] < 0 ? lane.pivot[i] : start + lane.found[i];
+                lane.pivot[i] = lane.found[i] < 0 ? lane.pivot[i] : start + std::int64_t(lane.found[i]);
             });
         });
     }
@@ -54,7 +50,7 @@ struct Pivots : Tile<T> {
     void each_label(std::int64_t start, int count, F f) {
         for (int i = 0; i < rows; ++i) {
             const std::int64_t c = lane.label[i] - start;
-            if (!out_of_range(c, count)) f(i, c * width + i);
+            if (!out_of_range(c, count)) f(i, c * pitch + i);
         }
     }
 
@@ -62,7 +58,7 @@ struct Pivots : Tile<T> {
     void find_pivots(std::int64_t start, int count) {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const std::int64_t c = lane.pivot[i] - start;
-            lane.place[i] = Place(out_of_range(c, count) ? -1 : c);
+            lane.place[i] = T(out_of_range(c, count) ? -1 : c);
         });
     }
 
@@ -70,47 +66,26 @@ struct Pivots : Tile<T> {
     template <class F>
     void each_pivot(T* values, F f) {
         for (int i = 0; i < rows; ++i) {
-            if (lane.place[i] >= 0) f(i, values[lane.place[i] * width + i]);
+            if (lane.place[i] >= 0) f(i, values[int(lane.place[i]) * pitch + i]);
         }
     }
 
     // Takes the pivots' logits out of the logits, leaving -inf, and finds the largest of the others.
     void set_apart(int count) {
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.top[i] = -infinity<T>; });
-        if (count <= few) {
-            raise_top(count, [&](int i, int c, T& logit) POLYCE_INLINE_LAMBDA {
-                T& x = logits[c * width + i];
-                const T found = x;
-                const bool apart = lane.place[i] == Place(c);
-                logit = apart ? found : logit;
-                return x = apart ? -infinity<T> : found;
-            });
-        } else {
-            each_pivot(logits, [&](int i, T& x) { lane.pivot_logit[i] = x, x = -infinity<T>; });
-            raise_top(count, [&](int i, int c, T&) POLYCE_INLINE_LAMBDA { return logits[c * width + i]; });
-        }
-    }
-
-    // `logit_at`(row, class, the pivot's logit) gives a logit; four at a time, for fewer loads.
-    template <class F>
-    POLYCE_INLINE void raise_top(int count, F logit_at) {
-        const auto larger = [](T a, T b) POLYCE_INLINE_LAMBDA { return a > b ? a : b; };
-        int c = 0;
-        for (; c + 4 <= count; c += 4) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T logit = lane.pivot_logit[i];
-                const T one = larger(logit_at(i, c, logit), logit_at(i, c + 1, logit));
-                const T two = larger(logit_at(i, c + 2, logit), logit_at(i, c + 3, logit));
-                lane.top[i] = larger(larger(one, two), lane.top[i]);
-                lane.pivot_logit[i] = logit;
-            });
-        }
-        for (; c < count; ++c) {
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                T logit = lane.pivot_logit[i];
-                lane.top[i] = larger(logit_at(i, c, logit), lane.top[i]);
-                lane.pivot_logit[i] = logit;
-            });
+        const Pack<T> nothing = filled(-infinity<T>), one = filled(T(1));
+        for (int i = 0; i < used; i += pack_size) {
+            const Pack<T> place = load(lane.place + i);
+            Pack<T> top = nothing, logit = load(lane.pivot_logit + i), here = filled(T(0));
+            T* x = logits + i;
+            for (int c = 0; c < count; ++c, x += pitch) {
+                const Pack<T> found = load(x), other = chosen(place, here, nothing, found);
+                logit = chosen(place, here, found, logit);
+                store(x, other);
+                top = larger(other, top);
+                here = here + one;
+            }
+            store(lane.top + i, top);
+            store(lane.pivot_logit + i, logit);
         }
     }
 
@@ -118,13 +93,13 @@ struct Pivots : Tile<T> {
     void find_first(std::int64_t start, int count) {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = 0; });
         for (int c = count - 1; c >= 0; --c) {
-            const T* x = logits + c * width;
+            const T* x = logits + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                lane.found[i] = x[i] == lane.top[i] ? Place(c) : lane.found[i];
+                lane.found[i] = x[i] == lane.top[i] ? T(c) : lane.found[i];
             });
         }
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            lane.first[i] = lane.top[i] > lane.rest_max[i] ? start + lane.found[i] : lane.first[i];
+            lane.first[i] = lane.top[i] > lane.rest_max[i] ? start + std::int64_t(lane.found[i]) : lane.first[i];
         });
     }
 };

@@ -76,8 +76,7 @@ POLYCE_INLINE double difference_error(const Transform<capped>& x, double a, doub
 // to float32 afterwards does not show the difference to the full forms, which take twice as long.
 // The terms of their series go by pairs, so that few wait for one another.
 POLYCE_INLINE double exp_negative_brief(double t) {
-    t = t < Exp<double>::lowest ? Exp<double>::lowest : t;
-    const auto [f, z, n] = reduce_exponent(t);
+    const auto [f, z, n] = reduce_exponent(bounded(t));
     const double f2 = f * f;
     const double p4 = fma(f, 0x1.9f08965704834p-13, 0x1.6d8d06db40dd1p-10);
     const double p2 = fma(f, 0x1.111270b2ef63fp-7, 0x1.55548dc490106p-5);
@@ -103,6 +102,18 @@ POLYCE_INLINE double log1p_positive_brief(double x) {
     const double p = fma(f4, fma(f4, p8, fma(f2, p6, p4)), fma(f2, p2, p0));
     return fma(k, 0x1.62e42fefa39efp-1, fma(f2, p, f)) + (x - x);
 }
+
+// What a class adds to the sums, of its coefficient and its gap x_c - m'. Only what is infinite is
+// skipped: a nan has to stay.
+inline constexpr auto excess_of = [](auto r, auto gap) POLYCE_INLINE_LAMBDA {
+    using V = decltype(gap);
+    return (r == V{}) & (gap == splat<V>(-infinity<typename Number<V>::Element>)) ? V{} : r * -gap;
+};
+inline constexpr auto entropy_of = [](auto gap) POLYCE_INLINE_LAMBDA {
+    using V = decltype(gap);
+    const V e = exp_negative(gap);
+    return e == V{} ? V{} : -gap * e;
+};
 
 // A part of a row: sums over the classes besides the pivot, as in rowstate.py.
 struct RowState {
@@ -158,11 +169,14 @@ struct RowGradient {
 // R' - R·(1 - p), and R·p - r_k as well, which is torch's where these are infinite. Of the two, the
 // one with the smaller terms keeps its digits: for a label always the first.
 POLYCE_INLINE RowGradient row_gradient(
-    const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top
+    const RowState& s, const RowScalars& r, double penalty, double lse, bool at_top, bool wide
 ) {
     const double whole = 1.0 + r.excess;
-    const double factor = (r.below ? r.decay : 1.0) / whole;
-    const double at_pivot_probability = (r.below ? 1.0 : r.decay) / whole;
+    // One division less, where the last digit of a double does not show.
+    const double inverse = wide ? 0.0 : 1.0 / whole;
+    const auto share = [&](double e) POLYCE_INLINE_LAMBDA { return wide ? e / whole : e * inverse; };
+    const double factor = share(r.below ? r.decay : 1.0);
+    const double at_pivot_probability = share(r.below ? 1.0 : r.decay);
     const double total = s.pivot_coefficient + s.rest_coefficient;
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
     const double near_size = magnitude(near) + magnitude(s.pivot_coefficient);

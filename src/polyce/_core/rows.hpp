@@ -115,14 +115,13 @@ struct LabelApart {
 
 // Adds the label's own coefficient to the sums.
 template <bool capped>
-POLYCE_INLINE LabelApart count_label(
-    const Job& job, const Transform<capped>& x, RowState& s, const RowTarget& target, double logit
+POLYCE_INLINE void count_label(
+    const Job& job, const Transform<capped>& x, RowState& s, double label_weight, double logit
 ) {
-    const double own = job.smoothing == 1.0 ? 0.0 : target.label_weight * (1.0 - job.smoothing);
+    const double own = job.smoothing == 1.0 ? 0.0 : label_weight * (1.0 - job.smoothing);
     const double gap = difference(x, s.rest_max == -infinity<double> ? 0.0 : s.rest_max, logit);
     s.rest_coefficient += own;
     if (own != 0.0) s.rest_excess += own * gap;
-    return {true, logit, label_coefficient(job, target.label_weight)};
 }
 
 // What a backward pass reads, which knows the label but of no entropy: the state with the label as
@@ -141,23 +140,6 @@ POLYCE_INLINE SavedRow saved_row(
 
 POLYCE_INLINE double penalty_of(const Job& job, double label_weight) {
     return job.z_loss == 0.0 ? 0.0 : job.z_loss * label_weight;
-}
-
-// What multiplies the gradient of a row's loss.
-POLYCE_INLINE double row_scale(const Job& job, const RowTarget& target, std::int64_t row) {
-    if (!target.counted) return 0.0;
-    return target.weight * (job.cotangents ? job.cotangents[row] : job.cotangent);
-}
-
-// Rows without a class have no softmax, but a loss of 0 where none is asked of them.
-POLYCE_INLINE double weighted(const RowTarget& target, double loss) {
-    return target.counted ? target.weight * loss : 0.0;
-}
-
-inline void store_loss(const Job& job, std::int64_t row, double loss) {
-    if (!job.losses) return;
-    char* place = static_cast<char*>(job.losses) + row * size_of(job.result_dtype);
-    narrow_run(job.result_dtype, &loss, 1, place, size_of(job.result_dtype));
 }
 
 // The first largest probability, which `correct` compares the prediction with.

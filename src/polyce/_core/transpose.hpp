@@ -61,6 +61,77 @@ POLYCE_INLINE void transpose_square(
 #endif
 }
 
+// As many lines as a register holds numbers, of `side` numbers each; and back, from `side` lines of
+// as many numbers. Each quarter of a register (half, with AVX2) is a square.
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512F__)
+using Strip = __m512;
+#else
+using Strip = __m256;
+#endif
+constexpr int strip = int(sizeof(Strip)) / 4;
+
+POLYCE_INLINE void transpose_squares(Strip (&s)[4]) {
+#if defined(__AVX512F__)
+    const auto low = [](Strip a, Strip b) POLYCE_INLINE_LAMBDA { return _mm512_castps_pd(_mm512_unpacklo_ps(a, b)); };
+    const auto high = [](Strip a, Strip b) POLYCE_INLINE_LAMBDA { return _mm512_castps_pd(_mm512_unpackhi_ps(a, b)); };
+    const auto lows = [](__m512d a, __m512d b) POLYCE_INLINE_LAMBDA { return _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)); };
+    const auto highs = [](__m512d a, __m512d b) POLYCE_INLINE_LAMBDA { return _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)); };
+#else
+    const auto low = [](Strip a, Strip b) POLYCE_INLINE_LAMBDA { return _mm256_castps_pd(_mm256_unpacklo_ps(a, b)); };
+    const auto high = [](Strip a, Strip b) POLYCE_INLINE_LAMBDA { return _mm256_castps_pd(_mm256_unpackhi_ps(a, b)); };
+    const auto lows = [](__m256d a, __m256d b) POLYCE_INLINE_LAMBDA { return _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)); };
+    const auto highs = [](__m256d a, __m256d b) POLYCE_INLINE_LAMBDA { return _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)); };
+#endif
+    const auto a = low(s[0], s[1]), b = low(s[2], s[3]), c = high(s[0], s[1]), d = high(s[2], s[3]);
+    s[0] = lows(a, b), s[1] = highs(a, b), s[2] = lows(c, d), s[3] = highs(c, d);
+}
+
+POLYCE_INLINE void strip_of_lines(const char* from, std::int64_t from_stride, char* to, std::int64_t to_stride) {
+    const auto part = [&](int line) POLYCE_INLINE_LAMBDA {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(from + line * from_stride));
+    };
+    Strip s[4];
+    for (int j = 0; j < 4; ++j) {
+#if defined(__AVX512F__)
+        s[j] = _mm512_insertf32x4(_mm512_castps128_ps512(part(j)), part(j + 4), 1);
+        s[j] = _mm512_insertf32x4(_mm512_insertf32x4(s[j], part(j + 8), 2), part(j + 12), 3);
+#else
+        s[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(j)), part(j + 4), 1);
+#endif
+    }
+    transpose_squares(s);
+    for (int j = 0; j < 4; ++j) std::memcpy(to + j * to_stride, &s[j], sizeof s[j]);
+}
+
+POLYCE_INLINE void lines_of_strip(const char* from, std::int64_t from_stride, char* to, std::int64_t to_stride) {
+    Strip s[4];
+    for (int j = 0; j < 4; ++j) std::memcpy(&s[j], from + j * from_stride, sizeof s[j]);
+    transpose_squares(s);
+    const auto put = [&](int line, __m128 part) POLYCE_INLINE_LAMBDA {
+        _mm_storeu_ps(reinterpret_cast<float*>(to + line * to_stride), part);
+    };
+    for (int j = 0; j < 4; ++j) {
+#if defined(__AVX512F__)
+        put(j, _mm512_castps512_ps128(s[j])), put(j + 4, _mm512_extractf32x4_ps(s[j], 1));
+        put(j + 8, _mm512_extractf32x4_ps(s[j], 2)), put(j + 12, _mm512_extractf32x4_ps(s[j], 3));
+#else
+        put(j, _mm256_castps256_ps128(s[j])), put(j + 4, _mm256_extractf128_ps(s[j], 1));
+#endif
+    }
+}
+#endif
+
+// Calls f(line, place in it) for squares, or strips, of `height` times `length`, with which lines
+// are covered; the last reach back into those before them.
+template <class F>
+POLYCE_INLINE void each_block(int lines, int length, int height, int wide, F f) {
+    for (int i = 0; i < lines; i += height) {
+        const int line = i + height <= lines ? i : lines - height;
+        for (int j = 0; j < length; j += wide) f(line, j + wide <= length ? j : length - wide);
+    }
+}
+
 // Lines of so few numbers, one after the other, that compilers know how to take them apart.
 template <class T, int length>
 void take_apart(const char* from, int lines, char* to, std::int64_t to_stride) {
@@ -103,15 +174,24 @@ void transpose(
         }
         return;
     }
-    // The last square of a line reaches back into the one before it.
-    for (int i = 0; i < lines; i += side<T>) {
-        const int line = i + side<T> <= lines ? i : lines - side<T>;
-        for (int j = 0; j < length; j += side<T>) {
-            const int at = j + side<T> <= length ? j : length - side<T>;
-            const char* square = from + line * from_stride + at * size;
-            transpose_square(square, from_stride, to + at * to_stride + line * size, to_stride, T());
+#if defined(__AVX512F__) || defined(__AVX2__)
+    if constexpr (size == 4) {
+        if (lines >= strip) {
+            return each_block(lines, length, strip, 4, [&](int line, int at) POLYCE_INLINE_LAMBDA {
+                strip_of_lines(from + line * from_stride + at * size, from_stride, to + at * to_stride + line * size, to_stride);
+            });
+        }
+        if (length >= strip) {
+            return each_block(lines, length, 4, strip, [&](int line, int at) POLYCE_INLINE_LAMBDA {
+                lines_of_strip(from + line * from_stride + at * size, from_stride, to + at * to_stride + line * size, to_stride);
+            });
         }
     }
+#endif
+    each_block(lines, length, side<T>, side<T>, [&](int line, int at) POLYCE_INLINE_LAMBDA {
+        const char* square = from + line * from_stride + at * size;
+        transpose_square(square, from_stride, to + at * to_stride + line * size, to_stride, T());
+    });
 }
 
 }  // namespace polyce::POLYCE_ISA

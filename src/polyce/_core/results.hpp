@@ -1,0 +1,164 @@
+// From the sums of a group of rows to their losses, what their gradients are made of, and their
+// statistics: the row formula of row.hpp, side by side.
+#pragma once
+
+#include "group.hpp"
+
+namespace polyce::POLYCE_ISA {
+
+template <class T, bool capped>
+struct Results {
+    Group<T>& group;
+    const Job& job;
+    Lanes<T>& lane;
+    Transform<capped> transform;
+    bool spread;  // classes besides the pivot have coefficients
+    bool at_top;  // the pivot is the class of the largest logit
+    bool apart;   // though there are labels, which may be other classes
+    bool plain;   // none of these, nor z_loss
+
+    explicit Results(Group<T>& group)
+        : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap},
+          spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
+          plain(!spread && !apart && job.z_loss == 0.0) {}
+
+    // Whether the sums of coefficients and the entropy's are looked at.
+    bool needs_all_sums() const { return !plain || job.stats.valid || job.saved; }
+
+    void begin_sums() const {
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.rest_max[i] = -infinity<T>;
+            lane.pivot_logit[i] = T(0);
+            lane.rest_sum[i] = lane.pivot_coefficient[i] = 0.0;
+            lane.first[i] = 0;
+        });
+        if (sizeof(T) == 8) group.each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.lost_sum[i] = 0.0; });
+        if (!needs_all_sums()) return;
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.rest_coefficient[i] = lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
+            lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
+        });
+    }
+
+    // Adds what the labels themselves contribute.
+    void end_sums() const {
+        if (apart) {
+            add_labels();
+        } else if (group.by_labels) {
+            const double each = label_coefficient(job, 1.0);
+            group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                lane.pivot_coefficient[i] = lane.label_weight[i] * each;
+            });
+        }
+    }
+
+    void add_labels() const {
+        for (int i = 0; i < group.rows; ++i) {
+            if (lane.label[i] == lane.pivot[i]) {
+                lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
+            } else {
+                RowState s = state(i);
+                count_label(job, transform, s, lane.label_weight[i], double(lane.label_logit[i]));
+                lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
+            }
+        }
+    }
+
+    POLYCE_INLINE RowState state(int i) const {
+        return {double(lane.rest_max[i]), lane.rest_sum[i], double(lane.pivot_logit[i]), lane.pivot_coefficient[i],
+                lane.rest_coefficient[i], lane.rest_excess[i], lane.rest_entropy[i]};
+    }
+
+    template <bool with_gradient, bool only_pivots>
+    void finish() const {
+        const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
+        const Transform<capped> transform = this->transform;
+        const bool at_top = this->at_top;
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            RowState s = state(i);
+            if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
+            const RowScalars found = scalars(transform, s, sizeof(T) == 8);
+            const double penalty = only_pivots || z_loss == 0.0 ? 0.0 : z_loss * lane.label_weight[i];
+            const double lse = only_pivots ? 0.0 : log_sum_exp(transform, s, found);
+            const double loss = row_loss(s, found, penalty, lse);
+            lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
+            if constexpr (with_gradient) {
+                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top, sizeof(T) == 8);
+                const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
+                if (!capped) lane.once[i] = T(factor * own_scale * g.softmax);
+                if (capped || !only_pivots) {
+                    lane.softmax[i] = T(g.softmax);
+                    lane.last[i] = T(factor * own_scale);
+                }
+                lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
+            }
+        });
+    }
+
+    void finish() const {
+        if (job.grad.data) {
+            plain ? finish<true, true>() : finish<true, false>();
+        } else {
+            plain ? finish<false, true>() : finish<false, false>();
+        }
+    }
+
+    // What the label's entry of the gradient is, where the label is not the pivot.
+    T at_label(int i, T entry) const {
+        if (lane.label[i] == lane.pivot[i] || !group.is_counted(i)) return entry;
+        const RowState s = state(i);
+        const RowScalars found = scalars(transform, s, sizeof(T) == 8);
+        const double penalty = penalty_of(job, lane.label_weight[i]);
+        const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true, sizeof(T) == 8);
+        return T(label_apart(i).gradient(transform, s, g) * lane.factor[i]);
+    }
+
+    LabelApart label_apart(int i) const {
+        return {apart && lane.label[i] != lane.pivot[i], double(lane.label_logit[i]),
+                label_coefficient(job, lane.label_weight[i])};
+    }
+
+    void save_rows() const {
+        for (int i = 0; i < group.rows; ++i) {
+            const LabelApart label = apart ? label_apart(i) : LabelApart{};
+            job.saved[group.number(i)] = saved_row(transform, state(i), label, lane.pivot[i]);
+        }
+    }
+
+    // What is asked for of each row, and the sum of the losses.
+    double write() const {
+        if (job.stats.valid) write_stats();
+        if (job.losses) {
+            const int size = size_of(job.result_dtype);
+            char* const losses = static_cast<char*>(job.losses);
+            if (job.in_order) {
+                narrow_run(job.result_dtype, lane.loss, group.rows, losses + group.first_row * size, size);
+            } else {
+                for (int i = 0; i < group.rows; ++i) {
+                    narrow_run(job.result_dtype, lane.loss + i, 1, losses + lane.number[i] * size, size);
+                }
+            }
+        }
+        double sums[step] = {};
+        for (int start = 0; start < group.used; start += step) {
+            POLYCE_SIMD
+            for (int i = 0; i < step; ++i) sums[i] += lane.loss[start + i];
+        }
+        for (int half = step / 2; half; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        }
+        return sums[0];
+    }
+
+    void write_stats() const {
+        std::int64_t probabilities[width] = {};
+        if (!group.by_labels) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
+        for (int i = 0; i < group.rows; ++i) {
+            const std::int64_t row = group.number(i);
+            const char* p = group.by_labels ? nullptr : job.probabilities.data + probabilities[i];
+            store_stats<T>(job, transform, row, read_target<T>(job, row), state(i), lane.pivot[i], lane.first[i], p);
+        }
+    }
+};
+
+}  // namespace polyce::POLYCE_ISA

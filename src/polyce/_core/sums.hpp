@@ -1,0 +1,302 @@
+// The sums of rows along their classes, as in rowstate.py.
+#pragma once
+
+#include <algorithm>
+
+#include "blocks.hpp"
+#include "results.hpp"
+
+namespace polyce::POLYCE_ISA {
+
+// exp(scale (x - m)).
+template <class T, bool scaled>
+POLYCE_INLINE auto exponential(T m, T scale) {
+    return [=](auto x) POLYCE_INLINE_LAMBDA {
+        using V = decltype(x);
+        const V gap = x - splat<V>(m);
+        return exp_negative(scaled ? V(gap * splat<V>(scale)) : gap);
+    };
+}
+
+template <class T, bool capped>
+struct Sums : Blocks<T> {
+    using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
+    using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
+    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::share, Blocks<T>::kept;
+    using Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::count_from, Blocks<T>::copy_logits;
+    using Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients;
+    using Blocks<T>::first_equal, Blocks<T>::largest;
+
+    // Logits of so many short rows stay in the first cache together, beside those that come next.
+    static constexpr std::int64_t held = 4096, most_held = 32;
+    // Below this many numbers a group would not be worth fetching.
+    static constexpr std::int64_t group_numbers = 8192;
+    // So many exponentials of a row stay in the second cache.
+    static constexpr std::int64_t most_kept = 1 << 18;
+
+    Results<T, capped> results;
+    // Scratch: what the exponents of a block are; rows, each `pitch` after the one before it; what the
+    // exponentials of each block refer to.
+    T *gaps, *numbers, *references;
+    std::int64_t pitch, blocks;
+    bool streams, keeps;
+    T scale, cap, twice_over_cap;
+
+    Sums(const Job& job, char* scratch)
+        : Blocks<T>(job, scratch), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
+          numbers(gaps + block + pack_size), references(numbers + numbers_in_scratch(job)),
+          pitch(padded(job.classes)), blocks(blocks_of(job)),
+          streams(job.streams && job.grad.class_stride == size_of(job.grad.dtype)),
+          keeps(keeps_exponentials(job)), scale(T(job.scale)), cap(T(job.cap)),
+          twice_over_cap(T(capped ? 2.0 * job.scale / job.cap : 0.0)) {}
+
+    static std::int64_t rows_in_group(const Job& job) {
+        const std::int64_t rows = std::clamp<std::int64_t>(group_numbers / (job.classes + 1), 1, width);
+        return rows > step ? rows / step * step : rows;
+    }
+
+    // Rows whose logits fit in scratch memory beside one another.
+    static int rows_held(const Job& job) {
+        const std::int64_t most = std::min(rows_in_group(job), most_held);
+        return int(std::clamp<std::int64_t>(held / (padded(job.classes) + pack_size), 1, most));
+    }
+
+    static bool is_short(const Job& job) { return job.classes <= block; }
+
+    // Nothing but exponentials makes up the sums.
+    static bool is_simple(const Job& job) { return !capped && !has_coefficients(job) && !job.stats.entropy; }
+
+    // Where nothing else makes a gradient, they are kept, not computed again.
+    static bool keeps_exponentials(const Job& job) {
+        return job.grad.data && !job.backward_only && is_simple(job) && job.classes <= most_kept;
+    }
+
+    static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
+
+    static std::int64_t numbers_in_scratch(const Job& job) {
+        const std::int64_t in_group = keeps_exponentials(job) ? rows_in_group(job) : 0;
+        const std::int64_t together = is_short(job) ? rows_held(job) : 0;
+        return (in_group > together ? in_group : together) * padded(job.classes) + pack_size;
+    }
+
+    static std::int64_t scratch_bytes(const Job& job) {
+        const std::int64_t references = keeps_exponentials(job) ? rows_in_group(job) * blocks_of(job) : 0;
+        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) + references;
+        return Group<T>::lanes_bytes + count * std::int64_t(sizeof(T));
+    }
+
+    // x(logit) - x(m) of a block, into `gaps`.
+    void read_gaps(const T* x, std::int64_t count, T m) const {
+        const T scale = this->scale, cap = this->cap, twice_over_cap = this->twice_over_cap;
+        T* const t = gaps;
+        if constexpr (capped) {
+            const T decay = decay_of(m, twice_over_cap);
+            POLYCE_SIMD
+            for (int i = 0; i < count; ++i) t[i] = capped_gap(x[i], m, decay, scale, cap);
+        } else {
+            POLYCE_SIMD
+            for (int i = 0; i < count; ++i) t[i] = (x[i] - m) * scale;
+        }
+    }
+
+    // Carries a part's sums over to a larger maximum.
+    void raise(RowState& s, double top) const {
+        const double reference = top == -infinity<double> ? 0.0 : top;
+        const double own = s.rest_max == -infinity<double> ? 0.0 : s.rest_max;
+        const double risen = difference(transform(), reference, own);
+        if (s.rest_sum != 0.0) {
+            const double decay = exp_negative_full(difference(transform(), s.rest_max, reference));
+            s.rest_entropy = (s.rest_entropy + s.rest_sum * risen) * decay;
+            s.rest_sum *= decay;
+        }
+        if (s.rest_coefficient != 0.0) s.rest_excess += s.rest_coefficient * risen;
+        s.rest_max = top;
+    }
+
+    const Transform<capped>& transform() const { return results.transform; }
+
+    // Σ exp(x_c - m), of which each is left in `to`.
+    template <bool keep, bool scaled>
+    static POLYCE_INLINE Pack<double> sum_exponentials(const T* x, std::int64_t count, T m, T scale, T* to, Ahead ahead) {
+        return sum_lanes<T>(count, ahead, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            const Pack<T> e = each_part(exponential<T, scaled>(m, scale), load(x + i));
+            if (keep) store(to + i, e);
+            return e;
+        });
+    }
+
+    // Calls f with what there is to decide on before logits are gone through: whether exponentials
+    // are kept, and whether there is a scale.
+    template <class F>
+    void with_choices(F f) const {
+        if (keeps) {
+            scale == T(1) ? f(std::true_type{}, std::false_type{}) : f(std::true_type{}, std::true_type{});
+        } else {
+            scale == T(1) ? f(std::false_type{}, std::false_type{}) : f(std::false_type{}, std::true_type{});
+        }
+    }
+
+    static T reference(T m) { return m == -infinity<T> ? T(0) : m; }
+
+    bool wants_first() const { return job.stats.prediction || job.stats.correct; }
+
+    // Short rows, some at a time: so that what is written to a row is long there when it is read, and
+    // one row's lanes become one number while others are on their way.
+    void sum_short() {
+        alignas(64) T tops[most_held * pack_size];
+        alignas(64) double sums[most_held * pack_size];
+        const int count = int(job.classes), together = rows_held(job);
+        const std::int64_t full = pitch;
+        for (int begin = 0; begin < rows; begin += together) {
+            const int end = begin + together < rows ? begin + together : rows;
+            T* const first = numbers + (keeps ? begin * pitch : 0);
+            const auto each = [&](auto f) POLYCE_INLINE_LAMBDA {
+                for (int i = begin; i < end; ++i) {
+                    if (is_counted(i)) f(i, first + (i - begin) * pitch);
+                }
+            };
+            each([&](int i, T* x) POLYCE_INLINE_LAMBDA {
+                copy_logits(logits_of(i), 0, count, x);
+                lane.pivot_logit[i] = x[lane.pivot[i]];
+                x[lane.pivot[i]] = -infinity<T>;
+            });
+            each([&](int i, T* x) POLYCE_INLINE_LAMBDA { store(tops + (i - begin) * pack_size, largest_lanes(x, full)); });
+            each([&](int i, T*) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = largest_of(load(tops + (i - begin) * pack_size)); });
+            if (wants_first()) {
+                each([&](int i, T* x) POLYCE_INLINE_LAMBDA { lane.first[i] = first_equal(x, count, lane.rest_max[i]); });
+            }
+            // Each in a loop of its own, of which processors keep more on their way.
+            const auto exponentials = [&](auto scaled) POLYCE_INLINE_LAMBDA {
+                const T scale = this->scale;
+                each([&](int i, T* x) POLYCE_INLINE_LAMBDA {
+                    const T m = reference(lane.rest_max[i]);
+                    for (std::int64_t c = 0; c < full; c += pack_size) {
+                        store(x + c, each_part(exponential<T, scaled>(m, scale), load(x + c)));
+                    }
+                });
+            };
+            scale == T(1) ? exponentials(std::false_type{}) : exponentials(std::true_type{});
+            each([&](int i, T* x) POLYCE_INLINE_LAMBDA {
+                if (keeps && writes_direct) fetch_gradient(i);
+                store(sums + (i - begin) * pack_size, sum_lanes<T>(full, {}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
+                    return load(x + c);
+                }));
+            });
+            each([&](int i, T*) POLYCE_INLINE_LAMBDA { lane.rest_sum[i] = sum_of(load(sums + (i - begin) * pack_size)); });
+        }
+    }
+
+    void fetch_gradient(int i) const {
+        char* const place = job.grad.data + grad_at[i];
+        for (std::int64_t at = 0; at < job.classes * std::int64_t(sizeof(T)); at += 64) POLYCE_FETCH_TO_WRITE(place + at);
+    }
+
+    void sum_row(int i) {
+        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        const std::int64_t pivot = lane.pivot[i];
+        RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
+        const bool coefficients_too = results.spread, entropy = job.stats.entropy;
+        for (std::int64_t start = 0; start < job.classes; start += block) {
+            const int count = count_from(start);
+            const std::int64_t full = padded(count), each = job.logits.class_stride;
+            Ahead ahead;
+            if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
+            const T* x = read(row, start, count, pivot);
+            const T most = largest_of(largest_lanes(x, full));
+            if (double(most) > s.rest_max) {
+                raise(s, double(most));
+                if (wants_first()) lane.first[i] = start + first_equal(x, count, most);
+            }
+            const T m = reference(T(s.rest_max));
+            if (is_simple(job)) {
+                if (keeps) references[i * blocks + start / block] = m;
+                T* const to = numbers + i * pitch + start;
+                with_choices([&](auto keep, auto scaled) {
+                    s.rest_sum += sum_of(sum_exponentials<keep, scaled>(x, full, m, scale, to, ahead));
+                });
+                continue;
+            }
+            read_gaps(x, full, m);
+            s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
+            if (entropy) s.rest_entropy += sum_entropy(full);
+            if (!coefficients_too) continue;
+            read_coefficients(probabilities, start, count);
+            if (start <= pivot && pivot < start + count) {
+                s.pivot_coefficient = double(coefficients[pivot - start]);
+                coefficients[pivot - start] = T(0);
+            }
+            s.rest_coefficient += sum_run(coefficients, full);
+            s.rest_excess += sum_excess(full);
+        }
+        lane.pivot_logit[i] = read_one(job.logits, row, pivot);
+        set_state(i, s);
+    }
+
+    void set_state(int i, const RowState& s) const {
+        lane.rest_max[i] = T(s.rest_max), lane.rest_sum[i] = s.rest_sum;
+        lane.pivot_coefficient[i] = s.pivot_coefficient, lane.rest_coefficient[i] = s.rest_coefficient;
+        lane.rest_excess[i] = s.rest_excess, lane.rest_entropy[i] = s.rest_entropy;
+    }
+
+    static double sum_run(const T* values, std::int64_t count) {
+        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
+    }
+
+    double sum_entropy(std::int64_t count) const {
+        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            return each_part(entropy_of, load(gaps + i));
+        }));
+    }
+
+    double sum_excess(std::int64_t count) const {
+        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            return each_part(excess_of, load(coefficients + i), load(gaps + i));
+        }));
+    }
+
+    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
+    // had it in their hands: what does not fit is not used.
+    bool take_saved(int i) {
+        const SavedRow& saved = job.saved[this->number(i)];
+        if (saved.rest_sum != saved.rest_sum) return false;
+        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        RowState s{saved.rest_max, saved.rest_sum, 0, 0, saved.rest_coefficient, 0, 0};
+        if (probabilities) {
+            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
+            std::int64_t pivot = fits ? std::int64_t(saved.pivot) : 0;
+            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
+            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
+            const T probability = read_one(job.probabilities, probabilities, pivot);
+            s.pivot_coefficient = double(coefficient(job, probability, weight, kept, share));
+            lane.pivot[i] = pivot;
+        }
+        lane.pivot_logit[i] = read_one(job.logits, row, lane.pivot[i]);
+        set_state(i, s);
+        return true;
+    }
+
+    void sum() {
+        results.begin_sums();
+        if (!job.classes) return results.end_sums();
+        const bool saved = job.backward_only && job.saved;
+        for (int i = 0; i < rows && results.apart; ++i) {
+            lane.label[i] = lane.pivot[i];
+            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
+        }
+        for (int i = 0; i < rows && results.at_top && !saved; ++i) {
+            if (is_counted(i)) lane.pivot[i] = largest(logits_of(i));
+        }
+        if (is_short(job) && is_simple(job) && !saved) {
+            sum_short();
+        } else {
+            for (int i = 0; i < rows; ++i) {
+                if (!is_counted(i) || (saved && take_saved(i))) continue;
+                if (saved && results.at_top) lane.pivot[i] = largest(logits_of(i));
+                sum_row(i);
+            }
+        }
+        results.end_sums();
+    }
+};
+
+}  // namespace polyce::POLYCE_ISA
