@@ -13,7 +13,7 @@ import polyce
 from conftest import FULL
 from polyce.implementations import registry
 from polyce.implementations.native import path as native
-from torch_graphs import BACKWARD, FORWARD, Graphs, answers, arguments, by_name, compiled
+from torch_graphs import BOTH, FORWARD, Graphs, answers, arguments, by_name, compiled
 
 pytestmark = [
     pytest.mark.only("torch"),
@@ -125,7 +125,7 @@ def test_few_logits_are_left_to_the_compiler(torch: Any) -> None:
         (few, by_name, [FORWARD]),
         (many[:-1], polyce.cross_entropy, []),
         (many, polyce.cross_entropy, [FORWARD]),
-        (many, polyce.cross_entropy_with_grad, [FORWARD, BACKWARD]),
+        (many, polyce.cross_entropy_with_grad, [BOTH]),
         (few, polyce.cross_entropy_with_grad, []),
     ):
         graphs = Graphs(torch)
@@ -286,7 +286,7 @@ def test_with_grad(torch: Any, option: str, kind: str) -> None:
     graphs = Graphs(torch)
     leaves = arrays | {"input": arrays["input"].clone().requires_grad_()}
     got = compiled(torch, function, graphs)(**leaves)
-    assert graphs.names == [[FORWARD, BACKWARD]]
+    assert graphs.names == [[BOTH]]
     want = function(**arrays)
     assert len(got) == len(want)
     assert not got[0].requires_grad
