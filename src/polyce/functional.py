@@ -141,22 +141,20 @@ def cross_entropy(
     if is_compiling():
         from polyce.implementations import torch_compiled
 
-        if torch_compiled.takes(input, target, weight, sample_weight):
+        given = (
+            axis,
+            ignore_index,
+            current_reduction(size_average, reduce, reduction),
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            logit_softcap,
+        )
+        if torch_compiled.takes(input, target, weight, sample_weight, given):
             return torch_compiled.cross_entropy(
-                input,
-                target,
-                weight,
-                sample_weight,
+                (input, target, weight, sample_weight),
                 normalizer,
-                (
-                    axis,
-                    ignore_index,
-                    current_reduction(size_average, reduce, reduction),
-                    label_smoothing,
-                    z_loss,
-                    logit_scale,
-                    logit_softcap,
-                ),
+                given,
                 return_stats,
                 validate,
                 implementation,
@@ -259,23 +257,21 @@ def cross_entropy_with_grad(
     if is_compiling() and out is None:
         from polyce.implementations import torch_compiled
 
-        if torch_compiled.takes(input, target, weight, sample_weight):
+        given = (
+            axis,
+            ignore_index,
+            current_reduction(size_average, reduce, reduction),
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            logit_softcap,
+        )
+        if torch_compiled.takes(input, target, weight, sample_weight, given):
             return torch_compiled.cross_entropy_with_grad(
-                input,
-                target,
-                weight,
-                sample_weight,
+                (input, target, weight, sample_weight),
                 normalizer,
                 grad_output,
-                (
-                    axis,
-                    ignore_index,
-                    current_reduction(size_average, reduce, reduction),
-                    label_smoothing,
-                    z_loss,
-                    logit_scale,
-                    logit_softcap,
-                ),
+                given,
                 return_stats,
                 validate,
                 implementation,

@@ -8,136 +8,161 @@ apart, where nothing is guarded but sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from polyce.call import checks
 from polyce.call.options import check_stats
 from polyce.call.problem import Operands, Problem, describe
-from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations import registry, torch_ops
 from polyce.implementations.contract import Implementation
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+# The options before the stats, in the order of their record.
+Given = tuple[Any, Any, Any, Any, Any, Any, Any]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result
 def _circumstances() -> str:
-    """Return what the choice of a path depends on besides the call and `use`.
+    """Return what the choice of a path depends on besides the call and `use`, "" for no operators.
 
     It is an argument of the operators for the sake of torch's caches on disk, which other processes
     read.
     """
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return ""
     preferred = registry.preference()
     able = [path.name for path in registry.TABLE if path.unavailable() is None]
-    return f"{', '.join(able)}; preferred {preferred and preferred.name}"
+    return f"{', '.join(able)}; preferred: {preferred and preferred.name}"
 
 
-@torch.compiler.assume_constant_result
-def _takes_operators() -> bool:
-    return not (torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active())
+def takes(input: Any, target: Any, weight: Any, sample_weight: Any, options: Given) -> bool:
+    """Tell whether a call that torch.compile traces can be an operator.
 
-
-def takes(*arrays: Any) -> bool:
-    """Tell whether a call on these arrays, while torch compiles, may be an operator.
-
-    Not so for exports, transforms and forward mode, which need torch's own operations.
+    Not so for exports, transforms and forward mode, which need torch's own operations, and not so
+    for what an operator would take for something else.
     """
-    for array in arrays:
-        if type(array) not in _PLAIN:
+    for array in (input, target, weight, sample_weight):
+        if array is not None and type(array) not in _PLAIN:
             return False
-    return forward_ad._current_level < 0 and _takes_operators()
+    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap = options
+    return (
+        input is not None
+        and target is not None
+        and (axis is None or type(axis) is int)
+        and type(ignore_index) is int
+        and type(reduction) is str
+        and _is_number(label_smoothing)
+        and _is_number(z_loss)
+        and (logit_scale is None or _is_number(logit_scale))
+        and (logit_softcap is None or _is_number(logit_softcap))
+        and forward_ad._current_level < 0
+        and _circumstances() != ""
+    )
+
+
+def _is_number(option: Any) -> bool:
+    return type(option) is float or type(option) is int
 
 
 def cross_entropy(
-    input: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
+    tensors: tuple[Any, ...],
     normalizer: Any,
-    options: tuple[Any, ...],
+    options: Given,
     return_stats: Any,
     validate: bool | None,
     implementation: str | None,
 ) -> Any:
     """Call the operator for `polyce.cross_entropy`."""
     stats = None if return_stats is False else check_stats(return_stats)
-    loss, *found = torch.ops.polyce.cross_entropy.default(
-        input,
-        target,
-        weight,
-        sample_weight,
-        _tensor(normalizer, input),
+    loss, *found = _loss_operator(
+        *tensors,
+        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
         *options,
-        None if stats is None else ",".join(stats),
+        stats if stats is None else ",".join(stats),
         validate,
         implementation or registry.forced_in_graphs(),
         _circumstances(),
     )
-    return loss if stats is None else (loss, _named(stats, found))
+    return loss if stats is None else (loss, torch_ops.stats_from(stats, found))
 
 
 def cross_entropy_with_grad(
-    input: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
+    tensors: tuple[Any, ...],
     normalizer: Any,
     grad_output: Any,
-    options: tuple[Any, ...],
+    options: Given,
     return_stats: Any,
     validate: bool | None,
     implementation: str | None,
 ) -> Any:
     """Call the operator for `polyce.cross_entropy_with_grad`."""
     stats = None if return_stats is False else check_stats(return_stats)
-    loss, grad, *found = torch.ops.polyce.cross_entropy_with_grad.default(
-        input,
-        target,
-        weight,
-        sample_weight,
-        _tensor(normalizer, input),
-        _tensor(grad_output, input),
+    loss, grad, *found = _loss_and_gradient_operator(
+        *tensors,
+        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
+        grad_output if grad_output is None else _as_tensor("grad_output", grad_output, tensors[0]),
         *options,
-        None if stats is None else ",".join(stats),
+        stats if stats is None else ",".join(stats),
         validate,
         implementation or registry.forced_in_graphs(),
         _circumstances(),
     )
-    return (loss, grad) if stats is None else (loss, grad, _named(stats, found))
+    return (loss, grad) if stats is None else (loss, grad, torch_ops.stats_from(stats, found))
 
 
-def _tensor(number: Any, like: Any) -> Any:
-    """Return a number as a tensor: as an operator's argument it would be a constant of the graph.
+def _as_tensor(name: str, given: Any, like: Any) -> Any:
+    """Return a number as a tensor.
 
-    A number that changes with every batch is a factor of a product instead.
+    It may change with every batch: as an operator's argument it would become a constant of the
+    graph, as a factor of a product it does not.
     """
-    if number is None or isinstance(number, torch.Tensor):
-        return number
+    number, array = checks.number_or_array(name, given)
+    if number is None:
+        return array
     dtype = torch.float32 if like.device.type == "mps" else torch.float64
     return torch.ones((), dtype=dtype, device=like.device) * number
-
-
-def _named(names: tuple[str, ...], found: list[Any]) -> Stats:
-    values = dict(zip((*(name for name in Stats._fields[:-1] if name in names), Stats._fields[-1]), found))
-    return Stats(**{name: values.get(name) for name in Stats._fields})
 
 
 def _described(
     tensors: tuple[Any, ...], grad_output: Any, settings: tuple[Any, ...]
 ) -> tuple[Problem, Operands, Implementation]:
     *options, validate, implementation, _ = settings
+    asked = torch_ops.options_of(tuple(options))._replace(validate=validate)
+    logits, target, weight, sample_weight, normalizer = tensors
     problem, operands = describe(
-        *tensors,
-        options=torch_ops.options_of(tuple(options))._replace(validate=validate),
-        grad_output=grad_output,
+        logits, target, weight, sample_weight, normalizer, asked, grad_output=grad_output
     )
-    problem = problem._replace(check_labels=False, is_compiling=not problem.is_concrete)
+    # Outside of a trace the operator is called by a compiler that runs torch's graph as it is.
+    problem = problem._replace(
+        check_labels=problem.check_labels and validate is True,
+        is_compiling=not problem.is_concrete,
+    )
     if implementation is None:
         return problem, operands, registry.select_within(problem)
     return problem, operands, registry.select(problem, implementation)
+
+
+def _refused_while_traced(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile leave a call that raises to Python, which raises the same error.
+
+    Only a TypeError about an argument makes it do so.
+    """
+
+    def run(logits: Any, *others: Any) -> Any:
+        try:
+            return operator(logits, *others)
+        except (TypeError, ValueError) as error:
+            if type(logits) in _PLAIN:
+                raise
+            raise TypeError(f"an argument is refused: {error}") from error
+
+    return run
 
 
 def _cross_entropy(*arguments: Any) -> list[Any]:
@@ -166,7 +191,10 @@ torch_ops.LIBRARY.define(f"cross_entropy({torch_ops.TENSORS}, {_SETTINGS}) -> Te
 torch_ops.LIBRARY.define(
     f"cross_entropy_with_grad({torch_ops.TENSORS}, Tensor? grad_output, {_SETTINGS}) -> Tensor[]"
 )
-torch_ops.LIBRARY.impl("cross_entropy", _cross_entropy, "CompositeImplicitAutograd")
-torch_ops.LIBRARY.impl(
-    "cross_entropy_with_grad", _cross_entropy_with_grad, "CompositeImplicitAutograd"
-)
+for _name, _run in (
+    ("cross_entropy", _cross_entropy),
+    ("cross_entropy_with_grad", _cross_entropy_with_grad),
+):
+    torch_ops.LIBRARY.impl(_name, _refused_while_traced(_run), "CompositeImplicitAutograd")
+_loss_operator = torch.ops.polyce.cross_entropy.default
+_loss_and_gradient_operator = torch.ops.polyce.cross_entropy_with_grad.default

@@ -20,6 +20,7 @@ from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.graphs.torch_calls import Kernels, Saved
 from polyce.implementations import registry
+from polyce.implementations.contract import Implementation
 
 # The options as a schema writes them, without the last: a graph never checks labels.
 _TYPES: dict[Any, str] = {
@@ -62,125 +63,135 @@ def text_of(problem: Problem, implementation: str) -> str:
     return repr(tuple(_Call(flat(problem), dtypes.name_of(problem.result_dtype), implementation)))
 
 
-class _Tensors(NamedTuple):
-    """The tensors of a call, as the operators take them."""
-
-    logits: Any
-    target: Any
-    weight: Any
-    sample_weight: Any
-    normalizer: Any
-
-    @classmethod
-    def of(cls, operands: Operands) -> _Tensors:
-        """Take them from the operands."""
-        return cls(*operands[:-1])
-
-
 TENSORS = "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
 
 
 class _Described(NamedTuple):
+    """What is found once of the calls that an operator's text and the tensors' facts describe."""
+
     problem: Problem
-    implementation: str
+    kernels: Kernels
+    path: Implementation
 
 
-def _described(text: str, tensors: _Tensors) -> _Described:
+def _describe(text: str, *tensors: Any) -> _Described:
     """Describe the call that an operator's arguments belong to."""
     call = _Call(*ast.literal_eval(text))
-    options = options_of(call.options)
     logits, target, weight, sample_weight, normalizer = tensors
+    options = options_of(call.options)
     problem, _ = describe(logits, target, weight, sample_weight, options=options)
     # The autocast that was on when the call was traced may be off now.
-    return _Described(
-        problem._replace(
-            result_dtype=getattr(torch, call.result_dtype), normalized=normalizer is not None
-        ),
-        call.implementation,
+    problem = problem._replace(
+        result_dtype=getattr(torch, call.result_dtype), normalized=normalizer is not None
     )
+    path = registry.find(call.implementation)
+    return _Described(problem, _kernels_of(path), path)
 
 
 _MOST_KNOWN = 1024
 _known: dict[tuple[Any, ...], _Described] = {}
 
 
-def _found(text: str, tensors: _Tensors) -> _Described:
-    """Return what `_described` does, of a call on memory, which may repeat an earlier one."""
-    key = (text, *((t.shape, t.dtype, t.device) if t is not None else None for t in tensors))
+def _known_call(text: str, *tensors: Any) -> _Described:
+    """Return what `_describe` does, for tensors in memory, from an earlier call if there is one."""
+    key = (text, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
     found = _known.get(key)
     if found is None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        found = _known[key] = _described(text, tensors)
+        found = _known[key] = _describe(text, *tensors)
     return found
 
 
-def _kernels(implementation: str) -> Kernels:
-    kernels = registry.find(implementation).torch_kernels
-    if kernels is None:
+def _kernels_of(path: Implementation) -> Kernels:
+    if path.torch_kernels is None:
         raise ValueError(
             "the operators of polyce run an implementation that has kernels for torch, got "
-            f"{implementation!r}; call polyce.cross_entropy instead"
+            f"{path.name!r}; call polyce.cross_entropy instead"
         )
-    return kernels()
+    kernels: Kernels = path.torch_kernels()
+    return kernels
 
 
-def _forward(*arguments: Any) -> list[Any]:
-    *given, keep, text = arguments
-    tensors = _Tensors(*given)
-    problem, implementation = _found(text, tensors)
-    operands = Operands(*tensors, None)
-    loss, found, saved = _kernels(implementation).forward(problem, operands, keep)
-    return [loss, *(a for a in (*(found or ()), *saved) if a is not None)]
+# Each argument is named, since reading them from a tuple would take longer.
 
 
-def _backward(cotangent: Any, *arguments: Any) -> Any:
-    *given, rows, denominator, text = arguments
-    tensors = _Tensors(*given)
-    problem, implementation = _found(text, tensors)
-    operands = Operands(*tensors, cotangent)
-    saved = Saved(rows, denominator)
-    return _kernels(implementation).backward(problem, operands, saved, None)
+def _forward(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    keep: bool,
+    text: str,
+) -> list[Any]:
+    problem, kernels, _ = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, None)
+    loss, found, saved = kernels.forward(problem, operands, keep)
+    if found is None and not keep:
+        return [loss]
+    return [loss, *(array for array in (*(found or ()), *saved) if array is not None)]
 
 
-def _forward_backward(*arguments: Any) -> list[Any]:
-    *given, cotangent, text = arguments
-    tensors = _Tensors(*given)
-    problem, implementation = _found(text, tensors)
-    operands = Operands(*tensors, cotangent)
-    path = registry.find(implementation)
+def _backward(
+    cotangent: Any,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    rows: Any,
+    denominator: Any,
+    text: str,
+) -> Any:
+    problem, kernels, _ = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    return kernels.backward(problem, operands, Saved(rows, denominator), None)
+
+
+def _forward_backward(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    cotangent: Any,
+    text: str,
+) -> list[Any]:
+    problem, _, path = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
     loss, grad, found = path.cross_entropy_with_grad(problem, operands, None)
-    return [loss, grad, *(a for a in found or () if a is not None)]
+    return [loss, grad, *(array for array in found or () if array is not None)]
 
 
-def _imagined(text: str, tensors: _Tensors) -> tuple[_Described, Any, list[Any]]:
+def _imagine(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    keep: bool,
+    text: str,
+) -> list[Any]:
+    """Return results without values, in the form of `_forward`."""
+    tensors = (logits, target, weight, sample_weight, normalizer)
     check_imagined(*tensors)
-    described = _described(text, tensors)
-    problem = described.problem
+    problem, kernels, _ = _describe(text, *tensors)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-        return tensors.logits.new_empty(shape, dtype=dtype)
+        return logits.new_empty(shape, dtype=dtype)
 
     by_rows = problem.options.reduction == "none"
     loss = empty(problem.row_shape if by_rows else (), problem.result_dtype)
-    found = stats.unfilled(problem, empty) or ()
-    return described, loss, [a for a in found if a is not None]
-
-
-def _imagine(*arguments: Any) -> list[Any]:
-    *given, keep, text = arguments
-    tensors = _Tensors(*given)
-    (problem, implementation), loss, found = _imagined(text, tensors)
-    saved = []
+    saved = Saved()
     if keep:
-        keeps = _kernels(implementation).keeps(problem)
-        shapes = Saved((math.prod(problem.row_shape), 4), ())
-        saved = [
-            tensors.logits.new_empty(shape, dtype=torch.float64)
-            for shape, is_kept in zip(shapes, keeps, strict=True)
-            if is_kept
-        ]
-    return [loss, *found, *saved]
+        keeps = kernels.keeps(problem)
+        saved = Saved(
+            rows=empty((math.prod(problem.row_shape), 4), torch.float64) if keeps.rows else None,
+            denominator=empty((), torch.float64) if keeps.denominator else None,
+        )
+    found = stats.unfilled(problem, empty) or ()
+    return [loss, *(array for array in (*found, *saved) if array is not None)]
 
 
 def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
@@ -190,10 +201,10 @@ def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
 
 
 def _imagine_both(*arguments: Any) -> list[Any]:
-    *given, _, text = arguments
-    tensors = _Tensors(*given)
-    _, loss, found = _imagined(text, tensors)
-    return [loss, torch.empty_like(tensors.logits), *found]
+    logits, target, weight, sample_weight, normalizer, cotangent, text = arguments
+    check_imagined(logits, cotangent)
+    loss, *found = _imagine(logits, target, weight, sample_weight, normalizer, False, text)
+    return [loss, torch.empty_like(logits), *found]
 
 
 def check_imagined(*tensors: Any) -> None:
@@ -204,11 +215,6 @@ def check_imagined(*tensors: Any) -> None:
             "all tensors must lie on one device, but some are on meta and others are not; "
             "move them first"
         )
-
-
-def with_none(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """Return the gradients of an operator's first arguments, and None for each of the others."""
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
 
 # By hand instead of `torch.library.custom_op`, whose checks at each call take as long as a small
@@ -230,31 +236,29 @@ for _name, _run, _fake in (
 _operators = torch.ops.polyce
 
 
-def _stats_from(problem: Problem, values: list[Any]) -> Stats | None:
-    """Name the stats that a list of results begins with, and take them out of it."""
-    names = problem.options.stats
+def stats_from(names: tuple[str, ...] | None, values: list[Any]) -> Stats | None:
+    """Take the stats of these names from the front of a list of results."""
     if names is None:
         return None
-    return Stats(
-        *(values.pop(0) if name in names else None for name in Stats._fields[:-1]), values.pop(0)
-    )
+    is_there = (*(name in names for name in Stats._fields[:-1]), True)
+    return Stats(*[values.pop(0) if there else None for there in is_there])
 
 
 def kernels(implementation: str) -> Kernels:
-    """Return a path's kernels as calls of operators."""
-    own = _kernels(implementation)
+    """Return a path's kernels, called as operators."""
+    own = _kernels_of(registry.find(implementation))
 
     def forward(problem: Problem, operands: Operands, keep: bool) -> tuple[Any, Any, Saved]:
         text = text_of(problem, implementation)
-        loss, *rest = _operators.forward.default(*_Tensors.of(operands), keep, text)
-        found = _stats_from(problem, rest)
+        loss, *rest = _operators.forward.default(*operands[:-1], keep, text)
+        found = stats_from(problem.options.stats, rest)
         keeps = own.keeps(problem) if keep else Saved(False, False)
         return loss, found, Saved(*(rest.pop(0) if is_kept else None for is_kept in keeps))
 
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
         text = text_of(problem, implementation)
-        tensors = _Tensors.of(operands)
-        return _operators.backward.default(operands.grad_output, *tensors, *saved, text)
+        cotangent = operands.grad_output
+        return _operators.backward.default(cotangent, *operands[:-1], *saved, text)
 
     return Kernels(implementation, forward, backward, own.keeps)
 
@@ -264,6 +268,6 @@ def with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Compute loss, gradient and stats by an operator."""
     loss, grad, *rest = _operators.forward_backward.default(
-        *_Tensors.of(operands), operands.grad_output, text_of(problem, implementation)
+        *operands, text_of(problem, implementation)
     )
-    return loss, grad, _stats_from(problem, rest)
+    return loss, grad, stats_from(problem.options.stats, rest)
