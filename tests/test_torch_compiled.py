@@ -189,6 +189,52 @@ def test_a_new_normalizer_is_no_new_graph(torch: Any) -> None:
     assert len(graphs.calls) <= 2
 
 
+# What torch guards
+
+
+def guards_of(torch: Any, function: Any, *arguments: Any) -> list[str]:
+    found: list[str] = []
+
+    def keep_all(guards: Any) -> list[bool]:
+        found.extend(f"{guard.name} {guard.guard_type}" for guard in guards)
+        return [True] * len(guards)
+
+    torch._dynamo.reset()
+    options = {"guard_filter_fn": keep_all}
+    torch.compile(function, fullgraph=True, backend="aot_eager", options=options)(*arguments)
+    return found
+
+
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_torch_guards_little_of_the_python_before_the_operator(torch: Any, rows: int) -> None:
+    """Each guard is checked at every call."""
+    x, target = torch.randn(rows, 10, requires_grad=True), torch.randint(10, (rows,))
+    found = guards_of(torch, polyce.cross_entropy, x, target)
+    assert len(found) <= 80, "\n".join(found)
+    for name in ("call_dot_problem", "call_dot_checks", "arrays_dot_find", "formula", "graphs"):
+        assert not any(f"polyce_dot_{name}" in guard for guard in found)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_errors_are_those_of_a_plain_call(torch: Any, fullgraph: bool) -> None:
+    x, target = torch.randn(4, 5), torch.randint(5, (4,))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((x, target[:3]), {}, ValueError, "target must hold class indices of shape"),
+        ((x, target), {"label_smoothing": 2.0}, ValueError, "label_smoothing must lie between"),
+        ((x, target), {"logit_softcap": True}, TypeError, "logit_softcap must be a real number"),
+        ((x, target), {"ignore_index": True}, TypeError, "ignore_index must be an integer"),
+        ((x, target), {"normalizer": True}, TypeError, "normalizer must be a real number"),
+        ((x, target), {"validate": True}, ValueError, "validate=True needs target's values"),
+        ((x, target), {"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ((x, None), {}, TypeError, "target must be an array, got None"),
+    ]
+    for arrays, options, error, match in calls:
+        torch._dynamo.reset()
+        function = torch.compile(polyce.cross_entropy, backend="aot_eager", fullgraph=fullgraph)
+        with pytest.raises(torch._dynamo.exc.Unsupported if fullgraph else error, match=match):
+            function(*arrays, **options)
+
+
 # Without a gradient, modules, autocast, other functions
 
 
