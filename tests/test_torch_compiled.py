@@ -13,7 +13,7 @@ import polyce
 from conftest import FULL
 from polyce.implementations import registry
 from polyce.implementations.native import path as native
-from torch_graphs import BACKWARD, FORWARD, Graphs, answers, arguments, by_name, compiled
+from torch_graphs import BOTH, FORWARD, Graphs, answers, arguments, by_name, compiled
 
 pytestmark = [
     pytest.mark.only("torch"),
@@ -125,7 +125,7 @@ def test_few_logits_are_left_to_the_compiler(torch: Any) -> None:
         (few, by_name, [FORWARD]),
         (many[:-1], polyce.cross_entropy, []),
         (many, polyce.cross_entropy, [FORWARD]),
-        (many, polyce.cross_entropy_with_grad, [FORWARD, BACKWARD]),
+        (many, polyce.cross_entropy_with_grad, [BOTH]),
         (few, polyce.cross_entropy_with_grad, []),
     ):
         graphs = Graphs(torch)
@@ -187,6 +187,52 @@ def test_a_new_normalizer_is_no_new_graph(torch: Any) -> None:
         torch.testing.assert_close(compile_(x, target, total), function(x, target, total))
     # The second value shows torch that a number changes.
     assert len(graphs.calls) <= 2
+
+
+# What torch guards
+
+
+def guards_of(torch: Any, function: Any, *arguments: Any) -> list[str]:
+    found: list[str] = []
+
+    def keep_all(guards: Any) -> list[bool]:
+        found.extend(f"{guard.name} {guard.guard_type}" for guard in guards)
+        return [True] * len(guards)
+
+    torch._dynamo.reset()
+    options = {"guard_filter_fn": keep_all}
+    torch.compile(function, fullgraph=True, backend="aot_eager", options=options)(*arguments)
+    return found
+
+
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_torch_guards_little_of_the_python_before_the_operator(torch: Any, rows: int) -> None:
+    """Each guard is checked at every call."""
+    x, target = torch.randn(rows, 10, requires_grad=True), torch.randint(10, (rows,))
+    found = guards_of(torch, polyce.cross_entropy, x, target)
+    assert len(found) <= 80, "\n".join(found)
+    for name in ("call_dot_problem", "call_dot_checks", "arrays_dot_find", "formula", "graphs"):
+        assert not any(f"polyce_dot_{name}" in guard for guard in found)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_errors_are_those_of_a_plain_call(torch: Any, fullgraph: bool) -> None:
+    x, target = torch.randn(4, 5), torch.randint(5, (4,))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((x, target[:3]), {}, ValueError, "target must hold class indices of shape"),
+        ((x, target), {"label_smoothing": 2.0}, ValueError, "label_smoothing must lie between"),
+        ((x, target), {"logit_softcap": True}, TypeError, "logit_softcap must be a real number"),
+        ((x, target), {"ignore_index": True}, TypeError, "ignore_index must be an integer"),
+        ((x, target), {"normalizer": True}, TypeError, "normalizer must be a real number"),
+        ((x, target), {"validate": True}, ValueError, "validate=True needs target's values"),
+        ((x, target), {"implementation": "fast"}, ValueError, "implementation must be one of"),
+        ((x, None), {}, TypeError, "target must be an array, got None"),
+    ]
+    for arrays, options, error, match in calls:
+        torch._dynamo.reset()
+        function = torch.compile(polyce.cross_entropy, backend="aot_eager", fullgraph=fullgraph)
+        with pytest.raises(torch._dynamo.exc.Unsupported if fullgraph else error, match=match):
+            function(*arrays, **options)
 
 
 # Without a gradient, modules, autocast, other functions
@@ -286,7 +332,7 @@ def test_with_grad(torch: Any, option: str, kind: str) -> None:
     graphs = Graphs(torch)
     leaves = arrays | {"input": arrays["input"].clone().requires_grad_()}
     got = compiled(torch, function, graphs)(**leaves)
-    assert graphs.names == [[FORWARD, BACKWARD]]
+    assert graphs.names == [[BOTH]]
     want = function(**arrays)
     assert len(got) == len(want)
     assert not got[0].requires_grad

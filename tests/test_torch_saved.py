@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import polyce
+from polyce.call.options import Options
 
 pytestmark = pytest.mark.only("torch")
 
@@ -299,28 +300,25 @@ def test_empty_tensors_of_several_row_axes(torch: Any) -> None:
                 assert grad.shape == shape
 
 
-OPERATOR = {
-    "weight": None, "sample_weight": None, "normalizer": None, "axis": 1, "ignore_index": -100,
-    "reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, "logit_scale": 1.0,
-    "logit_softcap": None, "stats": None, "implementation": "native",
-}  # fmt: skip
-
-
 def operator(torch: Any, *tensors: Any, **changed: Any) -> Any:
-    given = OPERATOR | {"result_dtype": torch.float32} | changed
-    return torch.ops.polyce.cross_entropy_backward(*tensors, **given)
+    call = {"implementation": "native", "result_dtype": "float32"}
+    call |= {name: changed.pop(name) for name in (*call, *Options._fields) if name in changed}
+    result_dtype, implementation = call.pop("result_dtype"), call.pop("implementation")
+    options = Options(**{"axis": 1, "stats": None} | call)
+    given = {"weight": None, "sample_weight": None, "normalizer": None} | changed
+    text = repr((options[:-1], result_dtype, implementation))
+    return torch.ops.polyce.backward(*tensors, **given, call=text)
 
 
 def test_arguments_of_the_operators(torch: Any) -> None:
     import polyce.implementations.torch_ops
 
     x, target, one = torch.randn(3, 100), torch.tensor([1, 99, 0]), torch.ones(())
-    nothing = torch.empty(0)
     want = polyce.cross_entropy_with_grad(x, target)[1]
 
-    def run(rows: Any = nothing, cotangent: Any = one, **changed: Any) -> Any:
+    def run(rows: Any = None, cotangent: Any = one, **changed: Any) -> Any:
         tensors = cotangent, x, target
-        return operator(torch, *tensors, rows=rows, denominator=nothing, **changed)
+        return operator(torch, *tensors, rows=rows, denominator=None, **changed)
 
     assert torch.equal(run(), want)
     # What does not fit is refused; what fits but makes no sense gives some numbers.

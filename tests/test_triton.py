@@ -362,18 +362,11 @@ def test_the_gradient_lies_as_the_logits_do(torch: Any, memory_format: str) -> N
 
 
 def test_operators(torch: Any) -> None:
-    from polyce.implementations import torch_ops
-    from test_torch_operators import operator_cases
+    from test_torch_operators import check_operators, operator_calls
 
-    for arguments, is_narrow in operator_cases(torch)[:: 1 if FULL else 7]:
-        close = {"rtol": 1e-2, "atol": 1e-3} if is_narrow else {"rtol": 1e-5, "atol": 1e-7}
-        given = (*arguments[:-1], "triton")
-        torch.library.opcheck(torch_ops._operator, given, **close)
-        found = torch_ops._operator(*given)
-        kept = tuple(tensor.detach() for tensor in found[6:])
-        cotangent = torch.rand_like(found[0]).requires_grad_(given[0].requires_grad)
-        more = (cotangent, *given[:5], *kept, *given[6:])
-        torch.library.opcheck(torch_ops._backward_operator, more, **close)
+    for call in operator_calls(torch)[:: 1 if FULL else 7]:
+        close = {"rtol": 1e-2, "atol": 1e-3} if call.is_narrow else {"rtol": 1e-5, "atol": 1e-7}
+        check_operators(torch, call, "triton", close)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

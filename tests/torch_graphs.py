@@ -7,20 +7,52 @@ from typing import Any
 
 import polyce
 
-FORWARD, BACKWARD = "polyce.cross_entropy.default", "polyce.cross_entropy_backward.default"
+FORWARD, BACKWARD = "polyce.forward.default", "polyce.backward.default"
+BOTH = "polyce.forward_backward.default"
 
 
 class Graphs:
-    """A compiler that records which operators of polyce the graphs call, and with what."""
+    """A compiler that records which operators of polyce the graphs call, and with what.
+
+    Those are the graphs that a compiler is given once torch has taken operators apart and has
+    differentiated: without the backward pass, which `backward` has.
+    """
 
     def __init__(self, torch: Any, compiler: str = "aot_eager") -> None:
         self.torch, self.compiler = torch, compiler
         self.calls: list[list[tuple[str, tuple[Any, ...]]]] = []
+        self.backward: list[list[tuple[str, tuple[Any, ...]]]] = []
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
+        if self.compiler == "eager":
+            self.calls.append(self._calls_in(graph))
+            return graph
+        if self.compiler == "inductor":
+            from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+            def inner(graph: Any, inputs: Any, **options: Any) -> Any:
+                calls = self.backward if options.get("is_backward") else self.calls
+                calls.append(self._calls_in(graph))
+                return compile_fx_inner(graph, inputs, **options)
+
+            return compile_fx(graph, inputs, inner_compile=inner)
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def forward(graph: Any, inputs: Any) -> Any:
+            self.calls.append(self._calls_in(graph))
+            return make_boxed_func(graph)
+
+        def backward(graph: Any, inputs: Any) -> Any:
+            self.backward.append(self._calls_in(graph))
+            return make_boxed_func(graph)
+
+        return aot_autograd(fw_compiler=forward, bw_compiler=backward)(graph, inputs)
+
+    @staticmethod
+    def _calls_in(graph: Any) -> list[tuple[str, tuple[Any, ...]]]:
         nodes = [node for node in graph.graph.nodes if str(node.target).startswith("polyce.")]
-        self.calls.append([(str(node.target), node.args) for node in nodes])
-        return self.torch._dynamo.lookup_backend(self.compiler)(graph, inputs)
+        return [(str(node.target), node.args) for node in nodes]
 
     @property
     def names(self) -> list[list[str]]:

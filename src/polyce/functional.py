@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from polyce.arrays.plain import is_compiling
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
@@ -137,6 +138,27 @@ def cross_entropy(
     """
     if dim is not None:
         raise refuse_dim()
+    if is_compiling():
+        from polyce.implementations import torch_compiled
+
+        given = (
+            axis,
+            ignore_index,
+            current_reduction(size_average, reduce, reduction),
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            logit_softcap,
+        )
+        if torch_compiled.takes(input, target, weight, sample_weight, given):
+            return torch_compiled.cross_entropy(
+                (input, target, weight, sample_weight),
+                normalizer,
+                given,
+                return_stats,
+                validate,
+                implementation,
+            )
     options = Options(
         axis,
         ignore_index,
@@ -150,12 +172,7 @@ def cross_entropy(
     )
     problem, operands = describe(input, target, weight, sample_weight, normalizer, options)
     chosen = select(problem, implementation)
-    if problem.is_compiling and chosen.torch_kernels is not None:
-        from polyce.implementations import torch_ops
-
-        loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
-    else:
-        loss, stats = chosen.cross_entropy(problem, operands)
+    loss, stats = chosen.cross_entropy(problem, operands)
     return loss if stats is None else (loss, stats)
 
 
@@ -237,6 +254,28 @@ def cross_entropy_with_grad(
     """
     if dim is not None:
         raise refuse_dim()
+    if is_compiling() and out is None:
+        from polyce.implementations import torch_compiled
+
+        given = (
+            axis,
+            ignore_index,
+            current_reduction(size_average, reduce, reduction),
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            logit_softcap,
+        )
+        if torch_compiled.takes(input, target, weight, sample_weight, given):
+            return torch_compiled.cross_entropy_with_grad(
+                (input, target, weight, sample_weight),
+                normalizer,
+                grad_output,
+                given,
+                return_stats,
+                validate,
+                implementation,
+            )
     options = Options(
         axis,
         ignore_index,
@@ -255,12 +294,7 @@ def cross_entropy_with_grad(
     operands = rules.of(problem.backend).detach(operands)
     if out is not None:
         outputs.check(problem, operands, out)
-    if problem.is_compiling and chosen.torch_kernels is not None:
-        from polyce.implementations import torch_ops
-
-        loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
-    else:
-        loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
+    loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

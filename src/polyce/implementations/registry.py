@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from polyce.arrays.plain import is_compiling
 from polyce.call.problem import Problem
 from polyce.formula import rows
 from polyce.implementations import reference
@@ -73,7 +73,7 @@ def use(implementation: str) -> Iterator[None]:
     1.3862943611198906
     """
     find(implementation)
-    if _is_compiling():
+    if is_compiling():
         before = getattr(_forced_in_graphs, "name", None)
         _forced_in_graphs.name = implementation
         try:
@@ -95,15 +95,15 @@ def _force(name: str | None) -> None:
     _forced_in_graphs.name = name
 
 
-def _is_compiling() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling())
+def forced_in_graphs() -> str | None:
+    """Return the choice of the innermost `use`, as torch.compile can read it."""
+    return getattr(_forced_in_graphs, "name", None)
 
 
 def _forced_while_tracing(problem: Problem) -> str | None:
     """Return the choice of the innermost `use` for arrays that may be traced."""
-    if problem.backend == "torch" and _is_compiling():
-        return getattr(_forced_in_graphs, "name", None)
+    if problem.backend == "torch" and is_compiling():
+        return forced_in_graphs()
     return _forced.get()
 
 

@@ -1,25 +1,26 @@
-"""The kernels as torch operators, which torch.compile puts into its graph.
+"""The kernels as torch operators, which the graphs of torch.compile call.
 
-torch passes an operator nothing but its arguments, so they describe the whole call again. One
-operator returns the loss, the stats and what the backward pass needs, the other the gradient of the
-logits. An operator always returns as many tensors as it declares: an absent one is empty.
+An operator gets the tensors of a call and a text with the rest. The problem that both describe is
+found once, so that a repeated call of a graph goes to the kernels. The operators have no
+derivative: `torch_calls` puts them in their place on torch's graph while torch traces.
 """
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
+from polyce.arrays import dtypes
 from polyce.call.options import Options
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import stats
 from polyce.formula.stats import Stats
-from polyce.graphs import torch_calls, torch_rows
 from polyce.graphs.torch_calls import Kernels, Saved
 from polyce.implementations import registry
+from polyce.implementations.contract import Implementation
 
 # The options as a schema writes them, without the last: a graph never checks labels.
 _TYPES: dict[Any, str] = {
@@ -48,205 +49,162 @@ def options_of(given: tuple[Any, ...]) -> Options:
     return options._replace(stats=stats is not None and tuple(filter(None, stats.split(","))))
 
 
-class _CallSettings(NamedTuple):
-    """What both operators take besides tensors."""
+class _Call(NamedTuple):
+    """What an operator is told besides its tensors."""
 
     options: tuple[Any, ...]
     """As `flat` returns them."""
-    result_dtype: Any
+    result_dtype: str
     implementation: str
 
-    @classmethod
-    def of(cls, values: Sequence[Any]) -> _CallSettings:
-        """Read the values, in the order of the schemas."""
-        *options, result_dtype, implementation = values
-        return cls(tuple(options), result_dtype, implementation)
 
-    def values(self) -> tuple[Any, ...]:
-        """Return the values that `of` reads."""
-        return *self.options, self.result_dtype, self.implementation
+def text_of(problem: Problem, implementation: str) -> str:
+    """Write down what an operator is told besides its tensors."""
+    return repr(tuple(_Call(flat(problem), dtypes.name_of(problem.result_dtype), implementation)))
 
 
-class _Tensors(NamedTuple):
-    """The tensors of a call, as both operators take them; or a flag for each."""
-
-    logits: Any
-    target: Any
-    weight: Any
-    sample_weight: Any
-    normalizer: Any
+TENSORS = "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
 
 
-def _split(values: Sequence[Any]) -> tuple[_Tensors, Sequence[Any]]:
-    """Return the tensors that values begin with, and the rest."""
-    count = len(_Tensors._fields)
-    return _Tensors(*values[:count]), values[count:]
+class _Described(NamedTuple):
+    """What is found once of the calls that an operator's text and the tensors' facts describe."""
+
+    problem: Problem
+    kernels: Kernels
+    path: Implementation
 
 
-class _ForwardArguments(NamedTuple):
-    """What `cross_entropy` takes; or a flag for each, such as whether it needs a gradient."""
-
-    tensors: _Tensors
-    keep: Any
-    settings: _CallSettings
-
-    @classmethod
-    def of(cls, values: Sequence[Any]) -> _ForwardArguments:
-        """Read the values, in the order of the schema."""
-        tensors, (keep, *settings) = _split(values)
-        return cls(tensors, keep, _CallSettings.of(settings))
-
-
-class _BackwardArguments(NamedTuple):
-    """What `cross_entropy_backward` takes; or a flag for each."""
-
-    cotangent: Any
-    tensors: _Tensors
-    saved: Saved
-    settings: _CallSettings
-
-    @classmethod
-    def of(cls, values: Sequence[Any]) -> _BackwardArguments:
-        """Read the values, in the order of the schema."""
-        cotangent, *others = values
-        tensors, (rows, denominator, *settings) = _split(others)
-        return cls(cotangent, tensors, Saved(rows, denominator), _CallSettings.of(settings))
+def _describe(text: str, *tensors: Any) -> _Described:
+    """Describe the call that an operator's arguments belong to."""
+    call = _Call(*ast.literal_eval(text))
+    logits, target, weight, sample_weight, normalizer = tensors
+    options = options_of(call.options)
+    problem, _ = describe(logits, target, weight, sample_weight, options=options)
+    # The autocast that was on when the call was traced may be off now.
+    problem = problem._replace(
+        result_dtype=getattr(torch, call.result_dtype), normalized=normalizer is not None
+    )
+    path = registry.find(call.implementation)
+    return _Described(problem, _kernels_of(path), path)
 
 
-_SETTINGS = f"{OPTIONS}, ScalarType result_dtype, str implementation"
-_TENSORS = "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer"
-_FOUND = "Tensor loss, Tensor lse, Tensor entropy, Tensor prediction, Tensor correct, Tensor valid"
+_MOST_KNOWN = 1024
+_known: dict[tuple[Any, ...], _Described] = {}
 
 
-def cross_entropy(
-    implementation: str, problem: Problem, operands: Operands
-) -> tuple[Any, Stats | None]:
-    """Compute the loss and the stats of one call as part of a graph."""
-    torch_rows.check(operands)
-    normalizer = operands.normalizer
-    if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
-        summed, operands = torch_calls.without_normalizer(problem, operands)
-        total, found = cross_entropy(implementation, summed, operands)
-        return (total / normalizer).to(problem.result_dtype), found
-    keep = torch.is_grad_enabled() and operands.logits.requires_grad
-    loss, found, _, _ = _forward(implementation, problem, operands, keep)
-    return loss, found
+def _known_call(text: str, *tensors: Any) -> _Described:
+    """Return what `_describe` does, for tensors in memory, from an earlier call if there is one."""
+    key = (text, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = _known[key] = _describe(text, *tensors)
+    return found
 
 
-def cross_entropy_with_grad(
-    implementation: str, problem: Problem, operands: Operands
-) -> tuple[Any, Any, Stats | None]:
-    """Compute the loss, the gradient and the stats of one call as part of a graph."""
-    cotangent = operands.grad_output
-    loss, found, rows, denominator = _forward(implementation, problem, operands, keep=True)
-    if cotangent is None or isinstance(cotangent, float):
-        ones = torch.ones(loss.shape, dtype=problem.row_dtype, device=loss.device)
-        cotangent = ones if cotangent is None else ones * cotangent
-    tensors, settings = _arguments(implementation, problem.with_options(stats=None), operands)
-    grad = _backward_operator(cotangent, *tensors, rows, denominator, *settings.values())
-    return loss, grad, found
+def _kernels_of(path: Implementation) -> Kernels:
+    if path.torch_kernels is None:
+        raise ValueError(
+            "the operators of polyce run an implementation that has kernels for torch, got "
+            f"{path.name!r}; call polyce.cross_entropy instead"
+        )
+    kernels: Kernels = path.torch_kernels()
+    return kernels
+
+
+# Each argument is named, since reading them from a tuple would take longer.
 
 
 def _forward(
-    implementation: str, problem: Problem, operands: Operands, keep: bool
-) -> tuple[Any, Stats | None, Any, Any]:
-    tensors, settings = _arguments(implementation, problem, operands)
-    loss, *entries, rows, denominator = _operator(*tensors, keep, *settings.values())
-    if problem.options.stats is None:
-        return loss, None, rows, denominator
-    wanted = (*(name in problem.options.stats for name in Stats._fields[:-1]), True)
-    found = Stats(*(a if is_on else None for a, is_on in zip(entries, wanted, strict=True)))
-    return loss, found, rows, denominator
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    keep: bool,
+    text: str,
+) -> list[Any]:
+    problem, kernels, _ = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, None)
+    loss, found, saved = kernels.forward(problem, operands, keep)
+    if found is None and not keep:
+        return [loss]
+    return [loss, *(array for array in (*(found or ()), *saved) if array is not None)]
 
 
-def _arguments(
-    implementation: str, problem: Problem, operands: Operands
-) -> tuple[_Tensors, _CallSettings]:
-    logits, target, weight, sample_weight, normalizer, _ = operands
-    if isinstance(normalizer, float):
-        # It may change with every batch: as an operator's argument a number would become a constant
-        # of the graph, as a factor of a product it does not.
-        one = torch.ones((), dtype=problem.row_dtype, device=logits.device)
-        normalizer = one * normalizer
-    settings = _CallSettings(flat(problem), problem.result_dtype, implementation)
-    return _Tensors(logits, target, weight, sample_weight, normalizer), settings
+def _backward(
+    cotangent: Any,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    rows: Any,
+    denominator: Any,
+    text: str,
+) -> Any:
+    problem, kernels, _ = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    return kernels.backward(problem, operands, Saved(rows, denominator), None)
 
 
-def _described(
-    tensors: _Tensors, settings: _CallSettings, cotangent: Any = None
-) -> tuple[Problem, Operands]:
-    """Describe the call that an operator's arguments belong to."""
-    logits, target, weight, sample_weight, normalizer = tensors
-    options = options_of(settings.options)
-    problem, operands = describe(logits, target, weight, sample_weight, options=options)
-    # The autocast that was on when the call was traced may be off now.
-    problem = problem._replace(
-        result_dtype=settings.result_dtype, normalized=normalizer is not None
-    )
-    return problem, operands._replace(normalizer=normalizer, grad_output=cotangent)
+def _forward_backward(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    cotangent: Any,
+    text: str,
+) -> list[Any]:
+    problem, _, path = _known_call(text, logits, target, weight, sample_weight, normalizer)
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    loss, grad, found = path.cross_entropy_with_grad(problem, operands, None)
+    return [loss, grad, *(array for array in found or () if array is not None)]
 
 
-def _kernels(settings: _CallSettings) -> Kernels:
-    kernels = registry.find(settings.implementation).torch_kernels
-    if kernels is None:
-        raise ValueError(
-            "the operators of polyce run an implementation that has kernels for torch, got "
-            f"{settings.implementation!r}; call polyce.cross_entropy instead"
-        )
-    return kernels()
-
-
-def _compute(*arguments: Any) -> tuple[Any, ...]:
-    tensors, keep, settings = _ForwardArguments.of(arguments)
-    problem, operands = _described(tensors, settings)
-    loss, found, saved = _kernels(settings).forward(problem, operands, keep)
-    return _filled(tensors.logits, loss, found, saved)
-
-
-_DTYPES = (*(torch.float32,) * 2, torch.int64, *(torch.bool,) * 2, *(torch.float64,) * 2)
-
-
-def _filled(logits: Any, loss: Any, found: Stats | None, saved: Saved) -> tuple[Any, ...]:
-    """Return results in the operator's form, with an empty tensor for what is absent."""
-    given = (*(found or (None,) * len(Stats._fields)), *saved)
-    return loss, *(
-        logits.new_empty(0, dtype=dtype) if tensor is None else tensor
-        for tensor, dtype in zip(given, _DTYPES, strict=True)
-    )
-
-
-def _imagine(*arguments: Any) -> tuple[Any, ...]:
-    """Return results without values, in the form of `_compute`."""
-    tensors, keep, settings = _ForwardArguments.of(arguments)
+def _imagine(
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    keep: bool,
+    text: str,
+) -> list[Any]:
+    """Return results without values, in the form of `_forward`."""
+    tensors = (logits, target, weight, sample_weight, normalizer)
     check_imagined(*tensors)
-    problem, _ = _described(tensors, settings)
-    logits, rows = tensors.logits, problem.row_shape
+    problem, kernels, _ = _describe(text, *tensors)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
         return logits.new_empty(shape, dtype=dtype)
 
-    loss = empty(rows if problem.options.reduction == "none" else (), problem.result_dtype)
+    by_rows = problem.options.reduction == "none"
+    loss = empty(problem.row_shape if by_rows else (), problem.result_dtype)
     saved = Saved()
     if keep:
-        keeps = _kernels(settings).keeps(problem)
+        keeps = kernels.keeps(problem)
         saved = Saved(
-            rows=empty((math.prod(rows), 4), torch.float64) if keeps.rows else None,
+            rows=empty((math.prod(problem.row_shape), 4), torch.float64) if keeps.rows else None,
             denominator=empty((), torch.float64) if keeps.denominator else None,
         )
-    return _filled(logits, loss, stats.unfilled(problem, empty), saved)
-
-
-def _compute_gradient(*arguments: Any) -> Any:
-    cotangent, tensors, saved, settings = _BackwardArguments.of(arguments)
-    problem, operands = _described(tensors, settings, cotangent)
-    saved = Saved(*(tensor if tensor.numel() else None for tensor in saved))
-    return _kernels(settings).backward(problem, operands, saved, None)
+    found = stats.unfilled(problem, empty) or ()
+    return [loss, *(array for array in (*found, *saved) if array is not None)]
 
 
 def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
     tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
     check_imagined(cotangent, logits, *tensors)
     return torch.empty_like(logits)
+
+
+def _imagine_both(*arguments: Any) -> list[Any]:
+    logits, target, weight, sample_weight, normalizer, cotangent, text = arguments
+    check_imagined(logits, cotangent)
+    loss, *found = _imagine(logits, target, weight, sample_weight, normalizer, False, text)
+    return [loss, torch.empty_like(logits), *found]
 
 
 def check_imagined(*tensors: Any) -> None:
@@ -259,80 +217,57 @@ def check_imagined(*tensors: Any) -> None:
         )
 
 
-def with_none(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    """Return the gradients of an operator's first arguments, and None for each of the others."""
-    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, *found, rows, denominator = output
-    ctx.mark_non_differentiable(*found, rows, denominator)
-    ctx.set_materialize_grads(False)
-    tensors, _, settings = _ForwardArguments.of(inputs)
-    ctx.save_for_backward(*tensors, rows, denominator)
-    without_stats = options_of(settings.options)._replace(stats=None)[:-1]
-    ctx.settings = settings._replace(options=without_stats)
-
-
-def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-    *tensors, rows, denominator = ctx.saved_tensors
-    needed = _ForwardArguments.of(ctx.needs_input_grad).tensors
-    grad = of_target = of_weight = None
-    if needed.logits:
-        settings = ctx.settings.values()
-        grad = _backward_operator(cotangent, *tensors, rows, denominator, *settings)
-    if needed.target or needed.weight:
-        problem, operands = _described(_Tensors(*tensors), ctx.settings, cotangent)
-        needs = needed.target, needed.weight
-        of_target, of_weight = torch_calls.target_gradients(problem, operands, needs)
-    return with_none(ctx, grad, of_target, of_weight)
-
-
-def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    cotangent, tensors, _, ctx.settings = _BackwardArguments.of(inputs)
-    ctx.save_for_backward(cotangent, *tensors)
-
-
-def _differentiate_again(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-    """Differentiate the gradient, computed again in torch operations."""
-    saved, flags = ctx.saved_tensors, _BackwardArguments.of(ctx.needs_input_grad)
-    first, *tensors = saved
-    needs = (flags.cotangent, *flags.tensors)
-    wanted = [tensor for tensor, needed in zip(saved, needs, strict=True) if needed]
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        problem, operands = _described(_Tensors(*tensors), ctx.settings, first)
-        grad = torch_calls.gradient(problem, operands)
-        found = iter(
-            torch.autograd.grad(grad, wanted, cotangent, create_graph=graph, allow_unused=True)
-        )
-    return with_none(ctx, *(next(found) if needed else None for needed in needs))
-
-
-# By hand instead of `torch.library.custom_op`, whose checks at each call take as long as describing
-# the call, and half of a small kernel's time.
-_LIBRARY = torch.library.Library("polyce", "FRAGMENT")
-_LIBRARY.define(
-    f"cross_entropy({_TENSORS}, bool keep, {_SETTINGS}) "
-    f"-> ({_FOUND}, Tensor rows, Tensor denominator)"
+# By hand instead of `torch.library.custom_op`, whose checks at each call take as long as a small
+# call. A list has as many results as there are; a tensor for what is absent would cost time.
+LIBRARY = torch.library.Library("polyce", "FRAGMENT")
+LIBRARY.define(f"forward({TENSORS}, bool keep, str call) -> Tensor[]")
+LIBRARY.define(
+    f"backward(Tensor cotangent, {TENSORS}, Tensor? rows, Tensor? denominator, str call) -> Tensor"
 )
-_LIBRARY.define(
-    f"cross_entropy_backward(Tensor cotangent, {_TENSORS}, Tensor rows, Tensor denominator, "
-    f"{_SETTINGS}) -> Tensor"
-)
-for _name, _run, _fake, _rule, _save in (
-    ("cross_entropy", _compute, _imagine, _differentiate, _keep),
-    (
-        "cross_entropy_backward",
-        _compute_gradient,
-        _imagine_gradient,
-        _differentiate_again,
-        _keep_all,
-    ),
+LIBRARY.define(f"forward_backward({TENSORS}, Tensor? cotangent, str call) -> Tensor[]")
+for _name, _run, _fake in (
+    ("forward", _forward, _imagine),
+    ("backward", _backward, _imagine_gradient),
+    ("forward_backward", _forward_backward, _imagine_both),
 ):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"polyce::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"polyce::{_name}", _rule, setup_context=_save, lib=_LIBRARY)
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"polyce::{_name}", _fake, lib=LIBRARY)
 
-_operator = torch.ops.polyce.cross_entropy.default
-_backward_operator = torch.ops.polyce.cross_entropy_backward.default
+_operators = torch.ops.polyce
+
+
+def stats_from(names: tuple[str, ...] | None, values: list[Any]) -> Stats | None:
+    """Take the stats of these names from the front of a list of results."""
+    if names is None:
+        return None
+    is_there = (*(name in names for name in Stats._fields[:-1]), True)
+    return Stats(*[values.pop(0) if there else None for there in is_there])
+
+
+def kernels(implementation: str) -> Kernels:
+    """Return a path's kernels, called as operators."""
+    own = _kernels_of(registry.find(implementation))
+
+    def forward(problem: Problem, operands: Operands, keep: bool) -> tuple[Any, Any, Saved]:
+        text = text_of(problem, implementation)
+        loss, *rest = _operators.forward.default(*operands[:-1], keep, text)
+        found = stats_from(problem.options.stats, rest)
+        keeps = own.keeps(problem) if keep else Saved(False, False)
+        return loss, found, Saved(*(rest.pop(0) if is_kept else None for is_kept in keeps))
+
+    def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
+        text = text_of(problem, implementation)
+        cotangent = operands.grad_output
+        return _operators.backward.default(cotangent, *operands[:-1], *saved, text)
+
+    return Kernels(implementation, forward, backward, own.keeps)
+
+
+def with_grad(
+    implementation: str, problem: Problem, operands: Operands
+) -> tuple[Any, Any, Stats | None]:
+    """Compute loss, gradient and stats by an operator."""
+    loss, grad, *rest = _operators.forward_backward.default(
+        *operands, text_of(problem, implementation)
+    )
+    return loss, grad, stats_from(problem.options.stats, rest)

@@ -232,7 +232,7 @@ def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
     if found.input is not None:
         counted = compute.select_counted(_described(arguments), found.input)
         found = found._replace(input=counted)
-    return torch_ops.with_none(ctx, *found)
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
 
 
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")

@@ -1,0 +1,200 @@
+"""Calls that torch.compile traces: an operator for each function, reached by little Python.
+
+torch guards all that it reads while it traces Python, and checks that at every call of the graph.
+So all that is traced is the way to an operator for the whole call. What that computes, in the
+kernels' operators or in the operations of the reference, is decided when torch takes the operator
+apart, where nothing is guarded but sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from polyce.call import checks
+from polyce.call.options import check_stats
+from polyce.call.problem import Operands, Problem, describe
+from polyce.graphs import torch_calls, torch_rows
+from polyce.implementations import registry, torch_ops
+from polyce.implementations.contract import Implementation
+
+# The options before the stats, in the order of their record.
+Given = tuple[Any, Any, Any, Any, Any, Any, Any]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@torch.compiler.assume_constant_result
+def _circumstances() -> str:
+    """Return what the choice of a path depends on besides the call and `use`, "" for no operators.
+
+    It is an argument of the operators for the sake of torch's caches on disk, which other processes
+    read.
+    """
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return ""
+    preferred = registry.preference()
+    able = [path.name for path in registry.TABLE if path.unavailable() is None]
+    return f"{', '.join(able)}; preferred: {preferred and preferred.name}"
+
+
+def takes(input: Any, target: Any, weight: Any, sample_weight: Any, options: Given) -> bool:
+    """Tell whether a call that torch.compile traces can be an operator.
+
+    Not so for exports, transforms and forward mode, which need torch's own operations, and not so
+    for what an operator would take for something else.
+    """
+    for array in (input, target, weight, sample_weight):
+        if array is not None and type(array) not in _PLAIN:
+            return False
+    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap = options
+    return (
+        input is not None
+        and target is not None
+        and (axis is None or type(axis) is int)
+        and type(ignore_index) is int
+        and type(reduction) is str
+        and _is_number(label_smoothing)
+        and _is_number(z_loss)
+        and (logit_scale is None or _is_number(logit_scale))
+        and (logit_softcap is None or _is_number(logit_softcap))
+        and forward_ad._current_level < 0
+        and _circumstances() != ""
+    )
+
+
+def _is_number(option: Any) -> bool:
+    return type(option) is float or type(option) is int
+
+
+def cross_entropy(
+    tensors: tuple[Any, ...],
+    normalizer: Any,
+    options: Given,
+    return_stats: Any,
+    validate: bool | None,
+    implementation: str | None,
+) -> Any:
+    """Call the operator for `polyce.cross_entropy`."""
+    stats = None if return_stats is False else check_stats(return_stats)
+    loss, *found = _loss_operator(
+        *tensors,
+        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
+        *options,
+        stats if stats is None else ",".join(stats),
+        validate,
+        implementation or registry.forced_in_graphs(),
+        _circumstances(),
+    )
+    return loss if stats is None else (loss, torch_ops.stats_from(stats, found))
+
+
+def cross_entropy_with_grad(
+    tensors: tuple[Any, ...],
+    normalizer: Any,
+    grad_output: Any,
+    options: Given,
+    return_stats: Any,
+    validate: bool | None,
+    implementation: str | None,
+) -> Any:
+    """Call the operator for `polyce.cross_entropy_with_grad`."""
+    stats = None if return_stats is False else check_stats(return_stats)
+    loss, grad, *found = _loss_and_gradient_operator(
+        *tensors,
+        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
+        grad_output if grad_output is None else _as_tensor("grad_output", grad_output, tensors[0]),
+        *options,
+        stats if stats is None else ",".join(stats),
+        validate,
+        implementation or registry.forced_in_graphs(),
+        _circumstances(),
+    )
+    return (loss, grad) if stats is None else (loss, grad, torch_ops.stats_from(stats, found))
+
+
+def _as_tensor(name: str, given: Any, like: Any) -> Any:
+    """Return a number as a tensor.
+
+    It may change with every batch: as an operator's argument it would become a constant of the
+    graph, as a factor of a product it does not.
+    """
+    number, array = checks.number_or_array(name, given)
+    if number is None:
+        return array
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    return torch.ones((), dtype=dtype, device=like.device) * number
+
+
+def _described(
+    tensors: tuple[Any, ...], grad_output: Any, settings: tuple[Any, ...]
+) -> tuple[Problem, Operands, Implementation]:
+    *options, validate, implementation, _ = settings
+    asked = torch_ops.options_of(tuple(options))._replace(validate=validate)
+    logits, target, weight, sample_weight, normalizer = tensors
+    problem, operands = describe(
+        logits, target, weight, sample_weight, normalizer, asked, grad_output=grad_output
+    )
+    # Outside of a trace the operator is called by a compiler that runs torch's graph as it is.
+    problem = problem._replace(
+        check_labels=problem.check_labels and validate is True,
+        is_compiling=not problem.is_concrete,
+    )
+    if implementation is None:
+        return problem, operands, registry.select_within(problem)
+    return problem, operands, registry.select(problem, implementation)
+
+
+def _refused_while_traced(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile leave a call that raises to Python, which raises the same error.
+
+    Only a TypeError about an argument makes it do so.
+    """
+
+    def run(logits: Any, *others: Any) -> Any:
+        try:
+            return operator(logits, *others)
+        except (TypeError, ValueError) as error:
+            if type(logits) in _PLAIN:
+                raise
+            raise TypeError(f"an argument is refused: {error}") from error
+
+    return run
+
+
+def _cross_entropy(*arguments: Any) -> list[Any]:
+    problem, operands, chosen = _described(arguments[:5], None, arguments[5:])
+    if problem.is_compiling and chosen.torch_kernels is not None:
+        torch_rows.check(operands)
+        kernels = torch_ops.kernels(chosen.name)
+        loss, found = torch_calls.cross_entropy(kernels, problem, operands)
+    else:
+        loss, found = chosen.cross_entropy(problem, operands)
+    return [loss, *(array for array in found or () if array is not None)]
+
+
+def _cross_entropy_with_grad(*arguments: Any) -> list[Any]:
+    problem, operands, chosen = _described(arguments[:5], arguments[5], arguments[6:])
+    operands = torch_rows.detach(operands)
+    if problem.is_compiling and chosen.torch_kernels is not None:
+        loss, grad, found = torch_ops.with_grad(chosen.name, problem, operands)
+    else:
+        loss, grad, found = chosen.cross_entropy_with_grad(problem, operands, None)
+    return [loss, grad, *(array for array in found or () if array is not None)]
+
+
+_SETTINGS = f"{torch_ops.OPTIONS}, bool? validate, str? implementation, str circumstances"
+torch_ops.LIBRARY.define(f"cross_entropy({torch_ops.TENSORS}, {_SETTINGS}) -> Tensor[]")
+torch_ops.LIBRARY.define(
+    f"cross_entropy_with_grad({torch_ops.TENSORS}, Tensor? grad_output, {_SETTINGS}) -> Tensor[]"
+)
+for _name, _run in (
+    ("cross_entropy", _cross_entropy),
+    ("cross_entropy_with_grad", _cross_entropy_with_grad),
+):
+    torch_ops.LIBRARY.impl(_name, _refused_while_traced(_run), "CompositeImplicitAutograd")
+_loss_operator = torch.ops.polyce.cross_entropy.default
+_loss_and_gradient_operator = torch.ops.polyce.cross_entropy_with_grad.default
