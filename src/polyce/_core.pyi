@@ -36,3 +36,32 @@ def isas() -> tuple[str, ...]:
 
 def use_isa(name: str) -> bool:
     """Use this instruction set from now on; False if it is not here."""
+
+def answer_cross_entropy(given: tuple[object, ...]) -> object:
+    """
+    Answer a call of cross_entropy if one like it was kept, else return None.
+    """
+
+def answer_cross_entropy_with_grad(given: tuple[object, ...]) -> object:
+    """
+    Answer a call of cross_entropy_with_grad if one like it was kept, else return None.
+    """
+
+def keep(with_grad: bool, given: tuple[object, ...], call: object, result_dtype: object) -> None:
+    """Keep how a call was computed, so that calls like it can be answered."""
+
+def forget() -> None:
+    """Forget all calls that were kept."""
+
+def expect(mapping: dict[object, object], name: object, value: object | None) -> None:
+    """
+    Answer only while a mapping has this very value; an Ellipsis stands for none.
+    """
+
+def expect_answer(function: object, value: object | None) -> None:
+    """
+    Answer only while a function without arguments returns this very value.
+    """
+
+def open_numpy(c_api: object) -> bool:
+    """Answer calls on NumPy's arrays, if they are laid out as is known."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from polyce.arrays.plain import is_compiling
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
 from polyce.formula import targets
 from polyce.graphs import rules
+from polyce.implementations import door
 from polyce.implementations.registry import select, select_log_softmax
 
 ArrayT = TypeVar("ArrayT")
@@ -135,6 +137,13 @@ def cross_entropy(
     >>> print(stats.correct)
     [ True False]
     """
+    given = (
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
+        return_stats, validate, implementation, dim,
+    )  # fmt: skip
+    if not is_compiling() and (answer := door.cross_entropy(given)) is not None:
+        return answer
     if dim is not None:
         raise refuse_dim()
     options = Options(
@@ -156,6 +165,7 @@ def cross_entropy(
         loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
     else:
         loss, stats = chosen.cross_entropy(problem, operands)
+        door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 
@@ -235,6 +245,13 @@ def cross_entropy_with_grad(
     >>> print(grad is logits, logits)
     True [[ 0.25  0.25 -0.75  0.25]]
     """
+    given = (
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
+        return_stats, validate, implementation, dim, grad_output, out,
+    )  # fmt: skip
+    if not is_compiling() and (answer := door.cross_entropy_with_grad(given)) is not None:
+        return answer
     if dim is not None:
         raise refuse_dim()
     options = Options(
@@ -261,6 +278,7 @@ def cross_entropy_with_grad(
         loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
     else:
         loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
+        door.keep(given, problem, chosen)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

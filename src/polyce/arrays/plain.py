@@ -39,6 +39,12 @@ def _probes_of(torch: Any) -> _Probes:
     return _probes[0]
 
 
+def is_compiling() -> bool:
+    """Tell whether torch.compile or torch.export traces this."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
 def plain_key(*arrays: Any) -> tuple[Any, ...] | None:
     """Return shape and dtype of each array if a call's description depends on nothing else.
 

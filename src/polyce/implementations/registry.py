@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from polyce.arrays.plain import is_compiling
 from polyce.call.problem import Problem
 from polyce.formula import rows
 from polyce.implementations import reference
@@ -73,7 +73,7 @@ def use(implementation: str) -> Iterator[None]:
     1.3862943611198906
     """
     find(implementation)
-    if _is_compiling():
+    if is_compiling():
         before = getattr(_forced_in_graphs, "name", None)
         _forced_in_graphs.name = implementation
         try:
@@ -95,14 +95,9 @@ def _force(name: str | None) -> None:
     _forced_in_graphs.name = name
 
 
-def _is_compiling() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_compiling())
-
-
 def _forced_while_tracing(problem: Problem) -> str | None:
     """Return the choice of the innermost `use` for arrays that may be traced."""
-    if problem.backend == "torch" and _is_compiling():
+    if problem.backend == "torch" and is_compiling():
         return getattr(_forced_in_graphs, "name", None)
     return _forced.get()
 
@@ -162,6 +157,11 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
         if path.log_softmax is not None and path.serves(problem):
             return path.log_softmax
     return rows.log_softmax
+
+
+def is_path_named() -> bool:
+    """Tell whether `use` or the environment variable names a path."""
+    return _forced.get() is not None or preference() is not None
 
 
 def preference() -> Implementation | None:

@@ -1,0 +1,90 @@
+"""The door: calls like one before, which the compiled core answers by itself.
+
+The first call of its kind goes the whole way: it is described, checked, and computed by a path. If
+that was the native one, on plain arrays, the core keeps the facts and options that the description
+depends on, with what the path has prepared from them. It answers each call that agrees in all of
+these. A call that does not, and one whose labels are bad, goes the whole way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from polyce.arrays.plain import plain_key
+from polyce.call.problem import Problem
+from polyce.implementations import registry
+from polyce.implementations.contract import Implementation
+from polyce.implementations.native import path as native
+from polyce.implementations.native.core import core
+from polyce.implementations.native.run import kernel
+
+
+def _closed(given: tuple[Any, ...]) -> None:
+    """Answer no call, as long as none was kept."""
+
+
+cross_entropy: Callable[[tuple[Any, ...]], Any] = _closed
+"""(the arguments in their order) -> the loss, or None if the call has to go the whole way"""
+cross_entropy_with_grad: Callable[[tuple[Any, ...]], tuple[Any, Any] | None] = _closed
+"""(the arguments in their order) -> (loss, gradient), or None"""
+
+# Those that are compared by type and value. An option of another kind may be anything.
+_KINDS = frozenset({type(None), bool, int, float, str})
+
+
+def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> None:
+    """Keep how a call was computed, if the core can answer calls like it."""
+    if chosen is not native.PATH or not _is_answerable(given, problem):
+        return
+    if cross_entropy is _closed:
+        _open()
+    core().keep(len(given) > 18, given, kernel(problem), problem.result_dtype)
+
+
+def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
+    logits, target, weight, *first, sample_weight, _ = given[:11]
+    size_average, _, reduce, reduction, *_ = first
+    if problem.backend != "numpy" or problem.options.stats is not None:
+        return False
+    if not _KINDS.issuperset(map(type, (*first, *given[11:18]))):
+        return False
+    # These warn, at every call.
+    if size_average is not None or reduce is not None or reduction == "elementwise_mean":
+        return False
+    if weight is not None and weight.dtype != problem.arithmetic_dtype:
+        return False
+    if sample_weight is not None and sample_weight.dtype != problem.row_dtype:
+        return False
+    if registry.is_path_named():
+        return False
+    return plain_key(logits, target, weight, sample_weight) is not None
+
+
+# The table as it is read from these files; a call by another one goes the whole way.
+_TABLE = registry.TABLE
+
+
+def _open() -> None:
+    global cross_entropy, cross_entropy_with_grad
+    own, names = core(), vars(registry)
+    # What must hold at every call, as `registry.is_path_named` asks it.
+    own.expect(names, "TABLE", _TABLE)
+    own.expect_answer(registry._forced.get, None)
+    own.expect(vars(os), "environ", os.environ)
+    variables: Any = os.environ
+    own.expect(variables._data, variables.encodekey(registry.VARIABLE), ...)
+    own.open_numpy(_numpy_c_api())
+    cross_entropy, cross_entropy_with_grad = (
+        own.answer_cross_entropy,
+        own.answer_cross_entropy_with_grad,
+    )
+
+
+def _numpy_c_api() -> Any:
+    # NumPy 1 has no module of the second name.
+    inner = getattr(np, "_core", None) or np.core
+    return inner._multiarray_umath._ARRAY_API
