@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,21 @@ _KINDS = frozenset({type(None), bool, int, float, str})
 
 def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> None:
     """Keep how a call was computed, if the core can answer calls like it."""
-    if chosen is not native.PATH or not _is_answerable(given, problem):
+    if chosen is not native.PATH or not _is_answerable(given, problem) or not _is_open(problem):
         return
-    if cross_entropy is _closed:
-        _open()
-    core().keep(len(given) > 18, given, kernel(problem), problem.result_dtype)
+    if problem.backend == "torch":
+        from polyce.implementations import door_torch
+
+        more = door_torch.kept(problem)
+    else:
+        more = {"like_loss": problem.result_dtype}
+    core().keep(len(given) > 18, given, kernel(problem), **more)
 
 
 def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
     logits, target, weight, *first, sample_weight, _ = given[:11]
     size_average, _, reduce, reduction, *_ = first
-    if problem.backend != "numpy" or problem.options.stats is not None:
+    if problem.options.stats is not None:
         return False
     if not _KINDS.issuperset(map(type, (*first, *given[11:18]))):
         return False
@@ -66,25 +71,37 @@ def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
 
 # The table as it is read from these files; a call by another one goes the whole way.
 _TABLE = registry.TABLE
+_open: dict[str, bool] = {}
 
 
-def _open() -> None:
+def _is_open(problem: Problem) -> bool:
+    """Let the core answer calls on the arrays of a library, if it can."""
     global cross_entropy, cross_entropy_with_grad
-    own, names = core(), vars(registry)
-    # What must hold at every call, as `registry.is_path_named` asks it.
-    own.expect(names, "TABLE", _TABLE)
-    own.expect_answer(registry._forced.get, None)
-    own.expect(vars(os), "environ", os.environ)
+    own = core()
+    if not _open:
+        cross_entropy = own.answer_cross_entropy
+        cross_entropy_with_grad = own.answer_cross_entropy_with_grad
+        _expect_no_name(own)
+    if problem.backend not in _open:
+        if problem.backend == "torch":
+            from polyce.implementations import door_torch
+
+            _open["torch"] = door_torch.open_torch(own)
+        else:
+            _open["numpy"] = own.open_numpy(_numpy_c_api())
+    return _open[problem.backend]
+
+
+def _expect_no_name(own: ModuleType) -> None:
+    """Say what must hold at every call, as `registry.is_path_named` asks it."""
+    own.expect(False, vars(registry), "TABLE", _TABLE)
+    own.expect_answer(False, registry._forced.get, None)
     variables: Any = os.environ
-    own.expect(variables._data, variables.encodekey(registry.VARIABLE), ...)
-    own.open_numpy(_numpy_c_api())
-    cross_entropy, cross_entropy_with_grad = (
-        own.answer_cross_entropy,
-        own.answer_cross_entropy_with_grad,
-    )
+    own.expect(False, vars(os), "environ", variables)
+    own.expect(False, variables._data, variables.encodekey(registry.VARIABLE), ...)
 
 
 def _numpy_c_api() -> Any:
-    # NumPy 1 has no module of the second name.
+    # NumPy 1 has no module of the first name.
     inner = getattr(np, "_core", None) or np.core
     return inner._multiarray_umath._ARRAY_API
