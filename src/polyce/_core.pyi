@@ -50,14 +50,24 @@ def answer_cross_entropy_with_grad(given: tuple[object, ...]) -> object:
     Answer a call of cross_entropy_with_grad if one like it was kept, else return None.
     """
 
-def answer_backward(kept: Kept, saved: tuple[object, ...], normalizer: object | None, cotangent: object | None) -> object:
+def answer_cross_entropy_in_place(given: tuple[object, ...]) -> object:
     """
-    Compute the gradient of a loss on torch's graph, or return None if that needs the whole way.
+    Answer a call of polyce.torch's with inplace_backward, else return None.
     """
 
-def keep(with_grad: bool, given: tuple[object, ...], call: object, like_loss: object, like_saved: object | None = None, apply: object | None = None, rule: object | None = None) -> None:
+def answer_backward(kept: Kept, saved: tuple[object, ...], normalizer: object | None, cotangent: object | None, address: int) -> object:
     """
-    Keep how a call was computed, so that calls like it can be answered. Of torch's, `apply` puts a loss on the graph, where a node keeps the two of `rule`.
+    Compute the gradient of a loss on torch's graph, or return None if that needs the whole way. It goes over the logits if these still lie at `address`, which is not 0.
+    """
+
+def fill_node(node: object, logits: object, target: object, weight: object | None, made: tuple[object, ...]) -> object:
+    """
+    Give a node of torch's graph what its backward pass needs, and return the loss.
+    """
+
+def keep(function: str, given: tuple[object, ...], call: object, like_loss: object, like_grad: object | None = None, like_saved: object | None = None, apply: object | None = None, rule: object | None = None) -> None:
+    """
+    Keep how a call was computed, so that calls like it can be answered. Of torch's, `apply` puts a loss on the graph, where a node keeps `rule`.
     """
 
 def forget() -> None:

@@ -1,6 +1,10 @@
 #include "door.hpp"
 
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
+#include <iterator>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -10,6 +14,9 @@ namespace nb = nanobind;
 
 namespace polyce {
 namespace {
+
+using Given = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
+using Mapping = nb::typed<nb::dict, nb::object, nb::object>;
 
 struct Door {
     Table table;
@@ -72,27 +79,32 @@ bool look(const Door& door, Asked& asked) {
         asked.is_on_graph = true;
     }
     const bool has_cotangent = is_both && asked.has(grad_output);
-    asked.facts.add(asked.function | asked.has(normalizer) << 1 | has_cotangent << 2 | asked.is_on_graph << 3);
+    asked.facts.add(asked.function | asked.has(normalizer) << 2 | has_cotangent << 3 | asked.is_on_graph << 4);
     return true;
 }
 
-// Whether a gradient can be written to `out`: of the logits' kind, and in memory of its own or
-// exactly theirs.
-bool can_take_gradient(const Asked& asked, const Job& job, PyObject* array, Seen& seen) {
+// Whether memory, of the logits' shape and dtype, has a place for each number that is written to it
+// and shares none with other operands, from `first` on.
+bool is_alone(const Call& call, const Seen& memory, const Operands& given, const Seen (&seen)[arrays], int first) {
+    const Job& job = call.job();
+    const int itemsize = size_of(job.logits.dtype);
+    const int of_target = call.has_probabilities() ? size_of(job.probabilities.dtype) : size_of(job.label_dtype);
+    const int itemsizes[] = {itemsize, of_target, job.wide ? 8 : 4, 8};
+    for (int i = first; i < arrays; ++i) {
+        if (given[i] != Py_None && memory.meets(seen[i], itemsize, itemsizes[i])) return false;
+    }
+    return !memory.overlaps_itself(itemsize);
+}
+
+// Whether a gradient can be written to `out`: an array as the logits are, and in memory of its own
+// or exactly theirs.
+bool can_take_gradient(const Asked& asked, const Call& call, PyObject* array, Seen& seen) {
     const Seen& logits = asked.seen[input];
     if (!asked.library->read(array, seen) || !asked.library->is_writable(array)) return false;
-    if (seen.dtype != logits.dtype || seen.axes != logits.axes) return false;
-    if (!std::equal(seen.shape, seen.shape + seen.axes, logits.shape)) return false;
-    const int itemsize = size_of(job.logits.dtype);
+    if (seen.dtype != logits.dtype || !std::equal(seen.shape, seen.shape + seen.axes, logits.shape, logits.shape + logits.axes)) return false;
     const bool is_input = seen.view.data == logits.view.data &&
                           std::equal(seen.view.strides, seen.view.strides + seen.axes, logits.view.strides);
-    const int itemsizes[] = {
-        itemsize, job.probabilities.data ? size_of(job.probabilities.dtype) : size_of(job.label_dtype),
-        job.wide ? 8 : 4, 8};
-    for (int i = is_input ? target : input; i < arrays; ++i) {
-        if (asked.operands[i] != Py_None && seen.meets(asked.seen[i], itemsize, itemsizes[i])) return false;
-    }
-    return !seen.overlaps_itself(itemsize);
+    return is_alone(call, seen, asked.operands, asked.seen, is_input ? target : input);
 }
 
 // Says where the operands lie; false if one is not laid out as the kernels read it.
@@ -148,9 +160,13 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
 
     nb::object grad;
     Seen written;
+    if (asked.function == loss_in_place) {
+        const bool is_free = library.is_free_of_gradients(asked.operands[input]);
+        if (!is_free || !is_alone(call, asked.seen[input], asked.operands, asked.seen, target)) return {};
+    }
     if (asked.function == loss_and_gradient) {
         if (asked.has(out)) {
-            if (!can_take_gradient(asked, job, asked.given[out], written)) return {};
+            if (!can_take_gradient(asked, call, asked.given[out], written)) return {};
             grad = nb::borrow(asked.given[out]);
         } else {
             grad = library.empty_like(asked.operands[input], asked.seen[input], known.like_grad);
@@ -182,8 +198,7 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
 }
 
 // Reads a gradient of the loss; false if it needs the whole way.
-bool read_cotangent(const Arrays& library, const Call& call, PyObject* given, Job& job) {
-    Seen seen;
+bool read_cotangent(const Arrays& library, const Call& call, PyObject* given, Seen& seen, Job& job) {
     if (!library.read(given, seen)) return false;
     const bool is_double = library.is_float(seen, 8);
     if (!is_double && !library.is_float(seen, 4)) return false;
@@ -207,14 +222,17 @@ bool read_saved(const Arrays& library, PyObject* given, Job& job) {
     return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == 4;
 }
 
-// The gradient of the logits of a loss on torch's graph; null if it needs the whole way.
-nb::object gradient(const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent) {
+// The gradient of the logits of a loss on torch's graph; null if it needs the whole way. Where it
+// goes over the logits, these are as they were if they still lie at `address`.
+nb::object gradient(
+    const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent, std::uintptr_t address
+) {
     Operands given;
     for (int i = 0; i < arrays; ++i) given[i] = saved[std::size_t(i)].ptr();
     const Arrays* const library = Door::get().library_of(given[input]);
     // While autograd records, the gradient will be differentiated.
     if (!library || library->is_recording()) return {};
-    Seen seen[arrays], written;
+    Seen seen[arrays], of_loss, written;
     Facts facts;
     if (!read_arrays(*library, given, seen, facts)) return {};
     facts.add(known.facts.back());
@@ -222,14 +240,35 @@ nb::object gradient(const Kept& known, const nb::tuple& saved, PyObject* divisor
     const Call& call = *known.call;
     Job job = call.job();
     if (!place_operands(call, given, seen, job) || !read_number(divisor, job.normalizer)) return {};
-    if (!read_cotangent(*library, call, cotangent, job)) return {};
+    if (!read_cotangent(*library, call, cotangent, of_loss, job)) return {};
     if (call.saves_rows() && !read_saved(*library, saved[5].ptr(), job)) return {};
-    nb::object grad = library->empty_like(given[input], seen[input], known.like_grad);
+    nb::object grad;
+    if (address) {
+        const auto data = reinterpret_cast<std::uintptr_t>(seen[input].view.data);
+        if (data != address || of_loss.meets(seen[input], 8, size_of(job.logits.dtype))) return {};
+        grad = library->detached(given[input]);
+    } else {
+        grad = library->empty_like(given[input], seen[input], known.like_grad);
+    }
     if (!grad.is_valid() || !library->find(grad.ptr(), written)) return {};
     place_matrices(call, seen, &written, job);
-    job.fresh = job.backward_only = true;
+    job.fresh = !address;
+    job.backward_only = true;
     Call::compute(job);
-    return job.bad_row >= 0 ? nb::object() : grad;
+    if (job.bad_row >= 0) return {};
+    // Other operations that have saved the logits must notice the change.
+    if (address && !library->was_written(given[input])) throw nb::python_error();
+    return grad;
+}
+
+// The forward pass of torch's function: all is computed, and kept by the node of the graph.
+nb::object fill_node(nb::handle node, nb::handle, nb::handle, nb::handle, const Given& made) {
+    static const auto intern = [](const char* name) { return PyUnicode_InternFromString(name); };
+    static PyObject* const names[] = {intern("to_save"), intern("call"), intern("kept")};
+    for (std::size_t i = 0; i < std::size(names); ++i) {
+        if (PyObject_SetAttr(node.ptr(), names[i], made[i + 1].ptr()) != 0) throw nb::python_error();
+    }
+    return made[0];
 }
 
 // None for what has to go the whole way.
@@ -272,9 +311,6 @@ std::vector<Condition>& conditions(bool of_torch) {
     return of_torch ? door.torch->conditions : door.conditions;
 }
 
-using Given = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
-using Mapping = nb::typed<nb::dict, nb::object, nb::object>;
-
 }  // namespace
 
 void declare_door(nb::module_& m) {
@@ -283,17 +319,26 @@ void declare_door(nb::module_& m) {
           "Answer a call of cross_entropy if one like it was kept, else return None.");
     m.def("answer_cross_entropy_with_grad", [](const Given& given) { return ask(loss_and_gradient, given); },
           nb::arg("given"), "Answer a call of cross_entropy_with_grad if one like it was kept, else return None.");
-    m.def("answer_backward", [](const Kept& kept, const Given& saved, nb::handle normalizer, nb::handle cotangent) {
-              return or_none(gradient(kept, saved, normalizer.ptr(), cotangent.ptr()));
+    m.def("answer_cross_entropy_in_place", [](const Given& given) { return ask(loss_in_place, given); },
+          nb::arg("given"), "Answer a call of polyce.torch's with inplace_backward, else return None.");
+    m.def("answer_backward", [](const Kept& kept, const Given& saved, nb::handle normalizer, nb::handle cotangent,
+                                std::uintptr_t address) {
+              return or_none(gradient(kept, saved, normalizer.ptr(), cotangent.ptr(), address));
           },
           nb::arg("kept"), nb::arg("saved"), nb::arg("normalizer").none(), nb::arg("cotangent").none(),
-          "Compute the gradient of a loss on torch's graph, or return None if that needs the whole way.");
-    m.def("keep", [](bool with_grad, const Given& given, const nb::object& call, const nb::object& like_loss,
+          nb::arg("address"),
+          "Compute the gradient of a loss on torch's graph, or return None if that needs the whole "
+          "way. It goes over the logits if these still lie at `address`, which is not 0.");
+    m.def("fill_node", &fill_node, nb::arg("node"), nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
+          nb::arg("made"), "Give a node of torch's graph what its backward pass needs, and return the loss.");
+    m.def("keep", [](const std::string& function, const Given& given, const nb::object& call, const nb::object& like_loss,
                      const nb::object& like_grad, const nb::object& like_saved, const nb::object& apply,
                      const nb::object& rule) {
-              keep(with_grad ? loss_and_gradient : loss_alone, given, call, like_loss, like_grad, like_saved, apply, rule);
+              const auto* const name = std::find(std::begin(function_names), std::end(function_names), function);
+              if (name == std::end(function_names)) throw nb::value_error("no function of the door");
+              keep(Function(name - function_names), given, call, like_loss, like_grad, like_saved, apply, rule);
           },
-          nb::arg("with_grad"), nb::arg("given"), nb::arg("call"), nb::arg("like_loss"),
+          nb::arg("function"), nb::arg("given"), nb::arg("call"), nb::arg("like_loss"),
           nb::arg("like_grad") = nb::none(), nb::arg("like_saved") = nb::none(), nb::arg("apply") = nb::none(), nb::arg("rule") = nb::none(),
           "Keep how a call was computed, so that calls like it can be answered. Of torch's, `apply` "
           "puts a loss on the graph, where a node keeps `rule`.");

@@ -43,7 +43,9 @@ public:
     virtual bool find(PyObject* made, Seen& seen) const = 0;
     // Whether results may be written into an array that has been read.
     virtual bool is_writable(PyObject* array) const = 0;
-    // Called once that is done.
+    // Whether the memory of an array that has been read can take the gradient that autograd gives it.
+    virtual bool is_free_of_gradients(PyObject* array) const = 0;
+    // Called once an array was written to.
     virtual bool was_written(PyObject* array) const = 0;
     // Whether an array that has been read requires a gradient, and whether autograd records now.
     virtual bool requires_gradient(PyObject* array, const Seen& seen) const = 0;
@@ -54,6 +56,8 @@ public:
     // One laid out like an array that has been read, but dense; `like` is as above for one that is
     // C-contiguous.
     virtual nanobind::object empty_like(PyObject* array, const Seen& seen, nanobind::handle like) const = 0;
+    // The same memory, cut from the graph.
+    virtual nanobind::object detached(PyObject* array) const = 0;
     // An array of no axes as the library's own sum returns it.
     virtual nanobind::object scalar(const nanobind::object& array, const Seen& seen, nanobind::handle like) const = 0;
 

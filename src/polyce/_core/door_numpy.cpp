@@ -66,6 +66,10 @@ public:
 
     bool find(PyObject* made, Seen& seen) const override { return read(made, seen); }
 
+    bool is_free_of_gradients(PyObject*) const override { return true; }
+
+    nb::object detached(PyObject* array) const override { return nb::borrow(array); }
+
     bool was_written(PyObject*) const override { return true; }
 
     bool requires_gradient(PyObject*, const Seen&) const override { return false; }

@@ -15,7 +15,8 @@
 namespace polyce {
 
 // The public functions whose calls are answered.
-enum Function : int { loss_alone, loss_and_gradient };
+enum Function : int { loss_alone, loss_and_gradient, loss_in_place };
+constexpr const char* function_names[] = {"cross_entropy", "cross_entropy_with_grad", "cross_entropy_in_place"};
 
 // Their arguments in the order of their signatures: arrays, what may differ from call to call, and
 // options.
@@ -51,7 +52,7 @@ struct Facts {
 // A call as it is asked.
 struct Asked {
     Asked(Function function, const nanobind::tuple& arguments) : function(function) {
-        const int count = function == loss_alone ? of_loss_alone : of_both;
+        const int count = function == loss_and_gradient ? of_both : of_loss_alone;
         for (int i = 0; i < count; ++i) given[i] = arguments[std::size_t(i)].ptr();
         for (int i = 0; i < arrays; ++i) operands[i] = given[array_at[i]];
     }

@@ -41,6 +41,7 @@ public:
           storage_(type, "untyped_storage"),
           storage_offset_(type, "storage_offset"),
           bytes_(torch.attr("UntypedStorage"), "nbytes"),
+          detach_(type, "detach"),
           written_(torch, "written"),
           autocasts_(torch, "is_autocast_enabled"),
           empty_like_(torch, "empty_like"),
@@ -69,6 +70,15 @@ public:
     }
 
     bool is_writable(PyObject* array) const override { return requires_grad(array) == Py_False; }
+
+    bool is_free_of_gradients(PyObject* array) const override {
+        if (!has_no_gradient(array)) return false;
+        // What a view is part of has the gradient in its memory too.
+        const nb::object base = get(array, base_);
+        return base.is_valid() && (base.is_none() || has_no_gradient(base.ptr()));
+    }
+
+    nb::object detached(PyObject* array) const override { return detach_(array); }
 
     bool was_written(PyObject* array) const override { return written_(array).is_valid(); }
 
@@ -120,6 +130,19 @@ private:
         return storage_offset_.number(tensor, offset) && offset * itemsize + end <= bytes;
     }
 
+    static nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
+
+    static nb::object get(PyObject* tensor, const nb::object& name) {
+        return nb::steal(PyObject_GetAttr(tensor, name.ptr()));
+    }
+
+    // Others than these have no gradient, and torch warns where one asks for it.
+    bool has_no_gradient(PyObject* tensor) const {
+        const nb::handle no = Py_False;
+        if (get(tensor, is_leaf_).is(no) && get(tensor, retains_grad_).is(no)) return true;
+        return get(tensor, grad_).is_none();
+    }
+
     // Borrowed: torch returns one of Python's two.
     PyObject* requires_grad(PyObject* tensor) const {
         PyObject* const found = get_(requires_grad_.ptr(), tensor, reinterpret_cast<PyObject*>(type_));
@@ -129,11 +152,13 @@ private:
 
     PyTypeObject* type_;
     const ExchangeApi& api_;
-    Function is_neg_, storage_, storage_offset_, bytes_, written_, autocasts_, empty_like_;
+    Function is_neg_, storage_, storage_offset_, bytes_, detach_, written_, autocasts_, empty_like_;
     nb::object empty_strided_;
     Condition is_grad_enabled_;
     nb::object cpu_, requires_grad_;
     descrgetfunc get_;
+    const nb::object base_ = intern("_base"), is_leaf_ = intern("is_leaf"), grad_ = intern("grad"),
+                     retains_grad_ = intern("retains_grad");
 };
 
 }  // namespace

@@ -28,10 +28,12 @@ def _closed(given: tuple[Any, ...]) -> None:
     """Answer no call, as long as none was kept."""
 
 
+# The core's functions, once it has calls to answer. Each takes the arguments of the public function
+# in their order, and returns its result, or None if the call has to go the whole way.
 cross_entropy: Callable[[tuple[Any, ...]], Any] = _closed
-"""(the arguments in their order) -> the loss, or None if the call has to go the whole way"""
 cross_entropy_with_grad: Callable[[tuple[Any, ...]], tuple[Any, Any] | None] = _closed
-"""(the arguments in their order) -> (loss, gradient), or None"""
+cross_entropy_in_place: Callable[[tuple[Any, ...]], Any] = _closed
+"""That of `polyce.torch`, with inplace_backward"""
 
 # Those that are compared by type and value. An option of another kind may be anything.
 _KINDS = frozenset({type(None), bool, int, float, str})
@@ -47,7 +49,13 @@ def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> No
         more = door_torch.kept(problem)
     else:
         more = {"like_loss": problem.result_dtype}
-    core().keep(len(given) > 18, given, kernel(problem), **more)
+    core().keep(_function(given, problem), given, kernel(problem), **more)
+
+
+def _function(given: tuple[Any, ...], problem: Problem) -> str:
+    if problem.inplace_backward:
+        return "cross_entropy_in_place"
+    return "cross_entropy" if len(given) == 18 else "cross_entropy_with_grad"
 
 
 def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
@@ -76,11 +84,13 @@ _open: dict[str, bool] = {}
 
 def _is_open(problem: Problem) -> bool:
     """Let the core answer calls on the arrays of a library, if it can."""
-    global cross_entropy, cross_entropy_with_grad
     own = core()
     if not _open:
-        cross_entropy = own.answer_cross_entropy
-        cross_entropy_with_grad = own.answer_cross_entropy_with_grad
+        globals().update(
+            cross_entropy=own.answer_cross_entropy,
+            cross_entropy_with_grad=own.answer_cross_entropy_with_grad,
+            cross_entropy_in_place=own.answer_cross_entropy_in_place,
+        )
         _expect_no_name(own)
     if problem.backend not in _open:
         if problem.backend == "torch":

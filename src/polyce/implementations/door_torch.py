@@ -11,35 +11,58 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from polyce.arrays.plain import is_compiling
 from polyce.call.problem import Problem
 from polyce.graphs import torch_calls
 from polyce.implementations.native.core import core
 from polyce.implementations.native.torch import KERNELS, TORCH
 
+# Found once: each look into a module takes its time.
+_fill_node, _answer_backward = core().fill_node, core().answer_backward
+_is_traced = torch.compiler.is_dynamo_compiling
+
 
 class _Loss(torch.autograd.Function):
     """A loss that the core has computed, with the node that `torch_calls` would make for it."""
 
-    @staticmethod
-    def forward(ctx: Any, logits: Any, target: Any, weight: Any, made: tuple[Any, ...]) -> Any:
-        loss, saved, ctx.call, ctx.kept = made
-        ctx.save_for_backward(*saved)
-        return loss
+    forward = staticmethod(_fill_node)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        if not is_compiling():
+        if not _is_traced():
             _, _, normalizer = ctx.call
-            grad = core().answer_backward(ctx.kept, saved, normalizer, cotangent)
+            grad = _answer_backward(ctx.kept, saved, normalizer, cotangent, 0)
             if grad is not None:
                 return grad, None, None, None
         return torch_calls.gradients(ctx, saved, cotangent)
 
 
-# torch's own of that name asks first whether a transform is active, which the core has done.
+class _LossInPlace(torch.autograd.Function):
+    """The same whose backward pass writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, target: Any, weight: Any, made: tuple[Any, ...]) -> Any:
+        ctx.address, ctx.is_written = logits.data_ptr(), False
+        return _fill_node(ctx, logits, target, weight, made)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if not ctx.is_written and not _is_traced():
+            _, _, normalizer = ctx.call
+            grad = _answer_backward(ctx.kept, saved, normalizer, cotangent, ctx.address)
+            if grad is not None:
+                ctx.is_written = True
+                return grad, None, None, None
+        return torch_calls.gradients(ctx, saved, cotangent)
+
+
+# torch's own of that name asks first whether a transform is active, which the core has done; and
+# whether the function has a `vjp` instead of a `backward`.
 _apply = super(torch.autograd.Function, _Loss).apply
+_apply_in_place = super(torch.autograd.Function, _LossInPlace).apply
+_Loss._backward_cls.apply = _Loss.backward
+_LossInPlace._backward_cls.apply = _LossInPlace.backward
 
 
 def open_torch(own: ModuleType) -> bool:
@@ -72,7 +95,7 @@ def kept(problem: Problem) -> dict[str, Any]:
         "like_loss": _laid_out(problem.row_shape if by_rows else (), problem.result_dtype),
         "like_grad": _laid_out(problem.shape, problem.logits_dtype),
         "like_saved": _laid_out((math.prod(problem.row_shape), 4), torch.float64),
-        "apply": _apply,
+        "apply": _apply_in_place if problem.inplace_backward else _apply,
         "rule": (KERNELS, problem, None),
     }
 
