@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import polyce
-from polyce.implementations import registry
 from polyce.implementations.native import core as native
 
 torch = pytest.importorskip("torch")
@@ -94,7 +93,7 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError) as error:
-        return type(error), str(error)
+        return type(error), str(error).split("\n")[0]  # torch adds where it was raised
 
 
 def whole_way(call: Callable[[], Any]) -> Any:
@@ -118,7 +117,9 @@ def with_backward(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(logits: Any, target: Any, **given: Any) -> Any:
         loss = function(logits, target, **given)
-        needing = [a for a in (logits, target, *given.values()) if getattr(a, "requires_grad", False)]
+        needing = [
+            a for a in (logits, target, *given.values()) if getattr(a, "requires_grad", False)
+        ]
         if not needing or not loss.requires_grad:
             return loss
         weights = torch.arange(1.0, 1 + loss.numel()).reshape(loss.shape)
@@ -143,12 +144,26 @@ def test_a_call_like_one_before_is_not_described_again(function: str, ways: Ways
     assert ways.of(lambda: call(logits + 1, LABELS.flip(0))) == 0
 
 
+class Own(torch.Tensor):
+    """A subclass of torch's tensor."""
+
+
+def resized(tensor: Any, size: int) -> Any:
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+def in_inference_mode() -> Any:
+    with torch.inference_mode():
+        return LOGITS.clone()
+
+
 LIKE_LOGITS: dict[str, Callable[[], Any]] = {
     "float32": lambda: LOGITS,
     "leaf": leaf,
     "not a leaf": lambda: leaf() * 2,
-    "float64": lambda: LOGITS.double(),
-    "float16": lambda: LOGITS.half(),
+    "float64": LOGITS.double,
+    "float16": LOGITS.half,
     "bfloat16 leaf": lambda: leaf(LOGITS.bfloat16()),
     "integers": LOGITS.int,
     "column by column": lambda: leaf(LOGITS).T.contiguous().T,
@@ -169,8 +184,8 @@ LIKE_LOGITS: dict[str, Callable[[], Any]] = {
     "resized": lambda: resized(LOGITS.clone(), 8),
     "resized to nothing": lambda: resized(LOGITS.clone(), 0),
     "part of a resized one": lambda: resized(torch.cat([LOGITS, LOGITS])[6:], 60 * 4 - 4),
-    "numpy": lambda: LOGITS.numpy(),
-    "inference": lambda: in_inference_mode(),
+    "numpy": LOGITS.numpy,
+    "inference": in_inference_mode,
     "subclass": lambda: LOGITS.as_subclass(Own),
     "none": lambda: None,
 }
@@ -189,24 +204,10 @@ LIKE_LABELS: dict[str, Callable[[], Any]] = {
     "resized": lambda: resized(LABELS.clone(), 8),
     "probabilities": lambda: PROBABILITIES,
     "probabilities with a gradient": lambda: leaf(PROBABILITIES),
-    "probabilities in float64": lambda: PROBABILITIES.double(),
-    "numpy": lambda: LABELS.numpy(),
+    "probabilities in float64": PROBABILITIES.double,
+    "numpy": LABELS.numpy,
     "none": lambda: None,
 }
-
-
-class Own(torch.Tensor):
-    """A subclass of torch's tensor."""
-
-
-def resized(tensor: Any, size: int) -> Any:
-    tensor.untyped_storage().resize_(size)
-    return tensor
-
-
-def in_inference_mode() -> Any:
-    with torch.inference_mode():
-        return LOGITS.clone()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -255,14 +256,18 @@ def test_weights_change_between_calls(name: str) -> None:
 class Functions(torch.overrides.TorchFunctionMode):
     """Sees each function of torch's."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return function(*args, **(kwargs or {}))
 
 
 class Operations(torch.utils._python_dispatch.TorchDispatchMode):
     """Sees each operation of torch's."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return function(*args, **(kwargs or {}))
 
 
@@ -337,7 +342,9 @@ def test_transforms_and_traces_after_plain_calls() -> None:
 
     def fake(x: Any) -> Any:
         with FakeTensorMode() as mode:
-            return type(polyce.cross_entropy(mode.from_tensor(x), mode.from_tensor(LABELS))).__name__
+            return type(
+                polyce.cross_entropy(mode.from_tensor(x), mode.from_tensor(LABELS))
+            ).__name__
 
     calls: list[Callable[[], Any]] = [
         lambda: torch.func.grad(loss)(LOGITS),
@@ -361,3 +368,166 @@ class Loss(torch.nn.Module):
 
     def forward(self, x: Any, y: Any) -> Any:
         return polyce.cross_entropy(x, y)
+
+
+def test_a_graph_of_the_gradient_and_many_gradients(ways: Ways) -> None:
+    def derivatives() -> Any:
+        x = leaf(LOGITS.double())
+        loss = polyce.cross_entropy(x, LABELS, reduction="none")
+        (first,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        loss = polyce.cross_entropy(x, LABELS, reduction="none")
+        (batched,) = torch.autograd.grad(loss, x, torch.eye(6).double(), is_grads_batched=True)
+        return first.detach(), second, batched
+
+    expected = whole_way(derivatives)
+    for _ in range(2):
+        for found, value in zip(derivatives(), expected, strict=True):
+            torch.testing.assert_close(found, value)
+    assert ways.of(derivatives) == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [5, 80])
+def test_the_gradient_of_the_loss(classes: int, reduction: str, ways: Ways) -> None:
+    logits = torch.from_numpy(RNG.standard_normal((6, classes)).astype(np.float32))
+    shape = (6,) if reduction == "none" else ()
+    numbers = torch.arange(1.0, 7.0)
+    cotangents = [torch.full(shape, 3.0), torch.full(shape, 3.0).double().float()]
+    if reduction == "none":
+        cotangents += [numbers, torch.ones(()).expand(6), numbers.repeat(2)[::2]]
+
+    def derivative(cotangent: Any) -> Any:
+        x = leaf(logits)
+        polyce.cross_entropy(x, LABELS, reduction=reduction).backward(cotangent)
+        return x.grad
+
+    for cotangent in cotangents:
+        expected = whole_way(lambda: derivative(cotangent))  # noqa: B023
+        for _ in range(2):
+            torch.testing.assert_close(derivative(cotangent), expected, rtol=1e-6, atol=1e-7)
+        assert ways.of(lambda: derivative(cotangent)) == 0  # noqa: B023
+
+
+def test_graphs_that_are_kept_and_tensors_that_change() -> None:
+    def loss(x: Any) -> Any:
+        return polyce.cross_entropy(x, LABELS)
+
+    def twice(keep: bool) -> Any:
+        x = leaf()
+        found = loss(x)
+        found.backward(retain_graph=keep)
+        found.backward()
+        return x.grad
+
+    def changed() -> Any:
+        x = leaf() * 1
+        found = loss(x)
+        x.add_(1)
+        found.backward()
+
+    def shrunk() -> Any:
+        x = leaf()
+        found = loss(x)
+        x.untyped_storage().resize_(8)
+        found.backward()
+
+    def hooked(change: Callable[[Any], Any]) -> Any:
+        x = leaf()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, change):
+            found = loss(x)
+        found.backward()
+        return x.grad
+
+    calls: list[Callable[[], Any]] = [lambda: twice(True), lambda: twice(False), changed, shrunk]
+    for change in (
+        *(lambda t: t, lambda t: t.clone(), lambda t: t.detach().numpy(), lambda t: t.double()),
+        *(lambda t: t[:1], lambda t: t.repeat_interleave(2, 0)[::2], lambda t: t.to("meta")),
+    ):
+        calls.append(lambda change=change: hooked(change))
+    for call in calls:
+        expected = whole_way(call)
+        for _ in range(2):
+            outcome(lambda: loss(leaf()))
+            found = outcome(call)
+            assert same(found, expected), (found, expected)
+
+
+def test_the_gradient_goes_over_the_logits(ways: Ways) -> None:
+    from polyce.torch import cross_entropy
+
+    def given(make: Callable[[Any], Any], **more: Any) -> Any:
+        x = leaf()
+        logits = make(x)
+        loss = cross_entropy(logits, LABELS, inplace_backward=True, **more)
+        loss.backward()
+        assert outcome(loss.backward)[0] is RuntimeError
+        return x.grad, logits.detach(), logits._version
+
+    for make in (lambda x: x * 1, lambda x: x, lambda x: (x * 1).view(3, 2, 5).view(6, 5)):
+        expected = whole_way(lambda: given(make))  # noqa: B023
+        for _ in range(2):
+            assert same(given(make), expected)
+        assert ways.of(lambda: given(make)) == 0  # noqa: B023
+        weight = torch.ones(5)
+        for refused in (
+            lambda x: x.expand(6, 5),
+            lambda x: x[:1].expand(6, 5),
+            lambda x: x.as_strided((6, 5), (4, 1)),
+        ):
+            check_after(lambda: given(make), lambda: given(refused))  # noqa: B023
+        check_after(lambda: given(make, weight=weight), lambda: given(make))  # noqa: B023
+
+    x = leaf()
+    cross_entropy(x, LABELS, inplace_backward=True).backward()
+    with pytest.raises(ValueError, match="hold its own gradient"):
+        cross_entropy(x, LABELS, inplace_backward=True)
+
+
+def test_memory_for_the_gradient(ways: Ways) -> None:
+    def call(out: Any, logits: Any = LOGITS, **given: Any) -> Any:
+        before = getattr(out, "_version", None)
+        loss, grad = polyce.cross_entropy_with_grad(logits, LABELS, out=out, **given)
+        assert grad is out
+        return loss, grad.detach().clone(), out._version - before
+
+    memory = torch.zeros(12, 10)
+    makers: list[Callable[[], Any]] = [
+        lambda: torch.empty(6, 5),
+        lambda: torch.empty(5, 6).T,
+        lambda: memory[::2, ::2],
+        lambda: torch.empty(6, 5, dtype=torch.float64),
+        lambda: torch.empty(5, 5),
+        lambda: torch.empty(5).expand(6, 5),
+        lambda: memory.as_strided((6, 5), (4, 1)),
+        leaf,
+        lambda: torch._neg_view(torch.empty(6, 5)),
+        lambda: resized(torch.empty(6, 5), 8),
+        lambda: torch.empty(6, 5, device="meta"),
+        lambda: np.empty((6, 5), np.float32),
+    ]
+    for make in makers:
+        check_after(lambda: call(torch.empty(6, 5)), lambda: call(make()))  # noqa: B023
+    assert ways.of(lambda: call(torch.empty(6, 5))) == 0
+    logits = LOGITS.clone()
+    assert ways.of(lambda: call(logits, logits)) == 0
+    weight = memory[0, :5]
+    check_after(lambda: call(memory[6:, :5]), lambda: call(memory[:6, :5], weight=weight))
+
+
+def test_no_tensor_is_held() -> None:
+    def call() -> list[Any]:
+        held: list[Any] = []
+        for _ in range(3):
+            tensors = leaf(), LABELS.clone(), torch.ones(5), torch.ones(6).double()
+            logits, labels, weight, sample_weight = tensors
+            given = {"weight": weight, "sample_weight": sample_weight}
+            loss = polyce.cross_entropy(logits, labels, **given)
+            loss.backward()
+            results = polyce.cross_entropy_with_grad(logits, labels, **given)
+            held += [weakref.ref(tensor) for tensor in (*tensors, loss, *results)]
+        return held
+
+    held = call()
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]

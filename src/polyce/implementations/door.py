@@ -35,13 +35,15 @@ cross_entropy_with_grad: Callable[[tuple[Any, ...]], tuple[Any, Any] | None] = _
 cross_entropy_in_place: Callable[[tuple[Any, ...]], Any] = _closed
 """That of `polyce.torch`, with inplace_backward"""
 
-# Those that are compared by type and value. An option of another kind may be anything.
-_KINDS = frozenset({type(None), bool, int, float, str})
+# The options are compared by type and value; one of another kind may be anything. What a mean is
+# divided by, and the gradient of the loss, may be another number at every call.
+_OPTIONS = frozenset({type(None), bool, int, float, str})
+_NUMBERS = frozenset({type(None), float})
 
 
 def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> None:
     """Keep how a call was computed, if the core can answer calls like it."""
-    if chosen is not native.PATH or not _is_answerable(given, problem) or not _is_open(problem):
+    if not is_kept(given, problem, chosen) or not _is_open(problem):
         return
     if problem.backend == "torch":
         from polyce.implementations import door_torch
@@ -52,18 +54,15 @@ def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> No
     core().keep(_function(given, problem), given, kernel(problem), **more)
 
 
-def _function(given: tuple[Any, ...], problem: Problem) -> str:
-    if problem.inplace_backward:
-        return "cross_entropy_in_place"
-    return "cross_entropy" if len(given) == 18 else "cross_entropy_with_grad"
-
-
-def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
-    logits, target, weight, *first, sample_weight, _ = given[:11]
+def is_kept(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> bool:
+    """Tell whether the core keeps how such a call is computed."""
+    logits, target, weight, *first, sample_weight, normalizer = given[:11]
     size_average, _, reduce, reduction, *_ = first
-    if problem.options.stats is not None:
+    if chosen is not native.PATH or problem.options.stats is not None:
         return False
-    if not _KINDS.issuperset(map(type, (*first, *given[11:18]))):
+    if not _OPTIONS.issuperset(map(type, (*first, *given[11:18]))):
+        return False
+    if not _NUMBERS.issuperset(map(type, (normalizer, *given[18:19]))):
         return False
     # These warn, at every call.
     if size_average is not None or reduce is not None or reduction == "elementwise_mean":
@@ -75,6 +74,12 @@ def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
     if registry.is_path_named():
         return False
     return plain_key(logits, target, weight, sample_weight) is not None
+
+
+def _function(given: tuple[Any, ...], problem: Problem) -> str:
+    if problem.inplace_backward:
+        return "cross_entropy_in_place"
+    return "cross_entropy" if len(given) == 18 else "cross_entropy_with_grad"
 
 
 # The table as it is read from these files; a call by another one goes the whole way.
