@@ -55,9 +55,9 @@ def answer_cross_entropy_in_place(given: tuple[object, ...]) -> object:
     Answer a call of polyce.torch's with inplace_backward, else return None.
     """
 
-def answer_backward(kept: Kept, saved: tuple[object, ...], normalizer: object | None, cotangent: object | None, address: int) -> object:
+def answer_backward(kept: Kept, saved: tuple[object, ...], normalizer: object | None, cotangent: object | None, address: int | None) -> object:
     """
-    Compute the gradient of a loss on torch's graph, or return None if that needs the whole way. It goes over the logits if these still lie at `address`, which is not 0.
+    Compute the gradient of a loss on torch's graph, or return None if that needs the whole way. With an address it goes over the logits, if these still lie there.
     """
 
 def fill_node(node: object, logits: object, target: object, weight: object | None, made: tuple[object, ...]) -> object:

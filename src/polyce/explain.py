@@ -129,7 +129,7 @@ def explain(
     inner: Callable[..., Any] = cross_entropy if function is None else function
     if for_torch is not None and function is for_torch.cross_entropy:
         inner = cross_entropy
-    explained = {
+    explained: dict[Callable[..., Any], Callable[..., Explanation]] = {
         cross_entropy: _of_logits,
         cross_entropy_with_grad: _of_logits,
         linear_cross_entropy: _of_head,
@@ -176,7 +176,7 @@ def _of_logits(
         call=_call(function, problem, operands, [logits]),
         chosen=chosen.name,
         reasons={path.name: path.reasons(problem) for path in registry.TABLE},
-        is_kept=door.is_kept(values, problem, chosen),
+        is_kept=problem.is_concrete and door.is_kept(values, problem, chosen),
     )
 
 

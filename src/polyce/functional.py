@@ -165,7 +165,8 @@ def cross_entropy(
         loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
     else:
         loss, stats = chosen.cross_entropy(problem, operands)
-        door.keep(given, problem, chosen)
+        if problem.is_concrete:
+            door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 
@@ -278,7 +279,8 @@ def cross_entropy_with_grad(
         loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
     else:
         loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
-        door.keep(given, problem, chosen)
+        if problem.is_concrete:
+            door.keep(given, problem, chosen)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

@@ -1,9 +1,11 @@
 #include "door.hpp"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -225,7 +227,8 @@ bool read_saved(const Arrays& library, PyObject* given, Job& job) {
 // The gradient of the logits of a loss on torch's graph; null if it needs the whole way. Where it
 // goes over the logits, these are as they were if they still lie at `address`.
 nb::object gradient(
-    const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent, std::uintptr_t address
+    const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent,
+    std::optional<std::uintptr_t> address
 ) {
     Operands given;
     for (int i = 0; i < arrays; ++i) given[i] = saved[std::size_t(i)].ptr();
@@ -245,7 +248,7 @@ nb::object gradient(
     nb::object grad;
     if (address) {
         const auto data = reinterpret_cast<std::uintptr_t>(seen[input].view.data);
-        if (data != address || of_loss.meets(seen[input], 8, size_of(job.logits.dtype))) return {};
+        if (data != *address || of_loss.meets(seen[input], 8, size_of(job.logits.dtype))) return {};
         grad = library->detached(given[input]);
     } else {
         grad = library->empty_like(given[input], seen[input], known.like_grad);
@@ -322,13 +325,13 @@ void declare_door(nb::module_& m) {
     m.def("answer_cross_entropy_in_place", [](const Given& given) { return ask(loss_in_place, given); },
           nb::arg("given"), "Answer a call of polyce.torch's with inplace_backward, else return None.");
     m.def("answer_backward", [](const Kept& kept, const Given& saved, nb::handle normalizer, nb::handle cotangent,
-                                std::uintptr_t address) {
+                                std::optional<std::uintptr_t> address) {
               return or_none(gradient(kept, saved, normalizer.ptr(), cotangent.ptr(), address));
           },
           nb::arg("kept"), nb::arg("saved"), nb::arg("normalizer").none(), nb::arg("cotangent").none(),
-          nb::arg("address"),
+          nb::arg("address").none(),
           "Compute the gradient of a loss on torch's graph, or return None if that needs the whole "
-          "way. It goes over the logits if these still lie at `address`, which is not 0.");
+          "way. With an address it goes over the logits, if these still lie there.");
     m.def("fill_node", &fill_node, nb::arg("node"), nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
           nb::arg("made"), "Give a node of torch's graph what its backward pass needs, and return the loss.");
     m.def("keep", [](const std::string& function, const Given& given, const nb::object& call, const nb::object& like_loss,

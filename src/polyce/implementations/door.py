@@ -56,10 +56,10 @@ def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> No
 
 def is_kept(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> bool:
     """Tell whether the core keeps how such a call is computed."""
-    logits, target, weight, *first, sample_weight, normalizer = given[:11]
-    size_average, _, reduce, reduction, *_ = first
     if chosen is not native.PATH or problem.options.stats is not None:
         return False
+    logits, target, weight, *first, sample_weight, normalizer = given[:11]
+    size_average, _, reduce, reduction, *_ = first
     if not _OPTIONS.issuperset(map(type, (*first, *given[11:18]))):
         return False
     if not _NUMBERS.issuperset(map(type, (normalizer, *given[18:19]))):

@@ -31,7 +31,7 @@ class _Loss(torch.autograd.Function):
         saved = ctx.saved_tensors
         if not _is_traced():
             _, _, normalizer = ctx.call
-            grad = _answer_backward(ctx.kept, saved, normalizer, cotangent, 0)
+            grad = _answer_backward(ctx.kept, saved, normalizer, cotangent, None)
             if grad is not None:
                 return grad, None, None, None
         return torch_calls.gradients(ctx, saved, cotangent)
