@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce.arrays.plain import is_compiling
+from polyce.arrays.plain import is_compiling, is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
 from polyce.formula import targets
 from polyce.graphs import rules
+from polyce.implementations import door
 from polyce.implementations.registry import select, select_log_softmax
 
 ArrayT = TypeVar("ArrayT")
@@ -136,12 +137,19 @@ def cross_entropy(
     >>> print(stats.correct)
     [ True False]
     """
+    given = (
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
+        return_stats, validate, implementation, dim,
+    )  # fmt: skip
+    if not is_traced() and (answer := door.cross_entropy(given)) is not None:
+        return answer
     if dim is not None:
         raise refuse_dim()
     if is_compiling():
         from polyce.implementations import torch_compiled
 
-        given = (
+        options_given = (
             axis,
             ignore_index,
             current_reduction(size_average, reduce, reduction),
@@ -150,11 +158,11 @@ def cross_entropy(
             logit_scale,
             logit_softcap,
         )
-        if torch_compiled.takes(input, target, weight, sample_weight, given):
+        if torch_compiled.takes(input, target, weight, sample_weight, options_given):
             return torch_compiled.cross_entropy(
                 (input, target, weight, sample_weight),
                 normalizer,
-                given,
+                options_given,
                 return_stats,
                 validate,
                 implementation,
@@ -173,6 +181,8 @@ def cross_entropy(
     problem, operands = describe(input, target, weight, sample_weight, normalizer, options)
     chosen = select(problem, implementation)
     loss, stats = chosen.cross_entropy(problem, operands)
+    if problem.is_concrete:
+        door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 
@@ -252,12 +262,19 @@ def cross_entropy_with_grad(
     >>> print(grad is logits, logits)
     True [[ 0.25  0.25 -0.75  0.25]]
     """
+    given = (
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
+        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
+        return_stats, validate, implementation, dim, grad_output, out,
+    )  # fmt: skip
+    if not is_traced() and (answer := door.cross_entropy_with_grad(given)) is not None:
+        return answer
     if dim is not None:
         raise refuse_dim()
     if is_compiling() and out is None:
         from polyce.implementations import torch_compiled
 
-        given = (
+        options_given = (
             axis,
             ignore_index,
             current_reduction(size_average, reduce, reduction),
@@ -266,12 +283,12 @@ def cross_entropy_with_grad(
             logit_scale,
             logit_softcap,
         )
-        if torch_compiled.takes(input, target, weight, sample_weight, given):
+        if torch_compiled.takes(input, target, weight, sample_weight, options_given):
             return torch_compiled.cross_entropy_with_grad(
                 (input, target, weight, sample_weight),
                 normalizer,
                 grad_output,
-                given,
+                options_given,
                 return_stats,
                 validate,
                 implementation,
@@ -295,6 +312,8 @@ def cross_entropy_with_grad(
     if out is not None:
         outputs.check(problem, operands, out)
     loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
+    if problem.is_concrete:
+        door.keep(given, problem, chosen)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

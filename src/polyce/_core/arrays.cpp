@@ -2,38 +2,15 @@
 
 #include <stdexcept>
 
+#include "exchange.hpp"
+
 namespace nb = nanobind;
 
 namespace polyce {
 namespace {
 
-// As DLPack 1 lays them out: https://dmlc.github.io/dlpack/latest/c_api.html
-struct DLTensor {
-    void* data;
-    std::int32_t device_type, device_id;
-    std::int32_t ndim;
-    std::uint8_t code, bits;
-    std::uint16_t lanes;
-    std::int64_t* shape;
-    std::int64_t* strides;
-    std::uint64_t byte_offset;
-};
-
-struct ExchangeApi {
-    struct {
-        std::uint32_t major, minor;
-        void* previous;
-    } header;
-    void* functions_for_managed_tensors[3];
-    // The tensor's own shape and strides, for as long as it is left alone.
-    int (*dltensor_from_object)(void* object, DLTensor* out);
-    void* current_work_stream;
-};
-
-constexpr int on_cpu = 1;
-
 // What a tensor says of itself.
-struct Facts {
+struct Described {
     char* data = nullptr;
     bool is_on_cpu = true;
     std::string dtype;
@@ -108,7 +85,8 @@ std::int64_t number(const nb::object& answer) {
     return value;
 }
 
-// How a type's tensors tell where they lie; null for those of a torch that is too old for it.
+}  // namespace
+
 const ExchangeApi* exchange_of(PyTypeObject* type) {
     // There are two types at most, a tensor's and a parameter's.
     static struct {
@@ -134,49 +112,51 @@ const ExchangeApi* exchange_of(PyTypeObject* type) {
     return api;
 }
 
-void ask_tensor(nb::handle tensor, Facts& facts) {
+namespace {
+
+void ask_tensor(nb::handle tensor, Described& found) {
     const Names& names = Names::get();
-    facts.data = reinterpret_cast<char*>(number(ask(tensor, names.data_ptr)));
-    facts.is_on_cpu = nb::cast<bool>(tensor.attr(names.is_cpu));
+    found.data = reinterpret_cast<char*>(number(ask(tensor, names.data_ptr)));
+    found.is_on_cpu = nb::cast<bool>(tensor.attr(names.is_cpu));
     const std::string dtype = nb::str(nb::object(tensor.attr(names.dtype))).c_str();
-    facts.dtype = dtype.substr(dtype.rfind('.') + 1);
-    facts.itemsize = int(number(nb::borrow(tensor.attr(names.itemsize))));
-    for (const nb::handle size : tensor.attr(names.shape)) facts.own_shape.push_back(nb::cast<std::int64_t>(size));
-    for (const nb::handle step : ask(tensor, names.stride)) facts.own_strides.push_back(nb::cast<std::int64_t>(step));
-    facts.axes = int(facts.own_shape.size());
-    facts.shape = facts.own_shape.data(), facts.strides = facts.own_strides.data();
+    found.dtype = dtype.substr(dtype.rfind('.') + 1);
+    found.itemsize = int(number(nb::borrow(tensor.attr(names.itemsize))));
+    for (const nb::handle size : tensor.attr(names.shape)) found.own_shape.push_back(nb::cast<std::int64_t>(size));
+    for (const nb::handle step : ask(tensor, names.stride)) found.own_strides.push_back(nb::cast<std::int64_t>(step));
+    found.axes = int(found.own_shape.size());
+    found.shape = found.own_shape.data(), found.strides = found.own_strides.data();
 }
 
-Facts facts_of(nb::handle tensor) {
-    Facts facts;
+Described description_of(nb::handle tensor) {
+    Described found;
     const ExchangeApi* api = exchange_of(Py_TYPE(tensor.ptr()));
     if (!api) {
-        ask_tensor(tensor, facts);
-        return facts;
+        ask_tensor(tensor, found);
+        return found;
     }
-    DLTensor found;
-    if (api->dltensor_from_object(tensor.ptr(), &found) != 0) throw nb::python_error();
-    facts.data = static_cast<char*>(found.data) + found.byte_offset;
-    facts.is_on_cpu = found.device_type == on_cpu;
-    facts.dtype = name_of(found.code, found.bits), facts.itemsize = found.bits / 8;
-    facts.axes = found.ndim, facts.shape = found.shape, facts.strides = found.strides;
-    return facts;
+    DLTensor seen;
+    if (api->dltensor_from_object(tensor.ptr(), &seen) != 0) throw nb::python_error();
+    found.data = static_cast<char*>(seen.data) + seen.byte_offset;
+    found.is_on_cpu = seen.device_type == on_cpu;
+    found.dtype = name_of(seen.code, seen.bits), found.itemsize = seen.bits / 8;
+    found.axes = seen.ndim, found.shape = seen.shape, found.strides = seen.strides;
+    return found;
 }
 
 // torch's storages can be resized under their tensors, also to nothing.
-void check_storage(nb::handle tensor, const char* name, const Facts& facts) {
+void check_storage(nb::handle tensor, const char* name, const Described& found) {
     std::int64_t end = 1;
-    for (int a = 0; a < facts.axes; ++a) {
-        if (facts.shape[a] == 0) return;
-        end += (facts.shape[a] - 1) * facts.strides[a];
+    for (int a = 0; a < found.axes; ++a) {
+        if (found.shape[a] == 0) return;
+        end += (found.shape[a] - 1) * found.strides[a];
     }
     const Names& names = Names::get();
     const std::int64_t bytes = number(ask(ask(tensor, names.untyped_storage), names.nbytes));
-    const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * facts.itemsize;
+    const std::int64_t reach = (number(ask(tensor, names.storage_offset)) + end) * found.itemsize;
     if (reach > bytes) {
         throw std::runtime_error(
             std::string(name) + " must lie within its storage, but its shape " +
-            tuple_of(facts.shape, facts.axes) + " and strides reach over " + std::to_string(reach) +
+            tuple_of(found.shape, found.axes) + " and strides reach over " + std::to_string(reach) +
             " bytes of it and it has " + std::to_string(bytes) + "; do not resize the storage of a tensor in use");
     }
 }
@@ -186,13 +166,18 @@ bool is_negated(nb::handle tensor) { return ask(tensor, Names::get().is_neg).is(
 
 }  // namespace
 
+char* somewhere(char* data) {
+    static char nowhere;
+    return data ? data : &nowhere;
+}
+
 double number_of(const char* name, nb::handle value) {
     if (!PyFloat_CheckExact(value.ptr()) && nb::hasattr(value, Names::get().untyped_storage)) {
-        const Facts facts = facts_of(value);
-        check_storage(value, name, facts);
-        const bool is_one = facts.axes == 0 && facts.is_on_cpu && !is_negated(value);
-        if (is_one && facts.dtype == "float32") return double(*reinterpret_cast<const float*>(facts.data));
-        if (is_one && facts.dtype == "float64") return *reinterpret_cast<const double*>(facts.data);
+        const Described found = description_of(value);
+        check_storage(value, name, found);
+        const bool is_one = found.axes == 0 && found.is_on_cpu && !is_negated(value);
+        if (is_one && found.dtype == "float32") return double(*reinterpret_cast<const float*>(found.data));
+        if (is_one && found.dtype == "float64") return *reinterpret_cast<const double*>(found.data);
     }
     const nb::object number = nb::steal(PyNumber_Float(value.ptr()));
     if (!number.is_valid()) throw nb::python_error();
@@ -200,7 +185,7 @@ double number_of(const char* name, nb::handle value) {
 }
 
 Array::~Array() {
-    if (is_held_) PyBuffer_Release(&view_);
+    if (is_held_) PyBuffer_Release(&buffer_);
 }
 
 void Array::open(nb::handle array, const Wanted& wanted) {
@@ -213,24 +198,24 @@ void Array::open(nb::handle array, const Wanted& wanted) {
 
 void Array::open_buffer(nb::handle array, const Wanted& wanted) {
     const int flags = wanted.is_written ? PyBUF_STRIDES | PyBUF_WRITABLE : PyBUF_STRIDES;
-    if (PyObject_GetBuffer(array.ptr(), &view_, flags) != 0) throw nb::python_error();
+    if (PyObject_GetBuffer(array.ptr(), &buffer_, flags) != 0) throw nb::python_error();
     is_held_ = true;
-    if (view_.itemsize != wanted.itemsize || !is_shape(wanted, view_.ndim, view_.shape)) {
-        const Shape shape(view_.shape, view_.shape + view_.ndim);
-        refuse(wanted, std::to_string(view_.itemsize) + " bytes each of shape " + tuple_of(shape.data(), view_.ndim));
+    if (buffer_.itemsize != wanted.itemsize || !is_shape(wanted, buffer_.ndim, buffer_.shape)) {
+        const Shape shape(buffer_.shape, buffer_.shape + buffer_.ndim);
+        refuse(wanted, std::to_string(buffer_.itemsize) + " bytes each of shape " + tuple_of(shape.data(), buffer_.ndim));
     }
-    data_ = static_cast<char*>(view_.buf);
-    for (int a = 0; a < view_.ndim; ++a) strides_[a] = view_.strides[a];
+    view_.data = somewhere(static_cast<char*>(buffer_.buf));
+    for (int a = 0; a < buffer_.ndim; ++a) view_.strides[a] = buffer_.strides[a];
 }
 
 void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
-    const Facts facts = facts_of(tensor);
-    if (!facts.is_on_cpu) refuse(wanted, "a tensor on another device");
-    if (facts.dtype != wanted.dtype || !is_shape(wanted, facts.axes, facts.shape)) {
-        refuse(wanted, facts.dtype + " of shape " + tuple_of(facts.shape, facts.axes));
+    const Described found = description_of(tensor);
+    if (!found.is_on_cpu) refuse(wanted, "a tensor on another device");
+    if (found.dtype != wanted.dtype || !is_shape(wanted, found.axes, found.shape)) {
+        refuse(wanted, found.dtype + " of shape " + tuple_of(found.shape, found.axes));
     }
     if (!wanted.is_new) {
-        check_storage(tensor, wanted.name, facts);
+        check_storage(tensor, wanted.name, found);
         if (is_negated(tensor)) {
             if (wanted.is_written) refuse(wanted, "a negated view");
             resolved_ = ask(tensor, Names::get().resolve_neg);
@@ -239,8 +224,8 @@ void Array::open_tensor(nb::handle tensor, const Wanted& wanted) {
             return open_tensor(resolved_, own);
         }
     }
-    data_ = facts.data;
-    for (int a = 0; a < facts.axes; ++a) strides_[a] = facts.strides[a] * wanted.itemsize;
+    view_.data = somewhere(found.data);
+    for (int a = 0; a < found.axes; ++a) view_.strides[a] = found.strides[a] * wanted.itemsize;
 }
 
 char* Array::open_contiguous(nb::handle array, const Wanted& wanted) {
@@ -248,17 +233,12 @@ char* Array::open_contiguous(nb::handle array, const Wanted& wanted) {
     std::int64_t step = wanted.itemsize;
     bool is_contiguous = true;
     for (std::size_t a = wanted.shape.size(); a-- > 0;) {
-        if (wanted.shape[a] == 0) return data();  // whatever its strides are
-        is_contiguous = is_contiguous && (wanted.shape[a] == 1 || strides_[a] == step);
+        if (wanted.shape[a] == 0) return view_.data;  // whatever its strides are
+        is_contiguous = is_contiguous && (wanted.shape[a] == 1 || view_.strides[a] == step);
         step *= wanted.shape[a];
     }
     if (!is_contiguous) refuse(wanted, "one that is not C-contiguous");
-    return data();
-}
-
-char* Array::data() const {
-    static char nowhere;
-    return data_ ? data_ : &nowhere;
+    return view_.data;
 }
 
 }  // namespace polyce

@@ -24,6 +24,15 @@ struct Wanted {
     bool is_new = false;  // made for this call, so that its memory is as large as it should be
 };
 
+// Where an array lies. Its shape is known already.
+struct View {
+    char* data;
+    std::int64_t strides[max_axes];  // in bytes
+};
+
+// Arrays without elements may lie nowhere, but where null means that there is none, they are.
+char* somewhere(char* data);
+
 // The value of an array of no dimension, or of a float.
 double number_of(const char* name, nanobind::handle value);
 
@@ -38,19 +47,15 @@ public:
     // For what has a number for each row or class: its address, never null.
     char* open_contiguous(nanobind::handle array, const Wanted& wanted);
 
-    // Arrays without elements may lie nowhere, but where null means that there is none, they are.
-    char* data() const;
+    const View& view() const { return view_; }
     bool is_tensor() const { return !is_held_; }
-    // In bytes.
-    std::int64_t stride(int axis) const { return strides_[axis]; }
 
 private:
     void open_buffer(nanobind::handle array, const Wanted& wanted);
     void open_tensor(nanobind::handle tensor, const Wanted& wanted);
 
-    char* data_ = nullptr;
-    std::int64_t strides_[max_axes];
-    Py_buffer view_;
+    View view_;
+    Py_buffer buffer_;
     bool is_held_ = false;
     nanobind::object resolved_;
 };

@@ -1,19 +1,13 @@
-// What Python sees: arrays are opened by arrays.hpp, and core.hpp computes.
+// What Python sees: a call that was described, the door for calls like it, and how the core is set.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
-#include <chrono>
-#include <optional>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "arrays.hpp"
+#include "call.hpp"
 #include "core.hpp"
+#include "door.hpp"
 #include "threads.hpp"
 
 #if !defined(_WIN32)
@@ -25,228 +19,6 @@ using namespace polyce;
 
 namespace {
 
-// Calls smaller than this are over before another thread could have had the lock.
-constexpr std::int64_t numbers_worth_unlocking = 4096;
-
-Float float_named(const std::string& name) {
-    if (name == "float16") return Float::f16;
-    if (name == "bfloat16") return Float::bf16;
-    if (name == "float32") return Float::f32;
-    if (name == "float64") return Float::f64;
-    throw nb::type_error(("no floating dtype of the kernels: " + name).c_str());
-}
-
-Integer integer_named(const std::string& name) {
-    constexpr const char* names[] = {"int8",  "int16",  "int32",  "int64",
-                                     "uint8", "uint16", "uint32", "uint64"};
-    for (int i = 0; i < 8; ++i) {
-        if (name == names[i]) return Integer(i);
-    }
-    throw nb::type_error(("no integer dtype of the kernels: " + name).c_str());
-}
-
-int integer_size(Integer dtype) { return 1 << (int(dtype) % 4); }
-
-const char* name_of(Float dtype) {
-    constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
-    return names[int(dtype)];
-}
-
-// Lets other Python threads run during a large call. Not once the process is ending: a thread that
-// then asked for the lock back would be ended by Python, in the middle of C++ frames that nothing
-// may unwind. So the end waits for those that are out, and later calls keep the lock.
-class Unlocked {
-public:
-    explicit Unlocked(std::int64_t numbers) {
-        if (ending_ || numbers < numbers_worth_unlocking) return;
-        ++outside_;
-        state_ = PyEval_SaveThread();
-    }
-    ~Unlocked() {
-        if (!state_) return;
-        PyEval_RestoreThread(state_);
-        --outside_;
-    }
-    Unlocked(const Unlocked&) = delete;
-
-    // A forked child has none of the other threads, which were out when it was made.
-    static void forget_others() { outside_ = 0; }
-
-    static void wait_for_all() {
-        ending_ = true;
-        while (outside_ > 0) {
-            nb::gil_scoped_release unlocked;
-            std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        }
-    }
-
-private:
-    static inline std::atomic<bool> ending_{false};
-    static inline std::atomic<int> outside_{0};
-    PyThreadState* state_ = nullptr;
-};
-
-// What calls of one shape, one set of dtypes and one set of options have in common.
-class Call {
-public:
-    Call(
-        Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
-        bool probabilities, bool wide, const std::string& result_dtype, const std::string& reduction,
-        std::optional<std::int64_t> ignored, bool check_labels, double smoothing, double z_loss,
-        double scale, double cap, bool normalized
-    )
-        : shape_(std::move(shape)), axis_(axis), probabilities_(probabilities) {
-        if (int(shape_.size()) > max_axes || axis < 0 || axis >= int(shape_.size())) {
-            throw nb::value_error("the class axis must be one of at most 64 axes");
-        }
-        for (int a = 0; a < int(shape_.size()); ++a) {
-            if (a == axis) continue;
-            row_shape_.push_back(shape_[std::size_t(a)]);
-            job_.rows *= shape_[std::size_t(a)];
-        }
-        job_.classes = shape_[std::size_t(axis)];
-        job_.logits.dtype = job_.grad.dtype = float_named(logits_dtype);
-        if (probabilities) {
-            job_.probabilities.dtype = float_named(target_dtype);
-        } else if (target_dtype != "none") {
-            job_.label_dtype = integer_named(target_dtype);
-            label_dtype_ = target_dtype;
-        }
-        job_.wide = wide;
-        job_.result_dtype = float_named(result_dtype);
-        job_.reduction = reduction == "mean"  ? Reduction::mean
-                         : reduction == "sum" ? Reduction::sum
-                                              : Reduction::none;
-        job_.check_labels = check_labels && !probabilities;
-        job_.has_ignored = ignored.has_value();
-        job_.ignored = ignored.value_or(0);
-        job_.smoothing = smoothing;
-        job_.z_loss = z_loss;
-        job_.scale = scale;
-        job_.cap = cap;
-        job_.normalized = normalized;
-    }
-
-    std::optional<std::int64_t> run(
-        nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
-        nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
-        bool by_row, nb::handle grad, bool fresh, bool backward
-    ) const {
-        Job job = job_;
-        Array x, t, g, others[10];
-        const char* const wide = job.wide ? "float64" : "float32";
-        const int wide_size = job.wide ? 8 : 4;
-        x.open(logits, matrix("input", job.logits.dtype));
-        if (probabilities_) {
-            t.open(target, matrix("target", job.probabilities.dtype));
-        } else {
-            job.labels = t.open_contiguous(
-                target, {"target", row_shape_, label_dtype_.c_str(), integer_size(job.label_dtype)});
-        }
-        if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
-        place(job, x, probabilities_ ? &t : nullptr, grad.is_none() ? nullptr : &g);
-
-        Array* next = others;
-        const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_result) -> void* {
-            if (array.is_none()) return nullptr;
-            return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_result, is_result});
-        };
-        if (!weight.is_none()) {
-            job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
-        }
-        job.sample_weight = static_cast<const double*>(rows("sample_weight", sample_weight, "float64", 8, false));
-        job.normalizer = number_of("normalizer", normalizer);
-        const char* const result = name_of(job.result_dtype);
-        if (job.reduction == Reduction::none) {
-            job.losses = rows("the loss", losses, result, size_of(job.result_dtype), true);
-        } else if (!losses.is_none()) {
-            job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
-        }
-        if (!saved.is_none()) {
-            void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, !backward, !backward});
-            job.saved = static_cast<SavedRow*>(place);
-        }
-        if (by_row) {
-            job.cotangents = static_cast<const double*>(rows("grad_output", cotangent, "float64", 8, false));
-        } else {
-            job.cotangent = number_of("grad_output", cotangent);
-        }
-        if (!stats.is_none()) {
-            const nb::tuple five = nb::cast<nb::tuple>(stats);
-            job.stats.lse = rows("lse", five[0], wide, wide_size, true);
-            job.stats.entropy = rows("entropy", five[1], wide, wide_size, true);
-            job.stats.prediction = static_cast<std::int64_t*>(rows("prediction", five[2], "int64", 8, true));
-            job.stats.correct = static_cast<bool*>(rows("correct", five[3], "bool", 1, true));
-            job.stats.valid = static_cast<bool*>(rows("valid", five[4], "bool", 1, true));
-        }
-        job.backward_only = backward;
-        job.fresh = fresh;
-        {
-            const Unlocked unlocked(job.rows * job.classes);
-            run_job(job);
-        }
-        if (job.bad_row >= 0) return job.bad_row;
-        return {};
-    }
-
-    void log_softmax(nb::handle logits, nb::handle out) const {
-        Job job = job_;
-        Array x, g;
-        x.open(logits, matrix("input", job.logits.dtype));
-        g.open(out, matrix("the result", job.grad.dtype, true, true));
-        place(job, x, nullptr, &g);
-        job.fresh = true;
-        const Unlocked unlocked(job.rows * job.classes);
-        polyce::log_softmax(job);
-    }
-
-    bool saves_rows() const { return job_.classes > 64; }
-
-private:
-    Wanted matrix(const char* name, Float dtype, bool is_written = false, bool is_new = false) const {
-        return {name, shape_, name_of(dtype), size_of(dtype), is_written, is_new};
-    }
-
-    static void run_job(Job& job) {
-        read_target(job);
-        if (job.bad_row >= 0) return;
-        polyce::run(job);
-        store_reduced(job);
-    }
-
-    // Says where the rows lie; axes that all arrays step through evenly become one.
-    void place(Job& job, const Array& x, const Array* t, const Array* g) const {
-        job.on_torch = x.is_tensor();
-        const Array* arrays[] = {&x, t, g};
-        Matrix* matrices[] = {&job.logits, &job.probabilities, &job.grad};
-        for (int m = 0; m < 3; ++m) {
-            if (!arrays[m]) continue;
-            matrices[m]->data = arrays[m]->data();
-            matrices[m]->class_stride = arrays[m]->stride(axis_);
-        }
-        for (int a = 0; a < int(shape_.size()); ++a) {
-            const std::int64_t size = shape_[std::size_t(a)];
-            if (a == axis_ || size == 1) continue;
-            const int last = job.axes - 1;
-            bool joins = last >= 0;
-            for (int m = 0; joins && m < 3; ++m) {
-                joins = !arrays[m] || matrices[m]->row_stride[last] == arrays[m]->stride(a) * size;
-            }
-            const int at = joins ? last : job.axes++;
-            job.axis_size[at] = joins ? job.axis_size[at] * size : size;
-            for (int m = 0; m < 3; ++m) {
-                if (arrays[m]) matrices[m]->row_stride[at] = arrays[m]->stride(a);
-            }
-        }
-    }
-
-    Shape shape_, row_shape_;
-    std::string label_dtype_;
-    int axis_;
-    bool probabilities_;
-    Job job_;
-};
-
 nb::tuple isa_names_here() {
     nb::list names;
     for (const char* const* name = isa_names(); *name; ++name) names.append(nb::str(*name));
@@ -256,13 +28,13 @@ nb::tuple isa_names_here() {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  // A daemon thread that is in a call when the interpreter ends still holds what it runs with.
-  nb::set_leak_warnings(false);
+    // A daemon thread that is in a call when the interpreter ends still holds what it runs with.
+    nb::set_leak_warnings(false);
     m.doc() = "polyce's compiled kernels: arrays in, losses and gradients out. An array must be what the "
               "call was described with; all else is checked by polyce.call.problem.";
-    nb::module_::import_("atexit").attr("register")(nb::cpp_function(&Unlocked::wait_for_all));
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function(&wait_for_all_calls));
 #if !defined(_WIN32)
-    pthread_atfork(nullptr, nullptr, &Unlocked::forget_others);
+    pthread_atfork(nullptr, nullptr, &forget_other_calls);
 #endif
     nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
         .def(nb::init<Shape, int, const std::string&, const std::string&, bool, bool, const std::string&,
@@ -291,4 +63,5 @@ NB_MODULE(_core, m) {
           "Name the instruction sets that are here, best first.");
     m.def("use_isa", [](const std::string& name) { return use_isa(name.c_str()); }, nb::arg("name"),
           "Use this instruction set from now on; False if it is not here.");
+    declare_door(m);
 }

@@ -12,6 +12,8 @@ constexpr int size_of(Float dtype) {
     return dtype == Float::f64 ? 8 : dtype == Float::f32 ? 4 : 2;
 }
 
+constexpr int size_of(Integer dtype) { return 1 << (int(dtype) % 4); }
+
 constexpr int max_axes = 64;  // as many as NumPy and torch allow
 
 // An array of one number for each row and class. Strides are in bytes and may be anything: zero,

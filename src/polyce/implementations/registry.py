@@ -165,6 +165,11 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     return rows.log_softmax
 
 
+def is_path_named() -> bool:
+    """Tell whether `use` or the environment variable names a path."""
+    return _forced.get() is not None or preference() is not None
+
+
 def preference() -> Implementation | None:
     """Return the path that the environment variable names, None if it is not set."""
     preferred = os.environ.get(VARIABLE)

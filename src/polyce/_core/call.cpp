@@ -1,0 +1,225 @@
+#include "call.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "core.hpp"
+
+namespace nb = nanobind;
+
+namespace polyce {
+namespace {
+
+// Calls smaller than this are over before another thread could have had the lock.
+constexpr std::int64_t numbers_worth_unlocking = 4096;
+
+Float float_named(const std::string& name) {
+    if (name == "float16") return Float::f16;
+    if (name == "bfloat16") return Float::bf16;
+    if (name == "float32") return Float::f32;
+    if (name == "float64") return Float::f64;
+    throw nb::type_error(("no floating dtype of the kernels: " + name).c_str());
+}
+
+Integer integer_named(const std::string& name) {
+    constexpr const char* names[] = {"int8",  "int16",  "int32",  "int64",
+                                     "uint8", "uint16", "uint32", "uint64"};
+    for (int i = 0; i < 8; ++i) {
+        if (name == names[i]) return Integer(i);
+    }
+    throw nb::type_error(("no integer dtype of the kernels: " + name).c_str());
+}
+
+const char* name_of(Float dtype) {
+    constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
+    return names[int(dtype)];
+}
+
+// Lets other Python threads run during a large call. Not once the process is ending: a thread that
+// then asked for the lock back would be ended by Python, in the middle of C++ frames that nothing
+// may unwind. So the end waits for those that are out, and later calls keep the lock.
+class Unlocked {
+public:
+    explicit Unlocked(std::int64_t numbers) {
+        if (ending_ || numbers < numbers_worth_unlocking) return;
+        ++outside_;
+        state_ = PyEval_SaveThread();
+    }
+    ~Unlocked() {
+        if (!state_) return;
+        PyEval_RestoreThread(state_);
+        --outside_;
+    }
+    Unlocked(const Unlocked&) = delete;
+
+    // A forked child has none of the other threads, which were out when it was made.
+    static void forget_others() { outside_ = 0; }
+
+    static void wait_for_all() {
+        ending_ = true;
+        while (outside_ > 0) {
+            nb::gil_scoped_release unlocked;
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+
+private:
+    static inline std::atomic<bool> ending_{false};
+    static inline std::atomic<int> outside_{0};
+    PyThreadState* state_ = nullptr;
+};
+
+}  // namespace
+
+void wait_for_all_calls() { Unlocked::wait_for_all(); }
+
+void forget_other_calls() { Unlocked::forget_others(); }
+
+Call::Call(
+    Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
+    bool probabilities, bool wide, const std::string& result_dtype, const std::string& reduction,
+    std::optional<std::int64_t> ignored, bool check_labels, double smoothing, double z_loss,
+    double scale, double cap, bool normalized
+)
+    : shape_(std::move(shape)), axis_(axis), probabilities_(probabilities) {
+    if (int(shape_.size()) > max_axes || axis < 0 || axis >= int(shape_.size())) {
+        throw nb::value_error("the class axis must be one of at most 64 axes");
+    }
+    for (int a = 0; a < int(shape_.size()); ++a) {
+        if (a == axis) continue;
+        row_shape_.push_back(shape_[std::size_t(a)]);
+        job_.rows *= shape_[std::size_t(a)];
+    }
+    job_.classes = shape_[std::size_t(axis)];
+    job_.logits.dtype = job_.grad.dtype = float_named(logits_dtype);
+    if (probabilities) {
+        job_.probabilities.dtype = float_named(target_dtype);
+    } else if (target_dtype != "none") {
+        job_.label_dtype = integer_named(target_dtype);
+        label_dtype_ = target_dtype;
+    }
+    job_.wide = wide;
+    job_.result_dtype = float_named(result_dtype);
+    job_.reduction = reduction == "mean"  ? Reduction::mean
+                     : reduction == "sum" ? Reduction::sum
+                                          : Reduction::none;
+    job_.check_labels = check_labels && !probabilities;
+    job_.has_ignored = ignored.has_value();
+    job_.ignored = ignored.value_or(0);
+    job_.smoothing = smoothing;
+    job_.z_loss = z_loss;
+    job_.scale = scale;
+    job_.cap = cap;
+    job_.normalized = normalized;
+}
+
+std::optional<std::int64_t> Call::run(
+    nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
+    nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
+    bool by_row, nb::handle grad, bool fresh, bool backward
+) const {
+    Job job = job_;
+    Array x, t, g, others[10];
+    const char* const wide = job.wide ? "float64" : "float32";
+    const int wide_size = job.wide ? 8 : 4;
+    x.open(logits, matrix("input", job.logits.dtype));
+    job.on_torch = x.is_tensor();
+    if (probabilities_) {
+        t.open(target, matrix("target", job.probabilities.dtype));
+    } else {
+        job.labels = t.open_contiguous(
+            target, {"target", row_shape_, label_dtype_.c_str(), size_of(job.label_dtype)});
+    }
+    if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
+    place(job, x.view(), probabilities_ ? &t.view() : nullptr, grad.is_none() ? nullptr : &g.view());
+
+    Array* next = others;
+    const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_result) -> void* {
+        if (array.is_none()) return nullptr;
+        return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_result, is_result});
+    };
+    if (!weight.is_none()) {
+        job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
+    }
+    job.sample_weight = static_cast<const double*>(rows("sample_weight", sample_weight, "float64", 8, false));
+    job.normalizer = number_of("normalizer", normalizer);
+    const char* const result = name_of(job.result_dtype);
+    if (job.reduction == Reduction::none) {
+        job.losses = rows("the loss", losses, result, size_of(job.result_dtype), true);
+    } else if (!losses.is_none()) {
+        job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
+    }
+    if (!saved.is_none()) {
+        void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, !backward, !backward});
+        job.saved = static_cast<SavedRow*>(place);
+    }
+    if (by_row) {
+        job.cotangents = static_cast<const double*>(rows("grad_output", cotangent, "float64", 8, false));
+    } else {
+        job.cotangent = number_of("grad_output", cotangent);
+    }
+    if (!stats.is_none()) {
+        const nb::tuple five = nb::cast<nb::tuple>(stats);
+        job.stats.lse = rows("lse", five[0], wide, wide_size, true);
+        job.stats.entropy = rows("entropy", five[1], wide, wide_size, true);
+        job.stats.prediction = static_cast<std::int64_t*>(rows("prediction", five[2], "int64", 8, true));
+        job.stats.correct = static_cast<bool*>(rows("correct", five[3], "bool", 1, true));
+        job.stats.valid = static_cast<bool*>(rows("valid", five[4], "bool", 1, true));
+    }
+    job.backward_only = backward;
+    job.fresh = fresh;
+    compute(job);
+    if (job.bad_row >= 0) return job.bad_row;
+    return {};
+}
+
+void Call::log_softmax(nb::handle logits, nb::handle out) const {
+    Job job = job_;
+    Array x, g;
+    x.open(logits, matrix("input", job.logits.dtype));
+    g.open(out, matrix("the result", job.grad.dtype, true, true));
+    job.on_torch = x.is_tensor();
+    place(job, x.view(), nullptr, &g.view());
+    job.fresh = true;
+    const Unlocked unlocked(job.rows * job.classes);
+    polyce::log_softmax(job);
+}
+
+void Call::place(Job& job, const View& logits, const View* probabilities, const View* grad) const {
+    const View* arrays[] = {&logits, probabilities, grad};
+    Matrix* matrices[] = {&job.logits, &job.probabilities, &job.grad};
+    for (int m = 0; m < 3; ++m) {
+        if (!arrays[m]) continue;
+        matrices[m]->data = arrays[m]->data;
+        matrices[m]->class_stride = arrays[m]->strides[axis_];
+    }
+    for (int a = 0; a < int(shape_.size()); ++a) {
+        const std::int64_t size = shape_[std::size_t(a)];
+        if (a == axis_ || size == 1) continue;
+        const int last = job.axes - 1;
+        bool joins = last >= 0;
+        for (int m = 0; joins && m < 3; ++m) {
+            joins = !arrays[m] || matrices[m]->row_stride[last] == arrays[m]->strides[a] * size;
+        }
+        const int at = joins ? last : job.axes++;
+        job.axis_size[at] = joins ? job.axis_size[at] * size : size;
+        for (int m = 0; m < 3; ++m) {
+            if (arrays[m]) matrices[m]->row_stride[at] = arrays[m]->strides[a];
+        }
+    }
+}
+
+void Call::compute(Job& job) {
+    const Unlocked unlocked(job.rows * job.classes);
+    read_target(job);
+    if (job.bad_row >= 0) return;
+    polyce::run(job);
+    store_reduced(job);
+}
+
+Wanted Call::matrix(const char* name, Float dtype, bool is_written, bool is_new) const {
+    return {name, shape_, name_of(dtype), size_of(dtype), is_written, is_new};
+}
+
+}  // namespace polyce
