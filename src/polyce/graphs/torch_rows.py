@@ -2,8 +2,8 @@
 
 Plain eager calls use an old-style `autograd.Function`, which has the least overhead. Under a
 torch.func transform, or in forward mode, a new-style one runs the reference, whose operations torch
-can batch and differentiate again. torch.compile traces the old-style one, unless an operator of
-`torch_ops` takes the whole call; torch.export, which keeps no rule, traces the operations.
+can batch and differentiate again. Under torch.compile the old-style one is part of an operator of
+`torch_compiled`; torch.export, which keeps no rule, traces the operations.
 """
 
 from __future__ import annotations
