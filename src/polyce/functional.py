@@ -149,24 +149,8 @@ def cross_entropy(
     if is_compiling():
         from polyce.implementations import torch_compiled
 
-        options_given = (
-            axis,
-            ignore_index,
-            current_reduction(size_average, reduce, reduction),
-            label_smoothing,
-            z_loss,
-            logit_scale,
-            logit_softcap,
-        )
-        if torch_compiled.takes(input, target, weight, sample_weight, options_given):
-            return torch_compiled.cross_entropy(
-                (input, target, weight, sample_weight),
-                normalizer,
-                options_given,
-                return_stats,
-                validate,
-                implementation,
-            )
+        if torch_compiled.takes(given):
+            return torch_compiled.cross_entropy(given)
     options = Options(
         axis,
         ignore_index,
@@ -274,25 +258,8 @@ def cross_entropy_with_grad(
     if is_compiling() and out is None:
         from polyce.implementations import torch_compiled
 
-        options_given = (
-            axis,
-            ignore_index,
-            current_reduction(size_average, reduce, reduction),
-            label_smoothing,
-            z_loss,
-            logit_scale,
-            logit_softcap,
-        )
-        if torch_compiled.takes(input, target, weight, sample_weight, options_given):
-            return torch_compiled.cross_entropy_with_grad(
-                (input, target, weight, sample_weight),
-                normalizer,
-                grad_output,
-                options_given,
-                return_stats,
-                validate,
-                implementation,
-            )
+        if torch_compiled.takes(given):
+            return torch_compiled.cross_entropy_with_grad(given)
     options = Options(
         axis,
         ignore_index,

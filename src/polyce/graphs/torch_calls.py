@@ -62,17 +62,17 @@ def needs_graph(problem: Problem, operands: Operands) -> bool:
 
 
 def cross_entropy(
-    kernels: Kernels, problem: Problem, operands: Operands
+    kernels: Kernels, problem: Problem, operands: Operands, on_graph: bool | None = None
 ) -> tuple[Any, Stats | None]:
-    """Compute the loss, on torch's graph if something requires a gradient, and the stats."""
-    if not needs_graph(problem, operands):
+    """Compute the loss, on torch's graph if something requires a gradient, and the stats.
+
+    `on_graph` is what `needs_graph` has told, for callers that have asked it.
+    """
+    if on_graph is None:
+        on_graph = needs_graph(problem, operands)
+    if not on_graph:
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
-    return on_graph(kernels, problem, operands)
-
-
-def on_graph(kernels: Kernels, problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
-    """Compute the loss, on torch's graph, and the stats, where `needs_graph` says so."""
     logits, target, weight, _, normalizer, _ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, so that it differentiates by the normalizer.

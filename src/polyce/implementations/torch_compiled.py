@@ -15,14 +15,11 @@ import torch
 from torch.autograd import forward_ad
 
 from polyce.call import checks
-from polyce.call.options import check_stats
+from polyce.call.options import check_stats, current_reduction
 from polyce.call.problem import Operands, Problem, describe
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations import registry, torch_ops
 from polyce.implementations.contract import Implementation
-
-# The options before the stats, in the order of their record.
-Given = tuple[Any, Any, Any, Any, Any, Any, Any]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -41,18 +38,21 @@ def _circumstances() -> str:
     return f"{', '.join(able)}; preferred: {preferred and preferred.name}"
 
 
-def takes(input: Any, target: Any, weight: Any, sample_weight: Any, options: Given) -> bool:
+def takes(given: tuple[Any, ...]) -> bool:
     """Tell whether a call that torch.compile traces can be an operator.
 
-    Not so for exports, transforms and forward mode, which need torch's own operations, and not so
-    for what an operator would take for something else.
+    `given` has the arguments of the public function, in their order. Exports, transforms and
+    forward mode need torch's own operations; some arguments an operator would misread.
     """
-    for array in (input, target, weight, sample_weight):
+    logits, target, weight = given[:3]
+    for array in (logits, target, weight, given[9]):
         if array is not None and type(array) not in _PLAIN:
             return False
-    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap = options
+    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap = _options(
+        given
+    )
     return (
-        input is not None
+        logits is not None
         and target is not None
         and (axis is None or type(axis) is int)
         and type(ignore_index) is int
@@ -66,54 +66,54 @@ def takes(input: Any, target: Any, weight: Any, sample_weight: Any, options: Giv
     )
 
 
+def _options(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the options that operators take, in the order of their record."""
+    size_average, ignore_index, reduce, reduction, label_smoothing, axis = given[3:9]
+    reduction = current_reduction(size_average, reduce, reduction)
+    return axis, ignore_index, reduction, label_smoothing, *given[11:14]
+
+
 def _is_number(option: Any) -> bool:
     return type(option) is float or type(option) is int
 
 
-def cross_entropy(
-    tensors: tuple[Any, ...],
-    normalizer: Any,
-    options: Given,
-    return_stats: Any,
-    validate: bool | None,
-    implementation: str | None,
-) -> Any:
+def cross_entropy(given: tuple[Any, ...]) -> Any:
     """Call the operator for `polyce.cross_entropy`."""
-    stats = None if return_stats is False else check_stats(return_stats)
-    loss, *found = _loss_operator(
-        *tensors,
-        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
-        *options,
-        stats if stats is None else ",".join(stats),
-        validate,
-        implementation or registry.forced_in_graphs(),
-        _circumstances(),
-    )
+    loss, stats, found = _call(_loss_operator, given, ())
     return loss if stats is None else (loss, torch_ops.stats_from(stats, found))
 
 
-def cross_entropy_with_grad(
-    tensors: tuple[Any, ...],
-    normalizer: Any,
-    grad_output: Any,
-    options: Given,
-    return_stats: Any,
-    validate: bool | None,
-    implementation: str | None,
-) -> Any:
+def cross_entropy_with_grad(given: tuple[Any, ...]) -> Any:
     """Call the operator for `polyce.cross_entropy_with_grad`."""
+    logits, grad_output = given[0], given[18]
+    if grad_output is not None:
+        grad_output = _as_tensor("grad_output", grad_output, logits)
+    loss, stats, (grad, *found) = _call(_loss_and_gradient_operator, given, (grad_output,))
+    return (loss, grad) if stats is None else (loss, grad, torch_ops.stats_from(stats, found))
+
+
+def _call(
+    operator: Any, given: tuple[Any, ...], cotangents: tuple[Any, ...]
+) -> tuple[Any, tuple[str, ...] | None, list[Any]]:
+    """Call an operator; return the loss, the names of the stats, and what else it has found."""
+    logits, target, weight = given[:3]
+    sample_weight, normalizer = given[9:11]
+    return_stats, validate, implementation = given[14:17]
     stats = None if return_stats is False else check_stats(return_stats)
-    loss, grad, *found = _loss_and_gradient_operator(
-        *tensors,
-        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, tensors[0]),
-        grad_output if grad_output is None else _as_tensor("grad_output", grad_output, tensors[0]),
-        *options,
+    loss, *found = operator(
+        logits,
+        target,
+        weight,
+        sample_weight,
+        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, logits),
+        *cotangents,
+        *_options(given),
         stats if stats is None else ",".join(stats),
         validate,
         implementation or registry.forced_in_graphs(),
         _circumstances(),
     )
-    return (loss, grad) if stats is None else (loss, grad, torch_ops.stats_from(stats, found))
+    return loss, stats, found
 
 
 def _as_tensor(name: str, given: Any, like: Any) -> Any:

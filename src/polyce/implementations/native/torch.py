@@ -68,7 +68,7 @@ KERNELS = Kernels("native", _forward, _backward, _keeps)
 
 def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] | None:
     if torch_calls.needs_graph(problem, operands):
-        return torch_calls.on_graph(KERNELS, problem, operands)
+        return torch_calls.cross_entropy(KERNELS, problem, operands, on_graph=True)
     return None
 
 
