@@ -37,6 +37,9 @@ def isas() -> tuple[str, ...]:
 def use_isa(name: str) -> bool:
     """Use this instruction set from now on; False if it is not here."""
 
+class Kept:
+    """What is known of calls like one that was kept."""
+
 def answer_cross_entropy(given: tuple[object, ...]) -> object:
     """
     Answer a call of cross_entropy if one like it was kept, else return None.
@@ -47,21 +50,41 @@ def answer_cross_entropy_with_grad(given: tuple[object, ...]) -> object:
     Answer a call of cross_entropy_with_grad if one like it was kept, else return None.
     """
 
-def keep(with_grad: bool, given: tuple[object, ...], call: object, result_dtype: object) -> None:
-    """Keep how a call was computed, so that calls like it can be answered."""
+def answer_cross_entropy_in_place(given: tuple[object, ...]) -> object:
+    """
+    Answer a call of polyce.torch's with inplace_backward, else return None.
+    """
+
+def answer_backward(kept: Kept, saved: tuple[object, ...], normalizer: object | None, cotangent: object | None, address: int | None) -> object:
+    """
+    Compute the gradient of a loss on torch's graph, or return None if that needs the whole way. With an address it goes over the logits, if these still lie there.
+    """
+
+def fill_node(node: object, logits: object, target: object, weight: object | None, made: tuple[object, ...]) -> object:
+    """
+    Give a node of torch's graph what its backward pass needs, and return the loss.
+    """
+
+def keep(function: str, given: tuple[object, ...], **more: object) -> None:
+    """
+    Keep how a call was computed, so that calls like it can be answered. `call` is what was prepared for it; `like_loss`, `like_grad` and `like_saved` say how arrays are made; of torch's, `apply` puts a loss on the graph, where a node keeps `rule`.
+    """
 
 def forget() -> None:
     """Forget all calls that were kept."""
 
-def expect(mapping: dict[object, object], name: object, value: object | None) -> None:
+def expect(of_torch: bool, mapping: dict[object, object], name: object, value: object | None) -> None:
     """
-    Answer only while a mapping has this very value; an Ellipsis stands for none.
+    Answer, or answer on tensors, only while a mapping has this very value; an Ellipsis stands for none.
     """
 
-def expect_answer(function: object, value: object | None) -> None:
-    """
-    Answer only while a function without arguments returns this very value.
-    """
+def expect_answer(of_torch: bool, function: object, value: object | None) -> None:
+    """The same of a function without arguments, and what it returns."""
 
 def open_numpy(c_api: object) -> bool:
     """Answer calls on NumPy's arrays, if they are laid out as is known."""
+
+def open_torch(tensor: object, functions: object) -> bool:
+    """
+    Answer calls on torch's tensors, if their type has DLPack's C exchange interface.
+    """

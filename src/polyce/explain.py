@@ -14,7 +14,7 @@ from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import Operands, Problem, describe
 from polyce.functional import cross_entropy, cross_entropy_with_grad
 from polyce.graphs import rules
-from polyce.implementations import registry
+from polyce.implementations import door, registry
 from polyce.implementations.native import core as native
 from polyce.linear import call as linear_call
 from polyce.linear import chunks, unfused
@@ -60,9 +60,11 @@ class Explanation:
     """For each implementation, by preference, the reasons against it; without any, it can run."""
     chunks: str | None = None
     """How the rows of a linear head are cut, and when all at once would be better; else None."""
+    is_kept: bool = False
+    """Whether the compiled core then answers calls like it by itself, without another look."""
 
     def __str__(self) -> str:
-        """Return a line for the call, one for each implementation and one for the chunks."""
+        """Return a line for the call, one for each implementation, and what else there is."""
         width = max(len(name) for name in self.reasons)
         lines = [self.call]
         for name, reasons in self.reasons.items():
@@ -71,6 +73,8 @@ class Explanation:
             lines.append(f"  {name:<{width}}  {verdict}{runs}")
         if self.chunks is not None:
             lines.append(f"  {self.chunks}")
+        if self.is_kept:
+            lines.append("  the core keeps how it is computed, and answers calls like it by itself")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -93,7 +97,8 @@ def explain(
     Returns
     -------
     Explanation
-        Prints a line for each implementation; for a linear head also how its rows are cut, how
+        Prints a line for each implementation, and whether the core then answers calls like this
+        one by itself; for a linear head also how its rows are cut, how
         much memory the logits take at a time, and when all logits at once would be faster.
 
     Raises
@@ -112,6 +117,7 @@ def explain(
       triton     no   ...arrays numpy is not served (torch)
       cupy       no   ...arrays numpy is not served (cupy); device cpu is not served (cuda)
       reference  yes
+      the core keeps how it is computed, and answers calls like it by itself
     >>> hidden, head = np.zeros((4096, 64)), np.zeros((50_000, 64))
     >>> labels = np.zeros(4096, np.int64)
     >>> told = polyce.explain(hidden, head, labels, function=polyce.linear_cross_entropy)
@@ -123,7 +129,7 @@ def explain(
     inner: Callable[..., Any] = cross_entropy if function is None else function
     if for_torch is not None and function is for_torch.cross_entropy:
         inner = cross_entropy
-    explained = {
+    explained: dict[Callable[..., Any], Callable[..., Explanation]] = {
         cross_entropy: _of_logits,
         cross_entropy_with_grad: _of_logits,
         linear_cross_entropy: _of_head,
@@ -138,16 +144,18 @@ def explain(
     bound = inspect.signature(call).bind(*arguments, **options)
     bound.apply_defaults()
     given = bound.arguments
+    values = tuple(given.values())
     if given.pop("dim", None) is not None:
         raise refuse_dim()
     if "reduce" in given:
         deprecated = given.pop("size_average"), given.pop("reduce")
         given["reduction"] = current_reduction(*deprecated, given["reduction"])
-    return explained[inner](inner, **given)
+    return explained[inner](inner, values, **given)
 
 
 def _of_logits(
     function: Callable[..., Any],
+    values: tuple[Any, ...],
     *,
     implementation: str | None,
     out: Any = None,
@@ -163,15 +171,17 @@ def _of_logits(
     if out is not None:
         outputs.check(problem, operands, out)
     logits = f"logits {problem.logits_dtype_name} {problem.shape}"
+    chosen = registry.select(problem, implementation)
     return Explanation(
         call=_call(function, problem, operands, [logits]),
-        chosen=registry.select(problem, implementation).name,
+        chosen=chosen.name,
         reasons={path.name: path.reasons(problem) for path in registry.TABLE},
+        is_kept=problem.is_concrete and door.is_kept(values, problem, chosen),
     )
 
 
 def _of_head(
-    function: Callable[..., Any], *, wrt: str | Sequence[str] = (), **given: Any
+    function: Callable[..., Any], _: Any, *, wrt: str | Sequence[str] = (), **given: Any
 ) -> Explanation:
     check_wrt(wrt)
     options = Options.taken_from(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from polyce.arrays.plain import is_compiling
+from polyce.arrays.plain import is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
 from polyce.call.problem import describe, describe_logits
@@ -142,7 +142,7 @@ def cross_entropy(
         axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
         return_stats, validate, implementation, dim,
     )  # fmt: skip
-    if not is_compiling() and (answer := door.cross_entropy(given)) is not None:
+    if not is_traced() and (answer := door.cross_entropy(given)) is not None:
         return answer
     if dim is not None:
         raise refuse_dim()
@@ -165,7 +165,8 @@ def cross_entropy(
         loss, stats = torch_ops.cross_entropy(chosen.name, problem, operands)
     else:
         loss, stats = chosen.cross_entropy(problem, operands)
-        door.keep(given, problem, chosen)
+        if problem.is_concrete:
+            door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 
@@ -250,7 +251,7 @@ def cross_entropy_with_grad(
         axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
         return_stats, validate, implementation, dim, grad_output, out,
     )  # fmt: skip
-    if not is_compiling() and (answer := door.cross_entropy_with_grad(given)) is not None:
+    if not is_traced() and (answer := door.cross_entropy_with_grad(given)) is not None:
         return answer
     if dim is not None:
         raise refuse_dim()
@@ -278,7 +279,8 @@ def cross_entropy_with_grad(
         loss, grad, stats = torch_ops.cross_entropy_with_grad(chosen.name, problem, operands)
     else:
         loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
-        door.keep(given, problem, chosen)
+        if problem.is_concrete:
+            door.keep(given, problem, chosen)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

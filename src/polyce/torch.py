@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from polyce import functional
+from polyce.arrays.plain import is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim, shown
 from polyce.call.problem import describe
+from polyce.implementations import door
 from polyce.implementations.registry import select
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
 
@@ -101,29 +103,51 @@ def cross_entropy(
     if dim is not None:
         raise refuse_dim()
     _check(input)
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "reduction": current_reduction(size_average, reduce, reduction),
-        "label_smoothing": label_smoothing,
-        "axis": axis,
-        "sample_weight": sample_weight,
-        "normalizer": normalizer,
-        "z_loss": z_loss,
-        "logit_scale": logit_scale,
-        "logit_softcap": logit_softcap,
-        "return_stats": return_stats,
-        "validate": validate,
-    }
+    reduction = current_reduction(size_average, reduce, reduction)
     if not inplace_backward:
         return functional.cross_entropy(
-            input, target, weight, implementation=implementation, **options
+            input,
+            target,
+            weight,
+            None,
+            ignore_index,
+            None,
+            reduction,
+            label_smoothing,
+            axis=axis,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            return_stats=return_stats,
+            validate=validate,
+            implementation=implementation,
         )
-    asked = Options.taken_from(options)
+    given = (
+        input, target, weight, None, ignore_index, None, reduction, label_smoothing,
+        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
+        return_stats, validate, implementation, None,
+    )  # fmt: skip
+    if not is_traced() and (answer := door.cross_entropy_in_place(given)) is not None:
+        return answer
+    asked = Options(
+        axis,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        logit_softcap,
+        return_stats,
+        validate,
+    )
     problem, operands = describe(input, target, weight, sample_weight, normalizer, asked)
     outputs.check_inplace(problem, operands)
     problem = problem._replace(inplace_backward=True)
     chosen = select(problem, implementation)
     loss, stats = chosen.cross_entropy(problem, operands)
+    door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 

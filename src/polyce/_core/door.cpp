@@ -1,161 +1,45 @@
 #include "door.hpp"
 
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
 #include <algorithm>
-#include <cstring>
 #include <iterator>
-#include <memory>
-#include <new>
+#include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
-#include "call.hpp"
-#include "core.hpp"
-#include "door_arrays.hpp"
+#include "door_table.hpp"
 
 namespace nb = nanobind;
 
 namespace polyce {
 namespace {
 
-// The public functions whose calls are answered.
-enum Function : int { loss_alone, loss_and_gradient };
-
-// Their arguments in the order of their signatures: arrays, what may differ from call to call, and
-// options.
-constexpr int array_at[] = {0, 1, 2, 9}, normalizer = 10, of_loss_alone = 18;
-constexpr int grad_output = 18, out = 19, of_both = 20;
-constexpr int option_at[] = {3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17};
-constexpr int arrays = int(std::size(array_at)), options = int(std::size(option_at));
-enum Operand : int { input, target, weight, sample_weight };
-
-constexpr Py_ssize_t arguments_of(Function function) {
-    return function == loss_alone ? of_loss_alone : of_both;
-}
-
-// What the description of a call depends on, but for its options.
-struct Facts {
-    std::int64_t numbers[1 + arrays * (2 + max_axes)];
-    int count = 0;
-
-    void add(std::int64_t number) { numbers[count++] = number; }
-
-    std::size_t hash() const {
-        std::uint64_t mixed = 0;
-        for (int i = 0; i < count; ++i) {
-            mixed = (mixed ^ std::uint64_t(numbers[i])) * 0x9e3779b97f4a7c15u;
-            mixed ^= mixed >> 29;
-        }
-        return std::size_t(mixed);
-    }
-};
-
 using Given = nb::typed<nb::tuple, nb::object, nb::ellipsis>;
 using Mapping = nb::typed<nb::dict, nb::object, nb::object>;
-
-// A call as it is asked.
-struct Asked {
-    Asked(Function function, const nb::tuple& arguments) : function(function) {
-        for (Py_ssize_t i = 0; i < arguments_of(function); ++i) given[i] = arguments[std::size_t(i)].ptr();
-    }
-
-    const Function function;
-    PyObject* given[of_both];
-    const Arrays* library = nullptr;
-    Seen seen[arrays];
-    Facts facts;
-    double divisor = 0.0, cotangent = 1.0;
-
-    bool has(int argument) const { return given[argument] != Py_None; }
-    bool has(Operand operand) const { return has(array_at[operand]); }
-};
-
-// What is known of a call like it.
-struct Kept {
-    std::vector<std::int64_t> facts;
-    nb::object given_options[options];
-    nb::object prepared, result_dtype;
-    const Call* call;
-};
-
-// 1, 1.0 and True are not the same option.
-bool is_same_option(PyObject* a, PyObject* b) {
-    if (a == b) return true;
-    if (Py_TYPE(a) != Py_TYPE(b)) return false;
-    if (PyFloat_CheckExact(a)) {
-        const double x = PyFloat_AsDouble(a), y = PyFloat_AsDouble(b);
-        return std::memcmp(&x, &y, sizeof x) == 0;
-    }
-    if (!PyLong_CheckExact(a) && !PyUnicode_CheckExact(a)) return false;
-    return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
-}
-
-// The calls, by what is known of their arrays: each has its place in one of a few rows of the table,
-// whose oldest call gives way to a new one.
-class Table {
-public:
-    std::shared_ptr<const Kept> find(const Asked& asked) const {
-        for (const auto& kept : row(asked.facts).ways) {
-            if (kept && is_like(asked, *kept)) return kept;
-        }
-        return nullptr;
-    }
-
-    void keep(const Asked& asked, std::shared_ptr<const Kept> kept) {
-        Row& place = const_cast<Row&>(row(asked.facts));
-        place.ways[place.next++ % ways].swap(kept);  // the old one goes once the table is in order
-    }
-
-    void forget() {
-        for (Row& row : rows_) {
-            Row old;
-            std::swap(old, row);
-        }
-    }
-
-private:
-    static constexpr std::size_t rows = 128, ways = 8;
-    struct Row {
-        std::shared_ptr<const Kept> ways[Table::ways];
-        unsigned next = 0;
-    };
-
-    const Row& row(const Facts& facts) const { return rows_[facts.hash() % rows]; }
-
-    static bool is_like(const Asked& asked, const Kept& kept) {
-        const std::size_t count = std::size_t(asked.facts.count);
-        if (kept.facts.size() != count) return false;
-        if (std::memcmp(kept.facts.data(), asked.facts.numbers, count * sizeof(std::int64_t))) return false;
-        for (int i = 0; i < options; ++i) {
-            if (!is_same_option(asked.given[option_at[i]], kept.given_options[i].ptr())) return false;
-        }
-        return true;
-    }
-
-    Row rows_[rows];
-};
-
-// What must be so for any call to be answered: the value of a name in a module or mapping, null
-// where it must be missing, or what a function returns.
-struct Condition {
-    nb::object of, name, value;
-
-    bool holds() const {
-        if (!name.is_valid()) {
-            PyObject* const answer = PyObject_CallNoArgs(of.ptr());
-            Py_XDECREF(answer);  // kept by `value`, if it is the same
-            return answer && answer == value.ptr();
-        }
-        return PyDict_GetItemWithError(of.ptr(), name.ptr()) == value.ptr();
-    }
-};
 
 struct Door {
     Table table;
     std::vector<Condition> conditions;
-    const Arrays* numpy = nullptr;
+    Arrays *numpy = nullptr, *torch = nullptr;
 
     static Door& get() {
         static Door* const door = new Door;  // Python may end before static objects do
         return *door;
+    }
+
+    static bool hold(const std::vector<Condition>& conditions) {
+        return std::all_of(conditions.begin(), conditions.end(), [](const Condition& one) { return one.holds(); });
+    }
+
+    // Null for arrays of another library, or while none of this one are to be answered.
+    const Arrays* library_of(PyObject* array) const {
+        for (const Arrays* library : {numpy, torch}) {
+            if (library && library->is_array(array)) return hold(library->conditions) ? library : nullptr;
+        }
+        return nullptr;
     }
 };
 
@@ -166,180 +50,326 @@ bool read_number(PyObject* given, double& value) {
     return true;
 }
 
-// Reads what the key consists of; false if the call must go the whole way.
-bool look(const Door& door, Asked& asked) {
-    PyObject* const first = asked.given[input];
-    if (door.numpy && door.numpy->is_array(first)) {
-        asked.library = door.numpy;
-    } else {
-        return false;
-    }
-    for (const Condition& condition : door.conditions) {
-        if (!condition.holds()) return false;
-    }
-    const bool is_both = asked.function == loss_and_gradient;
-    Facts& facts = asked.facts;
-    facts.add(asked.function | asked.has(normalizer) << 1 | (is_both && asked.has(grad_output)) << 2);
-    if (!read_number(asked.given[normalizer], asked.divisor)) return false;
-    if (is_both && !read_number(asked.given[grad_output], asked.cotangent)) return false;
+// Reads arrays, of which any may be None; false if the call has to go the whole way.
+bool read_arrays(const Arrays& library, const Operands& given, Seen (&seen)[arrays], Facts& facts) {
     for (int i = 0; i < arrays; ++i) {
-        PyObject* const array = asked.given[array_at[i]];
-        if (array == Py_None) {
+        if (given[i] == Py_None) {
             facts.add(-1);
             continue;
         }
-        Seen& seen = asked.seen[i];
-        if (!asked.library->read(array, seen)) return false;
-        facts.add(seen.axes);
-        facts.add(seen.dtype);
-        for (int a = 0; a < seen.axes; ++a) facts.add(seen.shape[a]);
+        if (!library.read(given[i], seen[i])) return false;
+        facts.add(seen[i].axes);
+        facts.add(seen[i].dtype);
+        for (int a = 0; a < seen[i].axes; ++a) facts.add(seen[i].shape[a]);
     }
     return true;
 }
 
-// Whether a gradient can be written to `out`: of the logits' kind, and in memory of its own or
-// exactly theirs.
-bool can_take_gradient(const Asked& asked, const Job& job, PyObject* array, Seen& seen) {
+// The same for all of a call, if it is to be answered now.
+bool look(const Door& door, Asked& asked) {
+    asked.library = door.library_of(asked.operands[input]);
+    if (!asked.library || !door.hold(door.conditions)) return false;
+    if (!read_number(asked.given[normalizer], asked.divisor)) return false;
+    if (asked.has_cotangent() && !read_number(asked.given[grad_output], asked.cotangent)) return false;
+    const Arrays& library = *asked.library;
+    if (!read_arrays(library, asked.operands, asked.seen, asked.facts)) return false;
+    for (int i = 0; i < arrays && asked.function != loss_and_gradient; ++i) {
+        const bool is_there = asked.operands[i] != Py_None;
+        if (!is_there || !library.requires_gradient(asked.operands[i], asked.seen[i])) continue;
+        if (!library.is_recording()) break;
+        if (i != input) return false;
+        asked.is_on_graph = true;
+    }
+    asked.facts.add(
+        asked.function | asked.has(normalizer) << 2 | asked.has_cotangent() << 3 | asked.is_on_graph << 4);
+    return true;
+}
+
+// Whether memory, of the logits' shape and dtype, has a place for each number that is written to it
+// and shares none with other operands, from `first` on.
+bool is_alone(const Call& call, const Seen& memory, const Operands& given, const Seen (&seen)[arrays], int first) {
+    const Job& job = call.job();
+    const int itemsize = size_of(job.logits.dtype);
+    const int of_target = call.has_probabilities() ? size_of(job.probabilities.dtype) : size_of(job.label_dtype);
+    const int itemsizes[] = {itemsize, of_target, job.wide ? 8 : 4, 8};
+    for (int i = first; i < arrays; ++i) {
+        if (given[i] != Py_None && memory.meets(seen[i], itemsize, itemsizes[i])) return false;
+    }
+    return !memory.overlaps_itself(itemsize);
+}
+
+// Whether a gradient can be written to `out`: an array as the logits are, and in memory of its own
+// or exactly theirs.
+bool can_take_gradient(const Asked& asked, const Call& call, PyObject* array, Seen& seen) {
     const Seen& logits = asked.seen[input];
     if (!asked.library->read(array, seen) || !asked.library->is_writable(array)) return false;
-    if (seen.dtype != logits.dtype || seen.axes != logits.axes) return false;
-    if (!std::equal(seen.shape, seen.shape + seen.axes, logits.shape)) return false;
-    const int itemsize = size_of(job.logits.dtype), wide = job.wide ? 8 : 4;
+    const auto* const shape = seen.shape;
+    if (!std::equal(shape, shape + seen.axes, logits.shape, logits.shape + logits.axes)) return false;
+    if (seen.dtype != logits.dtype) return false;
     const bool is_input = seen.view.data == logits.view.data &&
                           std::equal(seen.view.strides, seen.view.strides + seen.axes, logits.view.strides);
-    if (seen.overlaps_itself(itemsize)) return false;
-    if (!is_input && seen.meets(logits, itemsize, itemsize)) return false;
-    const int of_target = job.probabilities.data ? size_of(job.probabilities.dtype) : size_of(job.label_dtype);
-    if (seen.meets(asked.seen[target], itemsize, of_target)) return false;
-    if (asked.has(weight) && seen.meets(asked.seen[weight], itemsize, wide)) return false;
-    return !asked.has(sample_weight) || !seen.meets(asked.seen[sample_weight], itemsize, 8);
+    return is_alone(call, seen, asked.operands, asked.seen, is_input ? target : input);
+}
+
+// Says where the operands lie; false if one is not laid out as the kernels read it.
+bool place_operands(const Call& call, const Operands& given, const Seen (&seen)[arrays], Job& job) {
+    if (call.has_probabilities()) {
+        job.probabilities.data = seen[target].view.data;
+    } else {
+        if (!seen[target].is_dense(size_of(job.label_dtype))) return false;
+        job.labels = seen[target].view.data;
+    }
+    if (given[weight] != Py_None) {
+        if (!seen[weight].is_dense(job.wide ? 8 : 4)) return false;
+        job.class_weight = seen[weight].view.data;
+    }
+    if (given[sample_weight] != Py_None) {
+        if (!seen[sample_weight].is_dense(8)) return false;
+        job.sample_weight = reinterpret_cast<const double*>(seen[sample_weight].view.data);
+    }
+    return true;
+}
+
+void place_matrices(const Call& call, const Seen (&seen)[arrays], const View* grad, Job& job) {
+    call.place(job, seen[input].view, call.has_probabilities() ? &seen[target].view : nullptr, grad);
+}
+
+// Puts a loss on torch's graph; raises what Python raises.
+nb::object on_graph(const Asked& asked, const nb::object& kept, const nb::object& loss, const nb::object& saved) {
+    const Kept& known = *nb::inst_ptr<Kept>(kept);
+    nb::handle given[arrays];
+    std::copy(asked.operands, asked.operands + arrays, given);
+    const nb::tuple to_save = nb::make_tuple(
+        given[input], given[target], given[weight], given[sample_weight], nb::none(), saved, nb::none());
+    const nb::object rule = !asked.has(normalizer) ? known.rule : nb::make_tuple(
+        known.rule[0], known.rule[1], nb::handle(asked.given[normalizer]));
+    const nb::tuple made = nb::make_tuple(loss, to_save, rule, kept);
+    PyObject* const arguments[] = {given[input].ptr(), given[target].ptr(), given[weight].ptr(), made.ptr()};
+    PyObject* const found = PyObject_Vectorcall(known.apply.ptr(), arguments, std::size(arguments), nullptr);
+    if (!found) throw nb::python_error();
+    return nb::steal(found);
 }
 
 // Null for a call that has to go the whole way, with nothing written.
-nb::object answer(const Asked& asked, const Kept& kept) {
-    const Call& call = *kept.call;
+nb::object answer(const Asked& asked, const nb::object& kept) {
+    static const Shape no_axes;
+    const Kept& known = *nb::inst_ptr<Kept>(kept);
+    const Call& call = *known.call;
     const Arrays& library = *asked.library;
-    const bool by_rows = call.job().reduction == Reduction::none;
     Job job = call.job();
-    const Seen& labels = asked.seen[target];
-    if (call.has_probabilities()) {
-        job.probabilities.data = labels.view.data;
-    } else {
-        if (!labels.is_dense(size_of(job.label_dtype))) return {};
-        job.labels = labels.view.data;
-    }
-    if (asked.has(weight)) {
-        if (!asked.seen[weight].is_dense(job.wide ? 8 : 4)) return {};
-        job.class_weight = asked.seen[weight].view.data;
-    }
-    if (asked.has(sample_weight)) {
-        if (!asked.seen[sample_weight].is_dense(8)) return {};
-        job.sample_weight = reinterpret_cast<const double*>(asked.seen[sample_weight].view.data);
-    }
+    if (!place_operands(call, asked.operands, asked.seen, job)) return {};
     job.normalizer = asked.divisor;
     job.cotangent = asked.cotangent;
 
     nb::object grad;
-    Seen written;
+    Seen of_out;
+    View written;
+    if (asked.function == loss_in_place) {
+        const bool is_free = library.is_free_of_gradients(asked.operands[input]);
+        if (!is_free || !is_alone(call, asked.seen[input], asked.operands, asked.seen, target)) return {};
+    }
     if (asked.function == loss_and_gradient) {
         if (asked.has(out)) {
-            if (!can_take_gradient(asked, job, asked.given[out], written)) return {};
+            if (!can_take_gradient(asked, call, asked.given[out], of_out)) return {};
             grad = nb::borrow(asked.given[out]);
+            written = of_out.view;
         } else {
-            grad = library.empty_like(asked.given[input]);
-            if (!grad.is_valid() || !library.read(grad.ptr(), written)) return {};
+            grad = library.empty_like(asked.operands[input], asked.seen[input], known.like_grad, written);
+            if (!grad.is_valid()) return {};
             job.fresh = true;
         }
     }
-    call.place(
-        job, asked.seen[input].view, call.has_probabilities() ? &labels.view : nullptr,
-        grad.is_valid() ? &written.view : nullptr);
+    place_matrices(call, asked.seen, grad.is_valid() ? &written : nullptr, job);
 
-    nb::object loss;
-    std::int64_t one;  // of any dtype
-    Seen losses;
-    if (by_rows) {
-        loss = library.empty(call.row_shape(), kept.result_dtype);
-        if (!loss.is_valid() || !library.read(loss.ptr(), losses)) return {};
-        job.losses = losses.view.data;
-    } else {
-        job.reduced = &one;
+    const bool by_rows = job.reduction == Reduction::none;
+    char* place;
+    nb::object loss = library.empty(by_rows ? call.row_shape() : no_axes, known.like_loss, place);
+    if (!loss.is_valid()) return {};
+    (by_rows ? job.losses : job.reduced) = place;
+    nb::object saved = nb::none();
+    if (asked.is_on_graph && call.saves_rows()) {
+        char* rows;
+        saved = library.empty({job.rows, 4}, known.like_saved, rows);
+        if (!saved.is_valid()) return {};
+        job.saved = reinterpret_cast<SavedRow*>(rows);
     }
     Call::compute(job);
     if (job.bad_row >= 0) return {};
-    if (!by_rows || call.row_shape().empty()) {
-        loss = library.scalar(by_rows ? job.losses : job.reduced, kept.result_dtype);
-        if (!loss.is_valid()) return {};
-    }
+    if (asked.is_on_graph) return on_graph(asked, kept, loss, saved);
+    if (!by_rows || call.row_shape().empty()) loss = library.scalar(loss, place, known.like_loss);
     if (!grad.is_valid()) return loss;
-    if (asked.has(out)) library.written(grad.ptr());
+    if (asked.has(out) && !library.was_written(grad.ptr())) throw nb::python_error();
     return nb::make_tuple(loss, grad);
 }
 
-// None for a call that has to go the whole way.
-nb::object ask(Function function, const nb::tuple& given) {
-    const auto found = [&]() -> nb::object {
-        Asked asked(function, given);
-        const Door& door = Door::get();
-        if (!look(door, asked)) return {};
-        const auto kept = door.table.find(asked);
-        return kept ? answer(asked, *kept) : nb::object();
-    }();
+// Takes the gradient of the loss; false if it needs the whole way.
+bool place_cotangent(const Arrays& library, const Call& call, const Seen& seen, Job& job) {
+    static const Shape no_axes;
+    const bool is_double = library.is_float(seen, 8);
+    if (!is_double && !library.is_float(seen, 4)) return false;
+    const Shape& shape = job.reduction == Reduction::none ? call.row_shape() : no_axes;
+    if (!std::equal(seen.shape, seen.shape + seen.axes, shape.begin(), shape.end())) return false;
+    if (std::all_of(seen.view.strides, seen.view.strides + seen.axes, [](std::int64_t step) { return step == 0; })) {
+        const void* const number = seen.view.data;
+        if (seen.size() == 0) return false;
+        job.cotangent = is_double ? *static_cast<const double*>(number) : *static_cast<const float*>(number);
+        return true;
+    }
+    if (!is_double || !seen.is_dense(8)) return false;
+    job.cotangents = reinterpret_cast<const double*>(seen.view.data);
+    return true;
+}
+
+bool place_saved(const Arrays& library, const Seen& seen, Job& job) {
+    if (!library.is_float(seen, 8) || !seen.is_dense(8)) return false;
+    job.saved = reinterpret_cast<SavedRow*>(seen.view.data);
+    return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == 4;
+}
+
+// The gradient of the logits of a loss on torch's graph; null if it needs the whole way. Where it
+// goes over the logits, these are as they were if they still lie at `address`.
+nb::object gradient(
+    const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent,
+    std::optional<std::uintptr_t> address
+) {
+    const Arrays* const library = Door::get().library_of(saved[0].ptr());
+    // While autograd records, the gradient will be differentiated.
+    if (!library || library->is_recording()) return {};
+    const Call& call = *known.call;
+    Job job = call.job();
+    Operands given;
+    for (int i = 0; i < arrays; ++i) given[i] = saved[std::size_t(i)].ptr();
+    Seen seen[arrays], of_loss, rows;
+    Facts facts;
+    if (!read_arrays(*library, given, seen, facts)) return {};
+    facts.add(known.facts.back());
+    if (!facts.are(known.facts)) return {};  // a hook has changed what was saved
+    if (!place_operands(call, given, seen, job) || !read_number(divisor, job.normalizer)) return {};
+    if (!library->read(cotangent, of_loss) || !place_cotangent(*library, call, of_loss, job)) return {};
+    if (call.saves_rows() && (!library->read(saved[5].ptr(), rows) || !place_saved(*library, rows, job))) return {};
+    const Seen& logits = seen[input];
+    nb::object grad;
+    View written;
+    if (address) {
+        const auto data = reinterpret_cast<std::uintptr_t>(logits.view.data);
+        if (data != *address || of_loss.meets(logits, 8, size_of(job.logits.dtype))) return {};
+        grad = library->detached(given[input]);
+        written = logits.view;
+    } else {
+        grad = library->empty_like(given[input], logits, known.like_grad, written);
+    }
+    if (!grad.is_valid()) return {};
+    place_matrices(call, seen, &written, job);
+    job.fresh = !address;
+    job.backward_only = true;
+    Call::compute(job);
+    if (job.bad_row >= 0) return {};
+    // Other operations that have saved the logits must notice the change.
+    if (address && !library->was_written(given[input])) throw nb::python_error();
+    return grad;
+}
+
+// The forward pass of torch's function: all is computed, and kept by the node of the graph.
+nb::object fill_node(nb::handle node, nb::handle, nb::handle, nb::handle, const Given& made) {
+    static const auto intern = [](const char* name) { return PyUnicode_InternFromString(name); };
+    static PyObject* const names[] = {intern("to_save"), intern("call"), intern("kept")};
+    for (std::size_t i = 0; i < std::size(names); ++i) {
+        if (PyObject_SetAttr(node.ptr(), names[i], made[i + 1].ptr()) != 0) throw nb::python_error();
+    }
+    return made[0];
+}
+
+// None for what has to go the whole way.
+nb::object or_none(nb::object found) {
     if (found.is_valid()) return found;
     PyErr_Clear();
     return nb::none();
 }
 
-void keep(Function function, const nb::tuple& given, const nb::object& prepared, const nb::object& result_dtype) {
+nb::object ask(Function function, const nb::tuple& given) {
     Asked asked(function, given);
+    const Door& door = Door::get();
+    if (!look(door, asked)) return or_none({});
+    const nb::object kept = door.table.find(asked);
+    return or_none(kept.is_valid() ? answer(asked, kept) : nb::object());
+}
+
+// What is kept of a library's arrays, by the names of the fields.
+void keep(Function function, const nb::tuple& given, const nb::dict& more) {
     Door& door = Door::get();
+    Asked asked(function, given);
     if (!look(door, asked)) {
         PyErr_Clear();
         return;
     }
-    const auto kept = std::make_shared<Kept>();
-    kept->facts.assign(asked.facts.numbers, asked.facts.numbers + asked.facts.count);
-    for (int i = 0; i < options; ++i) kept->given_options[i] = nb::borrow(asked.given[option_at[i]]);
-    kept->call = nb::cast<const Call*>(prepared);
-    kept->prepared = prepared;
-    kept->result_dtype = result_dtype;
-    door.table.keep(asked, kept);
+    const auto field = [&](const char* name) -> nb::object {
+        return more.contains(name) ? nb::object(more[name]) : nb::none();
+    };
+    Kept kept;
+    kept.facts.assign(asked.facts.numbers, asked.facts.numbers + asked.facts.count);
+    for (int i = 0; i < options; ++i) kept.given_options[i] = nb::borrow(asked.given[option_at[i]]);
+    kept.prepared = field("call");
+    kept.call = nb::cast<const Call*>(kept.prepared);
+    kept.like_loss = field("like_loss"), kept.like_grad = field("like_grad"), kept.like_saved = field("like_saved");
+    kept.apply = field("apply"), kept.rule = field("rule");
+    door.table.keep(asked.facts, nb::cast(std::move(kept)));
 }
 
-void expect(nb::object of, nb::object name, nb::object value) {
-    Door::get().conditions.push_back({of, name, value});
-}
-
-bool open_numpy(nb::handle c_api) {
-    Door::get().numpy = numpy_arrays(c_api);
-    return Door::get().numpy != nullptr;
+std::vector<Condition>& conditions(bool of_torch) {
+    Door& door = Door::get();
+    return of_torch ? door.torch->conditions : door.conditions;
 }
 
 }  // namespace
 
 void declare_door(nb::module_& m) {
+    nb::class_<Kept>(m, "Kept", "What is known of calls like one that was kept.");
     m.def("answer_cross_entropy", [](const Given& given) { return ask(loss_alone, given); }, nb::arg("given"),
           "Answer a call of cross_entropy if one like it was kept, else return None.");
     m.def("answer_cross_entropy_with_grad", [](const Given& given) { return ask(loss_and_gradient, given); },
           nb::arg("given"), "Answer a call of cross_entropy_with_grad if one like it was kept, else return None.");
-    m.def("keep", [](bool with_grad, const Given& given, const nb::object& call, const nb::object& result_dtype) {
-              keep(with_grad ? loss_and_gradient : loss_alone, given, call, result_dtype);
+    m.def("answer_cross_entropy_in_place", [](const Given& given) { return ask(loss_in_place, given); },
+          nb::arg("given"), "Answer a call of polyce.torch's with inplace_backward, else return None.");
+    m.def("answer_backward", [](const Kept& kept, const Given& saved, nb::handle normalizer, nb::handle cotangent,
+                                std::optional<std::uintptr_t> address) {
+              return or_none(gradient(kept, saved, normalizer.ptr(), cotangent.ptr(), address));
           },
-          nb::arg("with_grad"), nb::arg("given"), nb::arg("call"), nb::arg("result_dtype"),
-          "Keep how a call was computed, so that calls like it can be answered.");
+          nb::arg("kept"), nb::arg("saved"), nb::arg("normalizer").none(), nb::arg("cotangent").none(),
+          nb::arg("address").none(),
+          "Compute the gradient of a loss on torch's graph, or return None if that needs the whole "
+          "way. With an address it goes over the logits, if these still lie there.");
+    m.def("fill_node", &fill_node, nb::arg("node"), nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
+          nb::arg("made"), "Give a node of torch's graph what its backward pass needs, and return the loss.");
+    m.def("keep", [](const std::string& function, const Given& given, const nb::kwargs& more) {
+              const auto* const name = std::find(std::begin(function_names), std::end(function_names), function);
+              if (name == std::end(function_names)) throw nb::value_error("no function of the door");
+              keep(Function(name - function_names), given, more);
+          },
+          nb::arg("function"), nb::arg("given"), nb::arg("more"),
+          nb::sig("def keep(function: str, given: tuple[object, ...], **more: object) -> None"),
+          "Keep how a call was computed, so that calls like it can be answered. `call` is what was "
+          "prepared for it; `like_loss`, `like_grad` and `like_saved` say how arrays are made; of "
+          "torch's, `apply` puts a loss on the graph, where a node keeps `rule`.");
     m.def("forget", [] { Door::get().table.forget(); }, "Forget all calls that were kept.");
-    m.def("expect", [](const Mapping& mapping, const nb::object& name, const nb::object& value) {
-              Door::get().conditions.push_back({mapping, name, value.is(nb::handle(Py_Ellipsis)) ? nb::object() : value});
+    m.def("expect", [](bool of_torch, const Mapping& mapping, const nb::object& name, const nb::object& value) {
+              const bool is_missing = value.is(nb::handle(Py_Ellipsis));
+              conditions(of_torch).push_back({mapping, name, is_missing ? nb::object() : value});
           },
-          nb::arg("mapping"), nb::arg("name"), nb::arg("value").none(),
-          "Answer only while a mapping has this very value; an Ellipsis stands for none.");
-    m.def("expect_answer", [](const nb::object& function, const nb::object& value) {
-              Door::get().conditions.push_back({function, {}, value});
+          nb::arg("of_torch"), nb::arg("mapping"), nb::arg("name"), nb::arg("value").none(),
+          "Answer, or answer on tensors, only while a mapping has this very value; an Ellipsis "
+          "stands for none.");
+    m.def("expect_answer", [](bool of_torch, const nb::object& function, const nb::object& value) {
+              conditions(of_torch).push_back({function, {}, value});
           },
-          nb::arg("function"), nb::arg("value").none(),
-          "Answer only while a function without arguments returns this very value.");
+          nb::arg("of_torch"), nb::arg("function"), nb::arg("value").none(),
+          "The same of a function without arguments, and what it returns.");
     m.def("open_numpy", [](const nb::object& c_api) { return (Door::get().numpy = numpy_arrays(c_api)) != nullptr; },
           nb::arg("c_api"), "Answer calls on NumPy's arrays, if they are laid out as is known.");
+    m.def("open_torch", [](const nb::object& tensor, const nb::object& functions) {
+              return (Door::get().torch = torch_arrays(tensor, functions)) != nullptr;
+          },
+          nb::arg("tensor"), nb::arg("functions"),
+          "Answer calls on torch's tensors, if their type has DLPack's C exchange interface.");
 }
 
 }  // namespace polyce

@@ -18,6 +18,13 @@ std::pair<std::intptr_t, std::intptr_t> extent(const Seen& seen, int itemsize) {
 
 }  // namespace
 
+bool Condition::holds() const {
+    if (name.is_valid()) return PyDict_GetItemWithError(of.ptr(), name.ptr()) == value.ptr();
+    PyObject* const answer = PyObject_CallNoArgs(of.ptr());
+    Py_XDECREF(answer);  // `value` keeps it, if it is the same
+    return answer && answer == value.ptr();
+}
+
 std::int64_t Seen::size() const {
     std::int64_t count = 1;
     for (int a = 0; a < axes; ++a) count *= shape[a];

@@ -29,6 +29,8 @@ struct ArrayFields {
 constexpr unsigned writeable = 0x0400, is_not_its_own = 0x2000 | 1u << 31;
 constexpr int keep_order = 2;  // NPY_KEEPORDER
 
+enum : int { float32 = 11, float64 = 12 };  // NPY_FLOAT, NPY_DOUBLE
+
 // The numbers of functions in NumPy's table, which never change.
 enum : std::size_t { version = 0, array_type = 2, scalar_of = 60, new_array = 94, new_like = 277 };
 
@@ -62,26 +64,45 @@ public:
         return (flags & writeable) && !(flags & is_not_its_own);
     }
 
-    nb::object empty(const Shape& shape, nb::handle dtype) const override {
+    bool is_free_of_gradients(PyObject*) const override { return true; }
+
+    nb::object detached(PyObject* array) const override { return nb::borrow(array); }
+
+    bool was_written(PyObject*) const override { return true; }
+
+    bool requires_gradient(PyObject*, const Seen&) const override { return false; }
+
+    bool is_recording() const override { return false; }
+
+    bool is_float(const Seen& seen, int itemsize) const override {
+        return seen.dtype == (itemsize == 8 ? float64 : float32);
+    }
+
+    nb::object empty(const Shape& shape, nb::handle like, char*& data) const override {
         Py_ssize_t sizes[max_axes];
         for (std::size_t a = 0; a < shape.size(); ++a) sizes[a] = Py_ssize_t(shape[a]);
-        using Make = PyObject* (*)(PyTypeObject*, PyObject*, int, const Py_ssize_t*, const Py_ssize_t*, void*, int, PyObject*);
-        dtype.inc_ref();  // which the function takes
-        return nb::steal(function<Make>(new_array)(
-            type(), dtype.ptr(), int(shape.size()), sizes, nullptr, nullptr, 0, nullptr));
+        using Make = PyObject* (*)(
+            PyTypeObject*, PyObject*, int, const Py_ssize_t*, const Py_ssize_t*, void*, int, PyObject*);
+        like.inc_ref();  // a dtype, which the function takes
+        nb::object made = nb::steal(function<Make>(new_array)(
+            type(), like.ptr(), int(shape.size()), sizes, nullptr, nullptr, 0, nullptr));
+        if (made.is_valid()) data = somewhere(reinterpret_cast<ArrayFields*>(made.ptr())->data);
+        return made;
     }
 
-    nb::object empty_like(PyObject* array) const override {
+    nb::object empty_like(PyObject* array, const Seen&, nb::handle, View& view) const override {
         using Make = PyObject* (*)(PyObject*, int, PyObject*, int);
-        return nb::steal(function<Make>(new_like)(array, keep_order, nullptr, 0));
+        nb::object made = nb::steal(function<Make>(new_like)(array, keep_order, nullptr, 0));
+        Seen seen;
+        if (!made.is_valid() || !read(made.ptr(), seen)) return {};
+        view = seen.view;
+        return made;
     }
 
-    nb::object scalar(const void* value, nb::handle dtype) const override {
+    nb::object scalar(const nb::object&, const char* data, nb::handle like) const override {
         using Make = PyObject* (*)(const void*, PyObject*, PyObject*);
-        return nb::steal(function<Make>(scalar_of)(value, dtype.ptr(), nullptr));
+        return nb::steal(function<Make>(scalar_of)(data, like.ptr(), nullptr));
     }
-
-    void written(PyObject*) const override {}
 
 private:
     PyTypeObject* type() const { return static_cast<PyTypeObject*>(table_[array_type]); }
@@ -96,8 +117,8 @@ private:
 
 }  // namespace
 
-const Arrays* numpy_arrays(nb::handle c_api) {
-    static const Arrays* known = nullptr;
+Arrays* numpy_arrays(nb::handle c_api) {
+    static Arrays* known = nullptr;
     if (known || !PyCapsule_IsValid(c_api.ptr(), nullptr)) return known;
     void** const table = static_cast<void**>(PyCapsule_GetPointer(c_api.ptr(), nullptr));
     const unsigned found = reinterpret_cast<unsigned (*)()>(table[version])() >> 24;

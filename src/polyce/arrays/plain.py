@@ -45,6 +45,12 @@ def is_compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def is_traced() -> bool:
+    """Tell whether torch.compile reads this, rather than Python."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_dynamo_compiling()
+
+
 def plain_key(*arrays: Any) -> tuple[Any, ...] | None:
     """Return shape and dtype of each array if a call's description depends on nothing else.
 

@@ -110,29 +110,34 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-        (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
-        logits, target, weight, sample_weight, divisor, *saved_rows = ctx.saved_tensors
-        normalizer = number if divisor is None else divisor
-        operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
-        saved = Saved(*saved_rows)
-        # This is only ever traced by torch's compiled autograd.
-        traced = torch.compiler.is_dynamo_compiling()
-        if needs[1] or needs[2]:
-            needs = torch_state.asked_for(ctx)
-        by_operations = traced or torch_state.needs_operations(cotangent)
-        in_place = problem.inplace_backward and needs[0]
-        if in_place:
-            _check_written(ctx, by_operations)
-        grad = of_target = of_weight = None
-        if needs[1] or needs[2]:
-            of_target, of_weight = target_gradients(problem, operands, needs[1:3])
-        if in_place:
-            grad = _write(ctx, kernels, problem, operands, saved)
-        elif by_operations:
-            grad = gradient(problem, operands) if needs[0] else None
-        elif needs[0]:
-            grad = kernels.backward(problem, operands, saved, None)
-        return grad, of_target, of_weight, None
+        return gradients(ctx, ctx.saved_tensors, cotangent)
+
+
+def gradients(ctx: Any, saved_tensors: Any, cotangent: Any) -> tuple[Any, ...]:
+    """Compute the gradients of a call whose node has kept `call` and saved what `_Loss` saves."""
+    (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
+    logits, target, weight, sample_weight, divisor, *saved_rows = saved_tensors
+    normalizer = number if divisor is None else divisor
+    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    saved = Saved(*saved_rows)
+    # This is only ever traced by torch's compiled autograd.
+    traced = torch.compiler.is_dynamo_compiling()
+    if needs[1] or needs[2]:
+        needs = torch_state.asked_for(ctx)
+    by_operations = traced or torch_state.needs_operations(cotangent)
+    in_place = problem.inplace_backward and needs[0]
+    if in_place:
+        _check_written(ctx, by_operations)
+    grad = of_target = of_weight = None
+    if needs[1] or needs[2]:
+        of_target, of_weight = target_gradients(problem, operands, needs[1:3])
+    if in_place:
+        grad = _write(ctx, kernels, problem, operands, saved)
+    elif by_operations:
+        grad = gradient(problem, operands) if needs[0] else None
+    elif needs[0]:
+        grad = kernels.backward(problem, operands, saved, None)
+    return grad, of_target, of_weight, None
 
 
 def _check_written(ctx: Any, by_operations: bool) -> None:

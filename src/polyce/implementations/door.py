@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,30 +28,41 @@ def _closed(given: tuple[Any, ...]) -> None:
     """Answer no call, as long as none was kept."""
 
 
+# The core's functions, once it has calls to answer. Each takes the arguments of the public function
+# in their order, and returns its result, or None if the call has to go the whole way.
 cross_entropy: Callable[[tuple[Any, ...]], Any] = _closed
-"""(the arguments in their order) -> the loss, or None if the call has to go the whole way"""
 cross_entropy_with_grad: Callable[[tuple[Any, ...]], tuple[Any, Any] | None] = _closed
-"""(the arguments in their order) -> (loss, gradient), or None"""
+cross_entropy_in_place: Callable[[tuple[Any, ...]], Any] = _closed
+"""That of `polyce.torch`, with inplace_backward"""
 
-# Those that are compared by type and value. An option of another kind may be anything.
-_KINDS = frozenset({type(None), bool, int, float, str})
+# The options are compared by type and value; one of another kind may be anything. What a mean is
+# divided by, and the gradient of the loss, may be another number at every call.
+_OPTIONS = frozenset({type(None), bool, int, float, str})
+_NUMBERS = frozenset({type(None), float})
 
 
 def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> None:
     """Keep how a call was computed, if the core can answer calls like it."""
-    if chosen is not native.PATH or not _is_answerable(given, problem):
+    if not is_kept(given, problem, chosen) or not _is_open(problem):
         return
-    if cross_entropy is _closed:
-        _open()
-    core().keep(len(given) > 18, given, kernel(problem), problem.result_dtype)
+    if problem.backend == "torch":
+        from polyce.implementations import door_torch
+
+        more = door_torch.kept(problem)
+    else:
+        more = {"like_loss": problem.result_dtype}
+    core().keep(_function(given, problem), given, call=kernel(problem), **more)
 
 
-def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
-    logits, target, weight, *first, sample_weight, _ = given[:11]
-    size_average, _, reduce, reduction, *_ = first
-    if problem.backend != "numpy" or problem.options.stats is not None:
+def is_kept(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> bool:
+    """Tell whether the core keeps how such a call is computed."""
+    if chosen is not native.PATH or problem.options.stats is not None:
         return False
-    if not _KINDS.issuperset(map(type, (*first, *given[11:18]))):
+    logits, target, weight, *first, sample_weight, normalizer = given[:11]
+    size_average, _, reduce, reduction, *_ = first
+    if not _OPTIONS.issuperset(map(type, (*first, *given[11:18]))):
+        return False
+    if not _NUMBERS.issuperset(map(type, (normalizer, *given[18:19]))):
         return False
     # These warn, at every call.
     if size_average is not None or reduce is not None or reduction == "elementwise_mean":
@@ -64,27 +76,47 @@ def _is_answerable(given: tuple[Any, ...], problem: Problem) -> bool:
     return plain_key(logits, target, weight, sample_weight) is not None
 
 
+def _function(given: tuple[Any, ...], problem: Problem) -> str:
+    if problem.inplace_backward:
+        return "cross_entropy_in_place"
+    return "cross_entropy" if len(given) == 18 else "cross_entropy_with_grad"
+
+
 # The table as it is read from these files; a call by another one goes the whole way.
 _TABLE = registry.TABLE
+_open: dict[str, bool] = {}
 
 
-def _open() -> None:
-    global cross_entropy, cross_entropy_with_grad
-    own, names = core(), vars(registry)
-    # What must hold at every call, as `registry.is_path_named` asks it.
-    own.expect(names, "TABLE", _TABLE)
-    own.expect_answer(registry._forced.get, None)
-    own.expect(vars(os), "environ", os.environ)
+def _is_open(problem: Problem) -> bool:
+    """Let the core answer calls on the arrays of a library, if it can."""
+    own = core()
+    if not _open:
+        globals().update(
+            cross_entropy=own.answer_cross_entropy,
+            cross_entropy_with_grad=own.answer_cross_entropy_with_grad,
+            cross_entropy_in_place=own.answer_cross_entropy_in_place,
+        )
+        _expect_no_name(own)
+    if problem.backend not in _open:
+        if problem.backend == "torch":
+            from polyce.implementations import door_torch
+
+            _open["torch"] = door_torch.open_torch(own)
+        else:
+            _open["numpy"] = own.open_numpy(_numpy_c_api())
+    return _open[problem.backend]
+
+
+def _expect_no_name(own: ModuleType) -> None:
+    """Say what must hold at every call, as `registry.is_path_named` asks it."""
+    own.expect(False, vars(registry), "TABLE", _TABLE)
+    own.expect_answer(False, registry._forced.get, None)
     variables: Any = os.environ
-    own.expect(variables._data, variables.encodekey(registry.VARIABLE), ...)
-    own.open_numpy(_numpy_c_api())
-    cross_entropy, cross_entropy_with_grad = (
-        own.answer_cross_entropy,
-        own.answer_cross_entropy_with_grad,
-    )
+    own.expect(False, vars(os), "environ", variables)
+    own.expect(False, variables._data, variables.encodekey(registry.VARIABLE), ...)
 
 
 def _numpy_c_api() -> Any:
-    # NumPy 1 has no module of the second name.
+    # NumPy 1 has no module of the first name.
     inner = getattr(np, "_core", None) or np.core
     return inner._multiarray_umath._ARRAY_API
