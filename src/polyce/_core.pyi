@@ -65,9 +65,9 @@ def fill_node(node: object, logits: object, target: object, weight: object | Non
     Give a node of torch's graph what its backward pass needs, and return the loss.
     """
 
-def keep(function: str, given: tuple[object, ...], call: object, like_loss: object, like_grad: object | None = None, like_saved: object | None = None, apply: object | None = None, rule: object | None = None) -> None:
+def keep(function: str, given: tuple[object, ...], **more: object) -> None:
     """
-    Keep how a call was computed, so that calls like it can be answered. Of torch's, `apply` puts a loss on the graph, where a node keeps `rule`.
+    Keep how a call was computed, so that calls like it can be answered. `call` is what was prepared for it; `like_loss`, `like_grad` and `like_saved` say how arrays are made; of torch's, `apply` puts a loss on the graph, where a node keeps `rule`.
     """
 
 def forget() -> None:

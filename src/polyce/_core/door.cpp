@@ -65,23 +65,23 @@ bool read_arrays(const Arrays& library, const Operands& given, Seen (&seen)[arra
     return true;
 }
 
-// The same for all of a call.
+// The same for all of a call, if it is to be answered now.
 bool look(const Door& door, Asked& asked) {
     asked.library = door.library_of(asked.operands[input]);
     if (!asked.library || !door.hold(door.conditions)) return false;
-    const bool is_both = asked.function == loss_and_gradient;
     if (!read_number(asked.given[normalizer], asked.divisor)) return false;
-    if (is_both && !read_number(asked.given[grad_output], asked.cotangent)) return false;
-    if (!read_arrays(*asked.library, asked.operands, asked.seen, asked.facts)) return false;
-    for (int i = 0; i < arrays && !is_both; ++i) {
+    if (asked.has_cotangent() && !read_number(asked.given[grad_output], asked.cotangent)) return false;
+    const Arrays& library = *asked.library;
+    if (!read_arrays(library, asked.operands, asked.seen, asked.facts)) return false;
+    for (int i = 0; i < arrays && asked.function != loss_and_gradient; ++i) {
         const bool is_there = asked.operands[i] != Py_None;
-        if (!is_there || !asked.library->requires_gradient(asked.operands[i], asked.seen[i])) continue;
-        if (!asked.library->is_recording()) break;
+        if (!is_there || !library.requires_gradient(asked.operands[i], asked.seen[i])) continue;
+        if (!library.is_recording()) break;
         if (i != input) return false;
         asked.is_on_graph = true;
     }
-    const bool has_cotangent = is_both && asked.has(grad_output);
-    asked.facts.add(asked.function | asked.has(normalizer) << 2 | has_cotangent << 3 | asked.is_on_graph << 4);
+    asked.facts.add(
+        asked.function | asked.has(normalizer) << 2 | asked.has_cotangent() << 3 | asked.is_on_graph << 4);
     return true;
 }
 
@@ -103,7 +103,9 @@ bool is_alone(const Call& call, const Seen& memory, const Operands& given, const
 bool can_take_gradient(const Asked& asked, const Call& call, PyObject* array, Seen& seen) {
     const Seen& logits = asked.seen[input];
     if (!asked.library->read(array, seen) || !asked.library->is_writable(array)) return false;
-    if (seen.dtype != logits.dtype || !std::equal(seen.shape, seen.shape + seen.axes, logits.shape, logits.shape + logits.axes)) return false;
+    const auto* const shape = seen.shape;
+    if (!std::equal(shape, shape + seen.axes, logits.shape, logits.shape + logits.axes)) return false;
+    if (seen.dtype != logits.dtype) return false;
     const bool is_input = seen.view.data == logits.view.data &&
                           std::equal(seen.view.strides, seen.view.strides + seen.axes, logits.view.strides);
     return is_alone(call, seen, asked.operands, asked.seen, is_input ? target : input);
@@ -128,9 +130,8 @@ bool place_operands(const Call& call, const Operands& given, const Seen (&seen)[
     return true;
 }
 
-void place_matrices(const Call& call, const Seen (&seen)[arrays], const Seen* grad, Job& job) {
-    call.place(
-        job, seen[input].view, call.has_probabilities() ? &seen[target].view : nullptr, grad ? &grad->view : nullptr);
+void place_matrices(const Call& call, const Seen (&seen)[arrays], const View* grad, Job& job) {
+    call.place(job, seen[input].view, call.has_probabilities() ? &seen[target].view : nullptr, grad);
 }
 
 // Puts a loss on torch's graph; raises what Python raises.
@@ -162,65 +163,66 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
     job.cotangent = asked.cotangent;
 
     nb::object grad;
-    Seen written;
+    Seen of_out;
+    View written;
     if (asked.function == loss_in_place) {
         const bool is_free = library.is_free_of_gradients(asked.operands[input]);
         if (!is_free || !is_alone(call, asked.seen[input], asked.operands, asked.seen, target)) return {};
     }
     if (asked.function == loss_and_gradient) {
         if (asked.has(out)) {
-            if (!can_take_gradient(asked, call, asked.given[out], written)) return {};
+            if (!can_take_gradient(asked, call, asked.given[out], of_out)) return {};
             grad = nb::borrow(asked.given[out]);
+            written = of_out.view;
         } else {
-            grad = library.empty_like(asked.operands[input], asked.seen[input], known.like_grad);
-            if (!grad.is_valid() || !library.find(grad.ptr(), written)) return {};
+            grad = library.empty_like(asked.operands[input], asked.seen[input], known.like_grad, written);
+            if (!grad.is_valid()) return {};
             job.fresh = true;
         }
     }
     place_matrices(call, asked.seen, grad.is_valid() ? &written : nullptr, job);
 
     const bool by_rows = job.reduction == Reduction::none;
-    nb::object loss = library.empty(by_rows ? call.row_shape() : no_axes, known.like_loss);
-    Seen place;
-    if (!loss.is_valid() || !library.find(loss.ptr(), place)) return {};
-    (by_rows ? job.losses : job.reduced) = place.view.data;
+    char* place;
+    nb::object loss = library.empty(by_rows ? call.row_shape() : no_axes, known.like_loss, place);
+    if (!loss.is_valid()) return {};
+    (by_rows ? job.losses : job.reduced) = place;
     nb::object saved = nb::none();
     if (asked.is_on_graph && call.saves_rows()) {
-        saved = library.empty({job.rows, 4}, known.like_saved);
-        Seen rows;
-        if (!saved.is_valid() || !library.find(saved.ptr(), rows)) return {};
-        job.saved = reinterpret_cast<SavedRow*>(rows.view.data);
+        char* rows;
+        saved = library.empty({job.rows, 4}, known.like_saved, rows);
+        if (!saved.is_valid()) return {};
+        job.saved = reinterpret_cast<SavedRow*>(rows);
     }
     Call::compute(job);
     if (job.bad_row >= 0) return {};
     if (asked.is_on_graph) return on_graph(asked, kept, loss, saved);
-    if (place.axes == 0) loss = library.scalar(loss, place, known.like_loss);
+    if (!by_rows || call.row_shape().empty()) loss = library.scalar(loss, place, known.like_loss);
     if (!grad.is_valid()) return loss;
     if (asked.has(out) && !library.was_written(grad.ptr())) throw nb::python_error();
     return nb::make_tuple(loss, grad);
 }
 
-// Reads a gradient of the loss; false if it needs the whole way.
-bool read_cotangent(const Arrays& library, const Call& call, PyObject* given, Seen& seen, Job& job) {
-    if (!library.read(given, seen)) return false;
+// Takes the gradient of the loss; false if it needs the whole way.
+bool place_cotangent(const Arrays& library, const Call& call, const Seen& seen, Job& job) {
+    static const Shape no_axes;
     const bool is_double = library.is_float(seen, 8);
     if (!is_double && !library.is_float(seen, 4)) return false;
-    static const Shape no_axes;
     const Shape& shape = job.reduction == Reduction::none ? call.row_shape() : no_axes;
     if (!std::equal(seen.shape, seen.shape + seen.axes, shape.begin(), shape.end())) return false;
     if (std::all_of(seen.view.strides, seen.view.strides + seen.axes, [](std::int64_t step) { return step == 0; })) {
         const void* const number = seen.view.data;
+        if (seen.size() == 0) return false;
         job.cotangent = is_double ? *static_cast<const double*>(number) : *static_cast<const float*>(number);
-        return seen.size() > 0;
+        return true;
     }
     if (!is_double || !seen.is_dense(8)) return false;
     job.cotangents = reinterpret_cast<const double*>(seen.view.data);
     return true;
 }
 
-bool read_saved(const Arrays& library, PyObject* given, Job& job) {
-    Seen seen;
-    if (!library.read(given, seen) || !library.is_float(seen, 8) || !seen.is_dense(8)) return false;
+bool place_saved(const Arrays& library, const Seen& seen, Job& job) {
+    if (!library.is_float(seen, 8) || !seen.is_dense(8)) return false;
     job.saved = reinterpret_cast<SavedRow*>(seen.view.data);
     return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == 4;
 }
@@ -231,31 +233,34 @@ nb::object gradient(
     const Kept& known, const nb::tuple& saved, PyObject* divisor, PyObject* cotangent,
     std::optional<std::uintptr_t> address
 ) {
-    Operands given;
-    for (int i = 0; i < arrays; ++i) given[i] = saved[std::size_t(i)].ptr();
-    const Arrays* const library = Door::get().library_of(given[input]);
+    const Arrays* const library = Door::get().library_of(saved[0].ptr());
     // While autograd records, the gradient will be differentiated.
     if (!library || library->is_recording()) return {};
-    Seen seen[arrays], of_loss, written;
+    const Call& call = *known.call;
+    Job job = call.job();
+    job.on_torch = true;
+    Operands given;
+    for (int i = 0; i < arrays; ++i) given[i] = saved[std::size_t(i)].ptr();
+    Seen seen[arrays], of_loss, rows;
     Facts facts;
     if (!read_arrays(*library, given, seen, facts)) return {};
     facts.add(known.facts.back());
     if (!facts.are(known.facts)) return {};  // a hook has changed what was saved
-    const Call& call = *known.call;
-    Job job = call.job();
-    job.on_torch = true;
     if (!place_operands(call, given, seen, job) || !read_number(divisor, job.normalizer)) return {};
-    if (!read_cotangent(*library, call, cotangent, of_loss, job)) return {};
-    if (call.saves_rows() && !read_saved(*library, saved[5].ptr(), job)) return {};
+    if (!library->read(cotangent, of_loss) || !place_cotangent(*library, call, of_loss, job)) return {};
+    if (call.saves_rows() && (!library->read(saved[5].ptr(), rows) || !place_saved(*library, rows, job))) return {};
+    const Seen& logits = seen[input];
     nb::object grad;
+    View written;
     if (address) {
-        const auto data = reinterpret_cast<std::uintptr_t>(seen[input].view.data);
-        if (data != *address || of_loss.meets(seen[input], 8, size_of(job.logits.dtype))) return {};
+        const auto data = reinterpret_cast<std::uintptr_t>(logits.view.data);
+        if (data != *address || of_loss.meets(logits, 8, size_of(job.logits.dtype))) return {};
         grad = library->detached(given[input]);
+        written = logits.view;
     } else {
-        grad = library->empty_like(given[input], seen[input], known.like_grad);
+        grad = library->empty_like(given[input], logits, known.like_grad, written);
     }
-    if (!grad.is_valid() || !library->find(grad.ptr(), written)) return {};
+    if (!grad.is_valid()) return {};
     place_matrices(call, seen, &written, job);
     job.fresh = !address;
     job.backward_only = true;
@@ -284,30 +289,31 @@ nb::object or_none(nb::object found) {
 }
 
 nb::object ask(Function function, const nb::tuple& given) {
-    const Door& door = Door::get();
     Asked asked(function, given);
+    const Door& door = Door::get();
     if (!look(door, asked)) return or_none({});
     const nb::object kept = door.table.find(asked);
     return or_none(kept.is_valid() ? answer(asked, kept) : nb::object());
 }
 
-void keep(
-    Function function, const nb::tuple& given, const nb::object& prepared, const nb::object& like_loss,
-    const nb::object& like_grad, const nb::object& like_saved, const nb::object& apply, const nb::object& rule
-) {
+// What is kept of a library's arrays, by the names of the fields.
+void keep(Function function, const nb::tuple& given, const nb::dict& more) {
     Door& door = Door::get();
     Asked asked(function, given);
     if (!look(door, asked)) {
         PyErr_Clear();
         return;
     }
+    const auto field = [&](const char* name) -> nb::object {
+        return more.contains(name) ? nb::object(more[name]) : nb::none();
+    };
     Kept kept;
     kept.facts.assign(asked.facts.numbers, asked.facts.numbers + asked.facts.count);
     for (int i = 0; i < options; ++i) kept.given_options[i] = nb::borrow(asked.given[option_at[i]]);
-    kept.prepared = prepared;
-    kept.call = nb::cast<const Call*>(prepared);
-    kept.like_loss = like_loss, kept.like_grad = like_grad, kept.like_saved = like_saved;
-    kept.apply = apply, kept.rule = rule;
+    kept.prepared = field("call");
+    kept.call = nb::cast<const Call*>(kept.prepared);
+    kept.like_loss = field("like_loss"), kept.like_grad = field("like_grad"), kept.like_saved = field("like_saved");
+    kept.apply = field("apply"), kept.rule = field("rule");
     door.table.keep(asked.facts, nb::cast(std::move(kept)));
 }
 
@@ -336,17 +342,16 @@ void declare_door(nb::module_& m) {
           "way. With an address it goes over the logits, if these still lie there.");
     m.def("fill_node", &fill_node, nb::arg("node"), nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
           nb::arg("made"), "Give a node of torch's graph what its backward pass needs, and return the loss.");
-    m.def("keep", [](const std::string& function, const Given& given, const nb::object& call, const nb::object& like_loss,
-                     const nb::object& like_grad, const nb::object& like_saved, const nb::object& apply,
-                     const nb::object& rule) {
+    m.def("keep", [](const std::string& function, const Given& given, const nb::kwargs& more) {
               const auto* const name = std::find(std::begin(function_names), std::end(function_names), function);
               if (name == std::end(function_names)) throw nb::value_error("no function of the door");
-              keep(Function(name - function_names), given, call, like_loss, like_grad, like_saved, apply, rule);
+              keep(Function(name - function_names), given, more);
           },
-          nb::arg("function"), nb::arg("given"), nb::arg("call"), nb::arg("like_loss"),
-          nb::arg("like_grad") = nb::none(), nb::arg("like_saved") = nb::none(), nb::arg("apply") = nb::none(), nb::arg("rule") = nb::none(),
-          "Keep how a call was computed, so that calls like it can be answered. Of torch's, `apply` "
-          "puts a loss on the graph, where a node keeps `rule`.");
+          nb::arg("function"), nb::arg("given"), nb::arg("more"),
+          nb::sig("def keep(function: str, given: tuple[object, ...], **more: object) -> None"),
+          "Keep how a call was computed, so that calls like it can be answered. `call` is what was "
+          "prepared for it; `like_loss`, `like_grad` and `like_saved` say how arrays are made; of "
+          "torch's, `apply` puts a loss on the graph, where a node keeps `rule`.");
     m.def("forget", [] { Door::get().table.forget(); }, "Forget all calls that were kept.");
     m.def("expect", [](bool of_torch, const Mapping& mapping, const nb::object& name, const nb::object& value) {
               const bool is_missing = value.is(nb::handle(Py_Ellipsis));

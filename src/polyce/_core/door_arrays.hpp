@@ -39,8 +39,6 @@ public:
     virtual bool is_array(PyObject* object) const = 0;
     // False for an array that the whole way has to look at.
     virtual bool read(PyObject* array, Seen& seen) const = 0;
-    // The same for an array that was made here, which needs no check.
-    virtual bool find(PyObject* made, Seen& seen) const = 0;
     // Whether results may be written into an array that has been read.
     virtual bool is_writable(PyObject* array) const = 0;
     // Whether the memory of an array that has been read can take the gradient that autograd gives it.
@@ -51,15 +49,17 @@ public:
     virtual bool requires_gradient(PyObject* array, const Seen& seen) const = 0;
     virtual bool is_recording() const = 0;
     virtual bool is_float(const Seen& seen, int itemsize) const = 0;
-    // `like` is the result's dtype for NumPy; for torch its shape, strides and dtype.
-    virtual nanobind::object empty(const Shape& shape, nanobind::handle like) const = 0;
-    // One laid out like an array that has been read, but dense; `like` is as above for one that is
-    // C-contiguous.
-    virtual nanobind::object empty_like(PyObject* array, const Seen& seen, nanobind::handle like) const = 0;
+    // An array made here, with its address. `like` is its dtype for NumPy; for torch its shape,
+    // strides and dtype.
+    virtual nanobind::object empty(const Shape& shape, nanobind::handle like, char*& data) const = 0;
+    // The same laid out like an array that has been read, but dense; `like` is as above, for one that
+    // is C-contiguous.
+    virtual nanobind::object empty_like(
+        PyObject* array, const Seen& seen, nanobind::handle like, View& view) const = 0;
     // The same memory, cut from the graph.
     virtual nanobind::object detached(PyObject* array) const = 0;
     // An array of no axes as the library's own sum returns it.
-    virtual nanobind::object scalar(const nanobind::object& array, const Seen& seen, nanobind::handle like) const = 0;
+    virtual nanobind::object scalar(const nanobind::object& array, const char* data, nanobind::handle like) const = 0;
 
     std::vector<Condition> conditions;
 };

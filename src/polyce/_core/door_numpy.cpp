@@ -64,8 +64,6 @@ public:
         return (flags & writeable) && !(flags & is_not_its_own);
     }
 
-    bool find(PyObject* made, Seen& seen) const override { return read(made, seen); }
-
     bool is_free_of_gradients(PyObject*) const override { return true; }
 
     nb::object detached(PyObject* array) const override { return nb::borrow(array); }
@@ -80,23 +78,30 @@ public:
         return seen.dtype == (itemsize == 8 ? float64 : float32);
     }
 
-    nb::object empty(const Shape& shape, nb::handle like) const override {
+    nb::object empty(const Shape& shape, nb::handle like, char*& data) const override {
         Py_ssize_t sizes[max_axes];
         for (std::size_t a = 0; a < shape.size(); ++a) sizes[a] = Py_ssize_t(shape[a]);
-        using Make = PyObject* (*)(PyTypeObject*, PyObject*, int, const Py_ssize_t*, const Py_ssize_t*, void*, int, PyObject*);
+        using Make = PyObject* (*)(
+            PyTypeObject*, PyObject*, int, const Py_ssize_t*, const Py_ssize_t*, void*, int, PyObject*);
         like.inc_ref();  // a dtype, which the function takes
-        return nb::steal(function<Make>(new_array)(
+        nb::object made = nb::steal(function<Make>(new_array)(
             type(), like.ptr(), int(shape.size()), sizes, nullptr, nullptr, 0, nullptr));
+        if (made.is_valid()) data = somewhere(reinterpret_cast<ArrayFields*>(made.ptr())->data);
+        return made;
     }
 
-    nb::object empty_like(PyObject* array, const Seen&, nb::handle) const override {
+    nb::object empty_like(PyObject* array, const Seen&, nb::handle, View& view) const override {
         using Make = PyObject* (*)(PyObject*, int, PyObject*, int);
-        return nb::steal(function<Make>(new_like)(array, keep_order, nullptr, 0));
+        nb::object made = nb::steal(function<Make>(new_like)(array, keep_order, nullptr, 0));
+        Seen seen;
+        if (!made.is_valid() || !read(made.ptr(), seen)) return {};
+        view = seen.view;
+        return made;
     }
 
-    nb::object scalar(const nb::object&, const Seen& seen, nb::handle like) const override {
+    nb::object scalar(const nb::object&, const char* data, nb::handle like) const override {
         using Make = PyObject* (*)(const void*, PyObject*, PyObject*);
-        return nb::steal(function<Make>(scalar_of)(seen.view.data, like.ptr(), nullptr));
+        return nb::steal(function<Make>(scalar_of)(data, like.ptr(), nullptr));
     }
 
 private:

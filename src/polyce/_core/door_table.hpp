@@ -58,6 +58,7 @@ struct Asked {
     }
 
     bool has(int argument) const { return given[argument] != Py_None; }
+    bool has_cotangent() const { return function == loss_and_gradient && has(grad_output); }
 
     const Function function;
     PyObject* given[of_both];

@@ -1,4 +1,6 @@
 // torch's tensors by DLPack's C exchange interface; what it does not tell is asked of torch.
+#include <algorithm>
+
 #include "door_arrays.hpp"
 #include "exchange.hpp"
 
@@ -15,7 +17,7 @@ public:
     Function(nb::handle owner, const char* name) : function_(owner.attr(name)) {}
 
     nb::object operator()(PyObject* argument) const {
-        return nb::steal(PyObject_CallOneArg(function_.ptr(), argument));
+        return nb::steal(PyObject_Vectorcall(function_.ptr(), &argument, 1, nullptr));
     }
     bool is(bool answer, PyObject* argument) const {
         return (*this)(argument).is(nb::handle(answer ? Py_True : Py_False));
@@ -32,11 +34,31 @@ private:
     nb::object function_;
 };
 
+// A property that is one of Python's two truths.
+class Property {
+public:
+    Property(nb::handle type, const char* name)
+        : property_(type.attr(name)),
+          get_(reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(property_.ptr()), Py_tp_descr_get))) {}
+
+    // Borrowed; null if Python failed.
+    PyObject* of(PyObject* object) const {
+        PyObject* const found = get_(property_.ptr(), object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+        Py_XDECREF(found);
+        return found;
+    }
+
+private:
+    nb::object property_;
+    descrgetfunc get_;
+};
+
 class Tensors : public Arrays {
 public:
     Tensors(nb::handle type, const ExchangeApi& api, nb::handle torch)
         : type_(reinterpret_cast<PyTypeObject*>(type.ptr())),
           api_(api),
+          data_ptr_(type, "data_ptr"),
           is_neg_(type, "is_neg"),
           storage_(type, "untyped_storage"),
           storage_offset_(type, "storage_offset"),
@@ -48,9 +70,8 @@ public:
           empty_strided_(torch.attr("empty_strided")),
           is_grad_enabled_{torch.attr("is_grad_enabled"), {}, nb::borrow(Py_True)},
           cpu_(nb::str("cpu")),
-          requires_grad_(type.attr("requires_grad")) {
+          requires_grad_(type, "requires_grad") {
         type.inc_ref();
-        get_ = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(requires_grad_.ptr()), Py_tp_descr_get));
     }
 
     bool is_array(PyObject* object) const override { return Py_TYPE(object) == type_; }
@@ -64,12 +85,7 @@ public:
         return is_neg_.is(false, array) && is_within_storage(array, seen, found.bits / 8);
     }
 
-    bool find(PyObject* made, Seen& seen) const override {
-        DLTensor found;
-        return find(made, seen, found);
-    }
-
-    bool is_writable(PyObject* array) const override { return requires_grad(array) == Py_False; }
+    bool is_writable(PyObject* array) const override { return requires_grad_.of(array) == Py_False; }
 
     bool is_free_of_gradients(PyObject* array) const override {
         if (!has_no_gradient(array)) return false;
@@ -84,7 +100,7 @@ public:
 
     bool requires_gradient(PyObject* array, const Seen& seen) const override {
         const auto code = seen.dtype >> 8;
-        return (code == of_floats || code == of_bfloats) && requires_grad(array) != Py_False;
+        return (code == of_floats || code == of_bfloats) && requires_grad_.of(array) != Py_False;
     }
 
     bool is_recording() const override { return is_grad_enabled_.holds(); }
@@ -93,18 +109,36 @@ public:
         return seen.dtype == (of_floats << 8 | itemsize * 8);
     }
 
-    nb::object empty(const Shape&, nb::handle like) const override {
-        return nb::steal(PyObject_Call(empty_strided_.ptr(), like.ptr(), nullptr));
+    nb::object empty(const Shape&, nb::handle like, char*& data) const override {
+        nb::object made = nb::steal(PyObject_Call(empty_strided_.ptr(), like.ptr(), nullptr));
+        return made.is_valid() && find_data(made.ptr(), data) ? made : nb::object();
     }
 
-    nb::object empty_like(PyObject* array, const Seen& seen, nb::handle like) const override {
-        const bool is_dense = seen.is_dense(int(seen.dtype & 0xff) / 8);
-        return is_dense ? empty({}, like) : empty_like_(array);
+    nb::object empty_like(PyObject* array, const Seen& seen, nb::handle like, View& view) const override {
+        if (seen.is_dense(itemsize_of(seen))) {
+            std::copy(seen.view.strides, seen.view.strides + seen.axes, view.strides);
+            return empty({}, like, view.data);
+        }
+        nb::object made = empty_like_(array);
+        Seen found;
+        DLTensor described;
+        if (!made.is_valid() || !find(made.ptr(), found, described)) return {};
+        view = found.view;
+        return made;
     }
 
-    nb::object scalar(const nb::object& array, const Seen&, nb::handle) const override { return array; }
+    nb::object scalar(const nb::object& array, const char*, nb::handle) const override { return array; }
 
 private:
+    static int itemsize_of(const Seen& seen) { return int(seen.dtype & 0xff) / 8; }
+
+    bool find_data(PyObject* tensor, char*& data) const {
+        std::int64_t address;
+        if (!data_ptr_.number(tensor, address)) return false;
+        data = somewhere(reinterpret_cast<char*>(address));
+        return true;
+    }
+
     bool find(PyObject* tensor, Seen& seen, DLTensor& found) const {
         if (api_.dltensor_from_object(tensor, &found) != 0 || found.lanes != 1 || found.bits % 8) return false;
         seen.view.data = somewhere(static_cast<char*>(found.data) + found.byte_offset);
@@ -143,20 +177,13 @@ private:
         return get(tensor, grad_).is_none();
     }
 
-    // Borrowed: torch returns one of Python's two.
-    PyObject* requires_grad(PyObject* tensor) const {
-        PyObject* const found = get_(requires_grad_.ptr(), tensor, reinterpret_cast<PyObject*>(type_));
-        Py_XDECREF(found);
-        return found;
-    }
-
     PyTypeObject* type_;
     const ExchangeApi& api_;
-    Function is_neg_, storage_, storage_offset_, bytes_, detach_, written_, autocasts_, empty_like_;
+    Function data_ptr_, is_neg_, storage_, storage_offset_, bytes_, detach_, written_, autocasts_, empty_like_;
     nb::object empty_strided_;
     Condition is_grad_enabled_;
-    nb::object cpu_, requires_grad_;
-    descrgetfunc get_;
+    nb::object cpu_;
+    Property requires_grad_;
     const nb::object base_ = intern("_base"), is_leaf_ = intern("is_leaf"), grad_ = intern("grad"),
                      retains_grad_ = intern("retains_grad");
 };

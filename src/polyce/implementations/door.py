@@ -51,7 +51,7 @@ def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> No
         more = door_torch.kept(problem)
     else:
         more = {"like_loss": problem.result_dtype}
-    core().keep(_function(given, problem), given, kernel(problem), **more)
+    core().keep(_function(given, problem), given, call=kernel(problem), **more)
 
 
 def is_kept(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> bool:

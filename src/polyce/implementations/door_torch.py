@@ -81,7 +81,7 @@ def open_torch(own: ModuleType) -> bool:
     # As `arrays.plain.plain_key` asks, and nothing that sees or changes torch's functions.
     own.expect_answer(True, torch._C._len_torch_dispatch_stack, 0)
     own.expect_answer(True, torch._C._len_torch_function_stack, 0)
-    own.expect_answer(True, torch._C._get_tracing_state, None)
+    own.expect_answer(True, torch._C._is_tracing, False)
     own.expect_answer(True, torch._C._are_functorch_transforms_active, False)
     own.expect(True, vars(forward_ad), "_current_level", -1)
     own.expect(True, vars(torch.compiler), "_is_compiling_flag", False)
