@@ -122,65 +122,72 @@ POLYCE_INLINE decltype(auto) with_type(Integer dtype, F&& f) {
     }
 }
 
+// Halves that a processor converts many at a time. The last reach back into those before them.
+#if defined(__AVX512F__)
+constexpr int halves_at_once = 16;
+POLYCE_INLINE void widen_halves(const char* from, float* to) {
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+POLYCE_INLINE void narrow_halves(const float* from, char* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(_mm512_loadu_ps(from), 0));
+}
+#elif defined(__F16C__)
+constexpr int halves_at_once = 8;
+POLYCE_INLINE void widen_halves(const char* from, float* to) {
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+POLYCE_INLINE void narrow_halves(const float* from, char* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), 0));
+}
+#else
+constexpr int halves_at_once = 0;
+inline void widen_halves(const char*, float*) {}
+inline void narrow_halves(const float*, char*) {}
+#endif
+
+// Calls f(first) for as many halves at once as there are; false where there are too few.
+template <class S, class T, class F>
+POLYCE_INLINE bool each_halves(std::int64_t count, F f) {
+    if constexpr (halves_at_once && std::is_same_v<S, Half> && std::is_same_v<T, float>) {
+        if (count < halves_at_once) return false;
+        for (std::int64_t i = 0; i + halves_at_once < count; i += halves_at_once) f(i);
+        f(count - halves_at_once);
+        return true;
+    }
+    return false;
+}
+
 // Widens `count` numbers that lie `stride` bytes apart.
 template <class S, class T>
 void widen_run(const char* from, std::int64_t stride, std::int64_t count, T* to) {
-    std::int64_t i = 0;
-    if (stride == std::int64_t(sizeof(S))) {
-#if defined(__AVX512F__)
-        if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-            for (; i + 16 <= count; i += 16) {
-                const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i));
-                _mm512_storeu_ps(to + i, _mm512_cvtph_ps(raw));
-            }
-        }
-#elif defined(__F16C__)
-        if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-            for (; i + 8 <= count; i += 8) {
-                const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i));
-                _mm256_storeu_ps(to + i, _mm256_cvtph_ps(raw));
-            }
-        }
-#endif
-        POLYCE_SIMD
-        for (std::int64_t j = i; j < count; ++j) {
-            to[j] = T(widen(fetch<S>(from + j * std::int64_t(sizeof(S)))));
-        }
+    if (stride != std::int64_t(sizeof(S))) {
+        for (std::int64_t i = 0; i < count; ++i) to[i] = T(widen(fetch<S>(from + i * stride)));
         return;
     }
-    for (; i < count; ++i) to[i] = T(widen(fetch<S>(from + i * stride)));
+    if constexpr (std::is_same_v<T, float>) {
+        if (each_halves<S, T>(count, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { widen_halves(from + 2 * i, to + i); })) return;
+    }
+    POLYCE_SIMD
+    for (std::int64_t i = 0; i < count; ++i) to[i] = T(widen(fetch<S>(from + i * std::int64_t(sizeof(S)))));
 }
 
 // Rounds `count` numbers into places that lie `stride` bytes apart.
 template <class S, class T>
 void narrow_run(const T* from, std::int64_t count, char* to, std::int64_t stride) {
-    std::int64_t i = 0;
-    if (stride == std::int64_t(sizeof(S))) {
-#if defined(__AVX512F__)
-        if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-            for (; i + 16 <= count; i += 16) {
-                const __m256i raw = _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i), raw);
-            }
-        }
-#elif defined(__F16C__)
-        if constexpr (std::is_same_v<S, Half> && std::is_same_v<T, float>) {
-            for (; i + 8 <= count; i += 8) {
-                const __m128i raw = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i), raw);
-            }
-        }
-#endif
-        POLYCE_SIMD
-        for (std::int64_t j = i; j < count; ++j) {
-            const S value = narrow<S>(from[j]);
-            std::memcpy(to + j * std::int64_t(sizeof(S)), &value, sizeof value);
+    if (stride != std::int64_t(sizeof(S))) {
+        for (std::int64_t i = 0; i < count; ++i) {
+            const S value = narrow<S>(from[i]);
+            std::memcpy(to + i * stride, &value, sizeof value);
         }
         return;
     }
-    for (; i < count; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (each_halves<S, T>(count, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { narrow_halves(from + i, to + 2 * i); })) return;
+    }
+    POLYCE_SIMD
+    for (std::int64_t i = 0; i < count; ++i) {
         const S value = narrow<S>(from[i]);
-        std::memcpy(to + i * stride, &value, sizeof value);
+        std::memcpy(to + i * std::int64_t(sizeof(S)), &value, sizeof value);
     }
 }
 

@@ -34,7 +34,6 @@
 #define POLYCE_FETCH_TO_WRITE(place) __builtin_prefetch(place, 1, 3)
 #endif
 #define POLYCE_SIMD POLYCE_PRAGMA(omp simd)
-#define POLYCE_SIMD_MAX(a, b, c, d) POLYCE_PRAGMA(omp simd reduction(max : a, b, c, d))
 #define POLYCE_SIMD_SUM(a, b) POLYCE_PRAGMA(omp simd reduction(+ : a, b))
 
 namespace polyce::POLYCE_ISA {

@@ -139,18 +139,21 @@ POLYCE_INLINE T folded(const T (&value)[count], F f) {
     }
 }
 
-#if defined(__GNUC__) && __has_builtin(__builtin_shufflevector)
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define POLYCE_HALVES
 // The halves of a register in registers of half the size.
 template <class V, class F, std::size_t... i>
 POLYCE_INLINE auto half_folded(V v, F f, std::index_sequence<i...>) {
     return f(__builtin_shufflevector(v, v, int(i)...), __builtin_shufflevector(v, v, int(i + sizeof...(i))...));
 }
 #endif
+#endif
 
 template <class T, class V, class F>
 POLYCE_INLINE T folded(V v, F f) {
     constexpr int count = int(sizeof(V) / sizeof(T));
-#if defined(__GNUC__) && __has_builtin(__builtin_shufflevector)
+#if defined(POLYCE_HALVES)
     if constexpr (sizeof(V) > 16) return folded<T>(half_folded(v, f, std::make_index_sequence<count / 2>()), f);
 #endif
     T lane[count];
