@@ -210,7 +210,7 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
 
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("classes", [1, 6, 65, 70])
+@pytest.mark.parametrize("classes", [1, 6, 65, 70, 2100])
 def test_gradients_that_go_past_the_caches(classes: int, dtype: str) -> None:
     """They have the bits of those of each image alone, in whatever order out lies."""
     size = np.dtype(dtype).itemsize
