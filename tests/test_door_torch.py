@@ -326,3 +326,10 @@ class Loss(torch.nn.Module):
 
     def forward(self, x: Any, y: Any) -> Any:
         return polyce.cross_entropy(x, y)
+
+
+def test_a_torch_with_other_insides_goes_the_whole_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyce.implementations import door_torch
+
+    monkeypatch.setitem(door_torch._WANTED, "_no_longer_there", 0)
+    assert not door_torch.open_torch(native.core())

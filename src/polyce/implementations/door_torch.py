@@ -65,6 +65,16 @@ _Loss._backward_cls.apply = _Loss.backward
 _LossInPlace._backward_cls.apply = _LossInPlace.backward
 
 
+# What torch is asked at every call, and the answer: as `arrays.plain.plain_key` asks, and whether
+# anything sees or changes torch's functions.
+_WANTED = {
+    "_len_torch_dispatch_stack": 0,
+    "_len_torch_function_stack": 0,
+    "_is_tracing": False,
+    "_are_functorch_transforms_active": False,
+}
+
+
 def open_torch(own: ModuleType) -> bool:
     """Let the core answer calls on tensors; False where this torch has no way for it."""
     functions = SimpleNamespace(
@@ -76,13 +86,13 @@ def open_torch(own: ModuleType) -> bool:
         is_grad_enabled=torch.is_grad_enabled,
         written=TORCH.written,
     )
-    if not own.open_torch(torch.Tensor, functions):
+    # These are torch's own and not promised: without one of them calls go the whole way.
+    is_known = all(hasattr(torch._C, name) for name in _WANTED)
+    is_known = is_known and hasattr(torch.compiler, "_is_compiling_flag")
+    if not is_known or not own.open_torch(torch.Tensor, functions):
         return False
-    # As `arrays.plain.plain_key` asks, and nothing that sees or changes torch's functions.
-    own.expect_answer(True, torch._C._len_torch_dispatch_stack, 0)
-    own.expect_answer(True, torch._C._len_torch_function_stack, 0)
-    own.expect_answer(True, torch._C._is_tracing, False)
-    own.expect_answer(True, torch._C._are_functorch_transforms_active, False)
+    for name, answer in _WANTED.items():
+        own.expect_answer(True, getattr(torch._C, name), answer)
     own.expect(True, vars(forward_ad), "_current_level", -1)
     own.expect(True, vars(torch.compiler), "_is_compiling_flag", False)
     return True
