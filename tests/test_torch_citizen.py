@@ -109,7 +109,8 @@ def test_only_the_gradients_that_are_asked_for_are_computed(
 
         monkeypatch.setattr(module, name, noted)
 
-    spy(native, "run", lambda *_, backward=False, **__: "logits" if backward else "forward")
+    spy(native, "run", lambda *_, **__: "forward")
+    spy(native, "run_backward", lambda *_, **__: "logits")
     spy(rows, "backward", lambda *_: "logits")
     spy(torch_rows, "target_gradients", lambda *a: f"{a[4][0]:d}{a[4][1]:d}")
     for leaf in (True, False):
