@@ -218,7 +218,9 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
         # 16 bytes of logits, but for kernels that need the registers.
         probability, capped = problem.kind == "probability", transform.is_capped(problem)
         most = 4 if probability or capped else 8
-        if probability and (capped or problem.options.stats is not None):
+        # On sm_80 the kernels for these would spill a register.
+        halves = problem.logits_dtype_name == problem.target_dtype == "float16"
+        if probability and (capped or halves or problem.options.stats is not None):
             most = 2
         width = min(16 // itemsize, most)
     team = min(BLOCK, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
