@@ -176,7 +176,7 @@ def _of_logits(
         call=_call(function, problem, operands, [logits]),
         chosen=chosen.name,
         reasons={path.name: path.reasons(problem) for path in registry.TABLE},
-        is_kept=problem.is_concrete and door.is_kept(values, problem, chosen),
+        is_kept=door.is_kept(values, problem, chosen),
     )
 
 

@@ -146,27 +146,22 @@ def cross_entropy(
         return answer
     if dim is not None:
         raise refuse_dim()
+    options = (
+        axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
+        z_loss, logit_scale, logit_softcap, return_stats, validate,
+    )  # fmt: skip
     if is_compiling():
         from polyce.implementations import torch_compiled
 
-        if torch_compiled.takes(given):
-            return torch_compiled.cross_entropy(given)
-    options = Options(
-        axis,
-        ignore_index,
-        current_reduction(size_average, reduce, reduction),
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        logit_softcap,
-        return_stats,
-        validate,
+        arrays = input, target, weight, sample_weight, normalizer
+        if torch_compiled.takes(arrays, options):
+            return torch_compiled.cross_entropy(arrays, options, implementation)
+    problem, operands = describe(
+        input, target, weight, sample_weight, normalizer, Options(*options)
     )
-    problem, operands = describe(input, target, weight, sample_weight, normalizer, options)
     chosen = select(problem, implementation)
     loss, stats = chosen.cross_entropy(problem, operands)
-    if problem.is_concrete:
-        door.keep(given, problem, chosen)
+    door.keep(given, problem, chosen)
     return loss if stats is None else (loss, stats)
 
 
@@ -255,32 +250,33 @@ def cross_entropy_with_grad(
         return answer
     if dim is not None:
         raise refuse_dim()
+    options = (
+        axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
+        z_loss, logit_scale, logit_softcap, return_stats, validate,
+    )  # fmt: skip
     if is_compiling() and out is None:
         from polyce.implementations import torch_compiled
 
-        if torch_compiled.takes(given):
-            return torch_compiled.cross_entropy_with_grad(given)
-    options = Options(
-        axis,
-        ignore_index,
-        current_reduction(size_average, reduce, reduction),
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        logit_softcap,
-        return_stats,
-        validate,
-    )
+        arrays = input, target, weight, sample_weight, normalizer
+        if torch_compiled.takes(arrays, options):
+            return torch_compiled.cross_entropy_with_grad(
+                arrays, options, implementation, grad_output
+            )
     problem, operands = describe(
-        input, target, weight, sample_weight, normalizer, options, grad_output=grad_output
+        input,
+        target,
+        weight,
+        sample_weight,
+        normalizer,
+        Options(*options),
+        grad_output=grad_output,
     )
     chosen = select(problem, implementation)
     operands = rules.of(problem.backend).detach(operands)
     if out is not None:
         outputs.check(problem, operands, out)
     loss, grad, stats = chosen.cross_entropy_with_grad(problem, operands, out)
-    if problem.is_concrete:
-        door.keep(given, problem, chosen)
+    door.keep(given, problem, chosen)
     return (loss, grad) if stats is None else (loss, grad, stats)
 
 

@@ -56,13 +56,15 @@ def keep(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> No
 
 def is_kept(given: tuple[Any, ...], problem: Problem, chosen: Implementation) -> bool:
     """Tell whether the core keeps how such a call is computed."""
-    if chosen is not native.PATH or problem.options.stats is not None:
+    if not problem.is_concrete or chosen is not native.PATH or problem.options.stats is not None:
         return False
-    logits, target, weight, *first, sample_weight, normalizer = given[:11]
-    size_average, _, reduce, reduction, *_ = first
-    if not _OPTIONS.issuperset(map(type, (*first, *given[11:18]))):
+    logits, target, weight, size_average, ignore_index, reduce, reduction, *others = given
+    label_smoothing, axis, sample_weight, normalizer, *others = others
+    # After seven more options, the gradient of the loss where that is an argument, and out.
+    options = (size_average, ignore_index, reduce, reduction, label_smoothing, axis, *others[:7])
+    if not _OPTIONS.issuperset(map(type, options)):
         return False
-    if not _NUMBERS.issuperset(map(type, (normalizer, *given[18:19]))):
+    if not _NUMBERS.issuperset(map(type, (normalizer, *others[7:8]))):
         return False
     # These warn, at every call.
     if size_average is not None or reduce is not None or reduction == "elementwise_mean":

@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 from polyce.call import checks
-from polyce.call.options import check_stats, current_reduction
+from polyce.call.options import check_stats
 from polyce.call.problem import Operands, Problem, describe
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations import registry, torch_ops
@@ -38,22 +38,19 @@ def _circumstances() -> str:
     return f"{', '.join(able)}; preferred: {preferred and preferred.name}"
 
 
-def takes(given: tuple[Any, ...]) -> bool:
-    """Tell whether a call that torch.compile traces can be an operator.
+def takes(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
+    """Tell whether a call that torch.compile traces, as given, can be an operator.
 
-    `given` has the arguments of the public function, in their order. Exports, transforms and
-    forward mode need torch's own operations; some arguments an operator would misread.
+    `options` has the fields of that record; the record itself would be guarded. Exports, transforms
+    and forward mode need torch's own operations; some arguments an operator would misread.
     """
-    logits, target, weight = given[:3]
-    for array in (logits, target, weight, given[9]):
+    for array in arrays[:4]:
         if array is not None and type(array) not in _PLAIN:
             return False
-    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap = _options(
-        given
-    )
+    axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap, *_ = options
     return (
-        logits is not None
-        and target is not None
+        arrays[0] is not None
+        and arrays[1] is not None
         and (axis is None or type(axis) is int)
         and type(ignore_index) is int
         and type(reduction) is str
@@ -66,48 +63,48 @@ def takes(given: tuple[Any, ...]) -> bool:
     )
 
 
-def _options(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the options that operators take, in the order of their record."""
-    size_average, ignore_index, reduce, reduction, label_smoothing, axis = given[3:9]
-    reduction = current_reduction(size_average, reduce, reduction)
-    return axis, ignore_index, reduction, label_smoothing, *given[11:14]
-
-
 def _is_number(option: Any) -> bool:
     return type(option) is float or type(option) is int
 
 
-def cross_entropy(given: tuple[Any, ...]) -> Any:
+def cross_entropy(
+    arrays: tuple[Any, ...], options: tuple[Any, ...], implementation: str | None
+) -> Any:
     """Call the operator for `polyce.cross_entropy`."""
-    loss, stats, found = _call(_loss_operator, given, ())
+    loss, stats, found = _call(_loss_operator, arrays, (), options, implementation)
     return loss if stats is None else (loss, torch_ops.stats_from(stats, found))
 
 
-def cross_entropy_with_grad(given: tuple[Any, ...]) -> Any:
+def cross_entropy_with_grad(
+    arrays: tuple[Any, ...], options: tuple[Any, ...], implementation: str | None, grad_output: Any
+) -> Any:
     """Call the operator for `polyce.cross_entropy_with_grad`."""
-    logits, grad_output = given[0], given[18]
-    if grad_output is not None:
-        grad_output = _as_tensor("grad_output", grad_output, logits)
-    loss, stats, (grad, *found) = _call(_loss_and_gradient_operator, given, (grad_output,))
+    cotangents = (_as_tensor("grad_output", grad_output, arrays[0]),)
+    loss, stats, (grad, *found) = _call(
+        _loss_and_gradient_operator, arrays, cotangents, options, implementation
+    )
     return (loss, grad) if stats is None else (loss, grad, torch_ops.stats_from(stats, found))
 
 
 def _call(
-    operator: Any, given: tuple[Any, ...], cotangents: tuple[Any, ...]
+    operator: Any,
+    arrays: tuple[Any, ...],
+    cotangents: tuple[Any, ...],
+    options: tuple[Any, ...],
+    implementation: str | None,
 ) -> tuple[Any, tuple[str, ...] | None, list[Any]]:
     """Call an operator; return the loss, the names of the stats, and what else it has found."""
-    logits, target, weight = given[:3]
-    sample_weight, normalizer = given[9:11]
-    return_stats, validate, implementation = given[14:17]
+    logits, target, weight, sample_weight, normalizer = arrays
+    *others, return_stats, validate = options
     stats = None if return_stats is False else check_stats(return_stats)
     loss, *found = operator(
         logits,
         target,
         weight,
         sample_weight,
-        normalizer if normalizer is None else _as_tensor("normalizer", normalizer, logits),
+        _as_tensor("normalizer", normalizer, logits),
         *cotangents,
-        *_options(given),
+        *others,
         stats if stats is None else ",".join(stats),
         validate,
         implementation or registry.forced_in_graphs(),
@@ -117,11 +114,13 @@ def _call(
 
 
 def _as_tensor(name: str, given: Any, like: Any) -> Any:
-    """Return a number as a tensor.
+    """Return a number as a tensor; None stays None.
 
     It may change with every batch: as an operator's argument it would become a constant of the
     graph, as a factor of a product it does not.
     """
+    if given is None:
+        return None
     number, array = checks.number_or_array(name, given)
     if number is None:
         return array
