@@ -11,12 +11,14 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import polyce
 from polyce.testing.backends import Backend, get_backend
 
 # What --backend calls a run, and which arrays the tests without a marker get there.
@@ -199,3 +201,23 @@ def torch() -> Any:
 
     torch.manual_seed(0)
     return torch
+
+
+@pytest.fixture
+def empty_door(backend: Backend) -> Iterator[None]:
+    """Begin with a door that is open on the library, but knows no call."""
+    from door_calls import forget
+
+    polyce.cross_entropy(backend.asarray(np.zeros((2, 3))), backend.asarray(np.zeros(2, np.int64)))
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Count the calls that go the whole way."""
+    from door_calls import Ways
+
+    for_torch = sys.modules.get("polyce.torch")
+    return Ways(monkeypatch, *([] if for_torch is None else [for_torch]))

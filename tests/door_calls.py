@@ -12,6 +12,11 @@ from polyce.implementations.native import core as native
 
 Call = Callable[[], Any]
 
+MARKS = [
+    pytest.mark.usefixtures("empty_door"),
+    pytest.mark.skipif(native.unavailable() is not None, reason="the core is not built"),
+]
+
 
 class Ways:
     """Counts the calls that go the whole way."""

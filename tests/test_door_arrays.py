@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-import door_calls
 import polyce
-from door_calls import Ways, forget
-from polyce.implementations.native import core as native
+from door_calls import Ways
+from door_numpy import FUNCTIONS, LABELS, LOGITS, MARKS, PROBABILITIES, check_after
 
-pytestmark = [
-    pytest.mark.only("numpy"),
-    pytest.mark.skipif(native.unavailable() is not None, reason="the core is not built"),
-]
-
-RNG = np.random.default_rng(20)
-LOGITS = RNG.standard_normal((6, 5)).astype(np.float32)
-LABELS = np.array([0, 4, 2, 2, 1, 3])
-PROBABILITIES = np.full((6, 5), 0.2, np.float32)
-Change = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def empty_table() -> Iterator[None]:
-    """Begin with a door that knows no call, but is open."""
-    polyce.cross_entropy(LOGITS, LABELS)
-    forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
-    return Ways(monkeypatch)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple):
-        return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
-    if a is None or isinstance(a, (type, str)):
-        return bool(a == b)
-    if type(a) is not type(b):
-        return False
-    return bool(a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b, equal_nan=True))
-
-
-check_after = functools.partial(door_calls.check_after, same)
-
-
-FUNCTIONS = {"loss": polyce.cross_entropy, "with_grad": polyce.cross_entropy_with_grad}
+pytestmark = MARKS
 
 
 class Own(np.ndarray):

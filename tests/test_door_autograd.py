@@ -2,73 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-import door_calls
 import polyce
-from door_calls import Ways, forget, outcome, whole_way
-from polyce.implementations.native import core as native
+from door_calls import Ways, outcome, whole_way
+from door_tensors import LABELS, LOGITS, MARKS, RNG, check_after, leaf, same, torch
 
-torch = pytest.importorskip("torch")
 forward_ad = torch.autograd.forward_ad
 
-pytestmark = [
-    pytest.mark.only("torch"),
-    pytest.mark.skipif(native.unavailable() is not None, reason="the core is not built"),
-    pytest.mark.skipif(
-        not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch is too old"
-    ),
-]
-
-RNG = np.random.default_rng(21)
-LOGITS = torch.from_numpy(RNG.standard_normal((6, 5)).astype(np.float32))
-LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
-PROBABILITIES = torch.full((6, 5), 0.2)
-
-
-@pytest.fixture(autouse=True)
-def empty_table() -> Iterator[None]:
-    polyce.cross_entropy(LOGITS, LABELS)
-    forget()
-    yield
-    forget()
-
-
-@pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
-    return Ways(monkeypatch, polyce.torch)
-
-
-def leaf(tensor: Any = LOGITS) -> Any:
-    return tensor.detach().clone().requires_grad_()
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(same, a, b))
-    if not isinstance(a, torch.Tensor):
-        return bool(a == b)
-    return (
-        type(a) is type(b)
-        and a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.device == b.device
-        and a.stride() == b.stride()
-        and a.requires_grad == b.requires_grad
-        and a.is_leaf == b.is_leaf
-        and a.is_inference() == b.is_inference()
-        and (a.is_meta or torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)))
-    )
-
-
-check_after = functools.partial(door_calls.check_after, same)
+pytestmark = MARKS
 
 
 def resized(tensor: Any, size: int) -> Any:
