@@ -220,6 +220,7 @@ def test_no_array_is_held() -> None:
 def test_nothing_is_lost_or_gained_call_by_call() -> None:
     grad = polyce.cross_entropy_with_grad(LOGITS, LABELS, reduction="none")
     dtypes = LOGITS.dtype, LABELS.dtype
+    gc.collect()
     before = [sys.getrefcount(one) for one in (None, *dtypes, LOGITS, LABELS)]
     for _ in range(1000):
         grad = polyce.cross_entropy_with_grad(LOGITS, LABELS, reduction="none")
@@ -228,7 +229,8 @@ def test_nothing_is_lost_or_gained_call_by_call() -> None:
     del grad
     gc.collect()
     after = [sys.getrefcount(one) for one in (None, *dtypes, LOGITS, LABELS)]
-    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 100
+    # One a call would be 1000. Others in the process come by None, and drop it, meanwhile.
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 500
 
 
 def test_threads_share_the_table() -> None:
