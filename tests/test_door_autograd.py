@@ -13,6 +13,7 @@ import pytest
 import polyce
 from door_calls import Ways, outcome, whole_way
 from door_tensors import LABELS, LOGITS, MARKS, RNG, check_after, leaf, same, torch
+from polyce.graphs import torch_calls
 
 forward_ad = torch.autograd.forward_ad
 
@@ -39,6 +40,21 @@ def test_a_graph_of_the_gradient_and_many_gradients(ways: Ways) -> None:
         for found, value in zip(derivatives(), expected, strict=True):
             torch.testing.assert_close(found, value)
     assert ways.of(derivatives) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_backward_pass_is_answered_too(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = LOGITS.to(getattr(torch, dtype))
+
+    def derivative() -> Any:
+        x = leaf(logits)
+        (polyce.cross_entropy(x, LABELS) * 3).backward()
+        return x.grad
+
+    expected = whole_way(derivative)
+    derivative()
+    monkeypatch.setattr(torch_calls, "gradients", None)
+    assert torch.equal(derivative(), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

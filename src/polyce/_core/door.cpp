@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "door_table.hpp"
+#include "isa.hpp"
 
 namespace nb = nanobind;
 
@@ -206,23 +207,22 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
 // Takes the gradient of the loss; false if it needs the whole way.
 bool place_cotangent(const Arrays& library, const Call& call, const Seen& seen, Job& job) {
     static const Shape no_axes;
-    const bool is_double = library.is_float(seen, 8);
-    if (!is_double && !library.is_float(seen, 4)) return false;
+    const std::optional<Float> dtype = library.float_of(seen);
+    if (!dtype) return false;
     const Shape& shape = job.reduction == Reduction::none ? call.row_shape() : no_axes;
     if (!std::equal(seen.shape, seen.shape + seen.axes, shape.begin(), shape.end())) return false;
     if (std::all_of(seen.view.strides, seen.view.strides + seen.axes, [](std::int64_t step) { return step == 0; })) {
-        const void* const number = seen.view.data;
         if (seen.size() == 0) return false;
-        job.cotangent = is_double ? *static_cast<const double*>(number) : *static_cast<const float*>(number);
+        job.cotangent = current_kernels().load(*dtype, seen.view.data);
         return true;
     }
-    if (!is_double || !seen.is_dense(8)) return false;
+    if (dtype != Float::f64 || !seen.is_dense(8)) return false;
     job.cotangents = reinterpret_cast<const double*>(seen.view.data);
     return true;
 }
 
 bool place_saved(const Arrays& library, const Seen& seen, Job& job) {
-    if (!library.is_float(seen, 8) || !seen.is_dense(8)) return false;
+    if (library.float_of(seen) != Float::f64 || !seen.is_dense(8)) return false;
     job.saved = reinterpret_cast<SavedRow*>(seen.view.data);
     return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == 4;
 }

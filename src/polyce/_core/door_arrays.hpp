@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "arrays.hpp"
@@ -48,7 +49,8 @@ public:
     // Whether an array that has been read requires a gradient, and whether autograd records now.
     virtual bool requires_gradient(PyObject* array, const Seen& seen) const = 0;
     virtual bool is_recording() const = 0;
-    virtual bool is_float(const Seen& seen, int itemsize) const = 0;
+    // Its dtype, if the kernels compute with it.
+    virtual std::optional<Float> float_of(const Seen& seen) const = 0;
     // An array made here, with its address. `like` is its dtype for NumPy; for torch its shape,
     // strides and dtype.
     virtual nanobind::object empty(const Shape& shape, nanobind::handle like, char*& data) const = 0;

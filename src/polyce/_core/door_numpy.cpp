@@ -74,8 +74,9 @@ public:
 
     bool is_recording() const override { return false; }
 
-    bool is_float(const Seen& seen, int itemsize) const override {
-        return seen.dtype == (itemsize == 8 ? float64 : float32);
+    std::optional<Float> float_of(const Seen& seen) const override {
+        if (seen.dtype == float64) return Float::f64;
+        return seen.dtype == float32 ? std::optional(Float::f32) : std::nullopt;
     }
 
     nb::object empty(const Shape& shape, nb::handle like, char*& data) const override {

@@ -105,8 +105,14 @@ public:
 
     bool is_recording() const override { return is_grad_enabled_.holds(); }
 
-    bool is_float(const Seen& seen, int itemsize) const override {
-        return seen.dtype == (of_floats << 8 | itemsize * 8);
+    std::optional<Float> float_of(const Seen& seen) const override {
+        switch (seen.dtype) {
+            case of_floats << 8 | 64: return Float::f64;
+            case of_floats << 8 | 32: return Float::f32;
+            case of_floats << 8 | 16: return Float::f16;
+            case of_bfloats << 8 | 16: return Float::bf16;
+            default: return std::nullopt;
+        }
     }
 
     nb::object empty(const Shape&, nb::handle like, char*& data) const override {

@@ -101,6 +101,7 @@ struct Kernels {
     double (*run_tile)(const Job&, std::int64_t tile, char* scratch);
     void (*log_softmax_tile)(const Job&, std::int64_t tile, char* scratch);
     void (*store)(Float, double, void*);
+    double (*load)(Float, const void*);
 };
 
 }  // namespace polyce

@@ -119,10 +119,16 @@ void store(Float dtype, double value, void* place) {
     narrow_run(dtype, &value, 1, static_cast<char*>(place), 0);
 }
 
+double load(Float dtype, const void* place) {
+    return with_type(dtype, [&](auto type) {
+        return double(widen(fetch<decltype(type)>(static_cast<const char*>(place))));
+    });
+}
+
 }  // namespace
 
 extern const Kernels kernels{
-    POLYCE_TEXT_OF(POLYCE_ISA), read_labels, tiles, scratch_bytes, run_tile, log_softmax_tile, store,
+    POLYCE_TEXT_OF(POLYCE_ISA), read_labels, tiles, scratch_bytes, run_tile, log_softmax_tile, store, load,
 };
 
 }  // namespace polyce::POLYCE_ISA
