@@ -25,7 +25,7 @@ nox.options.default_venv_backend = "virtualenv"
 # What every change must pass before it is shown to others.
 TIER_1 = ("numpy", "strict", "torch", "jax-x32", "dask", "cupy-emulated")
 # The plain run leaves the slow tests of these to `nox -t ci`.
-SLOW = ("torch", "jax-x32", "cupy-emulated")
+SLOW = ("torch", "jax-x32", "dask", "cupy-emulated")
 nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in TIER_1), "docs"]
 # What else must hold; and variants so similar that they run only with all cases of all tests.
 CI, FULL = ["ci"], ["full"]
@@ -86,6 +86,9 @@ SANITIZERS = {"plain": "", "address": "address,undefined", "thread": "thread"}
 
 STUB = Path("src/polyce/_core.pyi")
 NEEDED = {"polyce/py.typed", "polyce/_core.pyi", "polyce/data/digits.npz"}
+
+# pip would compile all of torch's modules, which takes minutes; Python compiles those it imports.
+QUICKLY = "--no-compile"
 
 # The sources of a wheel.
 SOURCES = ("src", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
@@ -164,9 +167,9 @@ def install(session: nox.Session, *groups: str) -> None:
     forget_earlier(session)
     built = wheel(session)
     requirements = nox.project.dependency_groups(PYPROJECT, *groups)
-    session.install(built, *dict.fromkeys(requirements))  # groups overlap
+    session.install(QUICKLY, built, *dict.fromkeys(requirements))  # groups overlap
     # In a reused environment (`nox -r`) pip would keep the older wheel of the same version.
-    session.install("--force-reinstall", "--no-deps", built)
+    session.install(QUICKLY, "--force-reinstall", "--no-deps", built)
 
 
 def run_tests(session: nox.Session, backend: str, *options: str, **env: str) -> None:
@@ -187,7 +190,7 @@ def run_tests(session: nox.Session, backend: str, *options: str, **env: str) -> 
 def lint(session: nox.Session) -> None:
     """Check style, format and public docstrings."""
     requirements = nox.project.dependency_groups(PYPROJECT, "lint")
-    session.install(*PYPROJECT["project"]["dependencies"], *requirements)
+    session.install(QUICKLY, *PYPROJECT["project"]["dependencies"], *requirements)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     left_out = PYPROJECT["tool"]["numpydoc_validation"]["checks"]

@@ -39,6 +39,7 @@ def test_benchmark_of_the_reference_runs(question: str) -> None:
     assert "loss" in printed("cpu.reference", "--tiny", "--only", question)
 
 
+@pytest.mark.slow("dask")
 @pytest.mark.only("dask")
 @pytest.mark.parametrize("question", ["dask-cluster", "dask-tasks"])
 def test_benchmark_of_dask_runs(question: str) -> None:
@@ -131,6 +132,7 @@ WHATS = {
 }
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.only(*LIBRARIES)
 def test_benchmark_on_a_gpu_is_rehearsed(backend_name: str, tmp_path: Path) -> None:
     library, out = LIBRARIES[backend_name], tmp_path / "found.json"
@@ -171,6 +173,7 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 """
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.only("cupy-emulated")
 def test_a_wrong_loss_fails_the_benchmark_on_a_gpu() -> None:
     command = [sys.executable, "-c", SPOILT, "--rehearse", "--library", "cupy"]

@@ -79,19 +79,37 @@ def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None
     print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
 
 
+EMULATED = pytest.mark.slow("cupy-emulated")
+
+
 @pytest.mark.only("cupy", "cupy-emulated")
-@pytest.mark.parametrize("name", ["cupy", "reference"])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        # The emulator compiles each combination of macros: a plain run of tests takes few.
+        ("cupy", 6),
+        pytest.param("cupy", None, marks=EMULATED),
+        pytest.param("reference", None, marks=EMULATED),
+    ],
+)
 @pytest.mark.parametrize("group", GROUPS)
-def test_grid_on_cupy(backend: Backend, backend_name: str, group: str, name: str) -> None:
-    # The emulator compiles each combination of macros.
-    everything = FULL or backend_name == "cupy"
-    leave_out = None if everything else few(group, backend.floats)
+def test_grid_on_cupy(
+    backend: Backend, backend_name: str, group: str, name: str, most: int | None
+) -> None:
+    everything = most is None and (FULL or backend_name == "cupy")
+    leave_out = None if everything else few(group, backend.floats, most)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")
 # Only the hardest chunks for the reference, since the dask path comes before it.
-WAYS = [*product(["dask"], CHUNKS), *product(["reference"], CHUNKS if FULL else CHUNKS[-1:])]
+WAYS = [
+    *product(["dask"], CHUNKS),
+    *(
+        pytest.param("reference", chunks, marks=pytest.mark.slow("dask"))
+        for chunks in (CHUNKS if FULL else CHUNKS[-1:])
+    ),
+]
 
 
 @pytest.mark.only("dask")

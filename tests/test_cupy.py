@@ -41,6 +41,7 @@ def names(emulation: Any) -> list[str]:
     return found
 
 
+@pytest.mark.slow("cupy-emulated")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("values", [calls.SPLIT, calls.SHARED], ids=["split", "shared"])
 def test_grid_in_parts_and_in_shared_blocks(
@@ -66,6 +67,7 @@ def test_the_grid_takes_cupy_for_it() -> None:
     assert report.backend == "cupy"
 
 
+@pytest.mark.slow("cupy-emulated")
 def test_exponentials_as_inexact_as_a_gpu_s(emulation: Any) -> None:
     # Off by up to two units in the last place, which is within the tolerances.
     emulation.defines = ("-DSHIM_EXP_ERROR=2",)
@@ -73,6 +75,7 @@ def test_exponentials_as_inexact_as_a_gpu_s(emulation: Any) -> None:
     assert report.ran["accuracy"] > 40
 
 
+@pytest.mark.slow("cupy-emulated")
 def test_subnormal_numbers_taken_for_0(emulation: Any) -> None:
     # As CuPy compiles all kernels; on a CPU float64 is affected too.
     emulation.flushes = True

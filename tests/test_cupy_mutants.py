@@ -13,7 +13,11 @@ import pytest
 from conftest import one_of_each
 from cupy_mutants import Mutant, installed, mutants
 
-pytestmark = [pytest.mark.only("cupy-emulated"), pytest.mark.tests_of_tests]
+pytestmark = [
+    pytest.mark.only("cupy-emulated"),
+    pytest.mark.slow("cupy-emulated"),
+    pytest.mark.tests_of_tests,
+]
 MUTANTS = mutants()
 
 

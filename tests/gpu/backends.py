@@ -11,7 +11,9 @@ BACKENDS = {
     "triton": ("torch", True),
     "cupy-emulated": ("cupy", True),
 }
-EVERY = pytest.mark.only(*BACKENDS)
+# The emulated CuPy compiles each of its kernels.
+SLOW = pytest.mark.slow("cupy-emulated")
+EVERY = [pytest.mark.only(*BACKENDS), SLOW]
 ON_TORCH = pytest.mark.only(
     *(name for name, (library, _) in BACKENDS.items() if library == "torch")
 )

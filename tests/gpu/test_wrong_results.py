@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from .arrays import problem
-from .backends import REHEARSED
+from .backends import REHEARSED, SLOW
 from .cases import DTYPES, Case, Size
 from .device import Device, NotHereError, find
 from .test_behaviour import SHAPES, check_repeats
 from .test_values import compared, results
 
-pytestmark = [REHEARSED, pytest.mark.tests_of_tests]
+pytestmark = [REHEARSED, SLOW, pytest.mark.tests_of_tests]
 
 PROBABILITIES = ("probabilities", "weight", "smoothing")
 CASES = [
