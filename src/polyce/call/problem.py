@@ -107,6 +107,10 @@ class Operands(NamedTuple):
     sample_weight: Any
     normalizer: Any
     grad_output: Any
+    grad_lse: Any = None
+    """The cotangent of the stats' lse, one for each row; None for 0."""
+    grad_entropy: Any = None
+    """The same of their entropy."""
 
     def named(self) -> dict[str, Any]:
         """Return the operands by the caller's names for them."""

@@ -50,7 +50,7 @@ class Kernels(NamedTuple):
 
 def needs_graph(problem: Problem, operands: Operands) -> bool:
     """Tell whether something requires a gradient; refuse arrays that polyce computes none for."""
-    logits, target, weight, sample_weight, normalizer, _ = operands
+    logits, target, weight, sample_weight, normalizer, *_ = operands
     if weight is not None or sample_weight is not None:
         torch_rows.check(operands)
     return torch.is_grad_enabled() and (
@@ -73,7 +73,7 @@ def cross_entropy(
     if not on_graph:
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
-    logits, target, weight, _, normalizer, _ = operands
+    logits, target, weight, _, normalizer, *_ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, so that it differentiates by the normalizer.
         summed, operands = without_normalizer(problem, operands)
@@ -198,7 +198,7 @@ def check_operands(problem: Problem, operands: Operands) -> None:
     """Refuse saved tensors that came back changed, or whose memory is gone."""
     if torch.compiler.is_compiling():
         return
-    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, *_ = operands
     torch_memory.check_storages(normalizer=normalizer, grad_output=cotangent)
     target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
     if target.numel() == 1 and not problem.row_shape:

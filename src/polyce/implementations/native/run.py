@@ -133,7 +133,7 @@ def run_backward(
 
 def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
-    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, *_ = operands
     if problem.kind == "index":
         target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
