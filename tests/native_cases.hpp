@@ -1,9 +1,11 @@
-// The inputs of native_driver.cpp: arrays in every memory order, and cases, from files or made up.
+// The inputs of native_driver.cpp: arrays in every memory order, and cases, from files or made up; and
+// how results are compared with what cases expect.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -315,6 +317,53 @@ inline Case large_case(const std::string& dtype, Shape shape, bool by_labels, do
         fill(c.target, product(shape));
     }
     return c;
+}
+
+// With rows one after the other, then with rows side by side.
+inline std::vector<Case> large_cases() {
+    return {
+        large_case("float16", {70, 3001}, true, 0),
+        large_case("float32", {70, 3001}, true, 0),
+        large_case("bfloat16", {3001, 70}, false, 30),
+        large_case("float64", {3001, 70}, false, 0),
+    };
+}
+
+inline bool agrees(double got, double want, double tolerance, double overflow) {
+    if (got == want || (std::isnan(got) && std::isnan(want))) return true;
+    if (std::isinf(got)) {
+        const double most = std::fabs(want) + tolerance;
+        return std::isfinite(want) && std::signbit(got) == std::signbit(want) &&
+               (most >= overflow || std::isinf(most));
+    }
+    return std::fabs(got - want) <= tolerance;
+}
+
+// What is wrong with an array, in words, or nothing.
+inline std::string fault(const Case& c, const std::string& what, const Bytes& found, const Format& format) {
+    const std::vector<double>& want = c.expected.at(what);
+    const auto tolerances = c.expected.find(what + "_tol");
+    const std::vector<double> got = numbers(found, format);
+    for (std::size_t i = 0; i < want.size(); ++i) {
+        const double tolerance = tolerances == c.expected.end() ? 0.0 : tolerances->second.at(i);
+        if (agrees(got.at(i), want[i], tolerance, format.overflow)) continue;
+        char text[200];
+        std::snprintf(text, sizeof text, "%s[%zu]: got %.17g, expected %.17g within %.3g", what.c_str(), i,
+                      got[i], want[i], tolerance);
+        return text;
+    }
+    return "";
+}
+
+// All nans are equal here: which one results is the compiler's choice.
+inline bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
+    if (a == b) return true;
+    const std::size_t size = std::size_t(format.size);
+    for (std::size_t i = 0; i < a.size(); i += size) {
+        if (std::memcmp(&a[i], &b[i], size) == 0) continue;
+        if (!std::isnan(format.read(&a[i])) || !std::isnan(format.read(&b[i]))) return false;
+    }
+    return true;
 }
 
 }  // namespace polyce

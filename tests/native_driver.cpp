@@ -16,6 +16,7 @@
 #include "account.hpp"
 #include "core.hpp"
 #include "native_cases.hpp"
+#include "native_stats.hpp"
 #include "pool.hpp"
 #include "threads.hpp"
 
@@ -49,6 +50,7 @@ struct Way {
     Gradient gradient = Gradient::apart;
     int threads = 1;
     bool stats = true, fresh = false, streams = false;
+    bool of_stats = false;  // the gradient is also that of lse and entropy
 };
 
 struct Results {
@@ -96,6 +98,8 @@ Results run_case(const Case& c, const Way& way) {
     if (way.gradient == Gradient::apart || way.gradient == Gradient::in_place) {
         grad.describe(job.grad, c.axis);
     }
+    const StatsCotangents cotangents(job.rows);
+    if (way.of_stats) job.grad_lse = cotangents.lse.data(), job.grad_entropy = cotangents.entropy.data();
     job.fresh = way.fresh;
     job.streams = way.streams;
     const int arithmetic = c.wide() ? 8 : 4;
@@ -125,37 +129,11 @@ Results run_case(const Case& c, const Way& way) {
             prediction.elements(), correct.elements(), valid.elements()};
 }
 
-bool agrees(double got, double want, double tolerance, double overflow) {
-    if (got == want || (std::isnan(got) && std::isnan(want))) return true;
-    if (std::isinf(got)) {
-        const double most = std::fabs(want) + tolerance;
-        return std::isfinite(want) && std::signbit(got) == std::signbit(want) &&
-               (most >= overflow || std::isinf(most));
-    }
-    return std::fabs(got - want) <= tolerance;
-}
-
 int passed = 0, failed = 0;
 
 void tell(bool fine, const std::string& text) {
     ++(fine ? passed : failed);
     if (!fine) std::printf("FAILED %s %s\n", isa_name(), text.c_str());
-}
-
-// What is wrong with an array, in words, or nothing.
-std::string fault(const Case& c, const std::string& what, const Bytes& found, const Format& format) {
-    const std::vector<double>& want = c.expected.at(what);
-    const auto tolerances = c.expected.find(what + "_tol");
-    const std::vector<double> got = numbers(found, format);
-    for (std::size_t i = 0; i < want.size(); ++i) {
-        const double tolerance = tolerances == c.expected.end() ? 0.0 : tolerances->second.at(i);
-        if (agrees(got.at(i), want[i], tolerance, format.overflow)) continue;
-        char text[200];
-        std::snprintf(text, sizeof text, "%s[%zu]: got %.17g, expected %.17g within %.3g", what.c_str(), i,
-                      got[i], want[i], tolerance);
-        return text;
-    }
-    return "";
 }
 
 void check_answers(const Case& c, const Way& way, const Results& found) {
@@ -170,17 +148,6 @@ void check_answers(const Case& c, const Way& way, const Results& found) {
         text += fault(c, "valid", found.valid, formats.at("uint8"));
     }
     tell(text.empty(), c.name + ", " + way.name + ": " + text);
-}
-
-// All nans are equal here: which one results is the compiler's choice.
-bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
-    if (a == b) return true;
-    const std::size_t size = std::size_t(format.size);
-    for (std::size_t i = 0; i < a.size(); i += size) {
-        if (std::memcmp(&a[i], &b[i], size) == 0) continue;
-        if (!std::isnan(format.read(&a[i])) || !std::isnan(format.read(&b[i]))) return false;
-    }
-    return true;
 }
 
 std::string difference(const Case& c, const Results& a, const Results& b, bool with_grad) {
@@ -224,6 +191,23 @@ void check_log_softmax(const Case& c, const Layout& layout) {
     tell(largest_sum < allowed, c.name + ": log_softmax adds up to 1 ± " + std::to_string(largest_sum));
 }
 
+void check_stats_gradient(const Case& c) {
+    const Case with_stats = with_stats_gradient(c);
+    const Layout transposed{true, false, 1, 0}, backwards{false, true, 2, 1};
+    const std::vector<Way> ways = {
+        {"", {}},
+        {"transposed, in place", transposed, Gradient::in_place},
+        {"backwards, every second", backwards, Gradient::apart, 2},
+        {"from what was saved", {}, Gradient::from_saved},
+        {"without stats", {}, Gradient::apart, 1, false},
+    };
+    for (Way way : ways) {
+        way.name += ", with the gradients of lse and entropy";
+        way.of_stats = true;
+        check_answers(with_stats, way, run_case(c, way));
+    }
+}
+
 void check_case(const Case& c) {
     const Way plain{"C order"};
     const Results base = run_case(c, plain);
@@ -247,6 +231,7 @@ void check_case(const Case& c) {
         {"without stats, transposed", transposed, Gradient::apart, 1, false},
     };
     for (const Way& way : others) check_answers(c, way, run_case(c, way));
+    check_stats_gradient(c);
     for (const Layout& layout : {Layout{}, transposed, odd}) check_log_softmax(c, layout);
 }
 
@@ -256,6 +241,11 @@ void check_large(const Case& c) {
         const Layout layout{transposed, false, 1, 0};
         const std::string order = transposed ? ", transposed" : "";
         const Results one = run_case(c, {"1 thread" + order, layout});
+        Way of_stats{"of lse and entropy, 1 thread" + order, layout};
+        of_stats.of_stats = true;
+        const Results alone = run_case(c, of_stats);
+        of_stats.threads = 3;
+        check_same_bits(c, of_stats, alone, run_case(c, of_stats), true);
         std::vector<Way> ways = {
             {"2 threads" + order, layout, Gradient::apart, 2},
             {"5 threads, fresh" + order, layout, Gradient::apart, 5, true, true},
@@ -355,16 +345,6 @@ void check_account() {
     tell(account.allows_help(), "account: a good time allows for a loss");
     account.book(-1);
     tell(!account.allows_help(), "account: however long, for 10 ms of it");
-}
-
-// With rows one after the other, then with rows side by side.
-std::vector<Case> large_cases() {
-    return {
-        large_case("float16", {70, 3001}, true, 0),
-        large_case("float32", {70, 3001}, true, 0),
-        large_case("bfloat16", {3001, 70}, false, 30),
-        large_case("float64", {3001, 70}, false, 0),
-    };
 }
 
 }  // namespace

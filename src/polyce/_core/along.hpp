@@ -16,7 +16,7 @@ struct Along : Sums<T, capped> {
     using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
     using Sums<T, capped>::pitch, Sums<T, capped>::blocks, Sums<T, capped>::streams, Sums<T, capped>::keeps;
-    using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::reference;
+    using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::is_simple, Sums<T, capped>::reference;
     using Sums<T, capped>::read_gaps, Sums<T, capped>::transform, Sums<T, capped>::sum;
     using Sums<T, capped>::Sums;
 
@@ -35,7 +35,7 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient() {
-        if (keeps && is_short(job) && writes_direct && !streams) return write_short();
+        if (keeps && is_simple(job) && is_short(job) && writes_direct && !streams) return write_short();
         for (int i = 0; i < rows; ++i) write_gradient(i);
         if (streams) end_streaming();
     }
@@ -50,11 +50,11 @@ struct Along : Sums<T, capped> {
             T* const to = writes_direct && !streams ? reinterpret_cast<T*>(place) : gaps;
             if (!is_counted(i)) {
                 for (int c = 0; c < count; ++c) to[c] = T(0);
-            } else if (keeps) {
+            } else if (results.multiplies && has_kept(i, start)) {
                 multiply_kept(i, start, count, to);
             } else {
                 const T* x = direct ? reinterpret_cast<const T*>(row + start * job.logits.class_stride)
-                                    : read(row, start, count, -1);
+                                    : read(row, start, count);
                 compute_gradient(i, x, probabilities, start, count, to);
             }
             if (streams) {
@@ -71,13 +71,22 @@ struct Along : Sums<T, capped> {
         }
     }
 
+    // Whether a block's exponentials are those of all classes but the pivot.
+    bool has_kept(int i, std::int64_t start) const {
+        const auto is_complete = [](T reference) { return reference == reference; };
+        return keeps && (is_short(job) || is_complete(references[i * blocks + start / block]));
+    }
+
+    // What exponentials of a block that were kept are multiplied by in place of those of the row.
+    T carried(T factor, int i, std::int64_t start) const {
+        if (is_short(job)) return factor;
+        const double own = double(references[i * blocks + start / block]);
+        const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
+        return T(double(factor) * exp_negative_full(moved));
+    }
+
     void multiply_kept(int i, std::int64_t start, int count, T* to) const {
-        T f = lane.once[i];
-        if (!is_short(job)) {
-            const double own = double(references[i * blocks + start / block]);
-            const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
-            f = T(double(f) * exp_negative_full(moved));
-        }
+        const T f = carried(lane.once[i], i, start);
         map_run(numbers + i * pitch + start, count, to, [&](auto e) POLYCE_INLINE_LAMBDA {
             return e * splat<decltype(e)>(f);
         });
@@ -87,6 +96,7 @@ struct Along : Sums<T, capped> {
     void compute_gradient(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         const T once = lane.once[i], softmax = lane.softmax[i], last = lane.last[i];
+        if (results.valued && !results.multiplies) return compute_valued(i, x, probabilities, start, count, to);
         if (!results.spread && !capped) {
             map_run(x, count, to, [&](auto v) POLYCE_INLINE_LAMBDA {
                 using V = decltype(v);
@@ -95,12 +105,8 @@ struct Along : Sums<T, capped> {
             return;
         }
         read_gaps(x, count, m);
-        T *const r = coefficients, *const t = gaps;
-        if (results.spread) {
-            read_coefficients(probabilities, start, count);
-        } else {
-            for (int c = 0; c < count; ++c) r[c] = T(0);
-        }
+        const T *const r = coefficients, *const t = gaps;
+        read_coefficients_or_none(probabilities, start, count);
         if constexpr (capped) {
             POLYCE_SIMD
             for (int c = 0; c < count; ++c) {
@@ -110,6 +116,36 @@ struct Along : Sums<T, capped> {
         } else {
             POLYCE_SIMD
             for (int c = 0; c < count; ++c) to[c] = (exp_negative(t[c]) * softmax - r[c]) * last;
+        }
+    }
+
+    // The gradient of loss, lse and entropy.
+    void compute_valued(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+        const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
+        if (has_kept(i, start)) {
+            const T once = carried(lane.once[i], i, start), by_gap = carried(lane.by_gap[i], i, start);
+            const T* const e = numbers + i * pitch + start;
+            POLYCE_SIMD
+            for (int c = 0; c < count; ++c) to[c] = e[c] * once + weighted_gap(e[c], (x[c] - m) * scale) * by_gap;
+            return;
+        }
+        read_gaps(x, count, m);
+        read_coefficients_or_none(probabilities, start, count);
+        const T once = lane.once[i], by_gap = lane.by_gap[i], last = lane.last[i];
+        const T *const r = coefficients, *const t = gaps;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T e = exp_negative(t[c]);
+            const T entry = e * once + weighted_gap(e, t[c]) * by_gap - r[c] * last;
+            to[c] = capped ? entry * slope_of(decay_of(x[c], twice_over_cap), scale) : entry;
+        }
+    }
+
+    void read_coefficients_or_none(const char* probabilities, std::int64_t start, int count) const {
+        if (results.spread) {
+            read_coefficients(probabilities, start, count);
+        } else {
+            std::fill_n(coefficients, count, T(0));
         }
     }
 
@@ -143,7 +179,7 @@ struct Along : Sums<T, capped> {
             const std::int64_t pivot = lane.pivot[i];
             for (std::int64_t start = 0; start < job.classes; start += block) {
                 const int here = count_from(start);
-                read_gaps(read(logits_of(i), start, here, -1), here, top);
+                read_gaps(read(logits_of(i), start, here), here, top);
                 T* const t = gaps;
                 POLYCE_SIMD
                 for (int c = 0; c < here; ++c) t[c] = t[c] - lost;
