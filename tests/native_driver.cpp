@@ -195,7 +195,7 @@ void check_stats_gradient(const Case& c) {
     const Case with_stats = with_stats_gradient(c);
     const Layout transposed{true, false, 1, 0}, backwards{false, true, 2, 1};
     const std::vector<Way> ways = {
-        {"", {}},
+        {"C order", {}},
         {"transposed, in place", transposed, Gradient::in_place},
         {"backwards, every second", backwards, Gradient::apart, 2},
         {"from what was saved", {}, Gradient::from_saved},

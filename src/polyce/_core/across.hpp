@@ -227,8 +227,8 @@ struct Across : Pivots<T> {
         const bool spread = results.spread;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const T gap = gap_of(x[i], lane.m[i], lane.decay[i], scale, cap);
-            T entry = t[i] * lane.once[i] + weighted_gap(t[i], gap) * lane.by_gap[i];
-            entry = entry - (spread ? r[i] * lane.last[i] : T(0));
+            T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
+            entry = entry + (t[i] * lane.more[i] + weighted_gap(t[i], gap) * lane.by_gap[i]);
             if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
             entry = lane.kept[i] == T(0) ? T(0) : entry;
             t[i] = lane.place[i] == T(c) ? lane.at_pivot[i] : entry;

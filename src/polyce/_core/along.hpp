@@ -131,12 +131,12 @@ struct Along : Sums<T, capped> {
         }
         read_gaps(x, count, m);
         read_coefficients_or_none(probabilities, start, count);
-        const T once = lane.once[i], by_gap = lane.by_gap[i], last = lane.last[i];
+        const T softmax = lane.softmax[i], last = lane.last[i], more = lane.more[i], by_gap = lane.by_gap[i];
         const T *const r = coefficients, *const t = gaps;
         POLYCE_SIMD
         for (int c = 0; c < count; ++c) {
             const T e = exp_negative(t[c]);
-            const T entry = e * once + weighted_gap(e, t[c]) * by_gap - r[c] * last;
+            const T entry = (e * softmax - r[c]) * last + (e * more + weighted_gap(e, t[c]) * by_gap);
             to[c] = capped ? entry * slope_of(decay_of(x[c], twice_over_cap), scale) : entry;
         }
     }

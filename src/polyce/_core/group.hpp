@@ -22,9 +22,10 @@ struct Lanes {
     // Where the pivot is the largest class: the label, and its logit.
     alignas(64) std::int64_t label[width];
     alignas(64) T label_logit[width];
-    // Where lse or entropy have cotangents: those of each row, and what multiplies exp(t)·(-t).
+    // Where lse or entropy have cotangents: those of each row, and what they multiply exp(t) and
+    // exp(t)·(-t) by.
     alignas(64) double grad_lse[width], grad_entropy[width];
-    alignas(64) T by_gap[width];
+    alignas(64) T more[width], by_gap[width];
 };
 
 template <class T>

@@ -109,7 +109,7 @@ struct Results {
     }
 
     // What the gradient of all three of a row's values is made of: entry c is
-    // (exp(t)·once + exp(t)·(-t)·by_gap - r_c·last), times the slope of a softcap.
+    // (exp(t)·softmax - r_c)·last + exp(t)·more + exp(t)·(-t)·by_gap, times the slope of a softcap.
     void finish_valued() const {
         const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
         const Transform<capped> transform = this->transform;
@@ -122,9 +122,17 @@ struct Results {
             const StatsGradient more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
             const double factor = lane.factor[i], at_pivot = g.at_pivot * factor + more.at_pivot;
             lane.once[i] = T((g.softmax * factor + more.softmax) * own_scale);
+            lane.softmax[i] = T(g.softmax);
+            lane.more[i] = T(more.softmax * own_scale);
             lane.by_gap[i] = T(more.by_gap * own_scale);
             lane.last[i] = T(factor * own_scale);
             lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
+        });
+        if (spread || capped) return;
+        // One factor of the exponentials, as nothing is subtracted from them.
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.softmax[i] = lane.last[i] = T(0);
+            lane.more[i] = lane.once[i];
         });
     }
 
