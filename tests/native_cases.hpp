@@ -187,7 +187,7 @@ struct Case {
     Shape shape;
     int axis = 0;
     Job job;  // everything but the arrays, and the dtypes
-    Bytes logits, target, weight, sample_weight, cotangents;
+    Bytes logits, target, weight, sample_weight, cotangents, grad_lse, grad_entropy;
     Fields fields;
     std::map<std::string, std::vector<double>> expected;
 
@@ -267,6 +267,8 @@ inline Case read_case(const std::string& folder, const std::string& line) {
     }
     c.sample_weight = bytes("sample_weight");
     c.cotangents = bytes("grad_output");
+    c.grad_lse = bytes("grad_lse");
+    c.grad_entropy = bytes("grad_entropy");
     if (c.job.reduction != Reduction::none && !c.cotangents.empty()) c.job.cotangent = load<double>(c.cotangents.data());
     for (const char* name : {"loss", "loss_tol", "grad", "grad_tol", "lse", "lse_tol", "entropy", "entropy_tol"}) {
         c.expected[name] = numbers(bytes(name), formats.at("float64"));
@@ -277,10 +279,12 @@ inline Case read_case(const std::string& folder, const std::string& line) {
 }
 
 // A case large enough for several threads, of made-up numbers.
-inline Case large_case(const std::string& dtype, Shape shape, bool by_labels, double cap) {
+inline Case large_case(
+    const std::string& dtype, Shape shape, bool by_labels, double cap, bool of_stats = false
+) {
     Case c;
     c.name = "large " + dtype + " " + std::to_string(shape[0]) + "x" + std::to_string(shape[1]) +
-             (by_labels ? " labels" : " probabilities") + (cap != 0 ? " capped" : "");
+             (by_labels ? " labels" : " probabilities") + (cap != 0 ? " capped" : "") + (of_stats ? " of stats" : "");
     c.shape = shape;
     c.axis = 1;
     c.fields = {{"kind", by_labels ? "index" : "probability"}, {"dtype", dtype}, {"loss_dtype", dtype},
@@ -316,6 +320,9 @@ inline Case large_case(const std::string& dtype, Shape shape, bool by_labels, do
     } else {
         fill(c.target, product(shape));
     }
+    std::vector<double> cotangents;
+    for (std::int64_t row = 0; of_stats && row < shape[0]; ++row) cotangents.push_back(double(random() % 9) / 4.0 - 1.0);
+    c.grad_lse = c.grad_entropy = stored(cotangents, true);
     return c;
 }
 
@@ -326,6 +333,8 @@ inline std::vector<Case> large_cases() {
         large_case("float32", {70, 3001}, true, 0),
         large_case("bfloat16", {3001, 70}, false, 30),
         large_case("float64", {3001, 70}, false, 0),
+        large_case("float32", {70, 3001}, true, 0, true),
+        large_case("float16", {3001, 70}, true, 0, true),
     };
 }
 

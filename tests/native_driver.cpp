@@ -16,7 +16,6 @@
 #include "account.hpp"
 #include "core.hpp"
 #include "native_cases.hpp"
-#include "native_stats.hpp"
 #include "pool.hpp"
 #include "threads.hpp"
 
@@ -50,7 +49,6 @@ struct Way {
     Gradient gradient = Gradient::apart;
     int threads = 1;
     bool stats = true, fresh = false, streams = false;
-    bool of_stats = false;  // the gradient is also that of lse and entropy
 };
 
 struct Results {
@@ -93,13 +91,13 @@ Results run_case(const Case& c, const Way& way) {
     if (job.reduction == Reduction::none && !c.cotangents.empty()) {
         job.cotangents = reinterpret_cast<const double*>(c.cotangents.data());
     }
+    if (!c.grad_lse.empty()) job.grad_lse = reinterpret_cast<const double*>(c.grad_lse.data());
+    if (!c.grad_entropy.empty()) job.grad_entropy = reinterpret_cast<const double*>(c.grad_entropy.data());
 
     const Placed& grad = way.gradient == Gradient::in_place ? logits : apart;
     if (way.gradient == Gradient::apart || way.gradient == Gradient::in_place) {
         grad.describe(job.grad, c.axis);
     }
-    const StatsCotangents cotangents(job.rows);
-    if (way.of_stats) job.grad_lse = cotangents.lse.data(), job.grad_entropy = cotangents.entropy.data();
     job.fresh = way.fresh;
     job.streams = way.streams;
     const int arithmetic = c.wide() ? 8 : 4;
@@ -191,23 +189,6 @@ void check_log_softmax(const Case& c, const Layout& layout) {
     tell(largest_sum < allowed, c.name + ": log_softmax adds up to 1 ± " + std::to_string(largest_sum));
 }
 
-void check_stats_gradient(const Case& c) {
-    const Case with_stats = with_stats_gradient(c);
-    const Layout transposed{true, false, 1, 0}, backwards{false, true, 2, 1};
-    const std::vector<Way> ways = {
-        {"C order", {}},
-        {"transposed, in place", transposed, Gradient::in_place},
-        {"backwards, every second", backwards, Gradient::apart, 2},
-        {"from what was saved", {}, Gradient::from_saved},
-        {"without stats", {}, Gradient::apart, 1, false},
-    };
-    for (Way way : ways) {
-        way.name += ", with the gradients of lse and entropy";
-        way.of_stats = true;
-        check_answers(with_stats, way, run_case(c, way));
-    }
-}
-
 void check_case(const Case& c) {
     const Way plain{"C order"};
     const Results base = run_case(c, plain);
@@ -231,7 +212,6 @@ void check_case(const Case& c) {
         {"without stats, transposed", transposed, Gradient::apart, 1, false},
     };
     for (const Way& way : others) check_answers(c, way, run_case(c, way));
-    check_stats_gradient(c);
     for (const Layout& layout : {Layout{}, transposed, odd}) check_log_softmax(c, layout);
 }
 
@@ -241,11 +221,6 @@ void check_large(const Case& c) {
         const Layout layout{transposed, false, 1, 0};
         const std::string order = transposed ? ", transposed" : "";
         const Results one = run_case(c, {"1 thread" + order, layout});
-        Way of_stats{"of lse and entropy, 1 thread" + order, layout};
-        of_stats.of_stats = true;
-        const Results alone = run_case(c, of_stats);
-        of_stats.threads = 3;
-        check_same_bits(c, of_stats, alone, run_case(c, of_stats), true);
         std::vector<Way> ways = {
             {"2 threads" + order, layout, Gradient::apart, 2},
             {"5 threads, fresh" + order, layout, Gradient::apart, 5, true, true},
