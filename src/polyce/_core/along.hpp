@@ -13,8 +13,9 @@ struct Along : Sums<T, capped> {
     using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
     using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of;
-    using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_coefficients, Blocks<T>::largest;
+    using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
+    using Sums<T, capped>::missing, Sums<T, capped>::scale;
     using Sums<T, capped>::pitch, Sums<T, capped>::blocks, Sums<T, capped>::streams, Sums<T, capped>::keeps;
     using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::is_simple, Sums<T, capped>::reference;
     using Sums<T, capped>::read_gaps, Sums<T, capped>::transform, Sums<T, capped>::sum;
@@ -50,12 +51,10 @@ struct Along : Sums<T, capped> {
             T* const to = writes_direct && !streams ? reinterpret_cast<T*>(place) : gaps;
             if (!is_counted(i)) {
                 for (int c = 0; c < count; ++c) to[c] = T(0);
-            } else if (results.multiplies && has_kept(i, start)) {
-                multiply_kept(i, start, count, to);
+            } else if (keeps) {
+                write_kept(i, row, start, count, to);
             } else {
-                const T* x = direct ? reinterpret_cast<const T*>(row + start * job.logits.class_stride)
-                                    : read(row, start, count);
-                compute_gradient(i, x, probabilities, start, count, to);
+                compute_gradient(i, logits_from(row, start, count), probabilities, start, count, to);
             }
             if (streams) {
                 char* packed = reinterpret_cast<char*>(copy);
@@ -71,18 +70,44 @@ struct Along : Sums<T, capped> {
         }
     }
 
-    // Whether a block's exponentials are those of all classes but the pivot.
-    bool has_kept(int i, std::int64_t start) const {
-        const auto is_complete = [](T reference) { return reference == reference; };
-        return keeps && (is_short(job) || is_complete(references[i * blocks + start / block]));
-    }
-
     // What exponentials of a block that were kept are multiplied by in place of those of the row.
     T carried(T factor, int i, std::int64_t start) const {
         if (is_short(job)) return factor;
         const double own = double(references[i * blocks + start / block]);
         const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
         return T(double(factor) * exp_negative_full(moved));
+    }
+
+    const T* logits_from(const char* row, std::int64_t start, int count) const {
+        return direct ? reinterpret_cast<const T*>(row + start * job.logits.class_stride) : read(row, start, count);
+    }
+
+    // From exponentials that were kept, and the one that was not.
+    void write_kept(int i, const char* row, std::int64_t start, int count, T* to) const {
+        const int place = results.at_top ? int(missing[i * blocks + start / block]) : -1;
+        // Before the gradient is written, which may be over it.
+        const T logit = place < 0 ? T(0) : read_one(job.logits, row, start + place);
+        if (results.multiplies) {
+            multiply_kept(i, start, count, to);
+        } else {
+            combine_kept(i, logits_from(row, start, count), start, count, to);
+        }
+        if (place < 0) return;
+        const T gap = (logit - reference(lane.rest_max[i])) * scale, e = exp_negative(gap);
+        to[place] = e * lane.once[i] + (results.multiplies ? T(0) : weighted_gap(e, gap) * lane.by_gap[i]);
+    }
+
+    // For an entropy with a cotangent. Beyond the bound there is no exponential, and an infinite gap
+    // would leave a nan.
+    void combine_kept(int i, const T* x, std::int64_t start, int count, T* to) const {
+        const T m = reference(lane.rest_max[i]), bound = Exp<T>::lowest / scale;
+        const T once = carried(lane.once[i], i, start), by_gap = carried(lane.by_gap[i], i, start) * scale;
+        const T* const e = numbers + i * pitch + start;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T gap = x[c] - m;
+            to[c] = e[c] * (once - (bound > gap ? bound : gap) * by_gap);
+        }
     }
 
     void multiply_kept(int i, std::int64_t start, int count, T* to) const {
@@ -122,13 +147,6 @@ struct Along : Sums<T, capped> {
     // The gradient of loss, lse and entropy.
     void compute_valued(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
-        if (has_kept(i, start)) {
-            const T once = carried(lane.once[i], i, start), by_gap = carried(lane.by_gap[i], i, start);
-            const T* const e = numbers + i * pitch + start;
-            POLYCE_SIMD
-            for (int c = 0; c < count; ++c) to[c] = e[c] * once + weighted_gap(e[c], (x[c] - m) * scale) * by_gap;
-            return;
-        }
         read_gaps(x, count, m);
         read_coefficients_or_none(probabilities, start, count);
         const T softmax = lane.softmax[i], last = lane.last[i], more = lane.more[i], by_gap = lane.by_gap[i];

@@ -36,8 +36,9 @@ struct Sums : Blocks<T> {
 
     Results<T, capped> results;
     // Scratch: what the exponents of a block are; rows, each `pitch` after the one before it; what the
-    // exponentials of each block refer to.
-    T *gaps, *numbers, *references;
+    // exponentials of each block refer to, and the place of one that is not among them as its class
+    // was the largest until another block, or -1.
+    T *gaps, *numbers, *references, *missing;
     std::int64_t pitch, blocks;
     bool streams, keeps;
     T scale, cap, twice_over_cap;
@@ -45,6 +46,7 @@ struct Sums : Blocks<T> {
     Sums(const Job& job, char* scratch)
         : Blocks<T>(job, scratch), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
           numbers(gaps + block + pack_size), references(numbers + numbers_in_scratch(job)),
+          missing(references + references_in_scratch(job)),
           pitch(padded(job.classes)), blocks(blocks_of(job)),
           streams(streams_rows(job)),
           keeps(keeps_exponentials(job)), scale(T(job.scale)), cap(T(job.cap)),
@@ -87,9 +89,13 @@ struct Sums : Blocks<T> {
         return (in_group > together ? in_group : together) * padded(job.classes) + pack_size;
     }
 
+    static std::int64_t references_in_scratch(const Job& job) {
+        return keeps_exponentials(job) ? rows_in_group(job) * blocks_of(job) : 0;
+    }
+
     static std::int64_t scratch_bytes(const Job& job) {
-        const std::int64_t references = keeps_exponentials(job) ? rows_in_group(job) * blocks_of(job) : 0;
-        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) + references;
+        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) +
+                                   2 * references_in_scratch(job);
         return Group<T>::lanes_bytes + count * std::int64_t(sizeof(T));
     }
 
@@ -215,8 +221,7 @@ struct Sums : Blocks<T> {
             T most = largest_of(largest_lanes(x, full));
             if (finds && (start == 0 || double(most) > s.pivot_logit)) {
                 const RowState before = s;
-                // Where the class was kept apart that no longer is, its exponential is missing.
-                if (start && keeps) references[i * blocks + pivot / block] = std::numeric_limits<T>::quiet_NaN();
+                if (start && keeps) missing[i * blocks + pivot / block] = T(pivot % block);
                 s.pivot_logit = double(most);
                 pivot = start + (most > -infinity<T> ? first_equal(x, count, most) : 0);
                 x = without(pivot, x, row, start, count);
@@ -228,7 +233,7 @@ struct Sums : Blocks<T> {
                 if (wants_first()) lane.first[i] = start + first_equal(x, count, most);
             }
             const T m = reference(T(s.rest_max));
-            if (keeps) references[i * blocks + start / block] = m;
+            if (keeps) references[i * blocks + start / block] = m, missing[i * blocks + start / block] = T(-1);
             if (is_simple(job)) {
                 T* const to = numbers + i * pitch + start;
                 with_choices([&](auto keep, auto scaled) {

@@ -80,18 +80,28 @@ def run(
     found = None
     if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
-    readable = _readable(own, problem, operands)
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row, of_lse, of_entropy = (
+        _readable(own, problem, operands)
+    )
     bad_row = kernel(problem).run(
-        **readable,
+        logits=logits,
+        target=target,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
         losses=losses,
         stats=found,
         saved=saved,
+        cotangent=cotangent,
+        by_row=by_row,
+        grad_lse=of_lse,
+        grad_entropy=of_entropy,
         grad=grad,
         fresh=fresh,
         backward=False,
     )
     if bad_row is not None:
-        raise _bad_label(problem, readable["target"], bad_row)
+        raise _bad_label(problem, target, bad_row)
     return losses if by_rows else own.scalar(losses), found
 
 
@@ -99,25 +109,35 @@ def run_backward(
     own: ArrayAccess, problem: Problem, operands: Operands, saved: Any, grad: Any, *, fresh: bool
 ) -> None:
     """Write the gradient, from what a forward pass has `saved` of the rows, if it has."""
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row, of_lse, of_entropy = (
+        _readable(own, problem, operands)
+    )
     if saved is not None:
         saved = own.dense("what was saved of the rows", saved, None)
-    readable = _readable(own, problem, operands)
     bad_row = kernel(problem).run(
-        **readable,
+        logits=logits,
+        target=target,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
         losses=None,
         stats=None,
         saved=saved,
+        cotangent=cotangent,
+        by_row=by_row,
+        grad_lse=of_lse,
+        grad_entropy=of_entropy,
         grad=grad,
         fresh=fresh,
         backward=True,
     )
     if bad_row is not None:
-        raise _bad_label(problem, readable["target"], bad_row)
+        raise _bad_label(problem, target, bad_row)
 
 
-def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[str, Any]:
+def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
-    logits, target, weight, sample_weight, normalizer, cotangent, grad_lse, grad_entropy = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
     if problem.kind == "index":
         target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
@@ -136,21 +156,22 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[st
     elif type(cotangent) is not float and problem.options.reduction == "none" and cotangent.ndim:
         by_row = True
         cotangent = own.dense("grad_output", cotangent, problem.row_dtype)
-    if grad_lse is not None:
-        grad_lse = own.dense("grad_lse", grad_lse, problem.row_dtype)
-    if grad_entropy is not None:
-        grad_entropy = own.dense("grad_entropy", grad_entropy, problem.row_dtype)
-    return {
-        "logits": logits,  # the path takes none whose bytes are in another order
-        "target": target,
-        "weight": weight,
-        "sample_weight": sample_weight,
-        "normalizer": normalizer,
-        "cotangent": cotangent,
-        "by_row": by_row,
-        "grad_lse": grad_lse,
-        "grad_entropy": grad_entropy,
-    }
+    if of_lse is not None:
+        of_lse = own.dense("grad_lse", of_lse, problem.row_dtype)
+    if of_entropy is not None:
+        of_entropy = own.dense("grad_entropy", of_entropy, problem.row_dtype)
+    # The path takes no logits whose bytes are in another order.
+    return (
+        logits,
+        target,
+        weight,
+        sample_weight,
+        normalizer,
+        cotangent,
+        by_row,
+        of_lse,
+        of_entropy,
+    )
 
 
 def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:
