@@ -83,6 +83,7 @@ int main(int, char** arguments) {
             {"logits", field["dtype"], field["shape"]}, {"target", target, field["target_shape"]},
             {"weight", field["weight_dtype"], ""},      {"grad_output", "float64", field["loss_shape"]},
             {"loss", "float64", field["loss_shape"]},   {"loss_tol", "float64", field["loss_shape"]},
+            {"grad_lse", "float64", rows},              {"grad_entropy", "float64", rows},
             {"grad", "float64", field["shape"]},        {"grad_tol", "float64", field["shape"]},
             {"sample_weight", "float64", rows},         {"prediction", "int64", rows},
             {"lse", "float64", rows},                   {"lse_tol", "float64", rows},

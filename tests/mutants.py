@@ -11,7 +11,8 @@ import pytest
 
 from polyce.arrays import numpy
 from polyce.call.problem import Problem
-from polyce.formula import rows, rowstate, stats, targets, transform, whole
+from polyce.formula import rowgradient, rows, rowstate, stats, targets, transform, whole
+from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.implementations import registry
@@ -47,10 +48,15 @@ class Mutant:
         return losses, self.changed(found)
 
     def forward_backward(
-        self, problem: Problem, plan: Plan, cotangent: Any, logits: Any
+        self,
+        problem: Problem,
+        plan: Plan,
+        cotangent: Any,
+        logits: Any,
+        of_stats: StatsCotangents,
     ) -> tuple[Any, Any, Any]:
         call = self.call(problem, plan) if self.call else (problem, plan)
-        losses, grad, found = RIGHT(*call, cotangent, logits)
+        losses, grad, found = RIGHT(*call, cotangent, logits, of_stats)
         losses = self.losses(problem, plan, logits, losses) if self.losses else losses
         grad = self.grad(problem, plan, logits, grad) if self.grad else grad
         return losses, grad, self.changed(found)
@@ -64,7 +70,9 @@ class Mutant:
         def cross_entropy(*call: Any) -> Any:
             return whole.cross_entropy(*call, self.forward)
 
-        path = Implementation("mutant", cross_entropy, whole.cross_entropy_with_grad)
+        path = Implementation(
+            "mutant", cross_entropy, whole.cross_entropy_with_grad, takes_grad_stats=True
+        )
         monkeypatch.setattr(registry, "TABLE", (path, *registry.TABLE))
         monkeypatch.setattr(rows, "forward_backward", self.forward_backward)
         if self.patch is not None:
@@ -238,6 +246,11 @@ def unasked(true: Any, *values: Any) -> Any:
     return given._replace(correct=given.valid) if given.correct is None else given
 
 
+def stats_cotangents(**values: Any) -> Patch:
+    """Drop the cotangent of a stat."""
+    return swapped(rows, "stats_cotangents", lambda true, *given: true(*given)._replace(**values))
+
+
 OPTION_MUTANTS = {
     "sample-weight-dropped": Mutant(
         "combined", call=lambda p, plan: (p, plan._replace(sample_weight=None))
@@ -269,7 +282,9 @@ OPTION_MUTANTS = {
     "z-loss-without-gradient": Mutant(
         "combined",
         patch=swapped(
-            rowstate, "gradient", lambda true, *values, **more: true(*values[:-1], **more)
+            rowgradient,
+            "gradient",
+            lambda true, *values, **more: true(*values[:-2], None, values[-1], **more),
         ),
     ),
     "z-loss-inexact": Mutant("transform", patch=swapped(rowstate, "loss", inexact_lse_square)),
@@ -311,6 +326,11 @@ OPTION_MUTANTS = {
             "finish",
             lambda true, p, *rest: true(p._replace(arithmetic_dtype=np.dtype("float64")), *rest),
         ),
+    ),
+    "entropy-without-gradient": Mutant("grad-stats", patch=stats_cotangents(entropy=None)),
+    "lse-without-gradient": Mutant("grad-stats", patch=stats_cotangents(lse=None)),
+    "entropy-beside-a-label": Mutant(
+        "grad-stats", patch=(targets, "pivot_leads", lambda problem: problem.kind != "index")
     ),
     "no-stats": Mutant("stats", patch=(stats, "finish", lambda p, plan, found: (None,) * 5)),
 }

@@ -1,9 +1,11 @@
-// The inputs of native_driver.cpp: arrays in every memory order, and cases, from files or made up.
+// The inputs of native_driver.cpp: arrays in every memory order, and cases, from files or made up; and
+// how results are compared with what cases expect.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -185,7 +187,7 @@ struct Case {
     Shape shape;
     int axis = 0;
     Job job;  // everything but the arrays, and the dtypes
-    Bytes logits, target, weight, sample_weight, cotangents;
+    Bytes logits, target, weight, sample_weight, cotangents, grad_lse, grad_entropy;
     Fields fields;
     std::map<std::string, std::vector<double>> expected;
 
@@ -265,6 +267,8 @@ inline Case read_case(const std::string& folder, const std::string& line) {
     }
     c.sample_weight = bytes("sample_weight");
     c.cotangents = bytes("grad_output");
+    c.grad_lse = bytes("grad_lse");
+    c.grad_entropy = bytes("grad_entropy");
     if (c.job.reduction != Reduction::none && !c.cotangents.empty()) c.job.cotangent = load<double>(c.cotangents.data());
     for (const char* name : {"loss", "loss_tol", "grad", "grad_tol", "lse", "lse_tol", "entropy", "entropy_tol"}) {
         c.expected[name] = numbers(bytes(name), formats.at("float64"));
@@ -275,10 +279,12 @@ inline Case read_case(const std::string& folder, const std::string& line) {
 }
 
 // A case large enough for several threads, of made-up numbers.
-inline Case large_case(const std::string& dtype, Shape shape, bool by_labels, double cap) {
+inline Case large_case(
+    const std::string& dtype, Shape shape, bool by_labels, double cap, bool of_stats = false
+) {
     Case c;
     c.name = "large " + dtype + " " + std::to_string(shape[0]) + "x" + std::to_string(shape[1]) +
-             (by_labels ? " labels" : " probabilities") + (cap != 0 ? " capped" : "");
+             (by_labels ? " labels" : " probabilities") + (cap != 0 ? " capped" : "") + (of_stats ? " of stats" : "");
     c.shape = shape;
     c.axis = 1;
     c.fields = {{"kind", by_labels ? "index" : "probability"}, {"dtype", dtype}, {"loss_dtype", dtype},
@@ -314,7 +320,59 @@ inline Case large_case(const std::string& dtype, Shape shape, bool by_labels, do
     } else {
         fill(c.target, product(shape));
     }
+    std::vector<double> cotangents;
+    for (std::int64_t row = 0; of_stats && row < shape[0]; ++row) cotangents.push_back(double(random() % 9) / 4.0 - 1.0);
+    c.grad_lse = c.grad_entropy = stored(cotangents, true);
     return c;
+}
+
+// With rows one after the other, then with rows side by side.
+inline std::vector<Case> large_cases() {
+    return {
+        large_case("float16", {70, 3001}, true, 0),
+        large_case("float32", {70, 3001}, true, 0),
+        large_case("bfloat16", {3001, 70}, false, 30),
+        large_case("float64", {3001, 70}, false, 0),
+        large_case("float32", {70, 3001}, true, 0, true),
+        large_case("float16", {3001, 70}, true, 0, true),
+    };
+}
+
+inline bool agrees(double got, double want, double tolerance, double overflow) {
+    if (got == want || (std::isnan(got) && std::isnan(want))) return true;
+    if (std::isinf(got)) {
+        const double most = std::fabs(want) + tolerance;
+        return std::isfinite(want) && std::signbit(got) == std::signbit(want) &&
+               (most >= overflow || std::isinf(most));
+    }
+    return std::fabs(got - want) <= tolerance;
+}
+
+// What is wrong with an array, in words, or nothing.
+inline std::string fault(const Case& c, const std::string& what, const Bytes& found, const Format& format) {
+    const std::vector<double>& want = c.expected.at(what);
+    const auto tolerances = c.expected.find(what + "_tol");
+    const std::vector<double> got = numbers(found, format);
+    for (std::size_t i = 0; i < want.size(); ++i) {
+        const double tolerance = tolerances == c.expected.end() ? 0.0 : tolerances->second.at(i);
+        if (agrees(got.at(i), want[i], tolerance, format.overflow)) continue;
+        char text[200];
+        std::snprintf(text, sizeof text, "%s[%zu]: got %.17g, expected %.17g within %.3g", what.c_str(), i,
+                      got[i], want[i], tolerance);
+        return text;
+    }
+    return "";
+}
+
+// All nans are equal here: which one results is the compiler's choice.
+inline bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
+    if (a == b) return true;
+    const std::size_t size = std::size_t(format.size);
+    for (std::size_t i = 0; i < a.size(); i += size) {
+        if (std::memcmp(&a[i], &b[i], size) == 0) continue;
+        if (!std::isnan(format.read(&a[i])) || !std::isnan(format.read(&b[i]))) return false;
+    }
+    return true;
 }
 
 }  // namespace polyce

@@ -91,6 +91,8 @@ Results run_case(const Case& c, const Way& way) {
     if (job.reduction == Reduction::none && !c.cotangents.empty()) {
         job.cotangents = reinterpret_cast<const double*>(c.cotangents.data());
     }
+    if (!c.grad_lse.empty()) job.grad_lse = reinterpret_cast<const double*>(c.grad_lse.data());
+    if (!c.grad_entropy.empty()) job.grad_entropy = reinterpret_cast<const double*>(c.grad_entropy.data());
 
     const Placed& grad = way.gradient == Gradient::in_place ? logits : apart;
     if (way.gradient == Gradient::apart || way.gradient == Gradient::in_place) {
@@ -125,37 +127,11 @@ Results run_case(const Case& c, const Way& way) {
             prediction.elements(), correct.elements(), valid.elements()};
 }
 
-bool agrees(double got, double want, double tolerance, double overflow) {
-    if (got == want || (std::isnan(got) && std::isnan(want))) return true;
-    if (std::isinf(got)) {
-        const double most = std::fabs(want) + tolerance;
-        return std::isfinite(want) && std::signbit(got) == std::signbit(want) &&
-               (most >= overflow || std::isinf(most));
-    }
-    return std::fabs(got - want) <= tolerance;
-}
-
 int passed = 0, failed = 0;
 
 void tell(bool fine, const std::string& text) {
     ++(fine ? passed : failed);
     if (!fine) std::printf("FAILED %s %s\n", isa_name(), text.c_str());
-}
-
-// What is wrong with an array, in words, or nothing.
-std::string fault(const Case& c, const std::string& what, const Bytes& found, const Format& format) {
-    const std::vector<double>& want = c.expected.at(what);
-    const auto tolerances = c.expected.find(what + "_tol");
-    const std::vector<double> got = numbers(found, format);
-    for (std::size_t i = 0; i < want.size(); ++i) {
-        const double tolerance = tolerances == c.expected.end() ? 0.0 : tolerances->second.at(i);
-        if (agrees(got.at(i), want[i], tolerance, format.overflow)) continue;
-        char text[200];
-        std::snprintf(text, sizeof text, "%s[%zu]: got %.17g, expected %.17g within %.3g", what.c_str(), i,
-                      got[i], want[i], tolerance);
-        return text;
-    }
-    return "";
 }
 
 void check_answers(const Case& c, const Way& way, const Results& found) {
@@ -170,17 +146,6 @@ void check_answers(const Case& c, const Way& way, const Results& found) {
         text += fault(c, "valid", found.valid, formats.at("uint8"));
     }
     tell(text.empty(), c.name + ", " + way.name + ": " + text);
-}
-
-// All nans are equal here: which one results is the compiler's choice.
-bool same_bits(const Bytes& a, const Bytes& b, const Format& format) {
-    if (a == b) return true;
-    const std::size_t size = std::size_t(format.size);
-    for (std::size_t i = 0; i < a.size(); i += size) {
-        if (std::memcmp(&a[i], &b[i], size) == 0) continue;
-        if (!std::isnan(format.read(&a[i])) || !std::isnan(format.read(&b[i]))) return false;
-    }
-    return true;
 }
 
 std::string difference(const Case& c, const Results& a, const Results& b, bool with_grad) {
@@ -355,16 +320,6 @@ void check_account() {
     tell(account.allows_help(), "account: a good time allows for a loss");
     account.book(-1);
     tell(!account.allows_help(), "account: however long, for 10 ms of it");
-}
-
-// With rows one after the other, then with rows side by side.
-std::vector<Case> large_cases() {
-    return {
-        large_case("float16", {70, 3001}, true, 0),
-        large_case("float32", {70, 3001}, true, 0),
-        large_case("bfloat16", {3001, 70}, false, 30),
-        large_case("float64", {3001, 70}, false, 0),
-    };
 }
 
 }  // namespace

@@ -217,19 +217,22 @@ def dumped() -> list[Case]:
     """Cases of every dtype, layout and kind of target, some of them with nans and infinities."""
     special = cases(["special"], ["float16", "float32"])[::25]
     groups = ["layouts", "targets", "cotangent", "normalizer"]
+    of_stats = cases(["grad-stats"], ["float16", "float64"])[::7]
     options = cases(["combined", "sample-weight", "stats"], ["float16", "float32"])[::9]
-    return cases(groups) + cases(["shapes"], ["float32"]) + special + options
+    return cases(groups) + cases(["shapes"], ["float32"]) + special + options + of_stats
 
 
 def expected_arrays(case: Case) -> dict[str, Any]:
     """Return a case's arrays as the files hold them, without the tolerances."""
     incoming, weight = case.grad_output, case.sample_weight
+    of_stats = {"grad_lse": case.grad_lse, "grad_entropy": case.grad_entropy}
     stats = case.answer.stats
     found = {
         "logits": case.logits,
         "target": case.target.astype(np.int64) if case.kind == "index" else case.target,
         "weight": case.weight,
         "grad_output": None if incoming is None else np.asarray(incoming, dtype=np.float64),
+        **{name: None if a is None else a.astype(np.float64) for name, a in of_stats.items()},
         "loss": case.answer.loss,
         "grad": case.answer.grad,
         "sample_weight": None if weight is None else weight.astype(np.float64),
@@ -265,7 +268,7 @@ def test_what_is_written_is_read_back(dumped: list[Case], tmp_path: Path) -> Non
         for name in NUMBERS:
             assert fields[name] == (numbers[name].hex() if name in numbers else "-")
         arrays_of_case = expected_arrays(case)
-        for name in ("weight", "sample_weight", "grad_output"):
+        for name in ("weight", "sample_weight", "grad_output", "grad_lse", "grad_entropy"):
             assert (fields[name] is None) == (name not in arrays_of_case)
         for name, array in arrays_of_case.items():
             assert fields[name].dtype == array.dtype

@@ -56,7 +56,7 @@ def loss_and_gradients(torch: Any, function: Callable[..., Any], arrays: dict[st
     loss = found[0] if isinstance(found, tuple) else found
     gradients = torch.autograd.grad(loss.sum(), [arrays[name] for name in names])
     if isinstance(found, tuple):
-        assert not any(array.requires_grad for array in found[1])
+        assert not any(array.requires_grad for array in found[1][2:])
         found = (loss, *found[1])
     return found, gradients
 

@@ -166,23 +166,6 @@ def test_the_new_options_under_transforms(torch: Any) -> None:
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-12, atol=1e-14)
 
 
-def test_stats_are_detached_under_transforms(torch: Any) -> None:
-    x, y = torch.randn((2, 3), dtype=torch.float64), torch.tensor([0, -100])
-
-    def lse(x: Any) -> Any:
-        loss, stats = polyce.cross_entropy(x, y, return_stats=True)
-        return loss + stats.lse[0] + stats.entropy[0], stats
-
-    plain = torch.func.grad(lambda x: polyce.cross_entropy(x, y))(x)
-    gradient, stats = torch.func.grad(lse, has_aux=True)(x)
-    torch.testing.assert_close(gradient, plain)
-    torch.testing.assert_close(stats.lse[0], torch.logsumexp(x[0], 0))
-    assert stats.valid.tolist() == [True, False]
-    torch.testing.assert_close(torch.func.jacfwd(lambda x: lse(x)[0])(x), plain)
-    batched = torch.func.vmap(lambda x: lse(x)[1].lse)(torch.stack((x, 2 * x)))
-    torch.testing.assert_close(batched[:, 0], torch.logsumexp(torch.stack((x, 2 * x))[:, 0], -1))
-
-
 def test_dual_tensors(torch: Any) -> None:
     from torch.autograd import forward_ad
 

@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from polyce.explain import explain, show_versions
 from polyce.formula.stats import Stats
-from polyce.functional import cross_entropy, cross_entropy_with_grad, log_softmax, nll_loss
+from polyce.functional import cross_entropy, cross_entropy_with_grad, nll_loss
 from polyce.implementations.native.threads import get_num_threads, set_num_threads
 from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
 from polyce.loss import CrossEntropyLoss, NLLLoss
+from polyce.values import entropy, log_prob, log_softmax
 from polyce.version import __version__
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "cross_entropy_with_grad",
+    "entropy",
     "explain",
     "get_num_threads",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
+    "log_prob",
     "log_softmax",
     "nll_loss",
     "set_num_threads",

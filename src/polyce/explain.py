@@ -10,8 +10,9 @@ from typing import Any
 
 from polyce.arrays import dtypes, find
 from polyce.call import outputs
+from polyce.call.index import describe_index
 from polyce.call.options import Options, current_reduction, refuse_dim
-from polyce.call.problem import Operands, Problem, describe
+from polyce.call.problem import Operands, Problem, describe, describe_logits
 from polyce.functional import cross_entropy, cross_entropy_with_grad
 from polyce.graphs import rules
 from polyce.implementations import door, registry
@@ -24,6 +25,7 @@ from polyce.linear.functional import (
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
+from polyce.values import any_labels, entropy, log_prob
 from polyce.version import __version__
 
 # Import name, and the distributions that provide it, of each library that polyce works with.
@@ -91,8 +93,8 @@ def explain(
         What the function would be called with, by position and by name.
     function : callable, optional
         The function of the call: `cross_entropy`, the default, which also stands for that of
-        ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy` or
-        `linear_cross_entropy_with_grad`.
+        ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy`,
+        `linear_cross_entropy_with_grad`, `log_prob` or `entropy`.
 
     Returns
     -------
@@ -134,6 +136,8 @@ def explain(
         cross_entropy_with_grad: _of_logits,
         linear_cross_entropy: _of_head,
         linear_cross_entropy_with_grad: _of_head,
+        log_prob: _of_log_prob,
+        entropy: _of_entropy,
     }
     if inner not in explained:
         raise ValueError(
@@ -180,6 +184,54 @@ def _of_logits(
     )
 
 
+def _of_log_prob(
+    function: Callable[..., Any],
+    _: Any,
+    *,
+    input: Any,
+    index: Any,
+    implementation: str | None,
+    **given: Any,
+) -> Explanation:
+    options = Options.taken_from(given)
+    problem, logits, index = describe_index(input, index, options)
+    asked = f"index {problem.target_dtype} {tuple(index.shape)}"
+    # As many classes as may be, they follow from one loss; its labels may be any.
+    return _of_value(function, problem, logits, options, [asked], implementation)
+
+
+def _of_entropy(
+    function: Callable[..., Any],
+    _: Any,
+    *,
+    input: Any,
+    implementation: str | None,
+    **given: Any,
+) -> Explanation:
+    options = Options.taken_from(given)._replace(stats="entropy")
+    problem, logits = describe_logits(input, options)
+    return _of_value(function, problem, logits, options, [], implementation)
+
+
+def _of_value(
+    function: Callable[..., Any],
+    problem: Problem,
+    logits: Any,
+    options: Options,
+    asked: list[str],
+    implementation: str | None,
+) -> Explanation:
+    """Explain the call of `cross_entropy` by which a value of the rows is computed."""
+    options = options._replace(reduction="none", ignore_index=-100, validate=None)
+    inner, _ = describe(logits, any_labels(problem, logits), options=options)
+    parts = [f"logits {inner.logits_dtype_name} {inner.shape}", *asked, *_used(inner)]
+    return Explanation(
+        call=f"{function.__name__} on {inner.backend} / {inner.device}: {', '.join(parts)}",
+        chosen=registry.select(inner, implementation).name,
+        reasons={path.name: path.reasons(inner) for path in registry.TABLE},
+    )
+
+
 def _of_head(
     function: Callable[..., Any], _: Any, *, wrt: str | Sequence[str] = (), **given: Any
 ) -> Explanation:
@@ -214,12 +266,15 @@ def _call(
         parts.append(f"weight {dtypes.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:
         parts.append(f"sample_weight {dtypes.dtype_name(operands.sample_weight)}")
-    for option in problem.options.used:
-        if option != "return_stats":
-            parts.append(f"{option} {getattr(problem.options, option):g}")
+    parts += _used(problem)
     if problem.options.stats is not None:
         parts.append(f"stats {', '.join(problem.options.stats)}")
     return f"{function.__name__} on {problem.backend} / {problem.device}: {', '.join(parts)}"
+
+
+def _used(problem: Problem) -> list[str]:
+    names = [name for name in problem.options.used if name != "return_stats"]
+    return [f"{name} {getattr(problem.options, name):g}" for name in names]
 
 
 def show_versions() -> None:

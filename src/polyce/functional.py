@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from polyce.arrays.plain import is_compiling, is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
-from polyce.call.problem import describe, describe_logits
+from polyce.call.problem import describe
 from polyce.formula import targets
 from polyce.graphs import rules
 from polyce.implementations import door
-from polyce.implementations.registry import select, select_log_softmax
+from polyce.implementations.registry import select
 
 ArrayT = TypeVar("ArrayT")
 
@@ -90,7 +90,8 @@ def cross_entropy(
         logit of -inf stays -inf. No cap by default.
     return_stats : bool or str or tuple of str, default False
         Whether to return statistics of each row too: True for all, or the names of some among
-        'lse', 'entropy', 'prediction' and 'correct'; see `Stats`.
+        'lse', 'entropy', 'prediction' and 'correct'; see `Stats`. On torch and jax the first two
+        have gradients.
     validate : bool, optional
         Whether to check that class indices are in range. By default concrete arrays on a CPU are
         checked; elsewhere the loss and gradient of a row with a bad one are nan. True checks arrays
@@ -187,6 +188,7 @@ def cross_entropy_with_grad(
     dim: None = None,
     grad_output: Any = None,
     out: Any = None,
+    grad_stats: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     r"""Compute the softmax cross-entropy and its gradient with respect to the logits.
 
@@ -196,7 +198,9 @@ def cross_entropy_with_grad(
     .. math:: g v \, \big( (\sum_c r_c + 2 λ \, \mathrm{lse}) \, \mathrm{softmax}(x) - r \big) / D
 
     with D what the mean divides by (1 for the other reductions), times the derivative of x by the
-    logit if there is a scale or a softcap.
+    logit if there is a scale or a softcap. With `grad_stats` the gradients of lse and entropy are
+    added: :math:`g_\mathrm{lse} \, p` and :math:`g_H \, p_c \, (\mathrm{lse} - x_c - H)` for the
+    softmax p and its entropy H.
 
     Parameters
     ----------
@@ -214,6 +218,11 @@ def cross_entropy_with_grad(
         Where the gradient is written: a writable array of input's shape and dtype, on its device;
         `input` itself, or memory that no argument uses. Labels are checked before anything is
         written.
+    grad_stats : mapping, optional
+        The gradients with respect to stats that `return_stats` asks for: 'lse', 'entropy' or both,
+        each with an array of the rows' shape (a number where there is one row without axes). The
+        gradient returned is the sum of theirs and that of the loss, which `grad_output` of 0
+        leaves out. Rows that do not count pass nothing back.
 
     Returns
     -------
@@ -240,13 +249,22 @@ def cross_entropy_with_grad(
     >>> loss, grad = polyce.cross_entropy_with_grad(logits, np.array([2]), out=logits)
     >>> print(grad is logits, logits)
     True [[ 0.25  0.25 -0.75  0.25]]
+    >>> loss, grad, stats = polyce.cross_entropy_with_grad(
+    ...     np.zeros((1, 4)),
+    ...     np.array([2]),
+    ...     grad_output=0.0,
+    ...     return_stats="lse",
+    ...     grad_stats={"lse": np.array([1.0])},
+    ... )
+    >>> print(grad)
+    [[0.25 0.25 0.25 0.25]]
     """
     given = (
         input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing,
         axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
         return_stats, validate, implementation, dim, grad_output, out,
     )  # fmt: skip
-    if not is_traced() and (answer := door.cross_entropy_with_grad(given)) is not None:
+    if grad_stats is None and not is_traced() and (answer := door.cross_entropy_with_grad(given)):
         return answer
     if dim is not None:
         raise refuse_dim()
@@ -254,7 +272,7 @@ def cross_entropy_with_grad(
         axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
         z_loss, logit_scale, logit_softcap, return_stats, validate,
     )  # fmt: skip
-    if is_compiling() and out is None:
+    if is_compiling() and out is None and grad_stats is None:
         from polyce.implementations import torch_compiled
 
         arrays = input, target, weight, sample_weight, normalizer
@@ -270,6 +288,7 @@ def cross_entropy_with_grad(
         normalizer,
         Options(*options),
         grad_output=grad_output,
+        grad_stats=grad_stats,
     )
     chosen = select(problem, implementation)
     operands = rules.of(problem.backend).detach(operands)
@@ -344,52 +363,3 @@ def nll_loss(
     with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))
-
-
-def log_softmax(
-    input: ArrayT,
-    axis: int | None = None,
-    *,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
-    dim: None = None,
-) -> ArrayT:
-    """Compute the logarithm of the softmax, in nats, along the class axis.
-
-    Entry c of a row x is x_c - log Σ exp(x_c), accurate near 0 too: the log-probability of a
-    nearly certain class keeps all its digits.
-
-    Parameters
-    ----------
-    input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
-        Logits, in float16, bfloat16, float32 or float64.
-    axis : int, optional
-        The class axis; 1 by default, or 0 if there is only one, as for `cross_entropy`.
-    logit_scale, logit_softcap, dim
-        As for `cross_entropy`: x is what the first two make of the logits.
-
-    Returns
-    -------
-    array
-        Of input's shape and dtype.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `cross_entropy` does.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import polyce
-    >>> print(polyce.log_softmax(np.array([0.0, 40.0])))
-    [-4.00000000e+01 -4.24835426e-18]
-    """
-    if dim is not None:
-        raise refuse_dim()
-    problem, logits = describe_logits(
-        input, Options(axis, logit_scale=logit_scale, logit_softcap=logit_softcap)
-    )
-    compute = select_log_softmax(problem)
-    with problem.library.computing({"input": logits}):
-        return rules.of(problem.backend).log_softmax(problem, logits, compute)

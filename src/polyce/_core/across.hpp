@@ -81,14 +81,12 @@ struct Across : Pivots<T> {
         for (int c = 0; c < count; ++c) {
             const T* x = logits + c * pitch;
             T* t = gaps + c * pitch;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                if constexpr (capped) {
-                    t[i] = capped_gap(x[i], lane.m[i], lane.decay[i], scale, cap);
-                } else {
-                    t[i] = (x[i] - lane.m[i]) * scale;
-                }
-            });
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = gap_of(x[i], lane.m[i], lane.decay[i], scale, cap); });
         }
+    }
+
+    static POLYCE_INLINE T gap_of(T x, T m, T decay, T scale, T cap) {
+        return capped ? capped_gap(x, m, decay, scale, cap) : (x - m) * scale;
     }
 
     void exponentials(int count) const {
@@ -110,21 +108,24 @@ struct Across : Pivots<T> {
         });
     }
 
-    void add_entropy(int count) {
-        const T* const t = gaps;
-        add(count, lane.rest_entropy, lane.lost_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
-            return each_part(entropy_of, load(t + at));
-        });
-    }
-
     // Whether the sums need what the exponents are, before the exponentials take its place.
-    bool needs_gaps() const { return capped || results.spread || job.stats.entropy; }
+    bool needs_gaps() const { return capped || results.spread || needs_entropy(job); }
 
-    // Adds the exponentials; leaves them in `gaps`.
+    // Adds the exponentials, and what they make of the entropy; leaves them in `gaps`.
     void add_exponentials(int count) {
         T* const t = gaps;
         const T* const x = logits;
         const T scale = this->scale;
+        if (needs_entropy(job)) {
+            add(count, lane.rest_entropy, lane.lost_entropy, [&](int, int at) POLYCE_INLINE_LAMBDA {
+                const Pack<T> gap = load(t + at);
+                const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, gap);
+                store(t + at, e);
+                return each_part(weighted_gap, e, gap);
+            });
+            add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA { return load(t + at); });
+            return;
+        }
         if (needs_gaps()) {
             add(count, lane.rest_sum, lane.lost_sum, [&](int, int at) POLYCE_INLINE_LAMBDA {
                 const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, load(t + at));
@@ -154,7 +155,6 @@ struct Across : Pivots<T> {
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
             refer_to(lane.rest_max);
             if (needs_gaps()) read_gaps(count);
-            if (job.stats.entropy) add_entropy(count);
             if (results.spread) add_coefficients(start, count);
             add_exponentials(count);
         });
@@ -177,8 +177,10 @@ struct Across : Pivots<T> {
                 exponentials(count);
                 if (results.spread) fill_coefficients(start, count);
             }
-            if (results.plain && !capped) {
+            if (results.multiplies) {
                 multiply(count);
+            } else if (results.valued) {
+                for (int c = 0; c < count; ++c) compute_valued(c);
             } else {
                 for (int c = 0; c < count; ++c) compute_gradient(c);
             }
@@ -217,8 +219,24 @@ struct Across : Pivots<T> {
         });
     }
 
+    // The same for a class, as the gradient of loss, lse and entropy.
+    void compute_valued(int c) const {
+        const T scale = this->scale, cap = this->cap, twice_over_cap = this->twice_over_cap;
+        const T *x = logits + c * pitch, *r = coefficients + c * pitch;
+        T* t = gaps + c * pitch;
+        const bool spread = results.spread;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            const T gap = gap_of(x[i], lane.m[i], lane.decay[i], scale, cap);
+            T entry = (t[i] * lane.softmax[i] - (spread ? r[i] : T(0))) * lane.last[i];
+            entry = entry + (t[i] * lane.more[i] + weighted_gap(t[i], gap) * lane.by_gap[i]);
+            if constexpr (capped) entry = entry * slope_of(decay_of(x[i], twice_over_cap), scale);
+            entry = lane.kept[i] == T(0) ? T(0) : entry;
+            t[i] = lane.place[i] == T(c) ? lane.at_pivot[i] : entry;
+        });
+    }
+
     bool is_pair() const {
-        return sizeof(T) == 4 && !capped && results.plain && job.classes == 2;
+        return sizeof(T) == 4 && !capped && results.plain && !results.valued && job.classes == 2;
     }
 
     // The sum of the losses of one tile of rows.

@@ -13,10 +13,11 @@ struct Along : Sums<T, capped> {
     using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
     using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of;
-    using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_coefficients, Blocks<T>::largest;
+    using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
+    using Sums<T, capped>::missing, Sums<T, capped>::scale;
     using Sums<T, capped>::pitch, Sums<T, capped>::blocks, Sums<T, capped>::streams, Sums<T, capped>::keeps;
-    using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::reference;
+    using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::is_simple, Sums<T, capped>::reference;
     using Sums<T, capped>::read_gaps, Sums<T, capped>::transform, Sums<T, capped>::sum;
     using Sums<T, capped>::Sums;
 
@@ -35,7 +36,7 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient() {
-        if (keeps && is_short(job) && writes_direct && !streams) return write_short();
+        if (keeps && is_simple(job) && is_short(job) && writes_direct && !streams) return write_short();
         for (int i = 0; i < rows; ++i) write_gradient(i);
         if (streams) end_streaming();
     }
@@ -51,11 +52,9 @@ struct Along : Sums<T, capped> {
             if (!is_counted(i)) {
                 for (int c = 0; c < count; ++c) to[c] = T(0);
             } else if (keeps) {
-                multiply_kept(i, start, count, to);
+                write_kept(i, row, start, count, to);
             } else {
-                const T* x = direct ? reinterpret_cast<const T*>(row + start * job.logits.class_stride)
-                                    : read(row, start, count, -1);
-                compute_gradient(i, x, probabilities, start, count, to);
+                compute_gradient(i, logits_from(row, start, count), probabilities, start, count, to);
             }
             if (streams) {
                 char* packed = reinterpret_cast<char*>(copy);
@@ -71,13 +70,48 @@ struct Along : Sums<T, capped> {
         }
     }
 
-    void multiply_kept(int i, std::int64_t start, int count, T* to) const {
-        T f = lane.once[i];
-        if (!is_short(job)) {
-            const double own = double(references[i * blocks + start / block]);
-            const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
-            f = T(double(f) * exp_negative_full(moved));
+    // What exponentials of a block that were kept are multiplied by in place of those of the row.
+    T carried(T factor, int i, std::int64_t start) const {
+        if (is_short(job)) return factor;
+        const double own = double(references[i * blocks + start / block]);
+        const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
+        return T(double(factor) * exp_negative_full(moved));
+    }
+
+    const T* logits_from(const char* row, std::int64_t start, int count) const {
+        return direct ? reinterpret_cast<const T*>(row + start * job.logits.class_stride) : read(row, start, count);
+    }
+
+    // From exponentials that were kept, and the one that was not.
+    void write_kept(int i, const char* row, std::int64_t start, int count, T* to) const {
+        const int place = results.at_top ? int(missing[i * blocks + start / block]) : -1;
+        // Before the gradient is written, which may be over it.
+        const T logit = place < 0 ? T(0) : read_one(job.logits, row, start + place);
+        if (results.multiplies) {
+            multiply_kept(i, start, count, to);
+        } else {
+            combine_kept(i, logits_from(row, start, count), start, count, to);
         }
+        if (place < 0) return;
+        const T gap = (logit - reference(lane.rest_max[i])) * scale, e = exp_negative(gap);
+        to[place] = e * lane.once[i] + (results.multiplies ? T(0) : weighted_gap(e, gap) * lane.by_gap[i]);
+    }
+
+    // For an entropy with a cotangent. Beyond the bound there is no exponential, and an infinite gap
+    // would leave a nan.
+    void combine_kept(int i, const T* x, std::int64_t start, int count, T* to) const {
+        const T m = reference(lane.rest_max[i]), bound = Exp<T>::lowest / scale;
+        const T once = carried(lane.once[i], i, start), by_gap = carried(lane.by_gap[i], i, start) * scale;
+        const T* const e = numbers + i * pitch + start;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T gap = x[c] - m;
+            to[c] = e[c] * (once - (bound > gap ? bound : gap) * by_gap);
+        }
+    }
+
+    void multiply_kept(int i, std::int64_t start, int count, T* to) const {
+        const T f = carried(lane.once[i], i, start);
         map_run(numbers + i * pitch + start, count, to, [&](auto e) POLYCE_INLINE_LAMBDA {
             return e * splat<decltype(e)>(f);
         });
@@ -87,6 +121,7 @@ struct Along : Sums<T, capped> {
     void compute_gradient(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         const T once = lane.once[i], softmax = lane.softmax[i], last = lane.last[i];
+        if (results.valued && !results.multiplies) return compute_valued(i, x, probabilities, start, count, to);
         if (!results.spread && !capped) {
             map_run(x, count, to, [&](auto v) POLYCE_INLINE_LAMBDA {
                 using V = decltype(v);
@@ -95,12 +130,8 @@ struct Along : Sums<T, capped> {
             return;
         }
         read_gaps(x, count, m);
-        T *const r = coefficients, *const t = gaps;
-        if (results.spread) {
-            read_coefficients(probabilities, start, count);
-        } else {
-            for (int c = 0; c < count; ++c) r[c] = T(0);
-        }
+        const T *const r = coefficients, *const t = gaps;
+        read_coefficients_or_none(probabilities, start, count);
         if constexpr (capped) {
             POLYCE_SIMD
             for (int c = 0; c < count; ++c) {
@@ -110,6 +141,29 @@ struct Along : Sums<T, capped> {
         } else {
             POLYCE_SIMD
             for (int c = 0; c < count; ++c) to[c] = (exp_negative(t[c]) * softmax - r[c]) * last;
+        }
+    }
+
+    // The gradient of loss, lse and entropy.
+    void compute_valued(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+        const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
+        read_gaps(x, count, m);
+        read_coefficients_or_none(probabilities, start, count);
+        const T softmax = lane.softmax[i], last = lane.last[i], more = lane.more[i], by_gap = lane.by_gap[i];
+        const T *const r = coefficients, *const t = gaps;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T e = exp_negative(t[c]);
+            const T entry = (e * softmax - r[c]) * last + (e * more + weighted_gap(e, t[c]) * by_gap);
+            to[c] = capped ? entry * slope_of(decay_of(x[c], twice_over_cap), scale) : entry;
+        }
+    }
+
+    void read_coefficients_or_none(const char* probabilities, std::int64_t start, int count) const {
+        if (results.spread) {
+            read_coefficients(probabilities, start, count);
+        } else {
+            std::fill_n(coefficients, count, T(0));
         }
     }
 
@@ -143,7 +197,7 @@ struct Along : Sums<T, capped> {
             const std::int64_t pivot = lane.pivot[i];
             for (std::int64_t start = 0; start < job.classes; start += block) {
                 const int here = count_from(start);
-                read_gaps(read(logits_of(i), start, here, -1), here, top);
+                read_gaps(read(logits_of(i), start, here), here, top);
                 T* const t = gaps;
                 POLYCE_SIMD
                 for (int c = 0; c < here; ++c) t[c] = t[c] - lost;

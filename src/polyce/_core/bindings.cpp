@@ -47,7 +47,8 @@ NB_MODULE(_core, m) {
         .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
-             nb::arg("by_row"), nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
+             nb::arg("by_row"), nb::arg("grad_lse").none(), nb::arg("grad_entropy").none(),
+             nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
              "Compute, and write what has a place; arrays have the buffer protocol, or are torch "
              "tensors on a CPU. Gives the first row with a bad label, where labels are checked; "
              "then nothing was written. A gradient is `fresh` where its memory is "

@@ -62,13 +62,17 @@ struct Blocks : Group<T> {
         store(to + count, filled(-infinity<T>));
     }
 
-    // The same with -inf in the pivot's place, if there is one; not copied where they can stay.
-    const T* read(const char* row, std::int64_t start, int count, std::int64_t pivot) const {
-        const bool holds_pivot = start <= pivot && pivot < start + count;
-        const char* from = row + start * job.logits.class_stride;
-        if (direct && count == block && !holds_pivot) return reinterpret_cast<const T*>(from);
+    // The same; not copied where they can stay.
+    const T* read(const char* row, std::int64_t start, int count) const {
+        if (direct && count == block) return reinterpret_cast<const T*>(row + start * job.logits.class_stride);
         copy_logits(row, start, count, copy);
-        if (holds_pivot) copy[pivot - start] = -infinity<T>;
+        return copy;
+    }
+
+    // Of logits `x` that were read so, a copy with -inf in the pivot's place.
+    const T* without(std::int64_t pivot, const T* x, const char* row, std::int64_t start, int count) const {
+        if (x != copy) copy_logits(row, start, count, copy);
+        copy[pivot - start] = -infinity<T>;
         return copy;
     }
 
@@ -98,7 +102,14 @@ struct Blocks : Group<T> {
     }
 
     static std::int64_t first_equal(const T* x, int count, T value) {
-        for (int i = 0; i < count; ++i) {
+        int i = 0;
+        for (; i + pack_size <= count; i += pack_size) {
+            int found = 0;
+            POLYCE_SIMD_SUM(found)
+            for (int k = 0; k < pack_size; ++k) found += x[i + k] == value ? 1 : 0;
+            if (found) break;
+        }
+        for (; i < count; ++i) {
             if (x[i] == value) return i;
         }
         return 0;
@@ -110,7 +121,7 @@ struct Blocks : Group<T> {
         std::int64_t found = 0;
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = count_from(start);
-            const T* x = read(row, start, count, -1);
+            const T* x = read(row, start, count);
             const T most = largest_of(largest_lanes(x, padded(count)));
             if (most > top) top = most, found = start + first_equal(x, count, most);
         }

@@ -117,10 +117,10 @@ Call::Call(
 std::optional<std::int64_t> Call::run(
     nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
     nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
-    bool by_row, nb::handle grad, bool fresh, bool backward
+    bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad, bool fresh, bool backward
 ) const {
     Job job = job_;
-    Array x, t, g, others[10];
+    Array x, t, g, others[12];
     const char* const wide = job.wide ? "float64" : "float32";
     const int wide_size = job.wide ? 8 : 4;
     x.open(logits, matrix("input", job.logits.dtype));
@@ -159,6 +159,8 @@ std::optional<std::int64_t> Call::run(
     } else {
         job.cotangent = number_of("grad_output", cotangent);
     }
+    job.grad_lse = static_cast<const double*>(rows("grad_lse", grad_lse, "float64", 8, false));
+    job.grad_entropy = static_cast<const double*>(rows("grad_entropy", grad_entropy, "float64", 8, false));
     if (!stats.is_none()) {
         const nb::tuple five = nb::cast<nb::tuple>(stats);
         job.stats.lse = rows("lse", five[0], wide, wide_size, true);

@@ -31,7 +31,7 @@ public:
         nanobind::handle logits, nanobind::handle target, nanobind::handle weight,
         nanobind::handle sample_weight, nanobind::handle normalizer, nanobind::handle losses,
         nanobind::handle stats, nanobind::handle saved, nanobind::handle cotangent, bool by_row,
-        nanobind::handle grad, bool fresh, bool backward
+        nanobind::handle grad_lse, nanobind::handle grad_entropy, nanobind::handle grad, bool fresh, bool backward
     ) const;
     void log_softmax(nanobind::handle logits, nanobind::handle out) const;
     bool saves_rows() const { return job_.classes > 64; }

@@ -22,6 +22,10 @@ struct Lanes {
     // Where the pivot is the largest class: the label, and its logit.
     alignas(64) std::int64_t label[width];
     alignas(64) T label_logit[width];
+    // Where lse or entropy have cotangents: those of each row, and what they multiply exp(t) and
+    // exp(t)·(-t) by.
+    alignas(64) double grad_lse[width], grad_entropy[width];
+    alignas(64) T more[width], by_gap[width];
 };
 
 template <class T>
@@ -122,6 +126,12 @@ private:
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.factor[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * lane.factor[i];
         });
+        if (!job.grad_lse && !job.grad_entropy) return;
+        for (int i = 0; i < used; ++i) {
+            const bool counted = is_counted(i);
+            lane.grad_lse[i] = counted && job.grad_lse ? job.grad_lse[number(i)] : 0.0;
+            lane.grad_entropy[i] = counted && job.grad_entropy ? job.grad_entropy[number(i)] : 0.0;
+        }
     }
 };
 

@@ -69,6 +69,8 @@ struct Job {
     double normalizer = 0;
     double cotangent = 1;                // of the loss
     const double* cotangents = nullptr;  // of each row's, in its place
+    const double* grad_lse = nullptr;      // likewise of each row's lse; null for 0
+    const double* grad_entropy = nullptr;  // and of its entropy
 
     Float result_dtype = Float::f32;
     void* losses = nullptr;       // without reduction: one for each row

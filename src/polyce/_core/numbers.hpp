@@ -34,7 +34,7 @@
 #define POLYCE_FETCH_TO_WRITE(place) __builtin_prefetch(place, 1, 3)
 #endif
 #define POLYCE_SIMD POLYCE_PRAGMA(omp simd)
-#define POLYCE_SIMD_SUM(a, b) POLYCE_PRAGMA(omp simd reduction(+ : a, b))
+#define POLYCE_SIMD_SUM(...) POLYCE_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
 
 namespace polyce::POLYCE_ISA {
 

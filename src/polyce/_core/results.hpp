@@ -16,14 +16,18 @@ struct Results {
     bool at_top;  // the pivot is the class of the largest logit
     bool apart;   // though there are labels, which may be other classes
     bool plain;   // none of these, nor z_loss
+    bool valued;  // the gradient is also that of lse or entropy
+    bool multiplies;  // the gradient's entries are multiples of the exponentials
 
     explicit Results(Group<T>& group)
         : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap},
           spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
-          plain(!spread && !apart && job.z_loss == 0.0) {}
+          plain(!spread && !apart && job.z_loss == 0.0),
+          valued(job.grad.data && (job.grad_lse || job.grad_entropy)),
+          multiplies(!spread && !capped && !job.grad_entropy) {}
 
     // Whether the sums of coefficients and the entropy's are looked at.
-    bool needs_all_sums() const { return !plain || job.stats.valid || job.saved; }
+    bool needs_all_sums() const { return !plain || valued || job.stats.valid || job.saved; }
 
     void begin_sums() const {
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -96,11 +100,40 @@ struct Results {
     }
 
     void finish() const {
-        if (job.grad.data) {
+        if (job.grad.data && !valued) {
             plain ? finish<true, true>() : finish<true, false>();
         } else {
             plain ? finish<false, true>() : finish<false, false>();
+            if (valued) finish_valued();
         }
+    }
+
+    // What the gradient of all three of a row's values is made of: entry c is
+    // (exp(t)·softmax - r_c)·last + exp(t)·more + exp(t)·(-t)·by_gap, times the slope of a softcap.
+    void finish_valued() const {
+        const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
+        const Transform<capped> transform = this->transform;
+        const bool at_top = this->at_top;
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            const RowState s = state(i);
+            const RowScalars found = scalars(transform, s, sizeof(T) == 8);
+            const double penalty = z_loss == 0.0 ? 0.0 : z_loss * lane.label_weight[i];
+            const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), at_top, sizeof(T) == 8);
+            const StatsGradient more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
+            const double factor = lane.factor[i], at_pivot = g.at_pivot * factor + more.at_pivot;
+            lane.once[i] = T((g.softmax * factor + more.softmax) * own_scale);
+            lane.softmax[i] = T(g.softmax);
+            lane.more[i] = T(more.softmax * own_scale);
+            lane.by_gap[i] = T(more.by_gap * own_scale);
+            lane.last[i] = T(factor * own_scale);
+            lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
+        });
+        if (spread || capped) return;
+        // One factor of the exponentials, as nothing is subtracted from them.
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.softmax[i] = lane.last[i] = T(0);
+            lane.more[i] = lane.once[i];
+        });
     }
 
     // What the label's entry of the gradient is, where the label is not the pivot.
@@ -110,7 +143,9 @@ struct Results {
         const RowScalars found = scalars(transform, s, sizeof(T) == 8);
         const double penalty = penalty_of(job, lane.label_weight[i]);
         const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true, sizeof(T) == 8);
-        return T(label_apart(i).gradient(transform, s, g) * lane.factor[i]);
+        StatsGradient more;
+        if (valued) more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
+        return T(label_apart(i).gradient(transform, s, g, lane.factor[i], more));
     }
 
     LabelApart label_apart(int i) const {

@@ -109,11 +109,8 @@ inline constexpr auto excess_of = [](auto r, auto gap) POLYCE_INLINE_LAMBDA {
     using V = decltype(gap);
     return (r == V{}) & (gap == splat<V>(-infinity<typename Number<V>::Element>)) ? V{} : r * -gap;
 };
-inline constexpr auto entropy_of = [](auto gap) POLYCE_INLINE_LAMBDA {
-    using V = decltype(gap);
-    const V e = exp_negative(gap);
-    return e == V{} ? V{} : -gap * e;
-};
+// Of its exponential too. Beyond the bound there is none, and an infinite gap would leave a nan.
+inline constexpr auto weighted_gap = [](auto e, auto gap) POLYCE_INLINE_LAMBDA { return -bounded(gap) * e; };
 
 // A part of a row: sums over the classes besides the pivot, as in rowstate.py.
 struct RowState {
@@ -181,23 +178,48 @@ POLYCE_INLINE RowGradient row_gradient(
     const double near = total * at_pivot_probability, away = total * (s.rest_sum * factor);
     const double near_size = magnitude(near) + magnitude(s.pivot_coefficient);
     const double away_size = magnitude(away) + magnitude(s.rest_coefficient);
-    const bool is_larger = at_top ? near_size > away_size : magnitude(total) < infinity<double>;
+    // Without a branch, which would keep compilers from doing many rows at once.
+    const bool is_larger = (at_top & (near_size > away_size)) | (!at_top & (magnitude(total) < infinity<double>));
     double at_pivot = is_larger ? s.rest_coefficient - away : near - s.pivot_coefficient;
     const double pull = penalty == 0.0 ? 0.0 : 2.0 * penalty * lse;
     at_pivot = penalty == 0.0 ? at_pivot : at_pivot + pull * at_pivot_probability;
     return {(total + pull) * factor, at_pivot};
 }
 
-POLYCE_INLINE double row_entropy(const RowState& s, const RowScalars& r) {
+// The entropy's two parts, Σ softmax_c (lse - x_c) over the other classes and that of the pivot, and
+// what they are made of: exp(x_c - m')·factor is a class's probability, `share` that of the others.
+struct RowEntropy {
+    double factor, at_pivot, share, base, pivot_gap, others;
+
+    double sum() const { return others + at_pivot * pivot_gap; }
+};
+
+POLYCE_INLINE RowEntropy row_entropy(const RowState& s, const RowScalars& r) {
     const double whole = 1.0 + r.excess;
     const double factor = (r.below ? r.decay : 1.0) / whole;
     const double at_pivot = (r.below ? 1.0 : r.decay) / whole;
-    const double ahead = r.below && s.rest_sum != 0.0 ? r.opposite : 0.0;
-    const double behind = at_pivot == 0.0 ? 0.0 : r.behind;
-    // The lead may be beyond the largest number where nothing is left for the others.
     const double share = s.rest_sum * factor;
-    const double others = factor * s.rest_entropy + (share == 0.0 ? 0.0 : share * (ahead + r.h));
-    return others + at_pivot * (behind + r.h);
+    // The lead may be beyond the largest number where nothing is left for the others.
+    const double base = (r.below && share != 0.0 ? r.opposite : 0.0) + r.h;
+    const double pivot_gap = (at_pivot == 0.0 ? 0.0 : r.behind) + r.h;
+    const double others = factor * s.rest_entropy + (share == 0.0 ? 0.0 : share * base);
+    return {factor, at_pivot, share, base, pivot_gap, others};
+}
+
+// What the cotangents of lse and entropy add: to entry c
+// (exp(x_c - m')·softmax + exp(x_c - m')·(m' - x_c)·by_gap)·scale, to the pivot's at_pivot·scale.
+struct StatsGradient {
+    double softmax = 0, by_gap = 0, at_pivot = 0;
+};
+
+POLYCE_INLINE StatsGradient stats_gradient(
+    const RowState& s, const RowScalars& r, double grad_lse, double grad_entropy
+) {
+    const RowEntropy e = row_entropy(s, r);
+    // The gap to lse of class c is base + (m' - x_c).
+    const double softmax = e.factor * (grad_lse + grad_entropy * (e.base - e.sum()));
+    const double at_pivot = e.at_pivot * (grad_lse + grad_entropy * (e.pivot_gap * e.share - e.others));
+    return {softmax, e.factor * grad_entropy, at_pivot};
 }
 
 }  // namespace polyce::POLYCE_ISA

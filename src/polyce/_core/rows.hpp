@@ -92,11 +92,14 @@ POLYCE_INLINE T coefficient(const Job& job, T probability, T weight, T kept, T s
     return even * weight;
 }
 
+// Whether rows are summed for their entropy: it is asked for, or has a cotangent.
+POLYCE_INLINE bool needs_entropy(const Job& job) { return job.stats.entropy || job.grad_entropy; }
+
 // Whether the class of the largest logit is the pivot. It is for probabilities, and wherever the
-// entropy is asked for: with another class as pivot the sum over the rest holds the largest's 1, in
+// entropy is needed: with another class as pivot the sum over the rest holds the largest's 1, in
 // which the digits of the others are lost.
 POLYCE_INLINE bool pivots_on_largest(const Job& job) {
-    return job.probabilities.data || job.stats.entropy;
+    return job.probabilities.data || needs_entropy(job);
 }
 
 // A label that is not the pivot is one of the other classes, with a coefficient of its own beside
@@ -105,11 +108,15 @@ struct LabelApart {
     bool exists = false;
     double logit = 0, coefficient = 0;
 
-    // The label's entry of the gradient of a row's loss.
+    // The label's entry of the gradient.
     template <bool capped>
-    double gradient(const Transform<capped>& x, const RowState& s, const RowGradient& g) const {
+    double gradient(
+        const Transform<capped>& x, const RowState& s, const RowGradient& g, double factor, const StatsGradient& more
+    ) const {
         const double gap = difference(x, logit, s.rest_max == -infinity<double> ? 0.0 : s.rest_max);
-        return (exp_negative_full(gap) * g.softmax - coefficient) * slope(x, logit);
+        const double e = exp_negative_full(gap);
+        const double entry = (e * g.softmax - coefficient) * factor;
+        return (entry + (e * more.softmax + weighted_gap(e, gap) * more.by_gap)) * slope(x, logit);
     }
 };
 
@@ -171,7 +178,7 @@ void store_stats(
     const double nan = std::numeric_limits<double>::quiet_NaN();
     if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
     if (stats.entropy) {
-        static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(state, r) : nan);
+        static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(state, r).sum() : nan);
     }
     const bool leads = state.pivot_logit > state.rest_max ||
                        (state.pivot_logit == state.rest_max && pivot < rest_first);

@@ -24,7 +24,7 @@ struct Sums : Blocks<T> {
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
     using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::share, Blocks<T>::kept;
     using Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::count_from, Blocks<T>::copy_logits;
-    using Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients;
+    using Blocks<T>::read, Blocks<T>::without, Blocks<T>::read_one, Blocks<T>::read_coefficients;
     using Blocks<T>::first_equal, Blocks<T>::largest;
 
     // Logits of so many short rows stay in the first cache together, beside those that come next.
@@ -36,8 +36,9 @@ struct Sums : Blocks<T> {
 
     Results<T, capped> results;
     // Scratch: what the exponents of a block are; rows, each `pitch` after the one before it; what the
-    // exponentials of each block refer to.
-    T *gaps, *numbers, *references;
+    // exponentials of each block refer to, and the place of one that is not among them as its class
+    // was the largest until another block, or -1.
+    T *gaps, *numbers, *references, *missing;
     std::int64_t pitch, blocks;
     bool streams, keeps;
     T scale, cap, twice_over_cap;
@@ -45,6 +46,7 @@ struct Sums : Blocks<T> {
     Sums(const Job& job, char* scratch)
         : Blocks<T>(job, scratch), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
           numbers(gaps + block + pack_size), references(numbers + numbers_in_scratch(job)),
+          missing(references + references_in_scratch(job)),
           pitch(padded(job.classes)), blocks(blocks_of(job)),
           streams(streams_rows(job)),
           keeps(keeps_exponentials(job)), scale(T(job.scale)), cap(T(job.cap)),
@@ -71,11 +73,12 @@ struct Sums : Blocks<T> {
     static bool is_short(const Job& job) { return job.classes <= block; }
 
     // Nothing but exponentials makes up the sums.
-    static bool is_simple(const Job& job) { return !capped && !has_coefficients(job) && !job.stats.entropy; }
+    static bool is_simple(const Job& job) { return !capped && !has_coefficients(job) && !needs_entropy(job); }
 
-    // Where nothing else makes a gradient, they are kept, not computed again.
+    // Where a gradient's entries are made of them, they are kept, not computed again.
     static bool keeps_exponentials(const Job& job) {
-        return job.grad.data && !job.backward_only && is_simple(job) && job.classes <= most_kept;
+        const bool sums = !job.backward_only || job.grad_entropy;
+        return job.grad.data && sums && !capped && !has_coefficients(job) && job.classes <= most_kept;
     }
 
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
@@ -86,9 +89,13 @@ struct Sums : Blocks<T> {
         return (in_group > together ? in_group : together) * padded(job.classes) + pack_size;
     }
 
+    static std::int64_t references_in_scratch(const Job& job) {
+        return keeps_exponentials(job) ? rows_in_group(job) * blocks_of(job) : 0;
+    }
+
     static std::int64_t scratch_bytes(const Job& job) {
-        const std::int64_t references = keeps_exponentials(job) ? rows_in_group(job) * blocks_of(job) : 0;
-        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) + references;
+        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) +
+                                   2 * references_in_scratch(job);
         return Group<T>::lanes_bytes + count * std::int64_t(sizeof(T));
     }
 
@@ -200,32 +207,47 @@ struct Sums : Blocks<T> {
 
     void sum_row(int i) {
         const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
-        const std::int64_t pivot = lane.pivot[i];
+        const bool finds = results.at_top;
+        std::int64_t pivot = lane.pivot[i];
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
-        const bool coefficients_too = results.spread, entropy = job.stats.entropy;
+        const bool coefficients_too = results.spread, entropy = needs_entropy(job);
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = count_from(start);
             const std::int64_t full = padded(count), each = job.logits.class_stride;
             Ahead ahead;
             if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
-            const T* x = read(row, start, count, pivot);
-            const T most = largest_of(largest_lanes(x, full));
-            if (double(most) > s.rest_max) {
+            const T* x = read(row, start, count);
+            if (!finds && start <= pivot && pivot < start + count) x = without(pivot, x, row, start, count);
+            T most = largest_of(largest_lanes(x, full));
+            if (finds && (start == 0 || double(most) > s.pivot_logit)) {
+                const RowState before = s;
+                if (start && keeps) missing[i * blocks + pivot / block] = T(pivot % block);
+                s.pivot_logit = double(most);
+                pivot = start + (most > -infinity<T> ? first_equal(x, count, most) : 0);
+                x = without(pivot, x, row, start, count);
+                most = largest_of(largest_lanes(x, full));
+                raise(s, std::max(double(most), start ? before.pivot_logit : s.rest_max));
+                if (start) add_class(s, before.pivot_logit, before.pivot_coefficient);
+            } else if (double(most) > s.rest_max) {
                 raise(s, double(most));
                 if (wants_first()) lane.first[i] = start + first_equal(x, count, most);
             }
             const T m = reference(T(s.rest_max));
+            if (keeps) references[i * blocks + start / block] = m, missing[i * blocks + start / block] = T(-1);
             if (is_simple(job)) {
-                if (keeps) references[i * blocks + start / block] = m;
                 T* const to = numbers + i * pitch + start;
                 with_choices([&](auto keep, auto scaled) {
                     s.rest_sum += sum_of(sum_exponentials<keep, scaled>(x, full, m, scale, to, ahead));
                 });
                 continue;
             }
-            read_gaps(x, full, m);
-            s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
-            if (entropy) s.rest_entropy += sum_entropy(full);
+            if (capped || coefficients_too) read_gaps(x, full, m);
+            if (entropy) {
+                // Or else in the place of the logits' copy, which is done with.
+                sum_with_entropy(s, x, full, m, keeps ? numbers + i * pitch + start : copy, ahead);
+            } else {
+                s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
+            }
             if (!coefficients_too) continue;
             read_coefficients(probabilities, start, count);
             if (start <= pivot && pivot < start + count) {
@@ -235,8 +257,17 @@ struct Sums : Blocks<T> {
             s.rest_coefficient += sum_run(coefficients, full);
             s.rest_excess += sum_excess(full);
         }
+        if (finds) lane.pivot[i] = pivot, lane.first[i] = job.classes;
         lane.pivot_logit[i] = read_one(job.logits, row, pivot);
         set_state(i, s);
+    }
+
+    // Adds a class that is no longer the largest to the others.
+    void add_class(RowState& s, double logit, double coefficient) const {
+        const double gap = difference(transform(), logit, s.rest_max == -infinity<double> ? 0.0 : s.rest_max);
+        const double e = exp_negative_full(gap);
+        s.rest_sum += e, s.rest_entropy += weighted_gap(e, gap);
+        s.rest_coefficient += coefficient, s.rest_excess += excess_of(coefficient, gap);
     }
 
     void set_state(int i, const RowState& s) const {
@@ -249,10 +280,19 @@ struct Sums : Blocks<T> {
         return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
     }
 
-    double sum_entropy(std::int64_t count) const {
-        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
-            return each_part(entropy_of, load(gaps + i));
-        }));
+    // Adds the exponentials, of which each is left in `to`, and the entropy's terms.
+    void sum_with_entropy(RowState& s, const T* x, std::int64_t count, T m, T* to, Ahead ahead) const {
+        const T scale = this->scale;
+        const T* const t = gaps;
+        const Pair<double> sums = sum_lanes<T>(count, ahead, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            const Pack<T> gap = capped ? load(t + i) : each_part([&](auto v) POLYCE_INLINE_LAMBDA {
+                return decltype(v)((v - splat<decltype(v)>(m)) * splat<decltype(v)>(scale));
+            }, load(x + i));
+            const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, gap);
+            store(to + i, e);
+            return Pair<T>{e, each_part(weighted_gap, e, gap)};
+        });
+        s.rest_sum += sum_of(sums.first), s.rest_entropy += sum_of(sums.second);
     }
 
     double sum_excess(std::int64_t count) const {
@@ -285,20 +325,17 @@ struct Sums : Blocks<T> {
     void sum() {
         results.begin_sums();
         if (!job.classes) return results.end_sums();
-        const bool saved = job.backward_only && job.saved;
+        // What was saved knows nothing of the entropy.
+        const bool saved = job.backward_only && job.saved && !job.grad_entropy;
         for (int i = 0; i < rows && results.apart; ++i) {
             lane.label[i] = lane.pivot[i];
             lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
-        }
-        for (int i = 0; i < rows && results.at_top && !saved; ++i) {
-            if (is_counted(i)) lane.pivot[i] = largest(logits_of(i));
         }
         if (is_short(job) && is_simple(job) && !saved) {
             sum_short();
         } else {
             for (int i = 0; i < rows; ++i) {
                 if (!is_counted(i) || (saved && take_saved(i))) continue;
-                if (saved && results.at_top) lane.pivot[i] = largest(logits_of(i));
                 sum_row(i);
             }
         }

@@ -210,17 +210,34 @@ struct Ahead {
     }
 };
 
-// Σ term(i) for packs of terms from i on, in each lane.
+// Two sums that are taken together.
+template <class T>
+struct Pair {
+    Pack<T> first, second;
+};
+
+template <class T>
+POLYCE_INLINE Pair<T> operator+(const Pair<T>& a, const Pair<T>& b) {
+    return {a.first + b.first, a.second + b.second};
+}
+
+template <class T>
+POLYCE_INLINE Pair<double> widened(const Pair<T>& p) {
+    return {widened(p.first), widened(p.second)};
+}
+
+// Σ term(i) for packs, or pairs of packs, of terms from i on, in each lane.
 template <class T, class Term>
-POLYCE_INLINE Pack<double> sum_lanes(std::int64_t count, Ahead ahead, Term term) {
+POLYCE_INLINE auto sum_lanes(std::int64_t count, Ahead ahead, Term term) {
+    using Terms = decltype(term(std::int64_t(0)));
     const auto four = [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
         return (term(i) + term(i + pack_size)) + (term(i + 2 * pack_size) + term(i + 3 * pack_size));
     };
-    Pack<double> sums = filled(0.0);
+    auto sums = widened(Terms{});
     for (std::int64_t i = 0; i < count;) {
         const std::int64_t end = i + run < count ? i + run : count;
         if (end == i + run) ahead.fetch(i);
-        Pack<T> a = filled(T(0)), b = a, rest = a;
+        Terms a{}, b{}, rest{};
         for (; i + 8 * pack_size <= end; i += 8 * pack_size) {
             a = a + four(i);
             b = b + four(i + 4 * pack_size);

@@ -68,6 +68,15 @@ class _Jax(WithNumPyDtypes):
         rows[axis] = None
         return jax_mesh.automatically(take, jax.sharding.PartitionSpec(*rows), values, labels)
 
+    def first_class(self, logits: Any, axis: int) -> Any:
+        """Slice, on a mesh too."""
+        rows = [one for i, one in enumerate(jax_mesh.spec(logits)) if i != axis]
+        return jax_mesh.automatically(
+            lambda logits: super(_Jax, self).first_class(logits, axis),
+            jax.sharding.PartitionSpec(*rows),
+            logits,
+        )
+
     def argmax(self, values: Any, axis: int) -> Any:
         """Find the first class that equals the largest value.
 

@@ -243,6 +243,10 @@ class Library:
         mask = self.one_hot(labels, logits if of_logits else values, axis, beside_logits=of_logits)
         return self.xp.sum(self.xp.where(mask, values, 0.0), axis=axis, keepdims=True)
 
+    def first_class(self, logits: Any, axis: int) -> Any:
+        """Return each row's logit of the first class."""
+        return logits[(*(slice(None),) * axis, 0, ...)]
+
     def class_max(self, values: Any, axis: int) -> Any:
         """Return the largest value over the classes; the class axis stays, of length 1.
 

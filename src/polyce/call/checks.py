@@ -261,6 +261,66 @@ def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) ->
     _real_numbers("grad_output", grad_output)
 
 
+def grad_stats(
+    grad_stats: Any, stats: tuple[str, ...] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Check the names of the stats' cotangents; return those that are numbers, and the arrays."""
+    found: tuple[dict[str, float], dict[str, Any]] = ({}, {})
+    if grad_stats is None:
+        return found
+    names = " and ".join(options.STATS_WITH_GRADIENT)
+    if not isinstance(grad_stats, Mapping):
+        raise TypeError(
+            f"grad_stats must be a mapping from the names {names} to arrays, got "
+            f"{type(grad_stats).__qualname__}; pass a dict"
+        )
+    for name in grad_stats:
+        if name not in options.STATS_WITH_GRADIENT:
+            raise ValueError(
+                f"grad_stats takes the names {names}, which have a gradient, got {name!r}; "
+                "leave it out or correct it"
+            )
+        if name not in (stats or ()):
+            raise ValueError(
+                f"grad_stats holds {name!r}, which return_stats does not ask for; add the name to "
+                "return_stats"
+            )
+    for name in options.STATS_WITH_GRADIENT:
+        if name in grad_stats:
+            full = stats_name(name)
+            if grad_stats[name] is None:
+                raise TypeError(f"{full} must be an array, got None; leave the name out")
+            number, array = number_or_array(full, grad_stats[name])
+            if number is None:
+                found[1][name] = array
+            else:
+                found[0][name] = number
+    return found
+
+
+def stats_name(name: str) -> str:
+    """Return the caller's name for the cotangent of a stat."""
+    return f"grad_stats[{name!r}]"
+
+
+def stats_cotangent(name: str, cotangent: Any, row_shape: tuple[int, ...]) -> None:
+    """Refuse a cotangent of a stat, a number or an array, that has not one number for each row."""
+    full = stats_name(name)
+    if isinstance(cotangent, float):
+        if row_shape:
+            raise ValueError(
+                f"{full} must have the shape of the rows {row_shape}, got the number {cotangent}; "
+                "pass an array of that shape"
+            )
+        return
+    if tuple(cotangent.shape) != row_shape:
+        raise ValueError(
+            f"{full} must have the shape of the rows {row_shape}, got shape "
+            f"{tuple(cotangent.shape)}; pass the gradient with respect to that stat of each row"
+        )
+    _real_numbers(full, cotangent)
+
+
 def number_or_array(name: str, value: Any) -> tuple[float | None, Any]:
     """Tell a number from an array: (the number, None) or (None, the array)."""
     if value is None:

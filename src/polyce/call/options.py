@@ -14,6 +14,7 @@ REDUCTIONS = ("none", "mean", "sum")
 # formula computes from both, stays well within float32.
 SMALLEST, LARGEST = 1e-15, 1e15
 STATS = ("lse", "entropy", "prediction", "correct")
+STATS_WITH_GRADIENT = ("lse", "entropy")
 
 
 class Options(NamedTuple):

@@ -47,6 +47,10 @@ class Problem(NamedTuple):
     """Whether torch's backward pass writes the gradient over the logits."""
     is_compiling: bool = False
     """Whether torch.compile traces plain tensors, so that it may call kernels as operators."""
+    grad_stats: tuple[str, ...] = ()
+    """The stats whose cotangents are among the operands."""
+    label_name: str = "labels"
+    """What the caller calls class indices, for an error about one that is out of range."""
 
     @property
     def xp(self) -> Any:
@@ -107,6 +111,10 @@ class Operands(NamedTuple):
     sample_weight: Any
     normalizer: Any
     grad_output: Any
+    grad_lse: Any = None
+    """The cotangent of the stats' lse, one for each row; None for 0."""
+    grad_entropy: Any = None
+    """The same of their entropy."""
 
     def named(self) -> dict[str, Any]:
         """Return the operands by the caller's names for them."""
@@ -130,6 +138,7 @@ def describe(
     options: Options = DEFAULTS,
     *,
     grad_output: Any = None,
+    grad_stats: Any = None,
     probabilities: bool = True,
 ) -> tuple[Problem, Operands]:
     """Check the arguments of a call, with options as given, and return its problem and operands.
@@ -137,7 +146,8 @@ def describe(
     Without `probabilities`, as for nll_loss, the target is class indices whatever its shape.
     """
     plain = None
-    if normalizer is None and (grad_output is None or type(grad_output) is float):
+    has_number = grad_output is None or type(grad_output) is float
+    if normalizer is None and grad_stats is None and has_number:
         plain = plain_key(input, target, weight, sample_weight)
     if plain is not None:
         try:
@@ -158,6 +168,7 @@ def describe(
         normalizer,
         options,
         grad_output=grad_output,
+        grad_stats=grad_stats,
         probabilities=probabilities,
     )
     if plain is not None:
@@ -177,6 +188,7 @@ def describe_anew(
     options: Options,
     *,
     grad_output: Any = None,
+    grad_stats: Any = None,
     probabilities: bool = True,
 ) -> tuple[Problem, Operands, Head]:
     """Describe a call without looking at earlier ones.
@@ -194,6 +206,7 @@ def describe_anew(
         )
     divisor, normalizer = checks.number_or_array("normalizer", normalizer)
     number, cotangent = checks.number_or_array("grad_output", grad_output)
+    numbers, of_stats = checks.grad_stats(grad_stats, options.stats)
     given = {
         "input": input,
         "target": target,
@@ -204,6 +217,7 @@ def describe_anew(
     }
     if head is not None:
         given |= {"linear_weight": head.weight, "linear_bias": head.bias}
+    given |= {checks.stats_name(name): array for name, array in of_stats.items()}
     library, values = find.of(**given)
     logits, target, weight, sample_weight, normalizer, cotangent, *parameters = values
     if library.device(logits) is not None:
@@ -245,11 +259,13 @@ def describe_anew(
         **_dtypes(library, logits, result_dtype),
         options=options,
         is_concrete=library.are_concrete(values),
-        check_labels=_checks_labels(kind, target, library, options.validate),
+        check_labels=checks_labels(kind, target, library, options.validate),
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
-        is_compiling=library.are_compiled(values),
+        # The operators take no cotangents of stats.
+        is_compiling=grad_stats is None and library.are_compiled(values),
+        grad_stats=(*of_stats, *numbers),
     )
     if number is not None:
         if reduction == "none" and row_shape:
@@ -267,7 +283,23 @@ def describe_anew(
         if reduction == "mean" and not hasattr(cotangent, "dtype"):
             cotangent = library.xp.asarray(1.0 if cotangent is None else cotangent)
     operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    if problem.grad_stats:
+        arrays = dict(zip(of_stats, parameters, strict=True))
+        operands = _with_stats_cotangents(problem, operands, numbers | arrays)
     return problem, operands, head or Head(None)
+
+
+def _with_stats_cotangents(
+    problem: Problem, operands: Operands, cotangents: dict[str, Any]
+) -> Operands:
+    library, logits = problem.library, operands.logits
+    for name, cotangent in cotangents.items():
+        checks.stats_cotangent(name, cotangent, problem.row_shape)
+        if isinstance(cotangent, float):
+            where = library.device(logits)
+            device = {} if where is None else {"device": where}
+            cotangents[name] = library.xp.full((), cotangent, dtype=problem.row_dtype, **device)
+    return operands._replace(**{f"grad_{name}": array for name, array in cotangents.items()})
 
 
 def _check_given(head: Head | None, input: Any, target: Any) -> None:
@@ -320,7 +352,8 @@ def _dtypes(library: Library, logits: Any, result_dtype: Any) -> dict[str, Any]:
     }
 
 
-def _checks_labels(kind: str, target: Any, library: Library, validate: bool | None) -> bool:
+def checks_labels(kind: str, target: Any, library: Library, validate: bool | None) -> bool:
+    """Tell whether the values of a target are checked; ValueError if they should and cannot be."""
     if validate is False or kind != "index":
         return False
     if not library.has_values(target):

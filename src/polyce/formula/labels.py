@@ -107,12 +107,13 @@ def bad_label(problem: Problem, value: int, row: int) -> IndexError:
             f"without classes every label must be ignored, got {value}{where}; "
             "pass logits with at least one class"
         )
-    if problem.classes == 1:
+    if problem.classes == 1 and problem.label_name == "labels":
         return IndexError(
             f"with one column of logits every label is 0, got {value}{where}; for a binary loss "
             "pass two columns, one for each class, such as 0 and the logit of class 1"
         )
     return IndexError(
-        f"labels must lie in 0 to {problem.classes - 1} ({problem.classes} classes), got "
-        f"{value}{where}; give rows to leave out the label ignore_index"
+        f"{problem.label_name} must lie in 0 to {problem.classes - 1} ({problem.classes} classes), "
+        f"got {value}{where}; give rows to leave out the {problem.label_name.removesuffix('s')} "
+        "ignore_index"
     )

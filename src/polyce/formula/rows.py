@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce.call.problem import Problem
-from polyce.formula import rowstate, targets, transform
+from polyce.arrays.library import expand
+from polyce.call.problem import Operands, Problem
+from polyce.formula import rowgradient, rowstate, targets, transform
+from polyce.formula.rowgradient import NO_STATS, StatsCotangents
 from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
@@ -25,15 +27,32 @@ def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | 
     return _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
 
 
-def backward(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
-    """Compute the gradient with respect to the logits, for a cotangent of the rows' losses."""
+def backward(
+    problem: Problem,
+    plan: Plan,
+    cotangent: Any,
+    logits: Any,
+    of_stats: StatsCotangents = NO_STATS,
+) -> Any:
+    """Compute the gradient with respect to the logits, for cotangents of the rows' values.
+
+    `cotangent` is that of the losses, None for 0 if there is one of the stats.
+    """
     if problem.is_empty:
         return logits * 0.0  # on the graph of a library that will differentiate it
+    problem = _asking_for(problem, of_stats)
     leads = targets.pivot_leads(problem)
-    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads))
+    read = _read(problem, plan, logits, leads, of_loss=cotangent is not None)
+    return _gradient(problem, plan, cotangent, read, of_stats)
 
 
-def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits: Any) -> Any:
+def differentiable_gradient(
+    problem: Problem,
+    plan: Plan,
+    cotangent: Any,
+    logits: Any,
+    of_stats: StatsCotangents = NO_STATS,
+) -> Any:
     """Compute what `backward` does, in operations whose derivatives keep their digits too.
 
     With the largest class as the pivot no derivative is a difference of nearly equal numbers: that
@@ -42,11 +61,22 @@ def differentiable_gradient(problem: Problem, plan: Plan, cotangent: Any, logits
     """
     if problem.is_empty:
         return logits * 0.0
-    return _gradient(problem, plan, cotangent, _read(problem, plan, logits, leads=True))
+    problem = _asking_for(problem, of_stats)
+    read = _read(problem, plan, logits, leads=True, of_loss=cotangent is not None)
+    return _gradient(problem, plan, cotangent, read, of_stats)
+
+
+def _asking_for(problem: Problem, of_stats: StatsCotangents) -> Problem:
+    """Ask for the entropy's part of the state if its gradient needs that."""
+    return problem.with_options(stats=None if of_stats.entropy is None else ("entropy",))
 
 
 def forward_backward(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any
+    problem: Problem,
+    plan: Plan,
+    cotangent: Any,
+    logits: Any,
+    of_stats: StatsCotangents = NO_STATS,
 ) -> tuple[Any, Any, RowStats | None]:
     """Compute the rows' losses, the gradient and the rows' stats in one pass over the logits."""
     if problem.is_empty:
@@ -54,7 +84,19 @@ def forward_backward(
         return losses, problem.xp.zeros_like(logits), _empty_stats(problem, losses)
     read = _read(problem, plan, logits, targets.pivot_leads(problem))
     losses, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
-    return losses, _gradient(problem, plan, cotangent, read), stats
+    return losses, _gradient(problem, plan, cotangent, read, of_stats), stats
+
+
+def stats_cotangents(problem: Problem, operands: Operands) -> StatsCotangents:
+    """Return the operands' cotangents of the stats, shaped like the row state."""
+
+    def by_row(cotangent: Any) -> Any:
+        if cotangent is None:
+            return None
+        wide = problem.library.cast(cotangent, problem.row_dtype)
+        return problem.library.align(expand(wide, problem.axis), operands.logits)
+
+    return StatsCotangents(by_row(operands.grad_lse), by_row(operands.grad_entropy))
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
@@ -119,15 +161,20 @@ class _Read(NamedTuple):
     coefficients: Any
 
 
-def _read(problem: Problem, plan: Plan, logits: Any, leads: bool) -> _Read:
-    """Read the logits; the pivot is the class of the largest one if it `leads`, else the label."""
+def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bool = True) -> _Read:
+    """Read the logits; the pivot is the class of the largest one if it `leads`, else the label.
+
+    The target's coefficients are only read for the loss.
+    """
     library, axis = problem.library, problem.axis
     given_dtype = logits.dtype
     logits = library.cast(logits, problem.arithmetic_dtype)
     pivot = library.argmax(logits, axis) if leads else plan.label
     excluded = library.one_hot(pivot, logits, axis)
     pivot_logit = library.pick(logits, pivot, logits, axis)
-    if leads:
+    if not of_loss:
+        at_pivot = coefficients = None
+    elif leads:
         is_label = None
         if plan.label is not None:
             is_label = library.one_hot(plan.label, logits, axis)
@@ -168,10 +215,16 @@ def _losses(problem: Problem, plan: Plan, state: RowState) -> Any:
     return targets.weigh_rows(plan, problem.xp, rows)
 
 
-def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
-    xp = problem.xp
-    scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(read.state.rest_max))
-    grad = rowstate.gradient(
+def _gradient(
+    problem: Problem, plan: Plan, cotangent: Any, read: _Read, of_stats: StatsCotangents
+) -> Any:
+    xp, zeros = problem.xp, problem.xp.zeros_like(read.state.rest_max)
+    scale = None if cotangent is None else targets.weigh_rows(plan, xp, cotangent + zeros)
+    if of_stats.are_given:
+        of_stats = StatsCotangents(
+            *(a if a is None else targets.select_rows(plan, xp, a + zeros) for a in of_stats)
+        )
+    grad = rowgradient.gradient(
         problem,
         read.state,
         read.rest_exp,
@@ -181,6 +234,7 @@ def _gradient(problem: Problem, plan: Plan, cotangent: Any, read: _Read) -> Any:
         plan.counted,
         read.logits,
         targets.lse_penalty(problem, plan),
+        of_stats,
         leads=read.leads,
     )
     return problem.library.cast(grad, problem.logits_dtype)

@@ -15,6 +15,11 @@ and nothing cancels:
     dloss/dx_c = (R' + r_k + 2λ lse) exp(x_c - m') f - r_c
     dloss/dx_k = R' - (R' + r_k) d' f + 2λ lse p_k  =  (R' + r_k) p_k - r_k + 2λ lse p_k
 
+The entropy is the sum of p_c (lse - x_c), no term of which is negative; S is what the others add:
+
+    H = S + p_k (lse - x_k)    dH/dx_c = p_c (lse - x_c - H)    dlse/dx_c = p_c
+    dH/dx_k = p_k ((lse - x_k) (1 - p_k) - S)                   1 - p_k = d' f
+
 The x are the logits after the `transform`. The state holds logits before it, and every difference
 of two x is taken by `transform.difference`.
 
@@ -186,7 +191,7 @@ def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState
     return merge(problem, kept, alone)
 
 
-class _Scalars(NamedTuple):
+class Scalars(NamedTuple):
     """The few numbers of a row from which its loss and its gradient follow."""
 
     below: Any
@@ -201,7 +206,8 @@ class _Scalars(NamedTuple):
     """E, the sum of all exponentials relative to the largest, minus 1."""
 
 
-def _scalars(problem: Problem, state: RowState) -> _Scalars:
+def scalars(problem: Problem, state: RowState) -> Scalars:
+    """Compute the few numbers of each row from the state of the whole row."""
     xp = problem.xp
     delta = transform.difference(problem, state.rest_max, state.pivot_logit)
     below = delta <= 0.0
@@ -217,31 +223,49 @@ def _scalars(problem: Problem, state: RowState) -> _Scalars:
     nothing = state.pivot_logit - state.pivot_logit
     excess = xp.where(below, state.rest_sum * decay + nothing, (state.rest_sum - 1.0) + decay)
     behind = xp.where(below, 0.0, delta)
-    return _Scalars(below, behind, opposite, decay, excess)
+    return Scalars(below, behind, opposite, decay, excess)
 
 
 def lse(problem: Problem, state: RowState) -> Any:
     """Compute log Σ exp(x_c) of each row from the state of the whole row; nan without a softmax."""
-    return _lse(problem, state, _scalars(problem, state))
+    return lse_from(problem, state, scalars(problem, state))
 
 
-def _lse(problem: Problem, state: RowState, s: _Scalars) -> Any:
+def lse_from(problem: Problem, state: RowState, s: Scalars) -> Any:
+    """Compute what `lse` does from the scalars."""
     largest = problem.xp.where(s.below, state.pivot_logit, state.rest_max)
     return transform.value(problem, largest) + problem.xp.log1p(s.excess)
 
 
-def entropy(problem: Problem, state: RowState) -> Any:
-    """Compute -Σ p_c log p_c of each row: the p_c times lse - x_c, none of which is negative."""
+class Surprise(NamedTuple):
+    """What the entropy of a row is made of."""
+
+    at_top: Any
+    """lse - m'"""
+    at_pivot: Any
+    """lse - x_k; h where p_k is 0."""
+    others: Any
+    """S, the sum of p_c (lse - x_c) over the classes besides the pivot."""
+
+
+def surprise(problem: Problem, state: RowState, s: Scalars) -> Surprise:
+    """Compute what the entropy of each row is made of."""
     xp = problem.xp
-    s = _scalars(problem, state)
     h = xp.log1p(s.excess)
-    factor, at_pivot = _factor(xp, s), _pivot_probability(xp, s)
+    factor = factor_of_rest(xp, s)
     ahead = xp.where(s.below & (state.rest_sum != 0.0), s.opposite, 0.0)
-    behind = xp.where(at_pivot == 0.0, 0.0, s.behind)
+    behind = xp.where(pivot_probability(xp, s) == 0.0, 0.0, s.behind)
     share = state.rest_sum * factor
     # The lead may overflow where the others have no probability left.
     others = factor * state.rest_entropy + xp.where(share == 0.0, 0.0, share * (ahead + h))
-    return others + at_pivot * (behind + h)
+    return Surprise(ahead + h, behind + h, others)
+
+
+def entropy(problem: Problem, state: RowState) -> Any:
+    """Compute -Σ p_c log p_c of each row: the p_c times lse - x_c, none of which is negative."""
+    s = scalars(problem, state)
+    found = surprise(problem, state, s)
+    return found.others + pivot_probability(problem.xp, s) * found.at_pivot
 
 
 def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
@@ -253,19 +277,20 @@ def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
     return problem.xp.where(leads, pivot, first)
 
 
-def _factor(xp: Any, s: _Scalars) -> Any:
+def factor_of_rest(xp: Any, s: Scalars) -> Any:
     """Compute f, which turns exp(x_c - m') into a probability."""
     return xp.where(s.below, s.decay, 1.0) / (1.0 + s.excess)
 
 
-def _pivot_probability(xp: Any, s: _Scalars) -> Any:
+def pivot_probability(xp: Any, s: Scalars) -> Any:
+    """Compute p_k."""
     return xp.where(s.below, 1.0, s.decay) / (1.0 + s.excess)
 
 
 def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
     """Compute each row's loss, from the state of the whole row, with lse_penalty · lse² added."""
     xp = problem.xp
-    s = _scalars(problem, state)
+    s = scalars(problem, state)
     h = xp.log1p(s.excess)
     at_pivot = state.pivot_coefficient
     if at_pivot is None:
@@ -281,73 +306,6 @@ def loss(problem: Problem, state: RowState, lse_penalty: Any = None) -> Any:
         excess = xp.where(state.rest_excess == state.rest_excess, state.rest_excess, 0.0)
         rows = rows + (excess + others * (ahead + h))
     if lse_penalty is not None:
-        log_sum = _lse(problem, state, s)
+        log_sum = lse_from(problem, state, s)
         rows = rows + lse_penalty * log_sum * log_sum
     return rows
-
-
-def gradient(
-    problem: Problem,
-    state: RowState,
-    rest_exp: Any,
-    excluded: Any,
-    coefficients: Any,
-    scale: Any,
-    counted: Any,
-    logits: Any,
-    lse_penalty: Any = None,
-    *,
-    leads: bool,
-) -> Any:
-    """Compute scale times each row's gradient by its logits, in the arithmetic dtype.
-
-    `rest_exp` is exp(x_c - m') as `from_logits` returns it, and the gradient may overwrite it.
-    `scale` is shaped like the state. Where `counted` is False, all classes are `excluded` and the
-    gradient is 0. The `logits` are only read for a softcap. `leads` says whether the pivot is the
-    class of the largest logit.
-    """
-    xp, library = problem.xp, problem.library
-    s = _scalars(problem, state)
-    factor = _factor(xp, s)
-    total = 1.0 if state.pivot_coefficient is None else state.pivot_coefficient
-    if state.rest_coefficient is not None:
-        total = total + state.rest_coefficient
-    away = total * (state.rest_sum * factor)
-    others = 0.0 if state.rest_coefficient is None else state.rest_coefficient
-    at_pivot = others - away
-    if not isinstance(total, float):
-        # R p_k - r_k is the same number, and torch's form where the terms are infinite. The form
-        # with the smaller terms keeps its digits: with a label as the pivot always the first.
-        near = total * _pivot_probability(xp, s)
-        if leads:
-            is_larger = xp.abs(near) + xp.abs(state.pivot_coefficient) > xp.abs(away) + xp.abs(
-                others
-            )
-        else:
-            # On a jax mesh this is spread as the rows are.
-            is_larger = xp.isfinite(total + xp.zeros_like(near))
-        at_pivot = xp.where(is_larger, at_pivot, near - state.pivot_coefficient)
-    if lse_penalty is not None:
-        pull = 2.0 * lse_penalty * _lse(problem, state, s)
-        total = total + pull
-        at_pivot = at_pivot + pull * _pivot_probability(xp, s)
-    if not transform.is_capped(problem) and transform.scale_of(problem) != 1.0:
-        scale = scale * transform.scale_of(problem)
-
-    def narrow(rows: Any) -> Any:
-        return problem.library.cast(rows, problem.arithmetic_dtype)
-
-    if coefficients is None:
-        grad = library.overwrite(xp.multiply, rest_exp, narrow(scale * (total * factor)))
-    else:
-        # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
-        grad = library.overwrite(xp.multiply, rest_exp, narrow(total * factor))
-        grad = library.overwrite(xp.subtract, grad, coefficients)
-        grad = library.overwrite(xp.multiply, grad, narrow(scale))
-    at_pivot = scale * at_pivot
-    if transform.is_capped(problem):
-        grad = library.overwrite(xp.multiply, grad, transform.slope(problem, logits))
-        at_pivot = at_pivot * transform.slope(problem, state.pivot_logit)
-    if counted is not None:
-        at_pivot = xp.where(counted, at_pivot, 0.0)
-    return library.replace(excluded, narrow(at_pivot), grad, owned=True)

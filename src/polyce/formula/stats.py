@@ -13,10 +13,11 @@ from polyce.formula.targets import Plan
 class Stats(NamedTuple):
     """Statistics of each row, from the same pass over the logits as its loss.
 
-    Arrays of the rows' shape (input's shape without the class axis), without a gradient; None for
-    what was not asked for. Rows that do not count, ignored ones and those with a sample weight of
-    0, hold nan, -1 and False. So do rows that have no softmax (a nan, +inf or nothing but -inf
-    among their logits), though they count.
+    Arrays of the rows' shape (input's shape without the class axis); None for what was not asked
+    for. Rows that do not count, ignored ones and those with a sample weight of 0, hold nan, -1 and
+    False. So do rows that have no softmax (a nan, +inf or nothing but -inf among their logits),
+    though they count. On torch and jax, lse and entropy have gradients with respect to the logits;
+    rows that do not count pass nothing back.
 
     Parameters
     ----------

@@ -223,6 +223,11 @@ def weigh_rows(plan: Plan, xp: Any, rows: Any) -> Any:
     """Multiply by the sample weights; set rows that do not count to 0, bad labels' rows to nan."""
     if plan.sample_weight is not None:
         rows = rows * plan.sample_weight
+    return select_rows(plan, xp, rows)
+
+
+def select_rows(plan: Plan, xp: Any, rows: Any) -> Any:
+    """Set rows that do not count to 0, bad labels' rows to nan."""
     if plan.counted is not None:
         rows = xp.where(plan.counted, rows, 0.0)
     if plan.invalid is not None:

@@ -101,6 +101,13 @@ def value(problem: Problem, logits: Any) -> Any:
     return xp.where(logits == -math.inf, logits, cap * xp.tanh(logits * (scale / cap)))
 
 
+def value_by_decay(problem: Problem, logits: Any) -> Any:
+    """Compute x itself with a softcap, in a form whose derivative keeps its digits."""
+    e = _decay(problem, logits)
+    size = problem.options.logit_softcap * ((1.0 - e) / (1.0 + e))
+    return problem.xp.where(logits < 0.0, -size, size)
+
+
 def slope(problem: Problem, logits: Any) -> Any:
     """Compute dx/dlogits: a number without a softcap; with one, 0 at -inf."""
     if not is_capped(problem):

@@ -29,7 +29,10 @@ def cross_entropy_with_grad(
     with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         cotangent = targets.cotangent(problem, plan, operands.grad_output)
-        losses, grad, found = rows.forward_backward(problem, plan, cotangent, operands.logits)
+        of_stats = rows.stats_cotangents(problem, operands)
+        losses, grad, found = rows.forward_backward(
+            problem, plan, cotangent, operands.logits, of_stats
+        )
         loss = targets.reduce(problem, plan, losses)
         if out is not None:
             grad = outputs.write(problem, grad, out)

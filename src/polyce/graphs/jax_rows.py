@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from polyce.call.problem import Problem
 from polyce.formula import rows, targets, transform
+from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs.contract import ArraysT, Rules
@@ -28,7 +29,7 @@ def detach(given: ArraysT) -> ArraysT:
 
 
 def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
-    """Compute the rows' losses and stats, the losses with their derivative rule."""
+    """Compute the rows' losses and stats, with their derivative rule."""
     # The rule computes a wide gradient, so that a 16-bit one is rounded once, after the cotangent.
     problem = problem._replace(logits_dtype=problem.arithmetic_dtype)
     # The rows do not depend on the mean's denominator; it is differentiated where it divides.
@@ -49,34 +50,52 @@ def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any,
     # Through the rule again: derivatives of a higher order must not be jax's own of the formula.
     result = _row_losses(problem, plan, logits)
     losses, stats = result
-    losses_tangent = jnp.zeros_like(losses)
+    losses_tangent, stats_tangent = jnp.zeros_like(losses), jax.tree.map(no_tangent, stats)
     if not _is_zero(tangent):
-        grad = _gradient(problem, plan, logits)
-        tangent = problem.library.cast(tangent, grad.dtype)
-        losses_tangent = _row_sums(problem, grad * tangent)
+        tangent = problem.library.cast(tangent, problem.arithmetic_dtype)
+
+        def along(value: str) -> Any:
+            return _row_sums(problem, _gradient(problem, value, plan, logits) * tangent)
+
+        losses_tangent = along("loss")
+        if stats is not None and not problem.is_empty:
+            asked = [name for name in StatsCotangents._fields if problem.asks(name)]
+            stats_tangent = stats_tangent._replace(
+                **{name: _counted(plan, along(name)) for name in asked}
+            )
     if problem.kind == "probability":
-        along = _along_target(problem, plan, plan_tangent, logits)
-        if along is not None:
-            losses_tangent = losses_tangent + along
-    if plan.counted is not None:
-        # Selected: where all rows are ignored, their cotangents are infinite.
-        losses_tangent = jnp.where(plan.counted, losses_tangent, 0.0)
-    return result, (losses_tangent, jax.tree.map(no_tangent, stats))
+        along_target = _along_target(problem, plan, plan_tangent, logits)
+        if along_target is not None:
+            losses_tangent = losses_tangent + along_target
+    return result, (_counted(plan, losses_tangent), stats_tangent)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradient(problem: Problem, plan: Plan, logits: Any) -> Any:
-    return rows.backward(problem, plan, 1.0, logits)
+def _counted(plan: Plan, tangent: Any) -> Any:
+    """Select the rows that count: where all are ignored, their cotangents are infinite."""
+    return tangent if plan.counted is None else jnp.where(plan.counted, tangent, 0.0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _gradient(problem: Problem, value: str, plan: Plan, logits: Any) -> Any:
+    """Compute the gradient of the rows' "loss", "lse" or "entropy"."""
+    return rows.backward(problem, plan, *_unit(value, logits))
+
+
+def _unit(value: str, logits: Any) -> tuple[Any, Any, StatsCotangents]:
+    """Return cotangents that are 1 for one value of the rows, around the logits."""
+    if value == "loss":
+        return 1.0, logits, StatsCotangents()
+    return None, logits, StatsCotangents(**{value: 1.0})
 
 
 @_gradient.defjvp
-def _gradient_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _gradient_jvp(problem: Problem, value: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # In another form, which is not faster, but whose own derivatives keep their digits.
     def gradient(plan: Plan, logits: Any) -> Any:
-        return rows.differentiable_gradient(problem, plan, 1.0, logits)
+        return rows.differentiable_gradient(problem, plan, *_unit(value, logits))
 
     _, tangent = jax.jvp(gradient, primals, tangents)
-    return _gradient(problem, *primals), tangent
+    return _gradient(problem, value, *primals), tangent
 
 
 def _refuse(problem: Problem, plan_tangent: Plan) -> None:

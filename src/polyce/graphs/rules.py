@@ -17,11 +17,12 @@ def _jax() -> Rules:
     return jax_rows.RULES
 
 
-_NONE = Rules()
+NONE = Rules()
+"""Those of a library that does not differentiate, or by itself."""
 _RULES = {"torch": _torch, "jax": _jax}
 
 
 def of(backend: str) -> Rules:
     """Return a library's derivative rules, by its name; importing them imports the library."""
     own = _RULES.get(backend)
-    return _NONE if own is None else own()
+    return NONE if own is None else own()

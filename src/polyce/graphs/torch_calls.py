@@ -46,11 +46,13 @@ class Kernels(NamedTuple):
 
     It looks at the problem alone, since it is also asked while nothing runs.
     """
+    takes_grad_stats: bool = False
+    """Whether `backward` takes the operands' cotangents of stats; else the reference does."""
 
 
 def needs_graph(problem: Problem, operands: Operands) -> bool:
     """Tell whether something requires a gradient; refuse arrays that polyce computes none for."""
-    logits, target, weight, sample_weight, normalizer, _ = operands
+    logits, target, weight, sample_weight, normalizer, *_ = operands
     if weight is not None or sample_weight is not None:
         torch_rows.check(operands)
     return torch.is_grad_enabled() and (
@@ -73,7 +75,7 @@ def cross_entropy(
     if not on_graph:
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
-    logits, target, weight, _, normalizer, _ = operands
+    logits, target, weight, _, normalizer, *_ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, so that it differentiates by the normalizer.
         summed, operands = without_normalizer(problem, operands)
@@ -110,15 +112,22 @@ class _Loss(torch.autograd.Function):
             ctx.address, ctx.is_written = logits.data_ptr(), False
         if found is None:
             return (loss,)
-        ctx.mark_non_differentiable(*(array for array in found if array is not None))
+        without_gradient = found[2:] if ctx.needs_input_grad[0] else found
+        ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
+        # Most stats are only looked at, and most losses of an entropy are not.
+        ctx.set_materialize_grads(False)
         return loss, *found
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-        return gradients(ctx, ctx.saved_tensors, cotangent)
+    def backward(
+        ctx: Any, cotangent: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
+    ) -> tuple[Any, ...]:
+        return gradients(ctx, ctx.saved_tensors, cotangent, of_lse, of_entropy)
 
 
-def gradients(ctx: Any, saved_tensors: Any, cotangent: Any) -> tuple[Any, ...]:
+def gradients(
+    ctx: Any, saved_tensors: Any, cotangent: Any, of_lse: Any = None, of_entropy: Any = None
+) -> tuple[Any, ...]:
     """Compute the gradients of a call whose node has kept `call` and saved what `_Loss` saves."""
     (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
     logits, target, weight, sample_weight, divisor, *saved_rows = saved_tensors
@@ -129,7 +138,16 @@ def gradients(ctx: Any, saved_tensors: Any, cotangent: Any) -> tuple[Any, ...]:
     traced = torch.compiler.is_dynamo_compiling()
     if needs[1] or needs[2]:
         needs = torch_state.asked_for(ctx)
-    by_operations = traced or torch_state.needs_operations(cotangent)
+    if of_lse is None and of_entropy is None:
+        if cotangent is None:
+            return None, None, None, None
+        by_operations = traced or torch_state.needs_operations(cotangent)
+    else:
+        given = [a for a in (cotangent, of_lse, of_entropy) if a is not None]
+        by_operations = traced or any(map(torch_state.needs_operations, given))
+        problem, operands = _with_stats(problem, operands, of_lse, of_entropy)
+        if not kernels.takes_grad_stats:
+            kernels, saved = REFERENCE, Saved()
     in_place = problem.inplace_backward and needs[0]
     if in_place:
         _check_written(ctx, by_operations)
@@ -143,6 +161,20 @@ def gradients(ctx: Any, saved_tensors: Any, cotangent: Any) -> tuple[Any, ...]:
     elif needs[0]:
         grad = kernels.backward(problem, operands, saved, None)
     return grad, of_target, of_weight, None
+
+
+def _with_stats(
+    problem: Problem, operands: Operands, of_lse: Any, of_entropy: Any
+) -> tuple[Problem, Operands]:
+    """Add the cotangents of stats to a call; the loss then has one too."""
+    found = {"lse": of_lse, "entropy": of_entropy}
+    names = tuple(name for name, cotangent in found.items() if cotangent is not None)
+    cotangent = operands.grad_output
+    if cotangent is None:
+        shape = problem.row_shape if problem.options.reduction == "none" else ()
+        cotangent = operands.logits.new_zeros(shape, dtype=problem.result_dtype)
+    operands = operands._replace(grad_output=cotangent, grad_lse=of_lse, grad_entropy=of_entropy)
+    return problem._replace(grad_stats=names), operands
 
 
 def _check_written(ctx: Any, by_operations: bool) -> None:
@@ -186,11 +218,14 @@ def _backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> A
     check_operands(problem, operands)
     plan = targets.plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
-    grad = rows.backward(problem, plan, cotangent, operands.logits)
+    of_stats = rows.stats_cotangents(problem, operands)
+    grad = rows.backward(problem, plan, cotangent, operands.logits, of_stats)
     return grad if out is None else out.copy_(grad)
 
 
-REFERENCE = Kernels("reference", _forward, _backward, lambda problem: Saved(False, False))
+REFERENCE = Kernels(
+    "reference", _forward, _backward, lambda problem: Saved(False, False), takes_grad_stats=True
+)
 """The rows' formula as kernels: for calls in place, and for calls without logits."""
 
 
@@ -198,8 +233,9 @@ def check_operands(problem: Problem, operands: Operands) -> None:
     """Refuse saved tensors that came back changed, or whose memory is gone."""
     if torch.compiler.is_compiling():
         return
-    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
     torch_memory.check_storages(normalizer=normalizer, grad_output=cotangent)
+    torch_memory.check_storages(grad_lse=of_lse, grad_entropy=of_entropy)
     target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
     if target.numel() == 1 and not problem.row_shape:
         target_shape = target.shape
@@ -222,8 +258,9 @@ def gradient(problem: Problem, operands: Operands) -> Any:
     """Compute the gradient of the logits in torch operations."""
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
+    of_stats = rows.stats_cotangents(problem, operands)
     readable = torch_rows.readable(problem, plan, operands.logits)
-    return rows.differentiable_gradient(problem, plan, cotangent, readable)
+    return rows.differentiable_gradient(problem, plan, cotangent, readable, of_stats)
 
 
 def target_gradients(

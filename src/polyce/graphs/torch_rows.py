@@ -9,7 +9,6 @@ can batch and differentiate again. Under torch.compile the old-style one is part
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,14 @@ from torch.autograd import forward_ad
 
 from polyce.arrays import torch_memory
 from polyce.call.problem import Operands, Problem
-from polyce.formula import rows, targets, transform
+from polyce.formula import rows, targets
+from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs import torch_state
 from polyce.graphs.contract import ArraysT, Rules
+from polyce.graphs.torch_log_softmax import log_softmax, widened
+from polyce.graphs.torch_transforms import batched, batched_problem, primal
 
 
 def detach(given: ArraysT) -> ArraysT:
@@ -50,29 +52,15 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
 
 
 def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
-    """Compute the rows' losses and stats, the losses with their gradient on torch's graph."""
+    """Compute the rows' losses and stats, with their gradients on torch's graph."""
     if torch_state.is_traced_without_rules():
-        losses, stats = rows.forward(problem, plan, readable(problem, plan, logits))
-        return losses, _detached(stats)
+        return rows.forward(problem, plan, readable(problem, plan, logits))
     if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
     if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
     losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
-
-
-def log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> Any:
-    """Return compute(problem, logits), which is log(softmax(logits)), with its gradient."""
-    if problem.is_empty or torch_state.is_traced_without_rules():
-        return rows.log_softmax(problem, logits)
-    if torch_state.is_transformed():
-        wide, logits = _widened(problem, logits)
-        result = _TransformedLogSoftmax.apply(logits, wide)
-        return problem.library.cast(result, problem.logits_dtype)
-    if not torch_state.needs_gradient(logits):
-        return compute(problem, logits)
-    return _LogSoftmax.apply(logits, problem, compute)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
@@ -82,10 +70,6 @@ def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
     elif torch_state.needs_gradient(log_probabilities) and not problem.is_empty:
         return _Nll.apply(log_probabilities, problem, plan)
     return rows.nll(problem, plan, log_probabilities)
-
-
-def _detached(stats: RowStats | None) -> RowStats | None:
-    return stats and RowStats(*(a if a is None else a.detach() for a in stats))
 
 
 class _RowLosses(torch.autograd.Function):
@@ -103,48 +87,38 @@ class _RowLosses(torch.autograd.Function):
         losses, stats = rows.forward(problem, plan, logits)
         ctx.problem = problem if stats is None else problem.with_options(stats=None)
         ctx.kinds = torch_memory.kinds(_keep(ctx, logits, plan))
-        found = stats or ()
-        ctx.mark_non_differentiable(*(array for array in found if array is not None))
-        return losses, *found
+        if stats is None:
+            return (losses,)
+        without_gradient = stats[2:] if ctx.needs_input_grad[0] else stats
+        ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
+        # Most stats are only looked at, and most losses of an entropy are not.
+        ctx.set_materialize_grads(False)
+        return losses, *stats
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
-        problem = ctx.problem
+    def backward(
+        ctx: Any, cotangent: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
+    ) -> tuple[Any, ...]:
+        problem, of_stats = ctx.problem, StatsCotangents(of_lse, of_entropy)
+        given = [array for array in (cotangent, *of_stats) if array is not None]
         torch_memory.check_returned(ctx.kinds, ctx.saved_tensors)
-        torch_memory.check_storages(grad_output=cotangent)
+        for array in given:
+            torch_memory.check_storages(grad_output=array)
         logits, plan = _kept(ctx)
         needs = ctx.needs_input_grad
         if needs[1] or needs[2]:
             needs = torch_state.asked_for(ctx)
         grad = None
-        if needs[0] and torch_state.needs_operations(cotangent):
+        if needs[0] and any(map(torch_state.needs_operations, given)):
             logits = readable(problem, plan, logits)
-            grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
-        elif needs[0]:
-            grad = rows.backward(problem, plan, cotangent, logits)
+            grad = rows.differentiable_gradient(problem, plan, cotangent, logits, of_stats)
+        elif needs[0] and given:
+            grad = rows.backward(problem, plan, cotangent, logits, of_stats)
         of_probabilities = of_weight = None
-        if needs[1] or needs[2]:
+        if (needs[1] or needs[2]) and cotangent is not None:
             found = target_gradients(problem, plan, cotangent, logits, (needs[1], needs[2]))
             of_probabilities, of_weight = found
         return grad, of_probabilities, of_weight, None, None
-
-
-class _LogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Any, problem: Problem, compute: Callable[..., Any]) -> Any:
-        result = compute(problem, logits)
-        ctx.problem = problem
-        tensors = result, logits if transform.is_capped(problem) else None
-        ctx.save_for_backward(*tensors)
-        ctx.kinds = torch_memory.kinds(tensors)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None, None]:
-        result, logits = ctx.saved_tensors
-        torch_memory.check_returned(ctx.kinds, (result, logits))
-        grad = rows.log_softmax_backward(ctx.problem, cotangent, logits, result)
-        return grad, None, None
 
 
 class _Nll(torch.autograd.Function):
@@ -200,7 +174,7 @@ def target_gradients(
 
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:
     """Compute lse - x_c, the derivative of a row's loss with respect to its coefficients."""
-    problem, logits = _widened(problem, readable(problem, plan, logits))
+    problem, logits = widened(problem, readable(problem, plan, logits))
     return -log_softmax(problem, logits, rows.log_softmax)
 
 
@@ -212,58 +186,67 @@ def readable(problem: Problem, plan: Plan, logits: Any) -> Any:
     return logits if plan.counted is None else problem.xp.where(plan.counted, logits, 0.0)
 
 
-def _widened(problem: Problem, logits: Any) -> tuple[Problem, Any]:
-    """Widen the logits before a rule, so that its result is rounded once; drop the stats."""
-    logits = problem.library.cast(logits, problem.arithmetic_dtype)
-    return problem.with_options(stats=None)._replace(logits_dtype=logits.dtype), logits
-
-
 def _transformed_row_losses(
     problem: Problem, plan: Plan, logits: Any
 ) -> tuple[Any, RowStats | None]:
-    stats = None
-    if problem.options.stats is not None:
-        _, stats = rows.forward(problem, plan, logits)
-    wide, logits = _widened(problem, readable(problem, plan, logits))
+    wide, logits = widened(problem, readable(problem, plan, logits))
+    wide = wide.with_options(stats=problem.options.stats)
     # The rows do not depend on the mean's denominator.
     plan = plan._replace(denominator=None)
-    return _TransformedRowLosses.apply(logits, wide, *plan), _detached(stats)
+    losses, *found = _TransformedRowLosses.apply(logits, wide, *plan)
+    if not found:
+        return losses, None
+    nothing: dict[str, Any] = dict.fromkeys(RowStats._fields)
+    return losses, RowStats(**nothing | dict(zip(_stats_of(wide), found, strict=True)))
+
+
+def _stats_of(problem: Problem) -> tuple[str, ...]:
+    """Return the names of the rows' stats that are there."""
+    if problem.options.stats is None:
+        return ()
+    entropy = ("entropy",) if problem.asks("entropy") else ()
+    prediction = ("prediction",) if problem.asks("prediction", "correct") else ()
+    return ("lse", *entropy, *prediction)
 
 
 class _TransformedRowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(logits: Any, problem: Problem, *plan: Any) -> Any:
-        losses, _ = rows.forward(problem, Plan(*plan), logits)
-        return losses
+    def forward(logits: Any, problem: Problem, *plan: Any) -> tuple[Any, ...]:
+        losses, stats = rows.forward(problem, Plan(*plan), logits)
+        return losses, *(getattr(stats, name) for name in _stats_of(problem))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         logits, ctx.problem, *plan = inputs
         ctx.save_for_forward(*_keep(ctx, logits, tuple(plan)))
+        ctx.mark_non_differentiable(*(a for a in output if not a.is_floating_point()))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, logits: Any, problem: Problem, *plan: Any) -> Any:
-        values = _batched(info.batch_size, (logits, *plan), (in_dims[0], *in_dims[2:]))
-        problem = _batched_problem(info.batch_size, problem)
-        return _TransformedRowLosses.apply(values[0], problem, *values[1:]), 0
+        values = batched(info.batch_size, (logits, *plan), (in_dims[0], *in_dims[2:]))
+        problem = batched_problem(info.batch_size, problem)
+        found = _TransformedRowLosses.apply(values[0], problem, *values[1:])
+        return found, (0,) * len(found)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Any, *of_stats: Any) -> tuple[Any, ...]:
         logits, plan = _kept(ctx)
+        given = dict(zip(_stats_of(ctx.problem), of_stats, strict=True))
+        stats_cotangents = StatsCotangents(given.get("lse"), given.get("entropy"))
         problem, needs = ctx.problem, Plan(*ctx.needs_input_grad[2:])
         _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
         grad, grads = None, Plan(*(None,) * len(plan))
-        if ctx.needs_input_grad[0]:
-            grad = rows.differentiable_gradient(problem, plan, cotangent, logits)
+        if ctx.needs_input_grad[0] and (cotangent is not None or stats_cotangents.are_given):
+            grad = rows.differentiable_gradient(problem, plan, cotangent, logits, stats_cotangents)
         wanted = (needs.probabilities, needs.class_weight)
-        if any(wanted):
+        if any(wanted) and cotangent is not None:
             found = target_gradients(problem, plan, cotangent, logits, wanted)
             grads = grads._replace(probabilities=found[0], class_weight=found[1])
         return grad, None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Any, problem: None, *tangents: Any) -> Any:
+    def jvp(ctx: Any, tangent: Any, problem: None, *tangents: Any) -> tuple[Any, ...]:
         logits, plan = _kept(ctx)
         moved = Plan(*tangents)
         _refuse(
@@ -271,11 +254,21 @@ class _TransformedRowLosses(torch.autograd.Function):
             moved.sample_weight is not None,
         )
         with forward_ad._set_fwd_grad_enabled(True):
-            logits, plan = _primal(logits), Plan(*map(_primal, plan))
-            return _rows_tangent(ctx.problem, plan, logits, tangent, moved)
+            logits, plan = primal(logits), Plan(*map(primal, plan))
+            losses = _losses_tangent(ctx.problem, plan, logits, tangent, moved)
+            names = _stats_of(ctx.problem)
+            return losses, *(_stat_tangent(ctx.problem, plan, logits, tangent, n) for n in names)
 
 
-def _rows_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved: Plan) -> Any:
+def _stat_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, name: str) -> Any:
+    if tangent is None or name not in StatsCotangents._fields:
+        return None
+    of_stats = StatsCotangents(**{name: 1.0})
+    product = tangent * rows.differentiable_gradient(problem, plan, None, logits, of_stats)
+    return problem.library.class_sum(product, problem.axis, problem.row_dtype)
+
+
+def _losses_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, moved: Plan) -> Any:
     xp, library, axis = problem.xp, problem.library, problem.axis
     terms = []
     if tangent is not None:
@@ -302,67 +295,6 @@ def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
         weighted = plan._replace(class_weight=moved.class_weight)
         terms.append(targets.coefficients(problem, weighted)[1])
     return sum(terms) if terms else None
-
-
-class _TransformedLogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(logits: Any, problem: Problem) -> Any:
-        return rows.log_softmax(problem, logits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        logits, ctx.problem = inputs
-        tensors = (output, logits if transform.is_capped(ctx.problem) else None)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, logits: Any, problem: Problem) -> Any:
-        (logits,) = _batched(info.batch_size, (logits,), in_dims[:1])
-        return _TransformedLogSoftmax.apply(logits, _batched_problem(info.batch_size, problem)), 0
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, None]:
-        result, logits = ctx.saved_tensors
-        return rows.log_softmax_backward(ctx.problem, cotangent, logits, result), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Any, problem: None) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):
-            result, logits = map(_primal, ctx.saved_tensors)
-            softmax = torch.exp(result)
-            tangent = tangent * transform.slope(ctx.problem, logits)
-            return tangent - torch.sum(softmax * tangent, ctx.problem.axis, keepdim=True)
-
-
-def _batched(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
-    """Move vmap's axis to the front, where it is one more axis of rows."""
-    found = []
-    for value, dim in zip(values, dims, strict=True):
-        if not isinstance(value, torch.Tensor):
-            found.append(value)
-        elif dim is None:
-            found.append(value.expand(size, *value.shape))
-        else:
-            found.append(value.movedim(dim, 0))
-    return found
-
-
-def _batched_problem(size: int, problem: Problem) -> Problem:
-    return problem._replace(
-        shape=(size, *problem.shape), axis=problem.axis + 1, row_shape=(size, *problem.row_shape)
-    )
-
-
-def _primal(value: Any) -> Any:
-    """Remove the tangent of this level, so that a rule's result is differentiated once.
-
-    torch switches forward mode off around a rule, which loses a tangent within a tangent
-    (https://github.com/pytorch/pytorch/issues/197867); a rule that switches it on must do this.
-    """
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return forward_ad.unpack_dual(value).primal
-    return value
 
 
 RULES = Rules(check, detach, row_losses, nll, log_softmax)

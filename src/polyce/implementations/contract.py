@@ -41,6 +41,8 @@ class Implementation:
     """Whether it takes this problem only when it is asked for by name."""
     torch_kernels: Callable[[], Any] | None = None
     """() -> the `torch_calls.Kernels` that torch.compile may put into its graph"""
+    takes_grad_stats: bool = False
+    """Whether the gradient takes the cotangents of stats, which a new path need not have."""
     log_softmax: Callable[..., Any] | None = None
     """(problem, logits) -> log(softmax(logits))"""
 
@@ -63,6 +65,8 @@ class Implementation:
             for option in problem.used_options:
                 if option not in self.options:
                     found.append(f"option {option} is not served")
+        if problem.grad_stats and not self.takes_grad_stats:
+            found.append("cotangents of stats (grad_stats) are not served")
         if not found and self.refuses is not None and (reason := self.refuses(problem)):
             found.append(reason)
         return tuple(found)

@@ -26,5 +26,6 @@ PATH = Implementation(
     name="reference",
     cross_entropy=cross_entropy,
     cross_entropy_with_grad=whole.cross_entropy_with_grad,
+    takes_grad_stats=True,
     log_softmax=rows.log_softmax,
 )

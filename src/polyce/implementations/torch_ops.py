@@ -250,7 +250,7 @@ def kernels(implementation: str) -> Kernels:
 
     def forward(problem: Problem, operands: Operands, keep: bool) -> tuple[Any, Any, Saved]:
         text = text_of(problem, implementation)
-        loss, *rest = _operators.forward.default(*operands[:-1], keep, text)
+        loss, *rest = _operators.forward.default(*operands[:5], keep, text)
         found = stats_from(problem.options.stats, rest)
         keeps = own.keeps(problem) if keep else Saved(False, False)
         return loss, found, Saved(*(rest.pop(0) if is_kept else None for is_kept in keeps))
@@ -258,7 +258,7 @@ def kernels(implementation: str) -> Kernels:
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
         text = text_of(problem, implementation)
         cotangent = operands.grad_output
-        return _operators.backward.default(cotangent, *operands[:-1], *saved, text)
+        return _operators.backward.default(cotangent, *operands[:5], *saved, text)
 
     return Kernels(implementation, forward, backward, own.keeps)
 
@@ -268,6 +268,6 @@ def with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Compute loss, gradient and stats by an operator."""
     loss, grad, *rest = _operators.forward_backward.default(
-        *operands, text_of(problem, implementation)
+        *operands[:6], text_of(problem, implementation)
     )
     return loss, grad, stats_from(problem.options.stats, rest)

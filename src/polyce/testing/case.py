@@ -36,6 +36,8 @@ class Case:
         and return_stats.
     grad_output : ndarray, float or None
         The gradient that flows in.
+    grad_lse, grad_entropy : ndarray or None
+        The gradients that flow into the stats, `grad_stats` of the call.
     layout, target_layout : str
         The memory layouts in which logits and target are passed, see `arrange`.
     sample_weight, normalizer : ndarray
@@ -53,6 +55,8 @@ class Case:
     target_layout: str = "plain"
     sample_weight: Array | None = None
     normalizer: Array | None = None
+    grad_lse: Array | None = None
+    grad_entropy: Array | None = None
 
     def __post_init__(self) -> None:
         """Make the arrays read-only, since cases share them."""
@@ -61,7 +65,10 @@ class Case:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """Return the arrays of the call by the names of their arguments, without absent ones."""
+        """Return the arrays of the call by the names of their arguments, without absent ones.
+
+        Those of `grad_stats` are `grad_lse` and `grad_entropy`.
+        """
         candidates = {
             "input": self.logits,
             "target": self.target,
@@ -69,6 +76,8 @@ class Case:
             "sample_weight": self.sample_weight,
             "normalizer": self.normalizer,
             "grad_output": self.grad_output,
+            "grad_lse": self.grad_lse,
+            "grad_entropy": self.grad_entropy,
         }
         return {name: a for name, a in candidates.items() if isinstance(a, np.ndarray)}
 
@@ -91,6 +100,11 @@ class Case:
         return (asked,) if isinstance(asked, str) else tuple(asked)
 
     @property
+    def has_grad_stats(self) -> bool:
+        """Tell whether a gradient flows into a stat."""
+        return self.grad_lse is not None or self.grad_entropy is not None
+
+    @property
     def shape_key(self) -> str:
         """Return the shapes and dtypes of the call; a compiler compiles once for each of these."""
         return " ".join(
@@ -101,7 +115,10 @@ class Case:
     @cached_property
     def answer(self) -> Answer:
         """Return the exact answer, computed when first asked for."""
-        given: dict[str, Any] = {"sample_weight": self.sample_weight, "normalizer": self.normalizer}
+        given: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("sample_weight", "normalizer", "grad_lse", "grad_entropy")
+        }
         given |= {k: v for k, v in self.options.items() if k not in ("validate", "return_stats")}
         return exact_answer(
             self.logits, self.target, self.weight, grad_output=self.grad_output, **given

@@ -15,11 +15,14 @@ import numpy as np
 from .backends import Backend, get_backend
 from .case import STATS, Case, arrange
 from .dtypes import Array, missing
+from .expected_values import Expected, expectations
 from .grid import cases
 from .tolerances import accuracy, compare, grad_tolerance, loss_tolerance, stats_tolerances
 
 SHOWN = 20
 """How many failures are written out."""
+INCOMING = ("grad_output", "grad_lse", "grad_entropy")
+"""The arrays of a case that only the gradient takes."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,20 @@ class Report:
 
 @dataclass(frozen=True)
 class Functions:
-    """The two functions under test, by default polyce's own.
+    """The functions under test, by default polyce's own.
 
     Attributes
     ----------
     cross_entropy, cross_entropy_with_grad : callable
         They are called like polyce's functions, with arrays by position or by name.
+    log_prob, entropy : callable or None
+        Likewise, for the cases of the group values.
     """
 
     cross_entropy: Callable[..., Any]
     cross_entropy_with_grad: Callable[..., Any]
+    log_prob: Callable[..., Any] | None = None
+    entropy: Callable[..., Any] | None = None
 
 
 def check_implementation(
@@ -85,7 +92,9 @@ def check_implementation(
     Every case of the grid goes through `polyce.cross_entropy` and
     `polyce.cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
     checked, also those of the stats if a case asks for some, and that the arrays passed in are
-    unchanged.
+    unchanged. The cases of the group values go through `polyce.log_prob` and `polyce.entropy` too.
+    Of an implementation that takes no cotangents of stats only the losses of the cases with
+    such are checked.
 
     Parameters
     ----------
@@ -121,6 +130,7 @@ def check_implementation(
         backend = "numpy" if name is None or functions else _default_backend(name)
     library = get_backend(backend) if isinstance(backend, str) else backend
     called = functions or _polyce_functions()
+    takes_grad_stats = name is None or functions is not None or _path(name).takes_grad_stats
     ran: Counter[str] = Counter()
     left_out: dict[str, list[str]] = {}
     if dtypes is None:
@@ -134,7 +144,10 @@ def check_implementation(
             left_out.setdefault(reason, []).append(case.name)
             continue
         ran[case.group] += 1
-        found = _failures(case, given, library, called, name, wrap)
+        with_gradient = takes_grad_stats or not case.has_grad_stats
+        if not with_gradient:
+            left_out.setdefault("no gradient: it takes no grad_stats", []).append(case.name)
+        found = _failures(case, given, library, called, name, wrap, with_gradient=with_gradient)
         failed += bool(found)
         failures += found
     names = {reason: tuple(names) for reason, names in left_out.items()}
@@ -152,13 +165,19 @@ def check_implementation(
 
 def _default_backend(name: str) -> str:
     """Return NumPy, or the first library of an implementation that does not take it."""
-    taken = importlib.import_module("polyce.implementations.registry").find(name).backends
+    taken = _path(name).backends
     return "numpy" if taken is None or "numpy" in taken else str(min(taken))
+
+
+def _path(name: str) -> Any:
+    return importlib.import_module("polyce.implementations.registry").find(name)
 
 
 def _polyce_functions() -> Functions:
     polyce = importlib.import_module("polyce")
-    return Functions(polyce.cross_entropy, polyce.cross_entropy_with_grad)
+    return Functions(
+        polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.log_prob, polyce.entropy
+    )
 
 
 def _given(case: Case, library: Backend) -> tuple[dict[str, Array], str]:
@@ -178,6 +197,8 @@ def _failures(
     functions: Functions,
     name: str | None,
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    *,
+    with_gradient: bool,
 ) -> list[str]:
     """Run one case, and return what is wrong with it."""
     layouts = {
@@ -225,15 +246,29 @@ def _failures(
         for what, result in zip(names, results, strict=True):
             attempt(partial(checks.get(what, _check_loss), case, library, result, what))
 
-    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
+    forward = {key: array for key, array in arrays.items() if key not in INCOMING}
     check(functions.cross_entropy, ["cross_entropy"], forward, options)
     attempt(check_arguments)
     if failures:
         # The gradient's failures would repeat these, or come from modified arrays.
         return failures
-    names = ["loss of cross_entropy_with_grad", "grad"]
-    check(functions.cross_entropy_with_grad, names, arrays, with_grad)
-    attempt(check_arguments)
+    if with_gradient:
+        names = ["loss of cross_entropy_with_grad", "grad"]
+        check(functions.cross_entropy_with_grad, names, arrays, with_grad)
+        attempt(check_arguments)
+    values = {"log_prob": functions.log_prob, "entropy": functions.entropy}
+    for what, value in values.items():
+        if case.group != "values" or value is None:
+            continue
+        for expected in expectations(case, what):
+            of_value = {"input": arrays["input"]}
+            if expected.index is not None:
+                of_value["index"] = library.asarray(expected.index)
+            more = expected.options | ({} if name is None else {"implementation": name})
+            found = attempt(partial(call_by_name, value, of_value, more, wrap))
+            if found is not None:
+                attempt(partial(_check_value, expected, library, found, what))
+        attempt(check_arguments)
     return failures
 
 
@@ -261,7 +296,14 @@ def call_by_name(
     names = tuple(arrays)
 
     def of_arrays(*values: Any) -> Any:
-        return function(**dict(zip(names, values, strict=True)), **options)
+        given = dict(zip(names, values, strict=True))
+        of_stats = {
+            name: given.pop(f"grad_{name}")
+            for name in ("lse", "entropy")
+            if f"grad_{name}" in given
+        }
+        more = {"grad_stats": of_stats} if of_stats else {}
+        return function(**given, **options, **more)
 
     return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())
 
@@ -296,6 +338,12 @@ def _check_stats(case: Case, library: Backend, stats: Any, what: str) -> None:
             compare(got, want, allowed[name], dtype=arithmetic, what=name)
         else:
             _check_equal(got, want, name)
+
+
+def _check_value(expected: Expected, library: Backend, result: Any, what: str) -> None:
+    tolerance = expected.tolerance(accuracy(expected.dtype.name, library.name))
+    got = _converted(library, result, what)
+    compare(got, expected.values, tolerance, dtype=expected.dtype, what=what)
 
 
 def _check_equal(got: Array, want: Array, what: str) -> None:

@@ -31,6 +31,8 @@ weight             file, elements of ``weight_dtype``, one for each class; or ``
 weight_dtype       ``-`` without weight
 sample_weight      file, float64, one for each row; or ``-``
 grad_output        file, float64, of the loss's shape; ``-`` means 1
+grad_lse           file, float64, one for each row: the gradient that flows into lse; ``-`` means 0
+grad_entropy       the same of the entropy
 loss, loss_tol     files, float64: the exact loss, and the largest error allowed in it
 loss_shape         of the loss; ``scalar`` for no dimension
 grad, grad_tol     files, float64, in the shape of the logits: the same for the gradient
@@ -118,7 +120,7 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
             "sample_weight": ("float64", fields["row_shape"]),
             "prediction": ("int64", fields["row_shape"]),
         }
-        floats = ("lse", "lse_tol", "entropy", "entropy_tol")
+        floats = ("grad_lse", "grad_entropy", "lse", "lse_tol", "entropy", "entropy_tol")
         elements |= dict.fromkeys(floats, ("float64", fields["row_shape"]))
         elements |= dict.fromkeys(("correct", "valid"), ("uint8", fields["row_shape"]))
         for key, (name, shape) in elements.items():
@@ -185,6 +187,8 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "weight_dtype": "-" if case.weight is None else case.weight.dtype.name,
         "sample_weight": write(wide(case.sample_weight)),
         "grad_output": write(wide(case.grad_output)),
+        "grad_lse": write(wide(case.grad_lse)),
+        "grad_entropy": write(wide(case.grad_entropy)),
         "loss": write(answer.loss),
         "loss_tol": write(loss_tolerance(answer, loss_dtype, accuracy(loss_dtype))),
         "loss_shape": _shape(answer.loss),

@@ -125,7 +125,7 @@ def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
     at = (min(1, rank - 1) if axis is None else axis) % rank
     if case.logits.shape[at] > MOST_CLASSES:
         return f"more than {MOST_CLASSES} classes take a large identity"
-    if case.group == "stats":
+    if case.group in ("stats", "grad-stats"):
         return "the head returns no stats"
     counted = np.expand_dims(case.answer.stats.valid, at)
     if not np.all(np.isfinite(case.logits.astype(np.float64)) | ~counted):

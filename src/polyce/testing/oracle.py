@@ -23,12 +23,22 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import Array, Floats, is_float, promote
-from .oracle_row import DIGITS, ONE, ZERO, Row, Target, context, measures, row_answer
+from .oracle_row import (
+    DIGITS,
+    ONE,
+    ZERO,
+    Row,
+    Target,
+    context,
+    measures,
+    row_answer,
+    stats_gradients,
+)
 
 NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 """The answer of a row that does not count."""
 PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part")
-PER_CLASS = (*PARTS, "gap", "angle", "pivot")
+PER_CLASS = (*PARTS, "stats_part", "gap", "angle", "pivot")
 STATS = (
     "lse", "entropy", "prediction", "correct", "lse_scale", "entropy_spread", "entropy_lead",
 )  # fmt: skip
@@ -94,6 +104,10 @@ class Answer:
         smaller together. 0 in rows that are not finite.
     pull_part : ndarray
         ``Z * softmax_c``, what the z-loss adds to `softmax_part`.
+    stats_part : ndarray
+        Magnitude of what the gradients of lse and entropy add to an entry: ``softmax_c`` times
+        ``|g_lse| + |g_entropy| * (lse - x_c + entropy)``, for the likeliest class of a row with
+        the other classes' probability in the place of the second 1.
     gap : ndarray
         How far a transformed logit lies below the largest one among the non-pivot classes; 0 at
         the pivot and at logits of -inf.
@@ -123,6 +137,7 @@ class Answer:
     softmax_part: Floats
     pull_part: Floats
     coefficient_part: Floats
+    stats_part: Floats
     gap: Floats
     angle: Floats
     pivot: npt.NDArray[np.bool_]
@@ -167,6 +182,8 @@ def exact_answer(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
     grad_output: Array | float | None = None,
+    grad_lse: Array | None = None,
+    grad_entropy: Array | None = None,
 ) -> Answer:
     """Return the exact result of ``cross_entropy_with_grad`` on NumPy arrays.
 
@@ -177,6 +194,8 @@ def exact_answer(
     ignore_index, reduction, label_smoothing, axis, sample_weight, normalizer, z_loss, \
 logit_scale, logit_softcap, grad_output
         As in `polyce.cross_entropy_with_grad`.
+    grad_lse, grad_entropy : ndarray, optional
+        Its `grad_stats`.
 
     Returns
     -------
@@ -232,6 +251,10 @@ logit_scale, logit_softcap, grad_output
         _magnitude(np.array(list(map(float, values)))) for values in (sizes, squares)
     )
     columns = _columns(keys, rows, scales, float(condition), classes)
+    of_stats = {"lse": grad_lse, "entropy": grad_entropy}
+    for name, cotangent in of_stats.items():
+        if cotangent is not None and classes:
+            _add_stats(columns, keys, rows, name, cotangent.astype(np.float64).reshape(-1))
 
     def reduced(values: Floats) -> Floats:
         return values.reshape(shape) if reduction == "none" else np.array(values.sum())
@@ -289,6 +312,24 @@ def _columns(
         label = target.index(max(target)) if isinstance(target, tuple) else target
         found["correct"][i] = seen.prediction == label
     return found
+
+
+def _add_stats(
+    columns: dict[str, npt.NDArray[Any]],
+    keys: Sequence[tuple[Any, ...]],
+    rows: Sequence[Row],
+    name: str,
+    cotangents: Floats,
+) -> None:
+    """Add the gradient of a stat to the answer's arrays."""
+    for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        logits, *_, logit_scale, logit_softcap = key
+        found = stats_gradients(logits, logit_scale, logit_softcap)
+        # Without a softmax, or with a bad label, the loss's gradient is nan already.
+        if row is not NOTHING and found is not None:
+            columns["grad"][i] += cotangents[i] * getattr(found, name)
+            part = found.lse if name == "lse" else found.entropy_part
+            columns["stats_part"][i] += _magnitude(cotangents[i] * part)
 
 
 def row_weight(target: Target, weight: tuple[float, ...] | None, classes: int) -> Decimal:

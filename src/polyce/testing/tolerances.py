@@ -160,7 +160,7 @@ def accuracy(dtype: str, backend: str | None = None) -> Accuracy:
     return ACCURACY.get((backend, dtype), ACCURACY[None, dtype])
 
 
-def _with_rounding(want: Floats, tolerance: Floats, dtype: str, rule: Accuracy) -> Floats:
+def rounded(want: Floats, tolerance: Floats, dtype: str, rule: Accuracy) -> Floats:
     """Add the rounding to a result dtype that is narrower than the arithmetic."""
     if dtype != rule.arithmetic:
         tolerance = tolerance + FORMATS[dtype].spacing(np.abs(want) + tolerance) / 2
@@ -185,7 +185,7 @@ def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     reach = more.spread * answer.loss_spread + more.lead * answer.loss_lead
     reach = reach + 2.0 * more.value * answer.square_part
     tolerance = tolerance + 2.0 * arithmetic.unit * reach
-    return _with_rounding(answer.loss, tolerance, dtype, rule)
+    return rounded(answer.loss, tolerance, dtype, rule)
 
 
 def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
@@ -214,8 +214,25 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     tolerance = np.where(answer.pivot, at_pivot, elsewhere) + shared + rule.flush
     tolerance = tolerance + np.where(vanishing, part, 0.0)
     flat = _exponential_underflows(answer.angle, arithmetic)
-    tolerance = tolerance + np.where(flat, scale, 0.0)
-    return _with_rounding(answer.grad, tolerance, dtype, rule)
+    tolerance = tolerance + np.where(flat, scale + answer.stats_part, 0.0)
+    tolerance = tolerance + _stats_gradient_tolerance(answer, rule)
+    return rounded(answer.grad, tolerance, dtype, rule)
+
+
+def _stats_gradient_tolerance(answer: Answer, rule: Accuracy) -> Floats:
+    """Return what the gradients of lse and entropy add to the errors allowed in the gradient.
+
+    An entry is as inexact as any, and the entropy in it as inexact as it is allowed to be.
+    """
+    arithmetic, more, part = FORMATS[rule.arithmetic], rule.transformed(answer), answer.stats_part
+    # Gaps count from the largest class here, also that of a label.
+    gap = np.where(part > 0, np.where(answer.pivot, answer.lead, answer.gap), 0.0)
+    reach = 2.0 * (more.spread * answer.spread + more.lead * answer.lead)
+    slope = more.slope + more.slope_angle * answer.angle
+    units = rule.entry + rule.entropy_ulp + (rule.entry_gap + more.gap) * gap + reach + slope
+    vanishing = np.where(_exponential_underflows(gap, arithmetic), part, 0.0)
+    flushed = np.where(part > 0, -rule.flush * np.log(arithmetic.tiny), 0.0)
+    return arithmetic.unit * units * part + vanishing + flushed
 
 
 def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:

@@ -72,7 +72,7 @@ class _KernelCall(NamedTuple):
 
 def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
-    logits, target, weight, sample, normalizer, cotangent = operands
+    logits, target, weight, sample, normalizer, cotangent, *_ = operands
     if problem.check_labels:
         labels.read(problem, target, logits)
     probability = problem.kind == "probability"

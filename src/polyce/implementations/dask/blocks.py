@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from polyce.arrays import dtypes, find
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
-from polyce.formula import labels, rows, rowstate, targets, transform
+from polyce.formula import labels, rowgradient, rows, rowstate, targets, transform
 from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
@@ -190,7 +190,7 @@ def part_gradient(
         top = xp.where(top == -math.inf, 0.0, top)
         rest = transform.difference(problem, rest, top, owned=True)
         scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
-        grad = rowstate.gradient(
+        grad = rowgradient.gradient(
             problem,
             state,
             library.overwrite(xp.exp, rest),

@@ -106,5 +106,6 @@ PATH = Implementation(
     refuses=refuses,
     by_name_only=is_left_to_the_compiler,
     torch_kernels=torch_kernels,
+    takes_grad_stats=True,
     log_softmax=log_softmax,
 )

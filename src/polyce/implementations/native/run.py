@@ -80,8 +80,8 @@ def run(
     found = None
     if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
-    logits, target, weight, sample_weight, normalizer, cotangent, by_row = _readable(
-        own, problem, operands
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row, of_lse, of_entropy = (
+        _readable(own, problem, operands)
     )
     bad_row = kernel(problem).run(
         logits=logits,
@@ -94,6 +94,8 @@ def run(
         saved=saved,
         cotangent=cotangent,
         by_row=by_row,
+        grad_lse=of_lse,
+        grad_entropy=of_entropy,
         grad=grad,
         fresh=fresh,
         backward=False,
@@ -107,8 +109,8 @@ def run_backward(
     own: ArrayAccess, problem: Problem, operands: Operands, saved: Any, grad: Any, *, fresh: bool
 ) -> None:
     """Write the gradient, from what a forward pass has `saved` of the rows, if it has."""
-    logits, target, weight, sample_weight, normalizer, cotangent, by_row = _readable(
-        own, problem, operands
+    logits, target, weight, sample_weight, normalizer, cotangent, by_row, of_lse, of_entropy = (
+        _readable(own, problem, operands)
     )
     if saved is not None:
         saved = own.dense("what was saved of the rows", saved, None)
@@ -123,6 +125,8 @@ def run_backward(
         saved=saved,
         cotangent=cotangent,
         by_row=by_row,
+        grad_lse=of_lse,
+        grad_entropy=of_entropy,
         grad=grad,
         fresh=fresh,
         backward=True,
@@ -133,7 +137,7 @@ def run_backward(
 
 def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[Any, ...]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
-    logits, target, weight, sample_weight, normalizer, cotangent = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
     if problem.kind == "index":
         target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
@@ -152,8 +156,22 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> tuple[A
     elif type(cotangent) is not float and problem.options.reduction == "none" and cotangent.ndim:
         by_row = True
         cotangent = own.dense("grad_output", cotangent, problem.row_dtype)
+    if of_lse is not None:
+        of_lse = own.dense("grad_lse", of_lse, problem.row_dtype)
+    if of_entropy is not None:
+        of_entropy = own.dense("grad_entropy", of_entropy, problem.row_dtype)
     # The path takes no logits whose bytes are in another order.
-    return logits, target, weight, sample_weight, normalizer, cotangent, by_row
+    return (
+        logits,
+        target,
+        weight,
+        sample_weight,
+        normalizer,
+        cotangent,
+        by_row,
+        of_lse,
+        of_entropy,
+    )
 
 
 def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:

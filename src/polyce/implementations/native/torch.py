@@ -63,7 +63,7 @@ def _backward(
     return grad
 
 
-KERNELS = Kernels("native", _forward, _backward, _keeps)
+KERNELS = Kernels("native", _forward, _backward, _keeps, takes_grad_stats=True)
 
 
 def _on_graph(problem: Problem, operands: Operands) -> tuple[Any, Stats | None] | None:
