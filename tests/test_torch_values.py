@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 import polyce
-import polyce.torch
 from conftest import FULL
+from polyce.implementations import registry
+from torch_graphs import BACKWARD, Graphs
 
 pytestmark = pytest.mark.only("torch")
 
@@ -191,6 +193,34 @@ def test_compiled_calls(torch: Any, name: str) -> None:
     value, want = compiled(x), function(x)
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(want, x))
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_kernel_in_the_graph_takes_them_if_it_can(
+    torch: Any, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyce.graphs import torch_calls
+    from polyce.implementations import torch_ops
+    from polyce.implementations.native import torch as native
+
+    kernels = native.KERNELS._replace(takes_grad_stats=takes)
+    if takes:
+        kernels = kernels._replace(backward=torch_calls.REFERENCE.backward)
+    path = dataclasses.replace(registry.find("native"), torch_kernels=lambda: kernels)
+    monkeypatch.setattr(registry, "TABLE", (path, *registry.TABLE))
+    monkeypatch.setattr(torch_ops, "_known", {})
+    x, y = torch.randn((70, 300)).requires_grad_(), torch.randint(300, (70,))
+
+    def function(x: Any) -> Any:
+        loss, stats = polyce.cross_entropy(x, y, return_stats="entropy")
+        return loss - stats.entropy.mean()
+
+    torch._dynamo.reset()
+    graphs = Graphs(torch)
+    value = torch.compile(function, backend=graphs, fullgraph=True)(x)
+    (got,) = torch.autograd.grad(value, x)
+    assert [[name for name, _ in calls] for calls in graphs.backward] == [[BACKWARD] * takes]
+    torch.testing.assert_close(got, torch.autograd.grad(function(x), x)[0])
 
 
 def test_compiled_calls_with_grad_stats(torch: Any) -> None:

@@ -145,7 +145,7 @@ def gradients(
     else:
         given = [a for a in (cotangent, of_lse, of_entropy) if a is not None]
         by_operations = traced or any(map(torch_state.needs_operations, given))
-        problem, operands = _with_stats(problem, operands, of_lse, of_entropy)
+        problem, operands = with_stats(problem, operands, of_lse, of_entropy)
         if not kernels.takes_grad_stats:
             kernels, saved = REFERENCE, Saved()
     in_place = problem.inplace_backward and needs[0]
@@ -163,7 +163,7 @@ def gradients(
     return grad, of_target, of_weight, None
 
 
-def _with_stats(
+def with_stats(
     problem: Problem, operands: Operands, of_lse: Any, of_entropy: Any
 ) -> tuple[Problem, Operands]:
     """Add the cotangents of stats to a call; the loss then has one too."""

@@ -18,6 +18,7 @@ from polyce.call.options import Options
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import stats
 from polyce.formula.stats import Stats
+from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import Kernels, Saved
 from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
@@ -143,9 +144,13 @@ def _backward(
     rows: Any,
     denominator: Any,
     text: str,
+    grad_lse: Any = None,
+    grad_entropy: Any = None,
 ) -> Any:
     problem, kernels, _ = _known_call(text, logits, target, weight, sample_weight, normalizer)
     operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    if grad_lse is not None or grad_entropy is not None:
+        problem, operands = torch_calls.with_stats(problem, operands, grad_lse, grad_entropy)
     return kernels.backward(problem, operands, Saved(rows, denominator), None)
 
 
@@ -194,8 +199,9 @@ def _imagine(
     return [loss, *(array for array in (*found, *saved) if array is not None)]
 
 
-def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any) -> Any:
-    tensors = (argument for argument in arguments if isinstance(argument, torch.Tensor))
+def _imagine_gradient(cotangent: Any, logits: Any, *arguments: Any, **of_stats: Any) -> Any:
+    given = (*arguments, *of_stats.values())
+    tensors = (argument for argument in given if isinstance(argument, torch.Tensor))
     check_imagined(cotangent, logits, *tensors)
     return torch.empty_like(logits)
 
@@ -222,7 +228,8 @@ def check_imagined(*tensors: Any) -> None:
 LIBRARY = torch.library.Library("polyce", "FRAGMENT")
 LIBRARY.define(f"forward({TENSORS}, bool keep, str call) -> Tensor[]")
 LIBRARY.define(
-    f"backward(Tensor cotangent, {TENSORS}, Tensor? rows, Tensor? denominator, str call) -> Tensor"
+    f"backward(Tensor cotangent, {TENSORS}, Tensor? rows, Tensor? denominator, str call, "
+    "Tensor? grad_lse=None, Tensor? grad_entropy=None) -> Tensor"
 )
 LIBRARY.define(f"forward_backward({TENSORS}, Tensor? cotangent, str call) -> Tensor[]")
 for _name, _run, _fake in (
@@ -257,10 +264,11 @@ def kernels(implementation: str) -> Kernels:
 
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
         text = text_of(problem, implementation)
-        cotangent = operands.grad_output
-        return _operators.backward.default(cotangent, *operands[:5], *saved, text)
+        arguments = (operands.grad_output, *operands[:5], *saved, text)
+        of_stats = operands[6:] if problem.grad_stats else ()
+        return _operators.backward.default(*arguments, *of_stats)
 
-    return Kernels(implementation, forward, backward, own.keeps)
+    return Kernels(implementation, forward, backward, own.keeps, own.takes_grad_stats)
 
 
 def with_grad(
