@@ -129,6 +129,14 @@ def test_an_index_out_of_range(backend: Backend) -> None:
     np.testing.assert_array_equal(np.isnan(backend.to_numpy(one)), [False, True, False])
 
 
+@pytest.mark.only("dask")
+def test_an_index_without_values_is_not_looked_at(backend: Backend) -> None:
+    with pytest.raises(ValueError, match=r"^validate=True needs index's values, but this index is"):
+        polyce.log_prob(
+            backend.asarray(ROWS), backend.asarray(np.zeros(3, np.int64)), validate=True
+        )
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "floats": (
         np.zeros(3, np.float32), TypeError,

@@ -259,7 +259,7 @@ def describe_anew(
         **_dtypes(library, logits, result_dtype),
         options=options,
         is_concrete=library.are_concrete(values),
-        check_labels=checks_labels(kind, target, library, options.validate),
+        check_labels=kind == "index" and checks_labels("target", target, library, options.validate),
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
@@ -352,18 +352,18 @@ def _dtypes(library: Library, logits: Any, result_dtype: Any) -> dict[str, Any]:
     }
 
 
-def checks_labels(kind: str, target: Any, library: Library, validate: bool | None) -> bool:
-    """Tell whether the values of a target are checked; ValueError if they should and cannot be."""
-    if validate is False or kind != "index":
+def checks_labels(name: str, labels: Any, library: Library, validate: bool | None) -> bool:
+    """Tell whether labels are looked at; ValueError if they should be and have no values."""
+    if validate is False:
         return False
-    if not library.has_values(target):
+    if not library.has_values(labels):
         if validate:
             raise ValueError(
-                "validate=True needs target's values, but this target is traced or lazy and has "
+                f"validate=True needs {name}'s values, but this {name} is traced or lazy and has "
                 "none yet; leave validate at None (a bad label then gives nan)"
             )
         return False
-    return bool(validate) or library.is_at_hand(target)
+    return bool(validate) or library.is_at_hand(labels)
 
 
 def _promote(library: Library, dtype: Any, *operands: Any) -> Any:
