@@ -55,11 +55,14 @@ EXTRAS = {
     "NLLLoss": {"axis": None, "validate": None, "dim": None},
 }
 OPTIONS = {"sample_weight": None, "normalizer": None} | EXTRAS["CrossEntropyLoss"]
+VALUES = {"axis": None, "logit_scale": None, "logit_softcap": None, "implementation": None}
 FUNCTION_EXTRAS = {
     "cross_entropy": OPTIONS,
-    "cross_entropy_with_grad": OPTIONS | {"grad_output": None, "out": None},
+    "cross_entropy_with_grad": OPTIONS | {"grad_output": None, "grad_stats": None, "out": None},
     "nll_loss": {"sample_weight": None, "normalizer": None} | EXTRAS["NLLLoss"],
     "log_softmax": {"logit_scale": None, "logit_softcap": None, "dim": None},
+    "log_prob": VALUES | {"ignore_index": -100, "validate": None},
+    "entropy": VALUES,
 }
 
 X = np.linspace(-2, 2, 24, dtype=np.float32).reshape(2, 3, 4)

@@ -113,6 +113,7 @@ def _answer(
         softmax_part=softmax_part,
         pull_part=zero,
         coefficient_part=coefficient_part,
+        stats_part=zero,
         gap=np.asarray(gap, float),
         angle=zero,
         pivot=pivot,
