@@ -25,7 +25,7 @@ nox.options.default_venv_backend = "virtualenv"
 # What every change must pass before it is shown to others.
 TIER_1 = ("numpy", "strict", "torch", "jax-x32", "dask", "cupy-emulated")
 # The plain run leaves the slow tests of these to `nox -t ci`.
-SLOW = ("torch", "jax-x32", "dask", "cupy-emulated")
+SLOW = ("numpy", "torch", "jax-x32", "dask", "cupy-emulated")
 nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in TIER_1), "docs"]
 # What else must hold; and variants so similar that they run only with all cases of all tests.
 CI, FULL = ["ci"], ["full"]

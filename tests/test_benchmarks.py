@@ -33,6 +33,7 @@ def printed(module: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow("numpy")
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("question", ["small", "large", "memory"])
 def test_benchmark_of_the_reference_runs(question: str) -> None:
@@ -46,7 +47,7 @@ def test_benchmark_of_dask_runs(question: str) -> None:
     assert "loss" in printed("cpu.reference", "--tiny", "--only", question)
 
 
-@pytest.mark.slow("torch")
+@pytest.mark.slow("numpy", "torch")
 @pytest.mark.only("numpy", "torch")
 def test_benchmark_of_the_core_runs(backend_name: str, tmp_path: Path) -> None:
     shown = run_and_print("cpu", tmp_path)

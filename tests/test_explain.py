@@ -262,6 +262,7 @@ def test_the_module_prints_the_versions(capsys: pytest.CaptureFixture[str]) -> N
     assert done.stderr == ""
 
 
+@pytest.mark.slow("numpy", "torch", "jax-x32", "dask")
 def test_the_demo_learns_the_digits_and_compares_libraries() -> None:
     done = run_module("demo")
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,7 @@ def growth(call: str, few: str, prepare: str = "") -> float:
     return float(json.loads(done.stdout))
 
 
+@pytest.mark.slow("numpy")
 @measured
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
@@ -67,6 +68,7 @@ def test_numpy_holds_a_chunk(reduction: str) -> None:
     assert growth(loss, f"polyce.linear_cross_entropy(x[:8], w[:99], t[:8] % 9, {of})") < MOST
 
 
+@pytest.mark.slow("numpy")
 @measured
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")

@@ -99,7 +99,9 @@ def test_the_same_bits(settings: Any, shape: tuple[int, int], options: dict[str,
 
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
-@pytest.mark.parametrize("classes", [2, 10, 64, 1000, 32000])
+@pytest.mark.parametrize(
+    "classes", [2, 10, 64, 1000, pytest.param(32000, marks=pytest.mark.slow("numpy"))]
+)
 def test_float32_rows_and_label_entries_are_within_4_ulp(settings: Any, classes: int) -> None:
     form = FORMATS["float32"]
     rng = np.random.default_rng(classes)

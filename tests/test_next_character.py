@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.only("numpy")
+pytestmark = [pytest.mark.only("numpy"), pytest.mark.slow("numpy")]
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "next_character.py"
 
