@@ -196,7 +196,7 @@ def _of_log_prob(
     options = Options.taken_from(given)
     problem, logits, index = describe_index(input, index, options)
     asked = f"index {problem.target_dtype} {tuple(index.shape)}"
-    # As many classes as may be, they follow from one loss; its labels may be any.
+    # One class or K of each row, one loss gives them all, and its path depends on no label.
     return _of_value(function, problem, logits, options, [asked], implementation)
 
 

@@ -112,10 +112,7 @@ class _Loss(torch.autograd.Function):
             ctx.address, ctx.is_written = logits.data_ptr(), False
         if found is None:
             return (loss,)
-        without_gradient = found[2:] if ctx.needs_input_grad[0] else found
-        ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
-        # Most stats are only looked at, and most losses of an entropy are not.
-        ctx.set_materialize_grads(False)
+        torch_state.mark_stats(ctx, found)
         return loss, *found
 
     @staticmethod

@@ -89,10 +89,7 @@ class _RowLosses(torch.autograd.Function):
         ctx.kinds = torch_memory.kinds(_keep(ctx, logits, plan))
         if stats is None:
             return (losses,)
-        without_gradient = stats[2:] if ctx.needs_input_grad[0] else stats
-        ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
-        # Most stats are only looked at, and most losses of an entropy are not.
-        ctx.set_materialize_grads(False)
+        torch_state.mark_stats(ctx, stats)
         return losses, *stats
 
     @staticmethod

@@ -42,6 +42,14 @@ def _is_run(node: Any) -> bool:
         return True  # raised for leaves that torch.autograd.grad is asked for
 
 
+def mark_stats(ctx: Any, stats: Sequence[Any]) -> None:
+    """Tell autograd which stats, lse and entropy first, have a gradient; absent ones are None."""
+    without_gradient = stats[2:] if ctx.needs_input_grad[0] else stats
+    ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
+    # Most stats are only looked at, and most losses of an entropy are not.
+    ctx.set_materialize_grads(False)
+
+
 def needs_operations(cotangent: Any) -> bool:
     """Tell whether a gradient will be differentiated or is batched, which kernels cannot do."""
     return torch.is_grad_enabled() or is_transformed() or _is_batched(cotangent)
