@@ -54,7 +54,7 @@ def test_grid_in_parts_and_in_shared_blocks(
             "cupy",
             "cupy",
             groups=GROUPS if FULL else groups,
-            leave_out=None if FULL else calls.chosen(groups, 7),
+            leave_out=None if FULL else calls.chosen(groups, 3),
         )
     print(report)
     launched = set(names(emulation))

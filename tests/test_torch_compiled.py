@@ -215,6 +215,7 @@ def test_torch_guards_little_of_the_python_before_the_operator(torch: Any, rows:
         assert not any(f"polyce_dot_{name}" in guard for guard in found)
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_errors_are_those_of_a_plain_call(torch: Any, fullgraph: bool) -> None:
     x, target = torch.randn(4, 5), torch.randint(5, (4,))
@@ -429,6 +430,7 @@ def test_exports_and_traces_hold_operations_of_torch_alone(torch: Any) -> None:
         torch.testing.assert_close(module(x, target), polyce.cross_entropy(x, target))
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("call", ["cross_entropy(x, t)", "linear_cross_entropy(x, x, t)"])
 def test_the_first_call_of_a_process_may_be_compiled(call: str) -> None:
     """A first call must not change anything that torch guards on."""
