@@ -138,9 +138,7 @@ def pip_wheel(session: nox.Session, source: str | Path, out: Path, **env: str) -
     pins.parent.mkdir(parents=True, exist_ok=True)
     pins.write_text("\n".join(nox.project.dependency_groups(PYPROJECT, "native")))
     env["PIP_BUILD_CONSTRAINT"] = str(pins.resolve())
-    # Kernels that have not changed are not compiled again: not for another Python either.
-    kept = f"--config-settings=build-dir={Path(session.cache_dir).resolve() / 'build'}"
-    command = ("python", "-m", "pip", "wheel", kept, "--no-deps", "--wheel-dir", str(out), str(source))
+    command = ("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out), str(source))
     session.run_install(*command, silent=True, env=env)
 
 
