@@ -100,7 +100,7 @@ def test_the_same_bits(settings: Any, shape: tuple[int, int], options: dict[str,
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize(
-    "classes", [2, 10, 64, 1000, pytest.param(32000, marks=pytest.mark.slow("numpy"))]
+    "classes", [2, 5, 10, 64, 1000, pytest.param(32000, marks=pytest.mark.slow("numpy"))]
 )
 def test_float32_rows_and_label_entries_are_within_4_ulp(settings: Any, classes: int) -> None:
     form = FORMATS["float32"]

@@ -6,8 +6,7 @@
 // take 16 at a time, which makes whole registers of them for every instruction set.
 #pragma once
 
-#include "pair.hpp"
-#include "pivots.hpp"
+#include "few.hpp"
 #include "results.hpp"
 
 namespace polyce::POLYCE_ISA {
@@ -235,17 +234,21 @@ struct Across : Pivots<T> {
         });
     }
 
-    bool is_pair() const {
-        return sizeof(T) == 4 && !capped && results.plain && !results.valued && job.classes == 2;
+    // With more, a row has exponentials enough beside which its own numbers take little.
+    static constexpr std::int64_t few = 10;
+
+    bool has_few() const {
+        const bool plain = !capped && results.plain && !results.valued && job.scale == 1.0;
+        return sizeof(T) == 4 && plain && job.classes > 0 && job.classes <= few;
     }
 
     // The sum of the losses of one tile of rows.
     double run(std::int64_t first, int count) {
         this->begin(first, count);
         this->read_targets();
-        if (is_pair()) {
+        if (has_few()) {
             if (job.stats.valid) sum();
-            finish_pair(*this);
+            if constexpr (sizeof(T) == 4) finish_few(*this);
         } else {
             if (results.apart) this->keep_labels();
             if (results.at_top) this->find_largest();
