@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import decimal
-import math
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
