@@ -89,8 +89,8 @@ def call(**options: Any) -> Any:
 def test_the_reference_comes_last_and_declares_no_restriction() -> None:
     last = registry.TABLE[-1]
     assert last.name == "reference"
-    restrictions = (last.backends, last.devices, last.dtypes, last.kinds, last.options)
-    assert restrictions == (None,) * 5
+    restrictions = (last.backends, last.devices, last.dtypes, last.kinds, last.options, last.stats)
+    assert restrictions == (None,) * 6
     assert last.unavailable() is None
     names = [row.name for row in registry.TABLE]
     assert len(set(names)) == len(names)
