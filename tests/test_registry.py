@@ -115,6 +115,11 @@ def test_the_first_row_that_can_serve_runs(
 # Reasons
 
 DECLARATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "stats": (
+        {"stats": frozenset({"lse", "entropy"})},
+        {"return_stats": ("lse", "rank", "brier")},
+        tuple(f"stats {name} is not served (entropy, lse)" for name in ("rank", "brier")),
+    ),
     "unavailable": ({"unavailable": lambda: "not built"}, {}, ("not built",)),
     "backends": (
         {"backends": frozenset({"torch", "cupy"})},
