@@ -89,6 +89,9 @@ int main(int, char** arguments) {
             {"lse", "float64", rows},                   {"lse_tol", "float64", rows},
             {"entropy", "float64", rows},               {"entropy_tol", "float64", rows},
             {"correct", "uint8", rows},                 {"valid", "uint8", rows},
+            {"top_probability", "float64", rows},       {"top_probability_tol", "float64", rows},
+            {"brier", "float64", rows},                 {"brier_tol", "float64", rows},
+            {"rank", "int64", rows},
         };
         for (const char* name : {"label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer"}) {
             if (field.at(name) == "-") continue;

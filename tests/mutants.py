@@ -11,8 +11,18 @@ import pytest
 
 from polyce.arrays import numpy
 from polyce.call.problem import Problem
-from polyce.formula import rowgradient, rows, rowstate, stats, targets, transform, whole
+from polyce.formula import (
+    rowgradient,
+    rows,
+    rowstate,
+    rowstats,
+    stats,
+    targets,
+    transform,
+    whole,
+)
 from polyce.formula.rowgradient import StatsCotangents
+from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.implementations import registry
@@ -246,6 +256,29 @@ def unasked(true: Any, *values: Any) -> Any:
     return given._replace(correct=given.valid) if given.correct is None else given
 
 
+def one_minus(true: Any, problem: Problem, state: RowState, apart: Any, logit: Any) -> Any:
+    """Compute 1 - 2 p_y + Σ p_c², which is 0 for confident rows, where the label is the pivot."""
+    scalars = rowstate.scalars(problem, state)
+    factor = rowstate.factor_of_rest(np, scalars)
+    near = rowstate.pivot_probability(np, scalars)
+    squares = state.rest_squares * factor**2 + near**2
+    at_label = 1.0 - 2.0 * near + squares
+    if apart is None:
+        return at_label
+    return np.where(apart, true(problem, state, apart, logit), at_label)
+
+
+def smoothed(true: Any, problem: Problem, *given: Any) -> Any:
+    *others, probabilities = given
+    kept = 1.0 - problem.options.label_smoothing
+    share = problem.options.label_smoothing / problem.classes
+    return true(problem, *others, probabilities * kept + share)
+
+
+def plain_distance(problem: Problem, state: RowState, probability: Any) -> Any:
+    return (rowstate.pivot_probability(np, rowstate.scalars(problem, state)) - probability) ** 2
+
+
 def stats_cotangents(**values: Any) -> Patch:
     """Drop the cotangent of a stat."""
     return swapped(rows, "stats_cotangents", lambda true, *given: true(*given)._replace(**values))
@@ -332,6 +365,32 @@ OPTION_MUTANTS = {
     "entropy-beside-a-label": Mutant(
         "grad-stats", patch=(targets, "pivot_leads", lambda problem: problem.kind != "index")
     ),
-    "no-stats": Mutant("stats", patch=(stats, "finish", lambda p, plan, found: (None,) * 5)),
+    "no-stats": Mutant("stats", patch=(stats, "finish", lambda p, plan, found: (None,) * 8)),
+    "ties-are-larger": Mutant(
+        "target-stats",
+        patch=(
+            rowstats,
+            "count_larger",
+            lambda p, x, label: (x >= label).sum(p.axis, keepdims=True),
+        ),
+    ),
+    "bad-labels-have-a-brier": Mutant("target-stats", patch=changed_plan(invalid=None)),
+    "brier-of-the-pivot": Mutant(
+        "target-stats",
+        patch=swapped(
+            rowstate, "brier", lambda true, p, state, apart, logit: true(p, state, None, logit)
+        ),
+    ),
+    "brier-cancels": Mutant("target-stats", patch=swapped(rowstate, "brier", one_minus)),
+    "brier-of-smoothed-probabilities": Mutant(
+        "target-stats", patch=swapped(rowstats, "distance_of_rest", smoothed)
+    ),
+    "brier-without-the-rest-of-1": Mutant(
+        "target-stats", patch=(rowstats, "distance_at_pivot", plain_distance)
+    ),
+    "top-probability-off": Mutant(
+        "target-stats",
+        patch=swapped(rowstate, "top_probability", lambda true, *a: true(*a) * (1 + 2e-6)),
+    ),
 }
 """Like `MUTANTS`, with faults in the options that torch lacks."""

@@ -270,10 +270,10 @@ inline Case read_case(const std::string& folder, const std::string& line) {
     c.grad_lse = bytes("grad_lse");
     c.grad_entropy = bytes("grad_entropy");
     if (c.job.reduction != Reduction::none && !c.cotangents.empty()) c.job.cotangent = load<double>(c.cotangents.data());
-    for (const char* name : {"loss", "loss_tol", "grad", "grad_tol", "lse", "lse_tol", "entropy", "entropy_tol"}) {
-        c.expected[name] = numbers(bytes(name), formats.at("float64"));
+    for (const std::string name : {"loss", "grad", "lse", "entropy", "top_probability", "brier"}) {
+        for (const std::string& own : {name, name + "_tol"}) c.expected[own] = numbers(bytes(own), formats.at("float64"));
     }
-    c.expected["prediction"] = numbers(bytes("prediction"), formats.at("int64"));
+    for (const char* name : {"prediction", "rank"}) c.expected[name] = numbers(bytes(name), formats.at("int64"));
     for (const char* name : {"correct", "valid"}) c.expected[name] = numbers(bytes(name), formats.at("uint8"));
     return c;
 }

@@ -48,11 +48,11 @@ struct Way {
     Layout layout = {};
     Gradient gradient = Gradient::apart;
     int threads = 1;
-    bool stats = true, fresh = false, streams = false;
+    bool stats = true, fresh = false, streams = false, entropy = true;
 };
 
 struct Results {
-    Bytes loss, grad, lse, entropy, prediction, correct, valid;
+    Bytes loss, grad, lse, entropy, prediction, correct, top_probability, brier, rank, valid;
 };
 
 void place_rows(Job& job, const Shape& rows) {
@@ -104,10 +104,14 @@ Results run_case(const Case& c, const Way& way) {
     Placed loss(job.reduction == Reduction::none ? rows : Shape{}, size_of(job.result_dtype));
     (job.reduction == Reduction::none ? job.losses : job.reduced) = loss.data();
     Placed lse(rows, arithmetic), entropy(rows, arithmetic), prediction(rows, 8);
-    Placed correct(rows, 1), valid(rows, 1);
+    Placed correct(rows, 1), valid(rows, 1), top_probability(rows, arithmetic), brier(rows, arithmetic), rank(rows, 8);
     if (way.stats) {
-        job.stats = {lse.data(), entropy.data(), reinterpret_cast<std::int64_t*>(prediction.data()),
-                     reinterpret_cast<bool*>(correct.data()), reinterpret_cast<bool*>(valid.data())};
+        // Without the entropy a label is the pivot.
+        void* const of_entropy = way.entropy ? entropy.data() : nullptr;
+        void* const of_rank = by_labels ? rank.data() : nullptr;
+        job.stats = {lse.data(), of_entropy, reinterpret_cast<std::int64_t*>(prediction.data()),
+                     reinterpret_cast<bool*>(correct.data()), top_probability.data(), brier.data(),
+                     static_cast<std::int64_t*>(of_rank), reinterpret_cast<bool*>(valid.data())};
     }
     const std::unique_ptr<SavedRow[]> saved(new SavedRow[std::size_t(job.rows)]);
     if (way.gradient == Gradient::from_saved) job.saved = saved.get();
@@ -124,7 +128,8 @@ Results run_case(const Case& c, const Way& way) {
         read_and_run(second);
     }
     return {loss.elements(),       grad.elements(),    lse.elements(),  entropy.elements(),
-            prediction.elements(), correct.elements(), valid.elements()};
+            prediction.elements(), correct.elements(), top_probability.elements(), brier.elements(),
+            rank.elements(),       valid.elements()};
 }
 
 int passed = 0, failed = 0;
@@ -140,7 +145,10 @@ void check_answers(const Case& c, const Way& way, const Results& found) {
     if (way.gradient != Gradient::absent) text += fault(c, "grad", found.grad, c.format("dtype"));
     if (way.stats) {
         text += fault(c, "lse", found.lse, arithmetic);
-        text += fault(c, "entropy", found.entropy, arithmetic);
+        if (way.entropy) text += fault(c, "entropy", found.entropy, arithmetic);
+        text += fault(c, "top_probability", found.top_probability, arithmetic);
+        text += fault(c, "brier", found.brier, arithmetic);
+        if (c.fields.at("kind") == "index") text += fault(c, "rank", found.rank, formats.at("int64"));
         text += fault(c, "prediction", found.prediction, formats.at("int64"));
         text += fault(c, "correct", found.correct, formats.at("uint8"));
         text += fault(c, "valid", found.valid, formats.at("uint8"));
@@ -153,7 +161,9 @@ std::string difference(const Case& c, const Results& a, const Results& b, bool w
     if (!same_bits(a.loss, b.loss, c.format("loss_dtype"))) return "loss";
     if (with_grad && !same_bits(a.grad, b.grad, c.format("dtype"))) return "gradient";
     const bool same = same_bits(a.lse, b.lse, arithmetic) && same_bits(a.entropy, b.entropy, arithmetic) &&
-                      a.prediction == b.prediction && a.correct == b.correct && a.valid == b.valid;
+                      a.prediction == b.prediction && a.correct == b.correct && a.valid == b.valid &&
+                      same_bits(a.top_probability, b.top_probability, arithmetic) &&
+                      same_bits(a.brier, b.brier, arithmetic) && a.rank == b.rank;
     return same ? "" : "stats";
 }
 
@@ -208,6 +218,8 @@ void check_case(const Case& c) {
         {"backwards, every second", backwards},
         {"from what was saved", {}, Gradient::from_saved},
         {"from what was saved, transposed", transposed, Gradient::from_saved},
+        {"without entropy", {}, Gradient::apart, 1, true, false, false, false},
+        {"without entropy, transposed", transposed, Gradient::in_place, 1, true, false, false, false},
         {"without stats", {}, Gradient::apart, 1, false},
         {"without stats, transposed", transposed, Gradient::apart, 1, false},
     };

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 
 import polyce
@@ -15,6 +16,8 @@ from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
+# The kernels for GPUs do not serve the stats beside the target.
+ON_GPUS = [group for group in GROUPS if group != "target-stats"]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -73,7 +76,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 
 @pytest.mark.only("triton", "torch-cuda")
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", ON_GPUS)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"
@@ -95,13 +98,26 @@ FEWEST = 5
         pytest.param("reference", None, marks=EMULATED),
     ],
 )
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", ON_GPUS)
 def test_grid_on_cupy(
     backend: Backend, backend_name: str, group: str, name: str, most: int | None
 ) -> None:
     everything = most != FEWEST and (FULL or backend_name == "cupy")
     leave_out = None if everything else few(group, backend.floats, most)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
+
+
+@pytest.mark.only("triton", "torch-cuda", "cupy", "cupy-emulated")
+def test_another_path_serves_the_stats_beside_the_target(backend: Backend) -> None:
+    name = backend.name if backend.name == "cupy" else "triton"
+    x, y = (backend.asarray(array) for array in (np.zeros((2, 4)), np.array([0, 3])))
+    _, stats = polyce.cross_entropy(x, y, return_stats=("brier", "rank"))
+    assert backend.to_numpy(stats.brier).tolist() == [0.75, 0.75]
+    assert backend.to_numpy(stats.rank).tolist() == [0, 0]
+    for asked in ("top_probability", "brier", "rank"):
+        message = f"'{name}' cannot serve this call: stats {asked} is not served"
+        with pytest.raises(ValueError, match=message):
+            polyce.cross_entropy(x, y, return_stats=asked, implementation=name)
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")

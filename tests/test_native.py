@@ -63,6 +63,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.1},
     {"logit_softcap": 5.0},
     {"logit_scale": 0.7, "z_loss": 0.1, "return_stats": True},
+    {"return_stats": ("top_probability", "brier")},
 ]
 
 
@@ -125,6 +126,16 @@ def test_float32_rows_and_label_entries_are_within_4_ulp(settings: Any, classes:
             for got, want in ((loss, answer.loss), (grad[place], answer.grad[place])):
                 ulps = np.abs(got.astype(np.float64) - want) / form.spacing(np.abs(want))
                 assert ulps.max() <= 4.0, (index, order, isa, ulps.max())
+            beside = ("entropy",) if index % 2 else ()
+            _, stats = polyce.cross_entropy(
+                np.asarray(logits, order=order), labels, implementation="native",
+                return_stats=("top_probability", "brier", "rank", *beside),
+            )  # fmt: skip
+            for name in ("top_probability", "brier"):
+                want = getattr(answer.stats, name)
+                ulps = np.abs(getattr(stats, name) - want) / form.spacing(want)
+                assert ulps.max() <= 4.0, (name, index, order, isa, ulps.max())
+            assert np.array_equal(stats.rank, answer.stats.rank)
 
 
 @pytest.mark.same_everywhere

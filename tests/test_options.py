@@ -17,6 +17,8 @@ T = np.array([1, 0, -100, 4, 2, 2], np.int32)
 P = RNG.dirichlet(np.ones(CLASSES), ROWS).astype(np.float32)
 W = RNG.uniform(0.5, 2.0, CLASSES).astype(np.float32)
 V = np.array([1.0, 2.0, 5.0, 0.0, 0.5, 3.0], np.float32)
+NAMES = polyce.Stats._fields[:-1]
+BESIDE = ("top_probability", "brier")
 TARGETS = pytest.mark.parametrize("target", [T, P], ids=["index", "probability"])
 
 
@@ -119,7 +121,7 @@ def test_a_z_loss_adds_the_squared_lse(backend: Backend, target: Any) -> None:
 
 def test_masked_logits_stay_out_under_every_option(backend: Backend) -> None:
     masked = np.concatenate([X, np.full((ROWS, 2), -np.inf, np.float32)], axis=1)
-    options = {"z_loss": 0.1, "logit_scale": 0.7, "logit_softcap": 3.0, "return_stats": True}
+    options = {"z_loss": 0.1, "logit_scale": 0.7, "logit_softcap": 3.0, "return_stats": NAMES}
     loss, grad, stats = with_grad(backend, masked, T, **options)
     want, rows, of_rows = with_grad(backend, X, T, **options)
     same(loss, want)
@@ -141,7 +143,47 @@ def test_stats_hold_what_was_asked_for(backend: Backend) -> None:
     assert backend.to_numpy(stats.correct).tolist() == want.tolist()
     assert backend.owns(stats.entropy)
     _, valid_alone = polyce.cross_entropy(logits, target, return_stats=())
-    assert valid_alone[:4] == (None,) * 4
+    assert valid_alone[:-1] == (None,) * 7
+    _, usual = polyce.cross_entropy(logits, target, return_stats=True)
+    there = [name for name, array in usual._asdict().items() if array is not None]
+    assert there == ["lse", "entropy", "prediction", "correct", "valid"]
+
+
+def test_the_rank_tells_top_k_accuracy(backend: Backend) -> None:
+    logits, target = backend.asarray(X), backend.asarray(T)
+    for beside in ((), ("entropy",)):
+        _, stats = polyce.cross_entropy(logits, target, return_stats=("rank", *beside))
+        rank = backend.to_numpy(stats.rank)
+        for k in range(1, CLASSES + 1):
+            best = np.argsort(-X, axis=1)[:, :k]
+            want = (best == T[:, None]).any(1)
+            assert ((rank >= 0) & (rank < k)).tolist() == want.tolist()
+
+
+@TARGETS
+def test_the_brier_score_is_of_the_target_as_given(backend: Backend, target: Any) -> None:
+    """Without smoothing and class weights, and of the transformed logits."""
+    softmax = np.exp(0.5 * X.astype(np.float64))
+    softmax /= softmax.sum(1, keepdims=True)
+    wanted = target if target.ndim == 2 else target[:, None] == np.arange(CLASSES)
+    want = ((softmax - wanted) ** 2).sum(1)
+    *_, stats = with_grad(
+        backend, X, target, W, label_smoothing=0.2, logit_scale=0.5, return_stats=BESIDE
+    )
+    valid = backend.to_numpy(stats.valid)
+    same(backend.to_numpy(stats.brier), np.where(valid, want, np.nan), rtol=1e-6)
+    top = np.where(valid, softmax.max(1), np.nan)
+    same(backend.to_numpy(stats.top_probability), top, rtol=1e-6)
+
+
+def test_probabilities_have_no_rank(backend: Backend) -> None:
+    target = backend.asarray(np.full(X.shape, 1 / CLASSES, np.float32))
+    message = (
+        r"^return_stats has 'rank' for class indices only, got a target of class probabilities; "
+        "leave the name out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        polyce.cross_entropy(backend.asarray(X), target, return_stats=("lse", "rank"))
 
 
 def test_stats_are_the_same_for_every_reduction_and_axis(backend: Backend) -> None:
@@ -151,7 +193,7 @@ def test_stats_are_the_same_for_every_reduction_and_axis(backend: Backend) -> No
     for axis, reduction in ((1, "mean"), (-1, "none"), (0, "sum")):
         moved = backend.asarray(np.ascontiguousarray(np.moveaxis(logits, 1, axis)))
         _, stats = polyce.cross_entropy(
-            moved, backend.asarray(labels), axis=axis, reduction=reduction, return_stats=True
+            moved, backend.asarray(labels), axis=axis, reduction=reduction, return_stats=NAMES
         )
         seen.append([backend.to_numpy(array) for array in stats])
         assert seen[-1][2].shape == labels.shape

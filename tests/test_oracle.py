@@ -205,12 +205,36 @@ def test_stats_of_ordinary_ignored_and_special_rows() -> None:
     assert_close(stats.entropy[1], math.log(3.0))
 
 
+def test_stats_beside_the_target_on_paper() -> None:
+    third = math.log(2.0)
+    logits = np.array([[0.0, third, -np.inf]] * 4 + [[3.0, 3.0, 3.0], [np.nan, 0.0, 0.0]])
+    labels = np.array([1, 0, 2, 7, 2, 1])
+    stats = exact_answer(logits, labels, reduction="none").stats
+    assert_close(stats.top_probability[:5], [2 / 3] * 4 + [1 / 3])
+    assert np.isnan(stats.top_probability[5])
+    assert_close(stats.brier[[0, 1, 2, 4]], [2 / 9, 8 / 9, 14 / 9, 2 / 3])
+    assert np.all(np.isnan(stats.brier[[3, 5]]))
+    assert stats.rank.tolist() == [0, 1, 2, -1, 0, -1]
+    assert not stats.brier_scale.any()
+    # Two thirds of the probability; a third is what the likeliest class is measured by.
+    soft = np.array([[0.25, 0.5, 0.25]] * 2)
+    stats = exact_answer(logits[[0, 5]], soft, reduction="none", label_smoothing=0.1).stats
+    off = np.array([1 / 12, 1 / 6, 1 / 4])
+    assert_close(stats.brier[0], (off**2).sum(), ulp=4)
+    size = np.array([1 / 3, 1 / 3, 0.0])
+    assert_close(stats.brier_scale[0], (off * (size + off)).sum(), ulp=4)
+    assert_close(stats.brier_reach[0], (off * size).sum(), ulp=4)
+    assert_close(stats.brier_square[0], 2 / 9, ulp=4)
+    assert stats.brier_gap[0] == 0.0
+    assert stats.rank.tolist() == [-1, -1]
+
+
 @pytest.mark.parametrize("shape", [(3, 0), (2, 0, 3), (0, 4), (2, 4, 0)])
 def test_stats_without_rows_or_classes(shape: tuple[int, ...]) -> None:
     answer = exact_answer(np.zeros(shape), np.zeros(shape), reduction="none", z_loss=0.1)
     rows = (shape[0], *shape[2:])
     assert np.all(answer.loss == 0.0)
-    for name in ("lse", "entropy", "prediction", "correct", "valid"):
+    for name in ("lse", "entropy", "prediction", "correct", "valid", "brier", "rank"):
         assert getattr(answer.stats, name).shape == rows
     assert np.all(np.isnan(answer.stats.lse))
     assert np.all(answer.stats.prediction == -1)

@@ -89,8 +89,8 @@ def call(**options: Any) -> Any:
 def test_the_reference_comes_last_and_declares_no_restriction() -> None:
     last = registry.TABLE[-1]
     assert last.name == "reference"
-    restrictions = (last.backends, last.devices, last.dtypes, last.kinds, last.options)
-    assert restrictions == (None,) * 5
+    restrictions = (last.backends, last.devices, last.dtypes, last.kinds, last.options, last.stats)
+    assert restrictions == (None,) * 6
     assert last.unavailable() is None
     names = [row.name for row in registry.TABLE]
     assert len(set(names)) == len(names)
@@ -115,6 +115,11 @@ def test_the_first_row_that_can_serve_runs(
 # Reasons
 
 DECLARATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "stats": (
+        {"stats": frozenset({"lse", "entropy"})},
+        {"return_stats": ("lse", "rank", "brier")},
+        tuple(f"stats {name} is not served (entropy, lse)" for name in ("rank", "brier")),
+    ),
     "unavailable": ({"unavailable": lambda: "not built"}, {}, ("not built",)),
     "backends": (
         {"backends": frozenset({"torch", "cupy"})},

@@ -77,8 +77,11 @@ def exact(input: Any, target: Any, weight: Any = None, **options: Any) -> tuple[
         "entropy": answer.stats.entropy.astype(arithmetic),
         "prediction": answer.stats.prediction,
         "correct": answer.stats.correct,
+        "top_probability": answer.stats.top_probability.astype(arithmetic),
+        "brier": answer.stats.brier.astype(arithmetic),
+        "rank": answer.stats.rank,
     }
-    names = list(found) if asked is True else [asked] if isinstance(asked, str) else asked or ()
+    names = list(found)[:4] if asked is True else [asked] if isinstance(asked, str) else asked or ()
     stats = Stats(*(found[name] if name in names else None for name in found), answer.stats.valid)
     results = answer.loss.astype(answer.loss_dtype), answer.grad.astype(input.dtype), stats
     return results if asked else results[:2]
@@ -90,7 +93,7 @@ def loss_of(*arrays: Any, **options: Any) -> Any:
 
 
 def test_an_implementation_by_another_formula_passes() -> None:
-    groups = ["combined", "normalizer", "sample-weight", "transform", "stats"]
+    groups = ["combined", "normalizer", "sample-weight", "transform", "stats", "target-stats"]
     report = check_implementation(
         None,
         groups=groups,
@@ -241,12 +244,18 @@ def expected_arrays(case: Case) -> dict[str, Any]:
         "prediction": stats.prediction,
         "correct": stats.correct.astype(np.uint8),
         "valid": stats.valid.astype(np.uint8),
+        "top_probability": stats.top_probability,
+        "brier": stats.brier,
+        "rank": stats.rank,
     }
     return {name: array for name, array in found.items() if array is not None}
 
 
 NUMBERS = ("label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer")
-TOLERANCES = ("loss_tol", "grad_tol", "lse_tol", "entropy_tol")
+TOLERANCES = (
+    *("loss_tol", "grad_tol", "lse_tol", "entropy_tol"),
+    *("top_probability_tol", "brier_tol"),
+)
 
 
 def expected_numbers(case: Case) -> dict[str, float]:
@@ -314,7 +323,7 @@ def test_a_reader_in_cpp_finds_the_same_numbers(dumped: list[Case], tmp_path: Pa
         for field, number in expected_numbers(case).items()
     }
     tolerances = {key for key in found if key[1] in TOLERANCES}
-    assert len(tolerances) == 4 * len(dumped)
+    assert len(tolerances) == len(TOLERANCES) * len(dumped)
     assert {key: value for key, value in found.items() if key not in tolerances} == expected
     dtypes = {case.logits.dtype.name for case in dumped}
     assert dtypes == {"float16", "bfloat16", "float32", "float64"} - set(missing())

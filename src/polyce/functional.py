@@ -89,9 +89,9 @@ def cross_entropy(
         A number from 1e-15 to 1e15: after the scale, x is replaced by cap·tanh(x/cap). A masked
         logit of -inf stays -inf. No cap by default.
     return_stats : bool or str or tuple of str, default False
-        Whether to return statistics of each row too: True for all, or the names of some among
-        'lse', 'entropy', 'prediction' and 'correct'; see `Stats`. On torch and jax the first two
-        have gradients.
+        Whether to return statistics of each row too: True for 'lse', 'entropy', 'prediction' and
+        'correct', or names of these and of 'top_probability', 'brier' and, for class indices,
+        'rank'; see `Stats`. On torch and jax the first two have gradients.
     validate : bool, optional
         Whether to check that class indices are in range. By default concrete arrays on a CPU are
         checked; elsewhere the loss and gradient of a row with a bad one are nan. True checks arrays

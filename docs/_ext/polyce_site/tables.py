@@ -19,12 +19,15 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def support() -> str:
     """Return a row for each implementation: what it declares, and whether it can run here."""
-    head = ("", "libraries", "devices", "dtypes of the logits", "targets", "options", "here")
+    head = (
+        *("", "libraries", "devices", "dtypes of the logits", "targets", "options", "stats"),
+        "here",
+    )
     return rows(head, map(_support_row, registry.TABLE))
 
 
 def _support_row(row: Implementation) -> list[str]:
-    declared = (row.backends, row.devices, row.dtypes, row.kinds, row.options)
+    declared = (row.backends, row.devices, row.dtypes, row.kinds, row.options, row.stats)
     cells = ["all" if served is None else ", ".join(sorted(served)) for served in declared]
     return [f"`{row.name}`", *cells, row.unavailable() or "yes"]
 

@@ -43,6 +43,7 @@ struct Across : Pivots<T> {
     // Carries the sums over to a maximum that the classes in the tile have raised.
     void raise_to_top() {
         const Transform<capped> transform = results.transform;
+        if (results.squares) raise_squares();
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const double before = double(lane.rest_max[i]), found = double(lane.top[i]);
             const double top = found > before ? found : before;
@@ -61,6 +62,17 @@ struct Across : Pivots<T> {
                 lane.lost_sum[i] = sum == 0.0 ? 0.0 : lost * decay;
             }
             lane.top[i] = T(top);
+        });
+    }
+
+    POLYCE_RARE void raise_squares() const {
+        const Transform<capped> transform = results.transform;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            const double before = double(lane.rest_max[i]), found = double(lane.top[i]);
+            const double top = found > before ? found : before;
+            const double decay = exp_negative_full(difference(transform, before, top == -infinity<double> ? 0.0 : top));
+            lane.squares[i] = lane.rest_sum[i] == 0.0 ? 0.0 : lane.squares[i] * (decay * decay);
+            lane.lost_squares[i] = lane.rest_sum[i] == 0.0 ? 0.0 : lane.lost_squares[i] * (decay * decay);
         });
     }
 
@@ -142,11 +154,63 @@ struct Across : Pivots<T> {
         });
     }
 
-    void sum() {
-        results.begin_sums();
+    // Of what is in `gaps`.
+    POLYCE_RARE void add_squares(int count) const {
+        const T* const t = gaps;
+        add(count, lane.squares, lane.lost_squares, [&](int, int at) POLYCE_INLINE_LAMBDA {
+            const Pack<T> e = load(t + at);
+            return e * e;
+        });
+    }
+
+    // Sums the squares of what the classes besides the pivots differ by from their probabilities.
+    POLYCE_RARE void sum_distances() {
+        const Transform<capped> transform = results.transform;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            const RowState s = results.state(i);
+            lane.to_probability[i] = T(row_softmax(s, scalars(transform, s, sizeof(T) == 8)).factor);
+        });
         each_chunk([&](std::int64_t start, int count) {
             fill(job.logits, start, count, logits);
-            if (results.apart) each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
+            find_pivots(start, count);
+            this->set_apart(count);
+            read_gaps(count);
+            exponentials(count);
+            fill(job.probabilities, start, count, coefficients);
+            each_pivot(coefficients, [&](int i, T& t) { lane.pivot_target[i] = double(t), t = T(0); });
+            for (int c = 0; c < count; ++c) {
+                T* t = gaps + c * pitch;
+                const T* r = coefficients + c * pitch;
+                each_lane([&](int i) POLYCE_INLINE_LAMBDA { t[i] = t[i] * lane.to_probability[i] - r[i]; });
+            }
+            add_squares(count);
+        });
+        if (sizeof(T) == 8 && job.classes > chunk) add_lost_squares();
+    }
+
+    void add_lost_squares() {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.squares[i] += lane.lost_squares[i]; });
+    }
+
+    bool looks_at_labels() const { return results.apart || job.stats.rank; }
+
+    void read_label_logits(std::int64_t start, int count) {
+        each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
+    }
+
+    void sum() {
+        results.begin_sums();
+        if (job.stats.rank && job.classes > chunk) {
+            // The first classes are compared with labels that come later.
+            each_chunk([&](std::int64_t start, int count) {
+                fill(job.logits, start, count, logits);
+                read_label_logits(start, count);
+            });
+        }
+        each_chunk([&](std::int64_t start, int count) {
+            fill(job.logits, start, count, logits);
+            if (looks_at_labels()) read_label_logits(start, count);
+            if (job.stats.rank) this->count_larger(count);
             find_pivots(start, count);
             this->set_apart(count);
             if (job.stats.prediction || job.stats.correct) this->find_first(start, count);
@@ -156,20 +220,22 @@ struct Across : Pivots<T> {
             if (needs_gaps()) read_gaps(count);
             if (results.spread) add_coefficients(start, count);
             add_exponentials(count);
+            if (results.squares) add_squares(count);
         });
         if (sizeof(T) == 8 && job.classes > chunk) {
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
                 lane.rest_sum[i] += lane.lost_sum[i], lane.rest_coefficient[i] += lane.lost_coefficient[i];
                 lane.rest_excess[i] += lane.lost_excess[i], lane.rest_entropy[i] += lane.lost_entropy[i];
             });
+            if (results.squares) add_lost_squares();
         }
         results.end_sums();
     }
 
     void write_gradient() {
         each_chunk([&](std::int64_t start, int count) {
-            if (job.classes > chunk) {
-                // What the sums were made of has given way to the next classes.
+            if (job.classes > chunk || results.distances) {
+                // What the sums were made of has given way to something else.
                 fill(job.logits, start, count, logits);
                 find_pivots(start, count);
                 read_gaps(count);
@@ -246,14 +312,15 @@ struct Across : Pivots<T> {
     double run(std::int64_t first, int count) {
         this->begin(first, count);
         this->read_targets();
+        if (looks_at_labels()) this->keep_labels();
         if (has_few()) {
             if (job.stats.valid) sum();
             if constexpr (sizeof(T) == 4) finish_few(*this);
         } else {
-            if (results.apart) this->keep_labels();
             if (results.at_top) this->find_largest();
             sum();
             results.finish();
+            if (results.distances) sum_distances();
             if (job.grad.data) write_gradient();
         }
         if (job.saved && !job.backward_only) leave_nothing();

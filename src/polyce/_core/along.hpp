@@ -178,6 +178,10 @@ struct Along : Sums<T, capped> {
         sum();
         if (job.saved && !job.backward_only) results.save_rows();
         results.finish();
+        // Before the gradient, which may be over the logits.
+        for (int i = 0; i < rows && results.distances; ++i) {
+            if (is_counted(i)) this->sum_distances(i);
+        }
         if (job.grad.data && job.classes) write_gradient();
         return results.write();
     }

@@ -82,12 +82,15 @@ struct Blocks : Group<T> {
         return value;
     }
 
+    // The probabilities from class `start` on, into `coefficients`.
+    void read_probabilities(const char* probabilities, std::int64_t start, int count) const {
+        const Matrix& p = job.probabilities;
+        widen_run(p.dtype, probabilities + start * p.class_stride, p.class_stride, count, coefficients);
+    }
+
     // The coefficients from class `start` on, with 0 after the last.
     void read_coefficients(const char* probabilities, std::int64_t start, int count) const {
-        if (probabilities) {
-            const Matrix& p = job.probabilities;
-            widen_run(p.dtype, probabilities + start * p.class_stride, p.class_stride, count, coefficients);
-        }
+        if (probabilities) read_probabilities(probabilities, start, count);
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         T* const r = coefficients;
@@ -113,6 +116,13 @@ struct Blocks : Group<T> {
             if (x[i] == value) return i;
         }
         return 0;
+    }
+
+    POLYCE_RARE static std::int64_t count_larger(const T* x, std::int64_t count, T value) {
+        int found = 0;
+        POLYCE_SIMD_SUM(found)
+        for (std::int64_t i = 0; i < count; ++i) found += x[i] > value ? 1 : 0;
+        return found;
     }
 
     // The first class with the largest logit.

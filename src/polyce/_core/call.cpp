@@ -120,7 +120,7 @@ std::optional<std::int64_t> Call::run(
     bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad, bool fresh, bool backward
 ) const {
     Job job = job_;
-    Array x, t, g, others[12];
+    Array x, t, g, others[15];
     const char* const wide = job.wide ? "float64" : "float32";
     const int wide_size = job.wide ? 8 : 4;
     x.open(logits, matrix("input", job.logits.dtype));
@@ -162,12 +162,21 @@ std::optional<std::int64_t> Call::run(
     job.grad_lse = static_cast<const double*>(rows("grad_lse", grad_lse, "float64", 8, false));
     job.grad_entropy = static_cast<const double*>(rows("grad_entropy", grad_entropy, "float64", 8, false));
     if (!stats.is_none()) {
-        const nb::tuple five = nb::cast<nb::tuple>(stats);
-        job.stats.lse = rows("lse", five[0], wide, wide_size, true);
-        job.stats.entropy = rows("entropy", five[1], wide, wide_size, true);
-        job.stats.prediction = static_cast<std::int64_t*>(rows("prediction", five[2], "int64", 8, true));
-        job.stats.correct = static_cast<bool*>(rows("correct", five[3], "bool", 1, true));
-        job.stats.valid = static_cast<bool*>(rows("valid", five[4], "bool", 1, true));
+        const nb::tuple given = nb::cast<nb::tuple>(stats);
+        std::size_t at = 0;
+        const auto floats = [&](const char* name) { return rows(name, given[at++], wide, wide_size, true); };
+        const auto integers = [&](const char* name) {
+            return static_cast<std::int64_t*>(rows(name, given[at++], "int64", 8, true));
+        };
+        const auto flags = [&](const char* name) { return static_cast<bool*>(rows(name, given[at++], "bool", 1, true)); };
+        job.stats.lse = floats("lse");
+        job.stats.entropy = floats("entropy");
+        job.stats.prediction = integers("prediction");
+        job.stats.correct = flags("correct");
+        job.stats.top_probability = floats("top_probability");
+        job.stats.brier = floats("brier");
+        job.stats.rank = integers("rank");
+        job.stats.valid = flags("valid");
     }
     job.backward_only = backward;
     job.fresh = fresh;

@@ -26,6 +26,11 @@ struct Lanes {
     // exp(t)·(-t) by.
     alignas(64) double grad_lse[width], grad_entropy[width];
     alignas(64) T more[width], by_gap[width];
+    // For the Brier score: of labels the sum of the exponentials' squares, of probabilities that of
+    // the differences to them, and what these are made of. For the rank: the larger logits so far.
+    alignas(64) double squares[width], lost_squares[width], pivot_target[width];
+    alignas(64) T to_probability[width];
+    alignas(64) std::int64_t rank[width];
 };
 
 template <class T>

@@ -31,6 +31,9 @@ struct Stats {
     void* entropy = nullptr;  // in the arithmetic dtype
     std::int64_t* prediction = nullptr;
     bool* correct = nullptr;
+    void* top_probability = nullptr;  // in the arithmetic dtype
+    void* brier = nullptr;            // in the arithmetic dtype
+    std::int64_t* rank = nullptr;     // for labels only
     bool* valid = nullptr;
 };
 

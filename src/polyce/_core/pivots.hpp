@@ -40,7 +40,7 @@ struct Pivots : Tile<T> {
         });
     }
 
-    // Keeps the labels, whose place the pivots take.
+    // Keeps the labels, whose place the pivots may take.
     void keep_labels() {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.label[i] = lane.pivot[i], lane.label_logit[i] = T(0); });
     }
@@ -87,6 +87,18 @@ struct Pivots : Tile<T> {
             store(lane.top + i, top);
             store(lane.pivot_logit + i, logit);
         }
+    }
+
+    // Counts the classes whose logit is larger than the label's.
+    POLYCE_RARE void count_larger(int count) {
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = T(0); });
+        for (int c = 0; c < count; ++c) {
+            const T* x = logits + c * pitch;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                lane.found[i] = lane.found[i] + (x[i] > lane.label_logit[i] ? T(1) : T(0));
+            });
+        }
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rank[i] = lane.rank[i] + std::int64_t(lane.found[i]); });
     }
 
     // Notes the first class of each row that has its largest logit.

@@ -18,13 +18,16 @@ struct Results {
     bool plain;   // none of these, nor z_loss
     bool valued;  // the gradient is also that of lse or entropy
     bool multiplies;  // the gradient's entries are multiples of the exponentials
+    bool squares;     // the exponentials' squares are summed, for a label's Brier score
+    bool distances;   // the rows are looked at again, for that of probabilities
 
     explicit Results(Group<T>& group)
         : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap},
           spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
           plain(!spread && !apart && job.z_loss == 0.0),
           valued(job.grad.data && (job.grad_lse || job.grad_entropy)),
-          multiplies(!spread && !capped && !job.grad_entropy) {}
+          multiplies(!spread && !capped && !job.grad_entropy), squares(job.stats.brier && group.by_labels),
+          distances(job.stats.brier && !group.by_labels) {}
 
     // Whether the sums of coefficients and the entropy's are looked at.
     bool needs_all_sums() const { return !plain || valued || job.stats.valid || job.saved; }
@@ -41,6 +44,11 @@ struct Results {
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.rest_coefficient[i] = lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
             lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
+        });
+        if (!job.stats.valid) return;
+        group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.squares[i] = lane.lost_squares[i] = lane.pivot_target[i] = 0.0;
+            lane.rank[i] = 0;
         });
     }
 
@@ -191,8 +199,48 @@ struct Results {
         for (int i = 0; i < group.rows; ++i) {
             const std::int64_t row = group.number(i);
             const char* p = group.by_labels ? nullptr : job.probabilities.data + probabilities[i];
-            store_stats<T>(job, transform, row, read_target<T>(job, row), state(i), lane.pivot[i], lane.first[i], p);
+            store_stats(i, row, read_target<T>(job, row), p);
         }
+    }
+
+    void store_stats(int i, std::int64_t row, const RowTarget& target, const char* probabilities) const {
+        const Stats& stats = job.stats;
+        const RowState s = state(i);
+        const RowScalars r = scalars(transform, s, job.wide);
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        const double lse = job.classes ? log_sum_exp(transform, s, r) : nan;
+        const bool defined = target.counted && lse == lse, labelled = defined && !target.invalid;
+        if (stats.valid) stats.valid[row] = target.counted;
+        if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
+        if (stats.entropy) {
+            static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(s, r).sum() : nan);
+        }
+        const bool leads = s.pivot_logit > s.rest_max || (s.pivot_logit == s.rest_max && lane.pivot[i] < lane.first[i]);
+        const std::int64_t prediction = leads ? lane.pivot[i] : lane.first[i];
+        if (stats.prediction) stats.prediction[row] = defined ? prediction : -1;
+        if (stats.correct) {
+            const std::int64_t truth = probabilities && defined ? likeliest<T>(job, probabilities) : target.label;
+            stats.correct[row] = labelled && prediction == truth;
+        }
+        if (stats.top_probability) {
+            static_cast<T*>(stats.top_probability)[row] = T(defined ? 1.0 / (1.0 + r.excess) : nan);
+        }
+        if (stats.brier) static_cast<T*>(stats.brier)[row] = T(labelled ? brier(i, s, r) : nan);
+        if (stats.rank) stats.rank[row] = labelled ? lane.rank[i] : -1;
+    }
+
+    // As in rowstate.py and rowstats.py.
+    double brier(int i, const RowState& s, const RowScalars& r) const {
+        const RowSoftmax p = row_softmax(s, r);
+        if (distances) {
+            const double t = lane.pivot_target[i], gap = p.share < 0.5 ? (1.0 - t) - p.share : p.at_pivot - t;
+            return lane.squares[i] + gap * gap;
+        }
+        const double others = lane.squares[i] * p.factor * p.factor;
+        if (!apart || lane.label[i] == lane.pivot[i]) return p.share * p.share + others;
+        const double reference = s.rest_max == -infinity<double> ? 0.0 : s.rest_max;
+        const double label = exp_negative_full(difference(transform, double(lane.label_logit[i]), reference)) * p.factor;
+        return (1.0 - label) * (1.0 - label) + p.at_pivot * p.at_pivot + (others - label * label);
     }
 };
 

@@ -116,6 +116,7 @@ inline constexpr auto weighted_gap = [](auto e, auto gap) POLYCE_INLINE_LAMBDA {
 struct RowState {
     double rest_max, rest_sum, pivot_logit;
     double pivot_coefficient, rest_coefficient, rest_excess, rest_entropy;
+    double rest_squares = 0;
 };
 
 // What a row's loss and gradient follow from.
@@ -186,8 +187,20 @@ POLYCE_INLINE RowGradient row_gradient(
     return {(total + pull) * factor, at_pivot};
 }
 
+// The softmax of a row: that of class c is exp(x_c - m')·factor, that of the pivot at_pivot, and what
+// it lacks to 1 the share of the others.
+struct RowSoftmax {
+    double factor, at_pivot, share;
+};
+
+POLYCE_INLINE RowSoftmax row_softmax(const RowState& s, const RowScalars& r) {
+    const double whole = 1.0 + r.excess;
+    const double factor = (r.below ? r.decay : 1.0) / whole;
+    return {factor, (r.below ? 1.0 : r.decay) / whole, s.rest_sum * factor};
+}
+
 // The entropy's two parts, Σ softmax_c (lse - x_c) over the other classes and that of the pivot, and
-// what they are made of: exp(x_c - m')·factor is a class's probability, `share` that of the others.
+// what they are made of.
 struct RowEntropy {
     double factor, at_pivot, share, base, pivot_gap, others;
 
@@ -195,10 +208,7 @@ struct RowEntropy {
 };
 
 POLYCE_INLINE RowEntropy row_entropy(const RowState& s, const RowScalars& r) {
-    const double whole = 1.0 + r.excess;
-    const double factor = (r.below ? r.decay : 1.0) / whole;
-    const double at_pivot = (r.below ? 1.0 : r.decay) / whole;
-    const double share = s.rest_sum * factor;
+    const auto [factor, at_pivot, share] = row_softmax(s, r);
     // The lead may be beyond the largest number where nothing is left for the others.
     const double base = (r.below && share != 0.0 ? r.opposite : 0.0) + r.h;
     const double pivot_gap = (at_pivot == 0.0 ? 0.0 : r.behind) + r.h;

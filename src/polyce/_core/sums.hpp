@@ -25,7 +25,7 @@ struct Sums : Blocks<T> {
     using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::share, Blocks<T>::kept;
     using Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::count_from, Blocks<T>::copy_logits;
     using Blocks<T>::read, Blocks<T>::without, Blocks<T>::read_one, Blocks<T>::read_coefficients;
-    using Blocks<T>::first_equal, Blocks<T>::largest;
+    using Blocks<T>::first_equal, Blocks<T>::largest, Blocks<T>::count_larger, Blocks<T>::read_probabilities;
 
     // Logits of so many short rows stay in the first cache together, beside those that come next.
     static constexpr std::int64_t held = 4096, most_held = 32;
@@ -73,7 +73,12 @@ struct Sums : Blocks<T> {
     static bool is_short(const Job& job) { return job.classes <= block; }
 
     // Nothing but exponentials makes up the sums.
-    static bool is_simple(const Job& job) { return !capped && !has_coefficients(job) && !needs_entropy(job); }
+    static bool is_simple(const Job& job) { return !capped && !has_coefficients(job) && !needs_exponentials(job); }
+
+    // More is made of each of them than their sum.
+    static bool needs_exponentials(const Job& job) {
+        return needs_entropy(job) || (job.stats.brier && !job.probabilities.data);
+    }
 
     // Where a gradient's entries are made of them, they are kept, not computed again.
     static bool keeps_exponentials(const Job& job) {
@@ -122,6 +127,7 @@ struct Sums : Blocks<T> {
             const double decay = exp_negative_full(difference(transform(), s.rest_max, reference));
             s.rest_entropy = (s.rest_entropy + s.rest_sum * risen) * decay;
             s.rest_sum *= decay;
+            s.rest_squares *= decay * decay;
         }
         if (s.rest_coefficient != 0.0) s.rest_excess += s.rest_coefficient * risen;
         s.rest_max = top;
@@ -179,6 +185,9 @@ struct Sums : Blocks<T> {
             if (wants_first()) {
                 each([&](int i, T* x) POLYCE_INLINE_LAMBDA { lane.first[i] = first_equal(x, count, lane.rest_max[i]); });
             }
+            if (job.stats.rank) {
+                each([&](int i, T* x) POLYCE_INLINE_LAMBDA { lane.rank[i] = count_larger(x, full, lane.label_logit[i]); });
+            }
             // Each in a loop of its own, of which processors keep more on their way.
             const auto exponentials = [&](auto scaled) POLYCE_INLINE_LAMBDA {
                 const T scale = this->scale;
@@ -210,13 +219,14 @@ struct Sums : Blocks<T> {
         const bool finds = results.at_top;
         std::int64_t pivot = lane.pivot[i];
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
-        const bool coefficients_too = results.spread, entropy = needs_entropy(job);
+        const bool coefficients_too = results.spread;
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = count_from(start);
             const std::int64_t full = padded(count), each = job.logits.class_stride;
             Ahead ahead;
             if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
             const T* x = read(row, start, count);
+            if (job.stats.rank) lane.rank[i] += count_larger(x, full, lane.label_logit[i]);
             if (!finds && start <= pivot && pivot < start + count) x = without(pivot, x, row, start, count);
             T most = largest_of(largest_lanes(x, full));
             if (finds && (start == 0 || double(most) > s.pivot_logit)) {
@@ -242,9 +252,11 @@ struct Sums : Blocks<T> {
                 continue;
             }
             if (capped || coefficients_too) read_gaps(x, full, m);
-            if (entropy) {
+            if (needs_exponentials(job)) {
                 // Or else in the place of the logits' copy, which is done with.
-                sum_with_entropy(s, x, full, m, keeps ? numbers + i * pitch + start : copy, ahead);
+                T* const to = keeps ? numbers + i * pitch + start : copy;
+                sum_with_entropy(s, x, full, m, to, ahead);
+                if (results.squares) s.rest_squares += sum_squares(to, full);
             } else {
                 s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
             }
@@ -266,7 +278,7 @@ struct Sums : Blocks<T> {
     void add_class(RowState& s, double logit, double coefficient) const {
         const double gap = difference(transform(), logit, s.rest_max == -infinity<double> ? 0.0 : s.rest_max);
         const double e = exp_negative_full(gap);
-        s.rest_sum += e, s.rest_entropy += weighted_gap(e, gap);
+        s.rest_sum += e, s.rest_squares += e * e, s.rest_entropy += weighted_gap(e, gap);
         s.rest_coefficient += coefficient, s.rest_excess += excess_of(coefficient, gap);
     }
 
@@ -274,10 +286,18 @@ struct Sums : Blocks<T> {
         lane.rest_max[i] = T(s.rest_max), lane.rest_sum[i] = s.rest_sum;
         lane.pivot_coefficient[i] = s.pivot_coefficient, lane.rest_coefficient[i] = s.rest_coefficient;
         lane.rest_excess[i] = s.rest_excess, lane.rest_entropy[i] = s.rest_entropy;
+        if (results.squares) lane.squares[i] = s.rest_squares;
     }
 
     static double sum_run(const T* values, std::int64_t count) {
         return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
+    }
+
+    POLYCE_RARE static double sum_squares(const T* values, std::int64_t count) {
+        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            const Pack<T> value = load(values + i);
+            return value * value;
+        }));
     }
 
     // Adds the exponentials, of which each is left in `to`, and the entropy's terms.
@@ -299,6 +319,32 @@ struct Sums : Blocks<T> {
         return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
             return each_part(excess_of, load(coefficients + i), load(gaps + i));
         }));
+    }
+
+    // Sums the squares of what the classes besides the pivot differ by from their probabilities.
+    POLYCE_RARE void sum_distances(int i) const {
+        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        const RowState s = results.state(i);
+        const T m = reference(lane.rest_max[i]);
+        const T factor = T(row_softmax(s, scalars(transform(), s, sizeof(T) == 8)).factor);
+        const std::int64_t pivot = lane.pivot[i];
+        double sum = 0.0;
+        for (std::int64_t start = 0; start < job.classes; start += block) {
+            const int count = count_from(start);
+            const bool here = start <= pivot && pivot < start + count;
+            const T* x = read(row, start, count);
+            if (here) x = without(pivot, x, row, start, count);
+            read_gaps(x, count, m);
+            read_probabilities(probabilities, start, count);
+            if (here) lane.pivot_target[i] = double(coefficients[pivot - start]), coefficients[pivot - start] = T(0);
+            T* const t = gaps;
+            const T* const r = coefficients;
+            POLYCE_SIMD
+            for (int c = 0; c < count; ++c) t[c] = exp_negative(t[c]) * factor - r[c];
+            store(t + count, filled(T(0)));
+            sum += sum_squares(t, padded(count));
+        }
+        lane.squares[i] = sum;
     }
 
     // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
@@ -327,7 +373,7 @@ struct Sums : Blocks<T> {
         if (!job.classes) return results.end_sums();
         // What was saved knows nothing of the entropy.
         const bool saved = job.backward_only && job.saved && !job.grad_entropy;
-        for (int i = 0; i < rows && results.apart; ++i) {
+        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
             lane.label[i] = lane.pivot[i];
             lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
         }

@@ -13,7 +13,9 @@ REDUCTIONS = ("none", "mean", "sum")
 # The limits of logit_scale and logit_softcap, whatever the dtype: their quotient, and all that the
 # formula computes from both, stays well within float32.
 SMALLEST, LARGEST = 1e-15, 1e15
-STATS = ("lse", "entropy", "prediction", "correct")
+STATS = ("lse", "entropy", "prediction", "correct", "top_probability", "brier", "rank")
+USUAL_STATS = STATS[:4]
+"""What return_stats=True stands for: every path has these, for every kind of target."""
 STATS_WITH_GRADIENT = ("lse", "entropy")
 
 
@@ -159,6 +161,15 @@ def check_has_effect(ignore_index: int, kind: str) -> None:
         )
 
 
+def check_have_meaning(stats: tuple[str, ...] | None, kind: str) -> None:
+    """Refuse a rank for probabilities, which name no class."""
+    if kind == "probability" and stats is not None and "rank" in stats:
+        raise ValueError(
+            "return_stats has 'rank' for class indices only, got a target of class probabilities; "
+            "leave the name out"
+        )
+
+
 def check_smoothing(label_smoothing: Any) -> float:
     """Refuse a label_smoothing outside 0 to 1."""
     if not isinstance(label_smoothing, numbers.Real):
@@ -209,9 +220,9 @@ def check_validate(validate: Any) -> bool | None:
 
 
 def check_stats(return_stats: Any) -> tuple[str, ...] | None:
-    """Read what to report of each row: True for all, names for some, False (None here) for none."""
+    """Read what to report of each row: True for the usual, else names; None here for False."""
     if isinstance(return_stats, bool):
-        return STATS if return_stats else None
+        return USUAL_STATS if return_stats else None
     names = (return_stats,) if isinstance(return_stats, str) else return_stats
     if not isinstance(names, (tuple, list)):
         raise TypeError(

@@ -12,7 +12,7 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
 from polyce.arrays.plain import plain_key
 from polyce.call import checks
-from polyce.call.options import Options, check_has_effect
+from polyce.call.options import Options, check_has_effect, check_have_meaning
 
 
 class Problem(NamedTuple):
@@ -236,6 +236,7 @@ def describe_anew(
     row_shape = shape[:axis] + shape[axis + 1 :]
     kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
     check_has_effect(options.ignore_index, kind)
+    check_have_meaning(options.stats, kind)
     if weight is not None:
         checks.weight(weight, shape[axis])
     if sample_weight is not None:

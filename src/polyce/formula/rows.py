@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
-from polyce.formula import rowgradient, rowstate, targets, transform
+from polyce.formula import rowgradient, rowstate, rowstats, targets, transform
 from polyce.formula.rowgradient import NO_STATS, StatsCotangents
 from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
@@ -24,7 +24,7 @@ def forward(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | 
         losses = _empty_rows(problem, plan, logits)
         return losses, _empty_stats(problem, losses)
     read = _read(problem, plan, logits, targets.pivot_leads(problem))
-    return _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
+    return _losses(problem, plan, read.state), _row_stats(problem, plan, read)
 
 
 def backward(
@@ -83,7 +83,7 @@ def forward_backward(
         losses = _empty_rows(problem, plan, logits)
         return losses, problem.xp.zeros_like(logits), _empty_stats(problem, losses)
     read = _read(problem, plan, logits, targets.pivot_leads(problem))
-    losses, stats = _losses(problem, plan, read.state), row_stats(problem, read.state, read.pivot)
+    losses, stats = _losses(problem, plan, read.state), _row_stats(problem, plan, read)
     return losses, _gradient(problem, plan, cotangent, read, of_stats), stats
 
 
@@ -240,19 +240,24 @@ def _gradient(
     return problem.library.cast(grad, problem.logits_dtype)
 
 
-def row_stats(problem: Problem, state: RowState, pivot: Any) -> RowStats | None:
-    """Compute the stats that the problem asks for, of whole rows with the given pivot class."""
+def _row_stats(problem: Problem, plan: Plan, read: _Read) -> RowStats | None:
+    """Compute the stats that the problem asks for, before the gradient takes rest_exp's memory."""
     if problem.options.stats is None:
         return None
-    return RowStats(
-        lse=rowstate.lse(problem, state),
-        entropy=rowstate.entropy(problem, state) if problem.asks("entropy") else None,
-        prediction=(
-            rowstate.prediction(problem, state, pivot)
-            if problem.asks("prediction", "correct")
-            else None
-        ),
-    )
+    library, state, label_logit = problem.library, read.state, read.state.pivot_logit
+    if read.leads and rowstats.needs_label_logit(problem):
+        label_logit = library.pick(read.logits, plan.label, read.logits, problem.axis)
+        label_logit = library.cast(label_logit, problem.row_dtype)
+    stats = rowstats.of_state(problem, plan, state, read.pivot, label_logit)
+    if problem.asks("rank"):
+        stats = stats._replace(rank=rowstats.count_larger(problem, read.logits, label_logit))
+    if problem.asks("brier") and plan.label is None:
+        others = rowstats.distance_of_rest(
+            problem, state, read.rest_exp, read.excluded, plan.probabilities
+        )
+        at_pivot = library.pick(plan.probabilities, read.pivot, read.logits, problem.axis)
+        stats = stats._replace(brier=others + rowstats.distance_at_pivot(problem, state, at_pivot))
+    return stats
 
 
 def _empty_rows(problem: Problem, plan: Plan, logits: Any) -> Any:
@@ -269,4 +274,12 @@ def _empty_stats(problem: Problem, rows: Any) -> RowStats | None:
     xp = problem.xp
     undefined = xp.full_like(rows, math.nan)
     labels = problem.library.label_dtype(rows)
-    return RowStats(undefined, undefined, problem.library.cast(xp.zeros_like(rows), labels))
+    nothing = problem.library.cast(xp.zeros_like(rows), labels)
+    return RowStats(
+        lse=undefined,
+        entropy=undefined,
+        prediction=nothing,
+        top_probability=undefined,
+        brier=undefined,
+        rank=nothing,
+    )

@@ -20,6 +20,14 @@ The entropy is the sum of p_c (lse - x_c), no term of which is negative; S is wh
     H = S + p_k (lse - x_k)    dH/dx_c = p_c (lse - x_c - H)    dlse/dx_c = p_c
     dH/dx_k = p_k ((lse - x_k) (1 - p_k) - S)                   1 - p_k = d' f
 
+The largest probability is 1 / (1 + E). The Brier score Σ (p_c - [c = y])² of a label y is
+
+    (d' f)² + Q f²                                   if y is the pivot
+    (1 - p_y)² + p_k² + (Q f² - p_y²)                if the pivot is a class at least as likely
+
+with Q = Σ exp(x_c - m')² (c ≠ k). All terms of the first are positive; what the difference in the
+second loses is little beside (1 - p_y)², which is 1/4 at least.
+
 The x are the logits after the `transform`. The state holds logits before it, and every difference
 of two x is taken by `transform.difference`.
 
@@ -58,6 +66,8 @@ class RowState(NamedTuple):
     """The sum of exp(x_c - m') (m' - x_c) besides the pivot's; None if not asked for."""
     rest_first: Any = None
     """The first class besides the pivot with the logit of m'; None if not asked for."""
+    rest_squares: Any = None
+    """Q, the sum of exp(x_c - m')² besides the pivot's; None if not asked for."""
 
 
 def from_logits(
@@ -76,7 +86,7 @@ def from_logits(
     """
     xp, library, axis, row_dtype = problem.xp, problem.library, problem.axis, problem.row_dtype
     rest = library.replace(excluded, -math.inf, logits, owned=False)
-    rest_first = rest_entropy = None
+    rest_first = rest_entropy = rest_squares = None
     if problem.asks("prediction", "correct"):
         rest_first = library.argmax(rest, axis)
     rest_max = library.class_max(rest, axis)
@@ -108,6 +118,8 @@ def from_logits(
         del gaps
     else:
         rest = library.overwrite(xp.exp, rest)
+    if needs_squares(problem):
+        rest_squares = library.class_sum(rest * rest, axis=axis, dtype=row_dtype)
     state = RowState(
         rest_max=library.cast(rest_max, row_dtype),
         rest_sum=library.class_sum(rest, axis=axis, dtype=row_dtype),
@@ -117,8 +129,14 @@ def from_logits(
         rest_excess=rest_excess,
         rest_entropy=rest_entropy,
         rest_first=rest_first,
+        rest_squares=rest_squares,
     )
     return state, rest
+
+
+def needs_squares(problem: Problem) -> bool:
+    """Tell whether the state has the sum that a label's Brier score is made of."""
+    return problem.kind == "index" and problem.asks("brier")
 
 
 def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
@@ -127,22 +145,24 @@ def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
     top = xp.maximum(one.rest_max, other.rest_max)
     reference = xp.where(top == -math.inf, 0.0, top)
 
-    def carried(part: RowState) -> tuple[Any, Any, Any]:
+    def carried(part: RowState) -> tuple[Any, Any, Any, Any]:
         decay = xp.exp(transform.difference(problem, part.rest_max, reference))
         rest_sum = xp.where(part.rest_sum == 0.0, 0.0, part.rest_sum * decay)
         own = xp.where(part.rest_max == -math.inf, 0.0, part.rest_max)
         risen = transform.difference(problem, reference, own)
-        excess = entropy = None
+        excess = entropy = squares = None
         if part.rest_coefficient is not None:
             moved = part.rest_excess + part.rest_coefficient * risen
             excess = xp.where(part.rest_coefficient == 0.0, part.rest_excess, moved)
         if part.rest_entropy is not None:
             moved = (part.rest_entropy + part.rest_sum * risen) * decay
             entropy = xp.where(rest_sum == 0.0, 0.0, moved)
-        return rest_sum, excess, entropy
+        if part.rest_squares is not None:
+            squares = xp.where(rest_sum == 0.0, 0.0, part.rest_squares * decay * decay)
+        return rest_sum, excess, entropy, squares
 
-    one_sum, one_excess, one_entropy = carried(one)
-    other_sum, other_excess, other_entropy = carried(other)
+    one_sum, one_excess, one_entropy, one_squares = carried(one)
+    other_sum, other_excess, other_entropy, other_squares = carried(other)
     first = None
     if one.rest_first is not None:
         is_one = (one.rest_max > other.rest_max) | (
@@ -164,6 +184,7 @@ def merge(problem: Problem, one: RowState, other: RowState) -> RowState:
         rest_excess=add(one_excess, other_excess),
         rest_entropy=add(one_entropy, other_entropy),
         rest_first=first,
+        rest_squares=add(one_squares, other_squares),
     )
 
 
@@ -174,15 +195,17 @@ def demote(problem: Problem, state: RowState, pivot: Any, rows: Any) -> RowState
     logit = xp.where(rows, state.pivot_logit, -math.inf)
     nothing = logit == -math.inf
     nowhere = xp.zeros_like(logit)
+    one = xp.where(nothing, nowhere, 1.0)
     alone = RowState(
         rest_max=logit,
-        rest_sum=xp.where(nothing, nowhere, 1.0),
+        rest_sum=one,
         pivot_logit=nowhere,
         pivot_coefficient=nowhere,
         rest_coefficient=coefficient,
         rest_excess=xp.where(nothing & (coefficient != 0.0), coefficient * math.inf, 0.0),
         rest_entropy=None if state.rest_entropy is None else nowhere,
         rest_first=None if state.rest_first is None else pivot,
+        rest_squares=None if state.rest_squares is None else one,
     )
     kept = state._replace(
         pivot_logit=xp.where(rows, 0.0, state.pivot_logit),
@@ -275,6 +298,32 @@ def prediction(problem: Problem, state: RowState, pivot: Any) -> Any:
         (state.pivot_logit == state.rest_max) & (pivot < first)
     )
     return problem.xp.where(leads, pivot, first)
+
+
+def top_probability(problem: Problem, state: RowState) -> Any:
+    """Compute the largest probability of each row."""
+    return 1.0 / (1.0 + scalars(problem, state).excess)
+
+
+def brier(problem: Problem, state: RowState, apart: Any, label_logit: Any) -> Any:
+    """Compute Σ (p_c - [c = y])² of each row for a label y.
+
+    `apart` marks the rows whose pivot is another class than the label, at least as likely; None if
+    the label is always the pivot.
+    """
+    xp = problem.xp
+    s = scalars(problem, state)
+    factor = factor_of_rest(xp, s)
+    away = state.rest_sum * factor
+    squares = state.rest_squares * factor * factor
+    at_label = away * away + squares
+    if apart is None:
+        return at_label
+    reference = xp.where(state.rest_max == -math.inf, 0.0, state.rest_max)
+    label = xp.exp(transform.difference(problem, label_logit, reference)) * factor
+    near = pivot_probability(xp, s)
+    beside = (1.0 - label) * (1.0 - label) + near * near + (squares - label * label)
+    return xp.where(apart, beside, at_label)
 
 
 def factor_of_rest(xp: Any, s: Scalars) -> Any:

@@ -50,7 +50,7 @@ def from_logits(
         gap = transform.difference(unscaled, filled, _after(top))
         return gap if scale == 1.0 else gap * _after(jnp.full_like(offset, scale))
 
-    rest_coefficient = rest_excess = rest_entropy = rest_first = None
+    rest_coefficient = rest_excess = rest_entropy = rest_first = rest_squares = None
     if isinstance(coefficients, float):
         # Scaled before the sum, which could overflow.
         share = _after(jnp.full_like(offset, -coefficients))
@@ -71,6 +71,9 @@ def from_logits(
         rest_entropy = class_sum(jnp.where(likely == 0.0, 0.0, likely * -gap))
     if problem.asks("prediction", "correct"):
         rest_first = problem.library.argmax(narrow, axis)
+    if rowstate.needs_squares(problem):
+        likely = jnp.exp(transform.difference(problem, rest, _after(offset, rest_sum)))
+        rest_squares = class_sum(likely * likely)
     state = rowstate.RowState(
         rest_max=rest_max.astype(row_dtype),
         rest_sum=rest_sum,
@@ -80,6 +83,7 @@ def from_logits(
         rest_excess=rest_excess,
         rest_entropy=rest_entropy,
         rest_first=rest_first,
+        rest_squares=rest_squares,
     )
     return state, jnp.exp(gaps())
 

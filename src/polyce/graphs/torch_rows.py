@@ -15,8 +15,9 @@ import torch
 from torch.autograd import forward_ad
 
 from polyce.arrays import torch_memory
+from polyce.call.options import STATS_WITH_GRADIENT
 from polyce.call.problem import Operands, Problem
-from polyce.formula import rows, targets
+from polyce.formula import rows, stats, targets
 from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
@@ -54,13 +55,21 @@ def _refuse(weight: bool, sample_weight: bool) -> None:
 def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats | None]:
     """Compute the rows' losses and stats, with their gradients on torch's graph."""
     if torch_state.is_traced_without_rules():
-        return rows.forward(problem, plan, readable(problem, plan, logits))
+        losses, found = rows.forward(problem, plan, readable(problem, plan, logits))
+        return losses, None if found is None else _without_gradients(found)
     if torch_state.is_transformed():
         return _transformed_row_losses(problem, plan, logits)
     if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
     losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
+
+
+def _without_gradients(found: RowStats) -> RowStats:
+    """Cut the stats that have no gradient from torch's own graph."""
+    others = [name for name in found._fields if name not in STATS_WITH_GRADIENT]
+    cut = {name: array.detach() for name in others if (array := getattr(found, name)) is not None}
+    return found._replace(**cut)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
@@ -84,13 +93,13 @@ class _RowLosses(torch.autograd.Function):
         problem: Problem,
         plan: Plan,
     ) -> tuple[Any, ...]:
-        losses, stats = rows.forward(problem, plan, logits)
-        ctx.problem = problem if stats is None else problem.with_options(stats=None)
+        losses, found = rows.forward(problem, plan, logits)
+        ctx.problem = problem if found is None else problem.with_options(stats=None)
         ctx.kinds = torch_memory.kinds(_keep(ctx, logits, plan))
-        if stats is None:
+        if found is None:
             return (losses,)
-        torch_state.mark_stats(ctx, stats)
-        return losses, *stats
+        torch_state.mark_stats(ctx, found)
+        return losses, *found
 
     @staticmethod
     def backward(
@@ -194,29 +203,21 @@ def _transformed_row_losses(
     if not found:
         return losses, None
     nothing: dict[str, Any] = dict.fromkeys(RowStats._fields)
-    return losses, RowStats(**nothing | dict(zip(_stats_of(wide), found, strict=True)))
-
-
-def _stats_of(problem: Problem) -> tuple[str, ...]:
-    """Return the names of the rows' stats that are there."""
-    if problem.options.stats is None:
-        return ()
-    entropy = ("entropy",) if problem.asks("entropy") else ()
-    prediction = ("prediction",) if problem.asks("prediction", "correct") else ()
-    return ("lse", *entropy, *prediction)
+    return losses, RowStats(**nothing | dict(zip(stats.needed(wide), found, strict=True)))
 
 
 class _TransformedRowLosses(torch.autograd.Function):
     @staticmethod
     def forward(logits: Any, problem: Problem, *plan: Any) -> tuple[Any, ...]:
-        losses, stats = rows.forward(problem, Plan(*plan), logits)
-        return losses, *(getattr(stats, name) for name in _stats_of(problem))
+        losses, found = rows.forward(problem, Plan(*plan), logits)
+        return losses, *(getattr(found, name) for name in stats.needed(problem))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         logits, ctx.problem, *plan = inputs
         ctx.save_for_forward(*_keep(ctx, logits, tuple(plan)))
-        ctx.mark_non_differentiable(*(a for a in output if not a.is_floating_point()))
+        named = zip(stats.needed(ctx.problem), output[1:], strict=True)
+        ctx.mark_non_differentiable(*(a for name, a in named if name not in STATS_WITH_GRADIENT))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -229,7 +230,7 @@ class _TransformedRowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *of_stats: Any) -> tuple[Any, ...]:
         logits, plan = _kept(ctx)
-        given = dict(zip(_stats_of(ctx.problem), of_stats, strict=True))
+        given = dict(zip(stats.needed(ctx.problem), of_stats, strict=True))
         stats_cotangents = StatsCotangents(given.get("lse"), given.get("entropy"))
         problem, needs = ctx.problem, Plan(*ctx.needs_input_grad[2:])
         _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
@@ -253,7 +254,7 @@ class _TransformedRowLosses(torch.autograd.Function):
         with forward_ad._set_fwd_grad_enabled(True):
             logits, plan = primal(logits), Plan(*map(primal, plan))
             losses = _losses_tangent(ctx.problem, plan, logits, tangent, moved)
-            names = _stats_of(ctx.problem)
+            names = stats.needed(ctx.problem)
             return losses, *(_stat_tangent(ctx.problem, plan, logits, tangent, n) for n in names)
 
 

@@ -33,6 +33,8 @@ class Implementation:
     dtypes: frozenset[str] | None = None
     kinds: frozenset[str] | None = None
     options: frozenset[str] | None = None
+    stats: frozenset[str] | None = None
+    """The names that return_stats may ask for."""
     unavailable: Callable[[], str | None] = _available
     """Why it cannot run at all here ("not installed", "not built"), or None."""
     refuses: Callable[[Problem], str | None] | None = None
@@ -65,6 +67,9 @@ class Implementation:
             for option in problem.used_options:
                 if option not in self.options:
                     found.append(f"option {option} is not served")
+        for name in problem.options.stats or ():
+            if self.stats is not None and name not in self.stats:
+                found.append(f"stats {name} is not served ({', '.join(sorted(self.stats))})")
         if problem.grad_stats and not self.takes_grad_stats:
             found.append("cotangents of stats (grad_stats) are not served")
         if not found and self.refuses is not None and (reason := self.refuses(problem)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import oracle, oracle_row
+from . import oracle, oracle_row, oracle_stats
 from .oracle import Answer
 
 VARIABLE = "POLYCE_ANSWERS"
@@ -54,5 +54,5 @@ def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
 
 @cache
 def _oracle() -> bytes:
-    sources = "".join(inspect.getsource(module) for module in (oracle, oracle_row))
+    sources = "".join(inspect.getsource(module) for module in (oracle, oracle_row, oracle_stats))
     return f"{np.__version__} {sources}".encode()

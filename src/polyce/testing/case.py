@@ -13,8 +13,10 @@ from .answers import exact_answer
 from .dtypes import Array, is_float
 from .oracle import Answer
 
-STATS = ("lse", "entropy", "prediction", "correct")
+STATS = ("lse", "entropy", "prediction", "correct", "top_probability", "brier", "rank")
 """What `return_stats` may name."""
+USUAL_STATS = STATS[:4]
+"""What it stands for as True."""
 LAYOUTS = ("plain", "fortran", "strided", "reversed", "broadcast")
 
 
@@ -96,7 +98,7 @@ class Case:
         """Return the names of the stats that the call asks for."""
         asked = self.options.get("return_stats", False)
         if isinstance(asked, bool):
-            return STATS if asked else ()
+            return USUAL_STATS if asked else ()
         return (asked,) if isinstance(asked, str) else tuple(asked)
 
     @property

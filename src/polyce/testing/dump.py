@@ -7,42 +7,46 @@ written once.
 A line of ``cases.txt`` that starts with ``#`` is a comment; every other line is one case, made of
 ``key=value`` fields separated by one space; no value contains a space. The fields, in this order:
 
-=================  ============================================================================
-name, group        of the case
-kind               ``index`` or ``probability``
-dtype              of logits and gradient: float16, bfloat16, float32 or float64
-loss_dtype         that the loss has to have
-shape              of the logits, such as ``5x7``
-axis               the class axis, counted from 0
-reduction          ``none``, ``sum`` or ``mean``
-ignore_index       an integer
-label_smoothing    a C99 hexadecimal float, as all options here that are real numbers
-z_loss             0 for none
-logit_scale        ``-`` for none
-logit_softcap      ``-`` for none
-normalizer         what the mean divides by; ``-`` for the total weight
-return_stats       names with commas in between; ``-`` for no stats
-layout             of the logits in Python; they are written in C order all the same
-logits             file, elements of ``dtype``
-target             file, int64 for ``index``, else elements of ``target_dtype``
-target_shape       of the target; ``scalar`` for no dimension
-target_dtype       that the target has in Python (indices are converted to int64)
-weight             file, elements of ``weight_dtype``, one for each class; or ``-``
-weight_dtype       ``-`` without weight
-sample_weight      file, float64, one for each row; or ``-``
-grad_output        file, float64, of the loss's shape; ``-`` means 1
-grad_lse           file, float64, one for each row: the gradient that flows into lse; ``-`` means 0
-grad_entropy       the same of the entropy
-loss, loss_tol     files, float64: the exact loss, and the largest error allowed in it
-loss_shape         of the loss; ``scalar`` for no dimension
-grad, grad_tol     files, float64, in the shape of the logits: the same for the gradient
-row_shape          of everything that follows; ``scalar`` for no dimension
-lse, lse_tol       files, float64: the exact log of the sum of the exponentials, and its tolerance
-entropy            file, float64: the exact entropy
-entropy_tol        file, float64
-prediction         file, int64
-correct, valid     files, uint8: 0 or 1
-=================  ============================================================================
+===================  ==============================================================================
+name, group          of the case
+kind                 ``index`` or ``probability``
+dtype                of logits and gradient: float16, bfloat16, float32 or float64
+loss_dtype           that the loss has to have
+shape                of the logits, such as ``5x7``
+axis                 the class axis, counted from 0
+reduction            ``none``, ``sum`` or ``mean``
+ignore_index         an integer
+label_smoothing      a C99 hexadecimal float, as all options here that are real numbers
+z_loss               0 for none
+logit_scale          ``-`` for none
+logit_softcap        ``-`` for none
+normalizer           what the mean divides by; ``-`` for the total weight
+return_stats         names with commas in between; ``-`` for no stats
+layout               of the logits in Python; they are written in C order all the same
+logits               file, elements of ``dtype``
+target               file, int64 for ``index``, else elements of ``target_dtype``
+target_shape         of the target; ``scalar`` for no dimension
+target_dtype         that the target has in Python (indices are converted to int64)
+weight               file, elements of ``weight_dtype``, one for each class; or ``-``
+weight_dtype         ``-`` without weight
+sample_weight        file, float64, one for each row; or ``-``
+grad_output          file, float64, of the loss's shape; ``-`` means 1
+grad_lse             file, float64, one for each row: what flows into lse; ``-`` means 0
+grad_entropy         the same of the entropy
+loss, loss_tol       files, float64: the exact loss, and the largest error allowed in it
+loss_shape           of the loss; ``scalar`` for no dimension
+grad, grad_tol       files, float64, in the shape of the logits: the same for the gradient
+row_shape            of everything that follows; ``scalar`` for no dimension
+lse, lse_tol         files, float64: the exact log of the sum of the exponentials, and its tolerance
+entropy              file, float64: the exact entropy
+entropy_tol          file, float64
+prediction           file, int64
+correct, valid       files, uint8: 0 or 1
+top_probability      file, float64: the largest probability
+top_probability_tol  file, float64
+brier, brier_tol     files, float64: the Brier score
+rank                 file, int64: how many logits are larger than the label's, or -1
+===================  ==============================================================================
 
 The stats are there whether or not the case asks for them; those of `polyce.testing.ExactStats`.
 nan and infinity in an expected result have to be met exactly; the sign of zero is free.
@@ -119,8 +123,10 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
             "grad_tol": ("float64", fields["shape"]),
             "sample_weight": ("float64", fields["row_shape"]),
             "prediction": ("int64", fields["row_shape"]),
+            "rank": ("int64", fields["row_shape"]),
         }
-        floats = ("grad_lse", "grad_entropy", "lse", "lse_tol", "entropy", "entropy_tol")
+        stats = ("lse", "entropy", "top_probability", "brier")
+        floats = ("grad_lse", "grad_entropy", *stats, *(f"{name}_tol" for name in stats))
         elements |= dict.fromkeys(floats, ("float64", fields["row_shape"]))
         elements |= dict.fromkeys(("correct", "valid"), ("uint8", fields["row_shape"]))
         for key, (name, shape) in elements.items():
@@ -143,7 +149,7 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
     target = case.target if is_float(case.target) else case.target.astype(np.int64)
     given, stats = case.arrays, answer.stats
     arithmetic = "float64" if loss_dtype == "float64" else "float32"
-    lse_tol, entropy_tol = stats_tolerances(answer, accuracy(arithmetic))
+    allowed = stats_tolerances(answer, accuracy(arithmetic))
     normalizer = given.get("normalizer", options.get("normalizer"))
 
     def number(value: Any) -> str:
@@ -196,12 +202,17 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "grad_tol": write(grad_tolerance(answer, grad_dtype, accuracy(grad_dtype))),
         "row_shape": _shape(stats.lse),
         "lse": write(stats.lse),
-        "lse_tol": write(lse_tol),
+        "lse_tol": write(allowed["lse"]),
         "entropy": write(stats.entropy),
-        "entropy_tol": write(entropy_tol),
+        "entropy_tol": write(allowed["entropy"]),
         "prediction": write(stats.prediction),
         "correct": write(stats.correct.astype(np.uint8)),
         "valid": write(stats.valid.astype(np.uint8)),
+        "top_probability": write(stats.top_probability),
+        "top_probability_tol": write(allowed["top_probability"]),
+        "brier": write(stats.brier),
+        "brier_tol": write(allowed["brier"]),
+        "rank": write(stats.rank),
     }
 
 

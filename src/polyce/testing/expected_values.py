@@ -106,6 +106,6 @@ def _entropy(case: Case, options: dict[str, Any]) -> Expected:
     values, name = answer.stats.entropy, case.logits.dtype.name
 
     def tolerance(rule: Accuracy) -> Floats:
-        return rounded(values, stats_tolerances(answer, rule)[1], name, rule)
+        return rounded(values, stats_tolerances(answer, rule)["entropy"], name, rule)
 
     return Expected(options, None, values, case.logits.dtype, tolerance)

@@ -27,7 +27,7 @@ from .grid_draw import (
     draw_weight,
 )
 from .grid_options import combined_cases, normalizer_cases, sample_weight_cases
-from .grid_stats import grad_stats_cases, value_cases
+from .grid_stats import grad_stats_cases, target_stats_cases, value_cases
 from .grid_transforms import stats_cases, transform_cases
 from .grid_values import accuracy_cases, special_cases
 
@@ -246,6 +246,7 @@ _BUILDERS: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {
     "transform": transform_cases,
     "stats": stats_cases,
     "grad-stats": grad_stats_cases,
+    "target-stats": target_stats_cases,
     "values": value_cases,
 }
 GROUPS = tuple(_BUILDERS)

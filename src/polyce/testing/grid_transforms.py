@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .case import STATS, Case
+from .case import USUAL_STATS, Case
 from .dtypes import Array, dtype
 from .grid_draw import CLASSES, ROWS, draw_labels, draw_logits, draw_probabilities
 from .grid_values import (
@@ -297,7 +297,8 @@ def _named_stats(name: str) -> Iterator[Case]:
     labels = np.array([1, -100, 6, 0, 2])
     soft = draw_probabilities(155, (ROWS, CLASSES), name, 1)
     weight = np.array([1.0, 1.0, 0.0, 2.0, 0.5]).astype(dtype(name))
-    asked: list[Any] = [*STATS, *((one,) for one in STATS), ("entropy", "correct"), STATS[::-1]]
+    usual = USUAL_STATS
+    asked: list[Any] = [*usual, *((one,) for one in usual), ("entropy", "correct"), usual[::-1]]
     for i, names in enumerate(asked):
         label = names if isinstance(names, str) else f"tuple-{'-'.join(names)}"
         yield _stats(

@@ -32,16 +32,19 @@ from .oracle_row import (
     context,
     measures,
     row_answer,
-    stats_gradients,
 )
+from .oracle_stats import stats_gradients, target_stats
 
 NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 """The answer of a row that does not count."""
 PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part")
 PER_CLASS = (*PARTS, "stats_part", "gap", "angle", "pivot")
 STATS = (
-    "lse", "entropy", "prediction", "correct", "lse_scale", "entropy_spread", "entropy_lead",
-)  # fmt: skip
+    *("lse", "entropy", "prediction", "correct", "top_probability", "brier", "rank"),
+    *("lse_scale", "entropy_spread", "entropy_lead"),
+    *("brier_scale", "brier_gap", "brier_reach", "brier_square"),
+)
+"""All that `ExactStats` has but `valid`."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,38 @@ class ExactStats:
     correct, valid : ndarray of bool
         Whether the prediction is the label, or the first class of the largest probability; and
         whether the row counts.
+    top_probability, brier : ndarray of float64
+        The largest probability, and the sum of the squared differences between the softmax and the
+        one-hot label or the probabilities; nan where there is no lse, the second for a bad label
+        too.
+    rank : ndarray of int64
+        How many classes have a larger logit than the label, before any transform; -1 where there
+        is no brier, and for probabilities.
     lse_scale : ndarray of float64
         Magnitude for errors of lse: the larger of the row's largest logit and what the log of the
         sum adds to it.
     entropy_spread, entropy_lead : ndarray of float64
         Error of the entropy for one unit of relative error in every gap, and in the `lead`.
+    brier_scale, brier_gap, brier_reach, brier_square : ndarray of float64
+        For probabilities t, with d_c = |p_c - t_c| and s_c = p_c, for the likeliest class
+        min(p_c, 1 - p_c): Σ d (s + d), Σ d s gap, Σ d s, and Σ (s (1 + gap))². 0 for labels.
     """
 
     lse: Floats
     entropy: Floats
     prediction: npt.NDArray[np.int64]
     correct: npt.NDArray[np.bool_]
+    top_probability: Floats
+    brier: Floats
+    rank: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
     lse_scale: Floats
     entropy_spread: Floats
     entropy_lead: Floats
+    brier_scale: Floats
+    brier_gap: Floats
+    brier_reach: Floats
+    brier_square: Floats
 
 
 @dataclass(frozen=True)
@@ -293,10 +313,11 @@ def _columns(
     count = len(keys)
     found: dict[str, npt.NDArray[Any]] = {name: np.zeros((count, classes)) for name in PER_CLASS}
     found |= {name: np.zeros(count) for name in ("spread", "lead", *STATS)}
-    found["lse"][:] = found["entropy"][:] = np.nan
+    for name in ("lse", "entropy", "top_probability", "brier"):
+        found[name][:] = np.nan
     found["pivot"] = np.zeros((count, classes), dtype=bool)
     found["correct"] = np.zeros(count, dtype=bool)
-    found["prediction"] = np.full(count, -1)
+    found["prediction"], found["rank"] = np.full(count, -1), np.full(count, -1)
     for i, (key, row, scale) in enumerate(zip(keys, rows, scales, strict=True)):
         if row is NOTHING or not classes:
             continue
@@ -306,7 +327,8 @@ def _columns(
         seen = measures(logits, row.pivot, logit_scale, logit_softcap)
         if seen is None:
             continue
-        for name, value in vars(seen).items():
+        beside = target_stats(logits, target, logit_scale, logit_softcap)
+        for name, value in (vars(seen) | ({} if beside is None else vars(beside))).items():
             found[name][i] = value
         found["pivot"][i, row.pivot] = row.pivot >= 0
         label = target.index(max(target)) if isinstance(target, tuple) else target

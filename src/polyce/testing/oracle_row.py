@@ -86,6 +86,7 @@ class Measures:
 
     lse: float
     entropy: float
+    top_probability: float
     prediction: int
     gap: Floats
     angle: Floats
@@ -282,46 +283,6 @@ def row_answer(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StatsGradients:
-    """The gradients of a row's lse and entropy, and how large the terms of the second are."""
-
-    lse: Floats
-    entropy: Floats
-    entropy_part: Floats
-
-
-@lru_cache(maxsize=512)
-def stats_gradients(
-    logits: tuple[float, ...], logit_scale: float | None, logit_softcap: float | None
-) -> StatsGradients | None:
-    """Compute dlse/dlogit and dH/dlogit = softmax (lse - x - H), times the slope; None for nan.
-
-    Where a class has nearly all of the probability, its entry is measured by what the others are.
-    """
-    row = softmax_of(logits, logit_scale, logit_softcap)
-    if row is None:
-        return None
-    likeliest = max(range(len(logits)), key=lambda c: logits[c])
-    lse, entropy, parts = [], [], []
-    with decimal.localcontext(context(row.digits)):
-        lacking = [
-            row.log_sum - z if p else ZERO for z, p in zip(row.shifted, row.softmax, strict=True)
-        ]
-        terms = [p * gap for p, gap in zip(row.softmax, lacking, strict=True)]
-        others = sum(terms[:likeliest] + terms[likeliest + 1 :], ZERO)
-        rest = sum(row.softmax[:likeliest] + row.softmax[likeliest + 1 :], ZERO)
-        for c, (p, gap, slope) in enumerate(zip(row.softmax, lacking, row.slopes, strict=True)):
-            lse.append(float(slope * p))
-            if c == likeliest:
-                entropy.append(float(slope * p * (gap * rest - others)))
-                parts.append(float(slope * p * (gap * rest + others)))
-            else:
-                entropy.append(float(slope * p * (gap - others - terms[likeliest])))
-                parts.append(float(slope * p * (gap + others + terms[likeliest])))
-    return StatsGradients(*map(np.array, (lse, entropy, parts)))
-
-
 @lru_cache(maxsize=512)
 def measures(
     logits: tuple[float, ...],
@@ -350,6 +311,7 @@ def measures(
     return Measures(
         lse=float(row.lse),
         entropy=entropy,
+        top_probability=float(max(row.softmax)),
         prediction=max(range(len(logits)), key=lambda c: logits[c]),
         gap=gap,
         angle=np.array(row.angles),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .dtypes import FORMATS, Array, FloatFormat, Floats
-from .oracle import Answer
+from .oracle import Answer, ExactStats
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class Accuracy:
     entropy_ulp : float
         Ulps of the entropy: three terms, each of them a product of two numbers as inexact as a
         loss is.
+    top_ulp, brier_ulp : float
+        Ulps of the largest probability, and of the Brier score. That of probabilities may be off
+        by more: each difference by `entry` unit roundoffs of the probability and of itself.
     flush : float
         Results may be off by this much whatever their size: the subnormal spacing, or the
         smallest normal number where a library computes without subnormal numbers.
@@ -95,6 +98,8 @@ class Accuracy:
     entry_gap: float = 2.4
     lse_ulp: float = 8.0
     entropy_ulp: float = 12.0
+    top_ulp: float = 8.0
+    brier_ulp: float = 8.0
     flush: float = 0.0
     scaled: Transformed = _SCALED
     capped: Transformed = _CAPPED
@@ -235,8 +240,10 @@ def _stats_gradient_tolerance(answer: Answer, rule: Accuracy) -> Floats:
     return arithmetic.unit * units * part + vanishing + flushed
 
 
-def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
-    """Return the largest errors allowed in lse and in the entropy, in the dtype of the arithmetic.
+def stats_tolerances(answer: Answer, rule: Accuracy) -> dict[str, Floats]:
+    """Return the largest errors allowed in the stats that are floats, by name.
+
+    They are those of the dtype of the arithmetic.
 
     Parameters
     ----------
@@ -247,15 +254,36 @@ def stats_tolerances(answer: Answer, rule: Accuracy) -> tuple[Floats, Floats]:
     """
     arithmetic, more, stats = FORMATS[rule.arithmetic], rule.transformed(answer), answer.stats
     spread, lead = (a.reshape(stats.lse.shape) for a in (answer.spread, answer.lead))
-    reach = 2.0 * arithmetic.unit * (more.spread * spread + more.lead * lead)
+    shared = reach = 2.0 * arithmetic.unit * (more.spread * spread + more.lead * lead)
     ulps = rule.lse_ulp + more.value
     lse = ulps * arithmetic.spacing(stats.lse_scale) + reach * stats.lse_scale + rule.flush
     reach = more.spread * stats.entropy_spread + more.lead * stats.entropy_lead
     entropy = rule.entropy_ulp * arithmetic.spacing(stats.entropy)
     # An exponential treated as 0 loses a term that is larger by the factor of its exponent.
     entropy = entropy + 2.0 * arithmetic.unit * reach - rule.flush * np.log(arithmetic.tiny)
-    known = np.isfinite(stats.lse)
-    return np.where(known, lse, 0.0), np.where(known, entropy, 0.0)
+    top = rule.top_ulp * arithmetic.spacing(stats.top_probability) + shared * stats.top_probability
+    found = {"lse": lse, "entropy": entropy, "top_probability": top}
+    found["brier"] = _brier_tolerance(stats, rule, more, shared)
+    return {
+        name: np.where(np.isfinite(getattr(stats, name)), tolerance, 0.0)
+        for name, tolerance in found.items()
+    }
+
+
+def _brier_tolerance(
+    stats: ExactStats, rule: Accuracy, more: Transformed, shared: Floats
+) -> Floats:
+    """Return the largest error allowed in the Brier score; `shared` is that of all probabilities.
+
+    The squares count where probabilities are met exactly.
+    """
+    arithmetic = FORMATS[rule.arithmetic]
+    gap = rule.entry_gap + more.gap
+    off = arithmetic.unit * (rule.entry * stats.brier_scale + gap * stats.brier_gap)
+    off = 2.0 * (off + shared * stats.brier_reach)
+    unit = arithmetic.unit * (rule.entry + gap) + shared
+    own = rule.brier_ulp * arithmetic.spacing(stats.brier) + 2.0 * shared * stats.brier
+    return own + off + unit * unit * stats.brier_square + rule.flush
 
 
 def _exponential_underflows(gap: Floats, arithmetic: FloatFormat) -> Array:

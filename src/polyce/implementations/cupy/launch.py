@@ -12,6 +12,7 @@ import cupy
 import numpy as np
 
 from polyce.arrays import dtypes
+from polyce.call.options import USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
@@ -23,6 +24,8 @@ _NULL = 0
 # Bytes of two sums, and at most of the state of a part of a row.
 _SUMS, _STATE = 16, 104
 _MOST_KNOWN = 1024
+# The stats that the kernels fill, in the order of their arguments.
+_WRITTEN = (*USUAL_STATS, "valid")
 
 _plans: dict[tuple[Problem, LaunchKey], LaunchPlan] = {}
 _kernels: dict[tuple[str, ...], Any] = {}
@@ -171,7 +174,7 @@ def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
     by_row = problem.options.reduction == "none"
     loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
     found = stats.unfilled(problem, cupy.empty)
-    entries = (None,) * 5 if found is None else found
+    entries = [None if found is None else getattr(found, name) for name in _WRITTEN]
     return loss, found, [loss if by_row else _NULL, *map(_or_null, entries)]
 
 

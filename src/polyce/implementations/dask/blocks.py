@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from polyce.arrays import dtypes, find
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
-from polyce.formula import labels, rowgradient, rows, rowstate, targets, transform
+from polyce.formula import labels, rowgradient, rowstate, rowstats, stats, targets, transform
 from polyce.formula.rowstate import RowState
-from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.implementations.contract import Implementation
 
@@ -46,12 +45,13 @@ def whole_rows(
     """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
 
     The result is the losses, or their sum if the call reduces them; the gradient, None without a
-    cotangent; and the entries of the stats.
+    cotangent; and the stats that are `needed`.
     """
     summed, dtype, axis = problem.options.reduction != "none", problem.logits_dtype, problem.axis
     problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
     problem = problem._replace(result_dtype=problem.row_dtype)
-    problem = problem.with_options(stats=_reported(problem))
+    names = stats.needed(problem)
+    problem = problem.with_options(stats=names or None)
     xp, grad = problem.xp, None
     operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
     chosen = select(problem)
@@ -64,16 +64,7 @@ def whole_rows(
         losses = expand(losses, axis)
         if summed:
             losses = xp.reshape(problem.library.total(losses), (1,) * logits.ndim)
-    entries = () if found is None else (found.lse, found.entropy, found.prediction)
-    return losses, grad, *(a if a is None else expand(a, axis) for a in entries)
-
-
-def _reported(problem: Problem) -> tuple[str, ...] | None:
-    """Return the stats that a block must report for the call's to be computed."""
-    if problem.options.stats is None:
-        return None
-    predicts = problem.asks("prediction", "correct")
-    return ("lse", *["entropy"] * problem.asks("entropy"), *["prediction"] * predicts)
+    return losses, grad, {name: expand(getattr(found, name), axis) for name in names}
 
 
 def _by_row(problem: Problem, cotangent: Any) -> Any:
@@ -89,9 +80,9 @@ def itself(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
     return block
 
 
-def take(index: int, results: Any, *after: Any) -> Any:
-    """Take one of a block's results, once those in `after` are there."""
-    return results[index]
+def take(what: int | str, results: Any, *after: Any) -> Any:
+    """Take one of a block's results, once those in `after` are there; by its name, a stat."""
+    return results[-1][what] if isinstance(what, str) else results[what]
 
 
 class Part(NamedTuple):
@@ -102,17 +93,19 @@ class Part(NamedTuple):
     """The class that the state keeps apart if it lies in this part."""
     plan: Plan
     """Without the arrays over the classes; the same in every part of a row."""
+    label_logit: Any
+    """0 where the label lies in another part; None if no stat needs it."""
 
 
 class Whole(NamedTuple):
     """The parts of each row merged."""
 
     losses: Any
-    lse: Any
-    entropy: Any
-    prediction: Any
     state: RowState
     pivot: Any
+    label_logit: Any
+    stats: dict[str, Any]
+    """Those that follow from the state."""
 
 
 def part(
@@ -132,24 +125,33 @@ def part(
             at_pivot = library.cast(at_pivot, problem.row_dtype)
             pivot = pivot + start
         else:
-            pivot, local = plan.label, plan.label - start
-            here = (local >= 0) & (local < logits.shape[axis])
-            local = xp.where(here, local, 0)
-            pivot_logit = library.pick(logits, local, logits, axis)
-            pivot_logit = xp.where(here, pivot_logit, 0.0)
+            pivot = plan.label
+            here, pivot_logit = _pick(problem, logits, plan.label - start)
             at_pivot = xp.where(here, 1.0 if at_label is None else at_label, 0.0)
+        label_logit = None
+        if rowstats.needs_label_logit(problem):
+            _, label_logit = _pick(problem, logits, plan.label - start)
+            label_logit = library.cast(label_logit, problem.row_dtype)
         excluded = _excluded(problem, plan, logits, pivot - start)
         state, _ = rowstate.from_logits(
             problem, logits, excluded, pivot_logit, at_pivot, coefficients
         )
     if state.rest_first is not None:
         state = state._replace(rest_first=state.rest_first + start)
-    return Part(state, pivot, plan._replace(class_weight=None, probabilities=None))
+    return Part(state, pivot, plan._replace(class_weight=None, probabilities=None), label_logit)
+
+
+def _pick(problem: Problem, values: Any, local: Any) -> tuple[Any, Any]:
+    """Take each row's value at a class, counted from the part's first; 0 if it is in another."""
+    xp, axis = problem.xp, problem.axis
+    here = (local >= 0) & (local < values.shape[axis])
+    picked = problem.library.pick(values, xp.where(here, local, 0), values, axis)
+    return here, xp.where(here, picked, 0.0)
 
 
 def join(problem: Problem, parts: list[Part]) -> Whole:
     """Merge the parts of each row, in the order of the classes, and compute the losses."""
-    state, pivot, plan = parts[0]
+    state, pivot, plan, label_logit = parts[0]
     problem = of_chunk(problem, state.rest_max, state.rest_max.shape)
     xp = problem.xp
     with problem.library.quiet():
@@ -161,10 +163,51 @@ def join(problem: Problem, parts: list[Part]) -> Whole:
                 joining = rowstate.demote(problem, joining, other.pivot, ~passed)
                 pivot = xp.where(passed, other.pivot, pivot)
             state = rowstate.merge(problem, state, joining)
+            if label_logit is not None:
+                label_logit = label_logit + other.label_logit
         losses = rowstate.loss(problem, state, targets.lse_penalty(problem, plan))
-        stats = rows.row_stats(problem, state, pivot) or RowStats(None, None, None)
+        found = {}
+        if problem.options.stats is not None:
+            found = rowstats.of_state(problem, plan, state, pivot, label_logit)._asdict()
         losses = targets.weigh_rows(plan, xp, losses)
-    return Whole(losses, stats.lse, stats.entropy, stats.prediction, state, pivot)
+    return Whole(losses, state, pivot, label_logit, found)
+
+
+def part_rank(
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    start: Any,
+    whole: Whole,
+) -> Any:
+    """Count the classes of a block whose logit is larger than the label's."""
+    problem, _, logits, _, _ = _open(problem, logits, target, weight, sample_weight, int(start[0]))
+    with problem.library.quiet():
+        return rowstats.count_larger(problem, logits, whole.label_logit)
+
+
+def part_brier(
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    start: Any,
+    whole: Whole,
+) -> Any:
+    """Compute what a block with some of the classes adds to the Brier score of probabilities."""
+    start = int(start[0])
+    problem, plan, logits, _, _ = _open(problem, logits, target, weight, sample_weight, start)
+    with problem.library.quiet():
+        excluded = _excluded(problem, plan, logits, whole.pivot - start)
+        rest = _exponentials(problem, logits, excluded, whole.state)
+        probabilities = plan.probabilities
+        others = rowstats.distance_of_rest(problem, whole.state, rest, excluded, probabilities)
+        here, at_pivot = _pick(problem, probabilities, whole.pivot - start)
+        at_pivot = rowstats.distance_at_pivot(problem, whole.state, at_pivot)
+        return others + problem.xp.where(here, at_pivot, 0.0)
 
 
 def part_gradient(
@@ -185,15 +228,11 @@ def part_gradient(
     xp, library, state = problem.xp, problem.library, whole.state
     with library.quiet():
         excluded = _excluded(problem, plan, logits, whole.pivot - start)
-        rest = library.replace(excluded, -math.inf, logits, owned=False)
-        top = library.cast(state.rest_max, problem.arithmetic_dtype)
-        top = xp.where(top == -math.inf, 0.0, top)
-        rest = transform.difference(problem, rest, top, owned=True)
         scale = targets.weigh_rows(plan, xp, cotangent + xp.zeros_like(state.rest_max))
         grad = rowgradient.gradient(
             problem,
             state,
-            library.overwrite(xp.exp, rest),
+            _exponentials(problem, logits, excluded, state),
             excluded,
             coefficients,
             scale,
@@ -235,6 +274,15 @@ def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
     """Mark the pivot, if it lies in this part, and every class of rows that do not count."""
     excluded = problem.library.one_hot(local, logits, problem.axis)
     return excluded if plan.counted is None else excluded | ~plan.counted
+
+
+def _exponentials(problem: Problem, logits: Any, excluded: Any, state: RowState) -> Any:
+    """Compute exp(x_c - m') of a part, 0 where excluded."""
+    xp, library = problem.xp, problem.library
+    rest = library.replace(excluded, -math.inf, logits, owned=False)
+    top = library.cast(state.rest_max, problem.arithmetic_dtype)
+    top = xp.where(top == -math.inf, 0.0, top)
+    return library.overwrite(xp.exp, transform.difference(problem, rest, top, owned=True))
 
 
 def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:

@@ -15,7 +15,7 @@ from typing import Any
 
 from polyce.arrays import find
 from polyce.call.problem import Operands, Problem
-from polyce.formula import stats, targets
+from polyce.formula import rowstats, stats, targets
 from polyce.formula.stats import RowStats, Stats
 from polyce.formula.targets import Plan
 from polyce.implementations.contract import Implementation
@@ -129,7 +129,7 @@ def _whole_rows(
     # For a reduction each block returns one number.
     cuts = results.chunks if problem.options.reduction == "none" else (1,) * len(axes)
     losses = take(problem, results, 0, problem.row_dtype, cuts)
-    found = _stats(problem, results, 2)
+    found = _stats(problem, {name: _stat(problem, results, name) for name in stats.needed(problem)})
     grad = None
     if cotangent is not None:
         # A block's result is kept until all of it is taken. If the gradient were not taken last,
@@ -165,11 +165,23 @@ def _parts(
             *(joined, axes),
             meta=logits._meta,
         )
-    return (
-        take(problem, joined, 0, problem.row_dtype),
-        grad,
-        _stats(problem, joined, 1),
-    )
+
+    def stat(name: str) -> Any:
+        if not rowstats.looks_again(problem, name):
+            return _stat(problem, joined, name)
+        counts = _blockwise(
+            blocks.part_rank if name == "rank" else blocks.part_brier,
+            problem,
+            axes,
+            *inputs,
+            *(joined, axes),
+            adjust_chunks={axis: 1},
+            meta=logits._meta.astype(_dtype(problem, name)),
+        )
+        return counts.sum(axis=axis, keepdims=True)
+
+    losses = take(problem, joined, 0, problem.row_dtype)
+    return losses, grad, _stats(problem, {name: stat(name) for name in stats.needed(problem)})
 
 
 def _join(problem: Problem, parts: Any) -> Any:
@@ -225,7 +237,7 @@ def _blockwise(
 def take(
     problem: Problem,
     results: Any,
-    index: int,
+    what: int | str,
     dtype: Any,
     cuts: Any = None,
     after: Sequence[Any] = (),
@@ -235,7 +247,7 @@ def take(
 
     axes = _axes(problem)
     return da.blockwise(
-        partial(blocks.take, index),
+        partial(blocks.take, what),
         axes,
         *(results, axes),
         *(item for array in after for item in (array, axes)),
@@ -246,18 +258,18 @@ def take(
     )
 
 
-def _stats(problem: Problem, results: Any, first: int) -> RowStats | None:
+def _stats(problem: Problem, found: dict[str, Any]) -> RowStats | None:
     if problem.options.stats is None:
         return None
+    return RowStats(**{name: found.get(name) for name in RowStats._fields})
 
-    def entry(index: int, dtype: Any) -> Any:
-        return take(problem, results, first + index, dtype)
 
-    return RowStats(
-        lse=entry(0, problem.row_dtype),
-        entropy=entry(1, problem.row_dtype) if problem.asks("entropy") else None,
-        prediction=entry(2, problem.xp.int64) if problem.asks("prediction", "correct") else None,
-    )
+def _stat(problem: Problem, results: Any, name: str) -> Any:
+    return take(problem, results, name, _dtype(problem, name))
+
+
+def _dtype(problem: Problem, name: str) -> Any:
+    return problem.xp.int64 if name in ("prediction", "rank") else problem.row_dtype
 
 
 def _cut(problem: Problem, operands: Operands) -> Operands:

@@ -13,6 +13,7 @@ import shutil
 import sys
 from typing import Any
 
+from polyce.call.options import USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -101,6 +102,7 @@ PATH = Implementation(
     backends=BACKENDS,
     devices=DEVICES,
     dtypes=DTYPES,
+    stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,
     by_name_only=is_emulated,
