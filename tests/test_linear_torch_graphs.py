@@ -227,6 +227,9 @@ def test_torchs_own_checks_of_operators(torch: Any) -> None:
             logit_softcap=None if number % 2 else 4.0,
             stats="lse,correct" if number % 3 == 2 else None,
         )
+        if options.stats:
+            # torch compares nan, which an ignored row has, with nothing.
+            target = target.clamp(0)
         wanted = Gradients(*(reduction != "none" and leaf is not None for leaf in leaves))
         settings = torch_op._HeadSettings(wanted, options[:-1], leaves[0].dtype, 3, None)
         weight = torch.rand(C, dtype=leaves[0].dtype) if number % 3 else None

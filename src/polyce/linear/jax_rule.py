@@ -155,6 +155,9 @@ def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _rows(bare: HeadCall, operands: Operands, head: Head) -> tuple[Any, Stats | None]:
     """Compute the rows' losses and stats, whose derivatives compute each chunk's logits again."""
     call = replace(bare, operands=operands, head=head)
+    if call.chunk_size is None and call.whole.asks(*STATS_WITH_GRADIENT):
+        # For the gradients of stats XLA keeps about twice as many arrays of a chunk's size.
+        call = replace(call, chunk_size=-(-call.chunks.rows // 2))
     # The gradient is summed in the dtype of what goes into the scan.
     head = Head(*(a if a is None else call.whole.library.cast(a, call.sum_dtype) for a in head))
     of_rows = call.of_rows({})

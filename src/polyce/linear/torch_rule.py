@@ -121,8 +121,10 @@ class _Loss(torch.autograd.Function):
             return *_differentiable(call, wanted), None
         # Scaled in place below, so it is not kept: a second pass computes its own.
         waiting, ctx.waiting = ctx.waiting, None
+        if flows_into_stats:
+            waiting = None
         call = call.detached(torch_rows.detach)
-        if waiting is None or flows_into_stats:
+        if waiting is None:
             return *compute.loss_and_gradients(call, wanted)[1], None
         # On an accelerator, looking whether it is 1 would wait.
         is_one = cotangent.device.type == "cpu" and float(cotangent) == 1.0
