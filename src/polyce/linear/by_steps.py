@@ -27,8 +27,8 @@ def run(
     )
     if stats[0] is None:
         return _joined(xp, rows), found, None
-    of_rows = Stats(*(_joined(xp, each) for each in zip(*stats, strict=True)))
-    return _joined(xp, rows), found, of_rows
+    entries = (_joined(xp, each) for each in zip(*stats, strict=True))
+    return _joined(xp, rows), found, Stats(*entries)
 
 
 def _joined(xp: Any, parts: Sequence[Any]) -> Any:

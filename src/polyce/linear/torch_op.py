@@ -285,8 +285,8 @@ def _differentiate(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
     options = Options(*ctx.settings.options)
     if options.reduction == "none" or flows_into_stats:
         # Computed again, each row's scaled by its own cotangents.
-        found = _run(_with_cotangents(arguments, wanted, cotangent, *of_stats))
-        sums, factor, cotangent = found.sums, found.factor, None
+        again = _run(_with_cotangents(arguments, wanted, cotangent, *of_stats))
+        sums, factor, cotangent = again.sums, again.factor, None
     found = _finished(wanted, arguments.tensors.differentiated, sums, factor, cotangent)
     if found.input is not None:
         counted = compute.select_counted(_described(arguments), found.input)

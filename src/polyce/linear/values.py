@@ -70,10 +70,10 @@ def linear_log_prob(
     >>> import polyce
     >>> hidden = np.array([[1.0, 2.0], [0.5, -1.0]])
     >>> head = np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> print(polyce.linear_log_prob(hidden, head, np.array([2, 0])).round(6))
-    [-0.551445 -0.306355]
-    >>> print(polyce.log_prob(hidden @ head.T, np.array([2, 0])).round(6))
-    [-0.551445 -0.306355]
+    >>> print(polyce.linear_log_prob(hidden, head, np.array([2, 0])).round(4))
+    [-0.5514 -0.3064]
+    >>> print(polyce.log_prob(hidden @ head.T, np.array([2, 0])).round(4))
+    [-0.5514 -0.3064]
     """
     options = Options(
         ignore_index=ignore_index,

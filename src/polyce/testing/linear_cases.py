@@ -252,7 +252,7 @@ def _option_cases(name: str) -> Iterator[LinearCase]:
 def _stats_cases(name: str, left_out: dict[str, Any]) -> Iterator[LinearCase]:
     """Yield stats, with gradients that flow into them, some much larger than those of the loss."""
     of_lse, of_entropy = (_draw(seed, (5,), 4, 2.0).astype(dtype(name)) for seed in (7, 8))
-    both = {"return_stats": True, "grad_lse": of_lse, "grad_entropy": of_entropy}
+    both: dict[str, Any] = {"return_stats": True, "grad_lse": of_lse, "grad_entropy": of_entropy}
     yield _case("options/stats/mean", name, **left_out, **both)
     yield _case(
         "options/stats/none", name, kind="probability", reduction="none", silent=SILENT,
