@@ -48,7 +48,7 @@ TARGETS = (
 LAYOUTS = ("matrix", "images", "last", "ignored", "narrow", "numpy", "classes")
 TAKEN = {
     "cross_entropy": {name for options in OPTIONS for name in options},
-    "linear_cross_entropy": {name for options in OPTIONS for name in options} - {"return_stats"},
+    "linear_cross_entropy": {name for options in OPTIONS for name in options},
     "nll_loss": {"weight", "sample_weight"},
     "log_softmax": {"logit_scale", "logit_softcap"},
 }

@@ -69,9 +69,8 @@ def reason_against(case: Case, library: Backend) -> str:
 
 
 def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
-    """Leave out all but a few cases of a group, and cases with stats, which the head lacks."""
-    every = [case for case in cases([group], library.floats) if not case.asks_for_stats]
-    small = [case for case in every if case.logits.size <= 500]
+    """Leave out all but a few cases of a group."""
+    small = [case for case in cases([group], library.floats) if case.logits.size <= 500]
     if library.name == "cubed":
         # Cases that take it many seconds.
         small = [case for case in small if len(case.options) + len(case.arrays) <= 5]
@@ -82,7 +81,7 @@ def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
 
 @pytest.mark.slow("jax-x32")
 @everywhere
-@pytest.mark.parametrize("group", [group for group in GROUPS if "stats" not in group])
+@pytest.mark.parametrize("group", GROUPS)
 def test_grid(backend: Backend, backend_name: str, group: str) -> None:
     most = None if FULL else MOST[backend_name]
     for library in libraries(backend, backend_name):

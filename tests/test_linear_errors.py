@@ -209,7 +209,7 @@ def test_options_are_those_of_cross_entropy(backend: Backend, call: Bad, name: s
 @pytest.mark.parametrize("name", BOTH)
 def test_there_is_no_axis(backend: Backend, name: str) -> None:
     """Nor is there any other argument about existing logits."""
-    for option in ("axis", "out", "return_stats"):
+    for option in ("axis", "out"):
         match = f"unexpected keyword argument '{option}'"
         check(backend, name, match, TypeError, **{option: None})
 

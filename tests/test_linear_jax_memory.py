@@ -51,6 +51,22 @@ def test_what_a_compiled_function_stores(
     assert stored(losses, rows, 64, 8192, dtype) < most * logits
 
 
+@pytest.mark.slow("jax-x32")
+@pytest.mark.only(*ANY_WIDTH)
+@pytest.mark.parametrize("what", ["stats", "log_prob"])
+def test_what_other_values_store(what: str) -> None:
+    import jax
+
+    def total(x: Any, w: Any, b: Any, target: Any) -> Any:
+        if what == "log_prob":
+            return polyce.linear_log_prob(x, w, target, linear_bias=b).sum()
+        loss, stats = polyce.linear_cross_entropy(x, w, target, linear_bias=b, return_stats=True)
+        return loss + stats.entropy.mean()
+
+    gradient = jax.value_and_grad(total, (0, 1, 2))
+    assert stored(gradient, 32768, 64, 8192) < 0.3 * 4 * 32768 * 8192
+
+
 @pytest.fixture
 def one_device(monkeypatch: Any) -> None:
     """Make jax report one device instead of the tests' four."""

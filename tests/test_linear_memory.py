@@ -64,8 +64,17 @@ def test_numpy_holds_a_chunk(reduction: str) -> None:
     with_grad = f"polyce.linear_cross_entropy_with_grad({{}}, {{}}, {{}}, {of})"
     few = with_grad.format("x[:8]", "w[:99]", "t[:8] % 9")
     assert growth(with_grad.format("x", "w", "t"), few) < GRADIENTS + MOST
-    loss = f"polyce.linear_cross_entropy(x, w, t, {of})"
-    assert growth(loss, f"polyce.linear_cross_entropy(x[:8], w[:99], t[:8] % 9, {of})") < MOST
+    loss = f"polyce.linear_cross_entropy({{}}, {{}}, {{}}, {of}, return_stats=True)"
+    assert growth(loss.format("x", "w", "t"), loss.format("x[:8]", "w[:99]", "t[:8] % 9")) < MOST
+
+
+@pytest.mark.slow("numpy")
+@measured
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
+def test_numpy_holds_a_chunk_for_log_probabilities() -> None:
+    few = "polyce.linear_log_prob(x[:8], w[:99], t[:8] % 9)"
+    assert growth("polyce.linear_log_prob(x, w, t)", few) < MOST
 
 
 @pytest.mark.slow("numpy")
@@ -89,6 +98,11 @@ TORCH = (
     "x.requires_grad_(); w.requires_grad_()"
 )
 STEP = "polyce.linear_cross_entropy({}, {}, reduction={!r}).sum().backward()"
+STATS_STEP = (
+    "(lambda found: (found[0] + found[1].entropy.mean()).backward())"
+    "(polyce.linear_cross_entropy({}, {}, return_stats='entropy'))"
+)
+LOG_PROB_STEP = "polyce.linear_log_prob({}, {}).sum().backward()"
 
 
 @pytest.mark.slow("torch")
@@ -99,6 +113,16 @@ STEP = "polyce.linear_cross_entropy({}, {}, reduction={!r}).sum().backward()"
 def test_torch_holds_a_chunk(reduction: str) -> None:
     few = STEP.format("*few", "t[:8] % 9", reduction)
     call = STEP.format("x, w", "t", reduction)
+    assert growth(call, few, TORCH.format(cast="")) < GRADIENTS + MOST
+
+
+@pytest.mark.slow("torch")
+@measured
+@pytest.mark.same_everywhere
+@pytest.mark.only("torch")
+@pytest.mark.parametrize("step", [STATS_STEP, LOG_PROB_STEP], ids=["stats", "log_prob"])
+def test_torch_holds_a_chunk_for_other_values(step: str) -> None:
+    few, call = step.format("*few", "t[:8] % 9"), step.format("x, w", "t")
     assert growth(call, few, TORCH.format(cast="")) < GRADIENTS + MOST
 
 

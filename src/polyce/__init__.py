@@ -8,6 +8,7 @@ from polyce.functional import cross_entropy, cross_entropy_with_grad, nll_loss
 from polyce.implementations.native.threads import get_num_threads, set_num_threads
 from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
+from polyce.linear.values import linear_log_prob
 from polyce.loss import CrossEntropyLoss, NLLLoss
 from polyce.values import entropy, log_prob, log_softmax
 from polyce.version import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "get_num_threads",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
+    "linear_log_prob",
     "log_prob",
     "log_softmax",
     "nll_loss",

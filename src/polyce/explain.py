@@ -19,12 +19,13 @@ from polyce.implementations import door, registry
 from polyce.implementations.native import core as native
 from polyce.linear import call as linear_call
 from polyce.linear import chunks, unfused
-from polyce.linear.call import check_wrt
+from polyce.linear.call import HeadCall, check_wrt
 from polyce.linear.functional import (
     check,
     linear_cross_entropy,
     linear_cross_entropy_with_grad,
 )
+from polyce.linear.values import describe_log_prob, linear_log_prob
 from polyce.values import any_labels, entropy, log_prob
 from polyce.version import __version__
 
@@ -94,7 +95,7 @@ def explain(
     function : callable, optional
         The function of the call: `cross_entropy`, the default, which also stands for that of
         ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy`,
-        `linear_cross_entropy_with_grad`, `log_prob` or `entropy`.
+        `linear_cross_entropy_with_grad`, `log_prob`, `entropy` or `linear_log_prob`.
 
     Returns
     -------
@@ -138,6 +139,7 @@ def explain(
         linear_cross_entropy_with_grad: _of_head,
         log_prob: _of_log_prob,
         entropy: _of_entropy,
+        linear_log_prob: _of_head_log_prob,
     }
     if inner not in explained:
         raise ValueError(
@@ -239,6 +241,15 @@ def _of_head(
     options = Options.taken_from(given)
     call = linear_call.describe(options=options, **given)
     check(call, on_graph=function is linear_cross_entropy)
+    return _of_call_on_head(function, call)
+
+
+def _of_head_log_prob(function: Callable[..., Any], _: Any, **given: Any) -> Explanation:
+    options = Options.taken_from(given)
+    return _of_call_on_head(function, describe_log_prob(options=options, **given))
+
+
+def _of_call_on_head(function: Callable[..., Any], call: HeadCall) -> Explanation:
     whole, head, hidden = call.whole, call.head, call.operands.logits
     parts = [
         f"input {dtypes.dtype_name(hidden)} {tuple(hidden.shape)}",
@@ -261,7 +272,8 @@ def _of_head(
 def _call(
     function: Callable[..., Any], problem: Problem, operands: Operands, given: list[str]
 ) -> str:
-    parts = [*given, f"target {problem.target_dtype} {tuple(operands.target.shape)}"]
+    name = "index" if problem.label_name == "index" else "target"
+    parts = [*given, f"{name} {problem.target_dtype} {tuple(operands.target.shape)}"]
     if operands.weight is not None:
         parts.append(f"weight {dtypes.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:

@@ -1,10 +1,11 @@
-"""The index of `log_prob`: one class of each row, or K of them along the class axis."""
+"""The index of log-probabilities: one class of each row, or K of them along the class axis."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from polyce.arrays import dtypes, find
+from polyce.arrays.library import Library
 from polyce.call import checks
 from polyce.call.options import Options
 from polyce.call.problem import Problem, checks_labels, describe_logits
@@ -16,16 +17,7 @@ def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, A
     The problem is that of a function of logits alone, but says whether the index is checked.
     """
     problem, logits = describe_logits(input, options)
-    if index is None:
-        raise TypeError("index must be an array, got None; pass the classes to choose")
-    library, (_, own) = find.of(input=logits, index=index)
-    if library.device(logits) is not None:
-        checks.devices(library, {"input": logits, "index": own})
-    given = f"{dtypes.dtype_name(own)} {tuple(own.shape)}"
-    if not dtypes.holds_integers(own):
-        raise TypeError(
-            f"index must hold classes in an integer dtype, got {given}; cast it to int64"
-        )
+    library, own, given = _integers(logits, index)
     if tuple(own.shape) != problem.row_shape and not has_many(problem, own):
         some = [*map(str, problem.shape)]
         some[problem.axis] = "K"
@@ -40,6 +32,37 @@ def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, A
         label_name="index",
     )
     return problem, logits, own
+
+
+def check_index_of_head(input: Any, index: Any, validate: bool | None) -> None:
+    """Refuse an index that is not one class of each row of a linear head."""
+    if input is None:
+        raise TypeError("input must be an array, got None; pass the hidden states")
+    library, own, given = _integers(input, index)
+    rows = tuple(input.shape[:-1])
+    if tuple(own.shape) != rows:
+        raise ValueError(
+            f"index must have one class of each row, of shape {rows}, got {given} for input "
+            f"{tuple(input.shape)}; reshape it, or call linear_log_prob once for each of several "
+            "classes"
+        )
+    checks_labels("index", index, library, validate)
+
+
+def _integers(input: Any, index: Any) -> tuple[Library, Any, str]:
+    """Return the library of input and index, the index as its own, and what was given in words."""
+    if index is None:
+        raise TypeError("index must be an array, got None; pass the classes to choose")
+    library, arrays = find.of(input=input, index=index)
+    if library.device(arrays[0]) is not None:
+        checks.devices(library, dict(zip(("input", "index"), arrays, strict=True)))
+    own = arrays[1]
+    given = f"{dtypes.dtype_name(own)} {tuple(own.shape)}"
+    if not dtypes.holds_integers(own):
+        raise TypeError(
+            f"index must hold classes in an integer dtype, got {given}; cast it to int64"
+        )
+    return library, own, given
 
 
 def _shown(shape: list[str]) -> str:

@@ -228,7 +228,7 @@ def describe_anew(
         shape, axis = checks.logits_shape(logits, options.axis, target)
         logits_dtype = given_dtype = logits.dtype
     else:
-        head = Head(*parameters)
+        head, parameters = Head(*parameters[:2]), parameters[2:]
         given_dtype = checks.product_dtype(library, logits, *head, target)
         shape = checks.product_shape(logits, *head)
         axis = len(shape) - 1
@@ -264,8 +264,8 @@ def describe_anew(
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
-        # The operators take no cotangents of stats.
-        is_compiling=grad_stats is None and library.are_compiled(values),
+        # The operators of logits take no cotangents of stats.
+        is_compiling=(head is not None or grad_stats is None) and library.are_compiled(values),
         grad_stats=(*of_stats, *numbers),
     )
     if number is not None:

@@ -131,6 +131,13 @@ def unfilled(problem: Problem, empty: Callable[[tuple[int, ...], Any], Any]) -> 
     )
 
 
+def left_out(problem: Problem, dtype: Any) -> float | int | bool:
+    """Return what a row that does not count holds in a stat of this dtype."""
+    if dtype == problem.xp.bool:
+        return False
+    return -1 if dtype == problem.xp.int64 else math.nan
+
+
 def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
     """Return the stats that the caller asked for, in the row shape."""
     xp, asked = problem.xp, problem.options.stats or ()

@@ -42,9 +42,12 @@ def _is_run(node: Any) -> bool:
         return True  # raised for leaves that torch.autograd.grad is asked for
 
 
-def mark_stats(ctx: Any, stats: Sequence[Any]) -> None:
-    """Tell autograd which stats, lse and entropy first, have a gradient; absent ones are None."""
-    without_gradient = stats[2:] if ctx.needs_input_grad[0] else stats
+def mark_stats(ctx: Any, stats: Sequence[Any], sources: int = 1) -> None:
+    """Tell autograd which stats, lse and entropy first, have a gradient; absent ones are None.
+
+    They depend on the first `sources` inputs: on the logits, or on what these are made of.
+    """
+    without_gradient = stats[2:] if any(ctx.needs_input_grad[:sources]) else stats
     ctx.mark_non_differentiable(*(array for array in without_gradient if array is not None))
     # Most stats are only looked at, and most losses of an entropy are not.
     ctx.set_materialize_grads(False)

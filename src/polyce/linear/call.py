@@ -11,6 +11,7 @@ from polyce.arrays import dtypes
 from polyce.call.options import Options
 from polyce.call.problem import Head, Operands, Problem, describe_anew
 from polyce.formula import targets
+from polyce.formula.stats import Stats
 from polyce.implementations import registry
 from polyce.implementations.contract import Implementation
 from polyce.linear import chunks
@@ -111,7 +112,7 @@ class HeadCall:
 
     @property
     def scales_sums(self) -> bool:
-        """Tell whether gradients are divided by the mean's denominator after they are summed."""
+        """Tell whether a factor of the gradients is applied after they are summed."""
         return self.rounds_gradient and self.whole.options.reduction != "none"
 
     def _flat(self, array: Any, *rest: int) -> Any:
@@ -124,14 +125,51 @@ class HeadCall:
         counted = self.plan.counted
         return counted if counted is None else self._flat(counted[..., 0])
 
-    def cotangent(self) -> Any:
-        """Compute the gradient of the result by each row's loss, (rows,), in the row dtype."""
+    def of_rows(self, cotangents: Mapping[str, Any]) -> Operands:
+        """Return the operands that are cut with the rows, all rows in one axis.
+
+        The hidden states stand in the logits' place.
+        """
+        operands = Operands(self.hidden, self.target, None, self.sample_weight, None, None)
+        return operands._replace(**cotangents)
+
+    def cotangents(self) -> tuple[dict[str, Any], Any]:
+        """Compute the gradients by each row's loss and stats, and a factor still to be applied.
+
+        The gradients are (rows,), in the row dtype, by the names of their operands; that of the
+        losses is left out for 1. The factor is None for 1. A gradient of logits that is held in
+        16 bits is not scaled by the mean's denominator, since small entries would become 0: that
+        belongs to the factor. With stats, so does the size of all the gradients given here.
+        """
+        if self.scales_sums and not self.whole.grad_stats:
+            return {}, self._scale_of_sums()
         scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
         if not isinstance(scale, float) and scale.ndim:
-            return self._flat(scale[..., 0])
-        return scale + self._zeros()
+            scale = self._flat(scale[..., 0])
+        found = {"grad_output": scale + self._zeros()}
+        for name in self.names_of_cotangents[1:]:
+            own = self.whole.library.cast(getattr(self.operands, name), self.whole.row_dtype)
+            found[name] = self._flat(own)
+        return self._normalized(found) if self.scales_sums else (found, None)
 
-    def scale_of_sums(self) -> Any:
+    @property
+    def names_of_cotangents(self) -> tuple[str, ...]:
+        """Return the names of the operands that are gradients by losses and by stats."""
+        return ("grad_output", *(f"grad_{name}" for name in self.whole.grad_stats))
+
+    def _normalized(self, cotangents: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Divide cotangents by the largest of all, and return that number too."""
+        xp, counted = self.whole.xp, self.counted
+        if not self.chunks.total:
+            return cotangents, 1.0
+        sizes = [abs(array) for array in cotangents.values()]
+        if counted is not None:
+            sizes = [xp.where(counted, size, 0.0) for size in sizes]
+        largest = xp.max(xp.stack(sizes))
+        largest = xp.where(xp.isfinite(largest) & (largest > 0.0), largest, 1.0)
+        return {name: array / largest for name, array in cotangents.items()}, largest
+
+    def _scale_of_sums(self) -> Any:
         """Compute the gradient of the result by each row's loss, as one number for all rows.
 
         It is 0 if no row counts, although the mean over nothing divides by 0.
@@ -167,6 +205,13 @@ class HeadCall:
         rows = self.whole.xp.reshape(rows, (*self.whole.row_shape, 1))
         return targets.reduce(self.whole, self.plan, rows)
 
+    def shaped(self, stats: Stats | None) -> Stats | None:
+        """Return the stats of all rows, (rows,) each, in the shape of the call's rows."""
+        if stats is None:
+            return None
+        xp, shape = self.whole.xp, self.whole.row_shape
+        return Stats(*(array if array is None else xp.reshape(array, shape) for array in stats))
+
 
 def describe(
     input: Any,
@@ -181,6 +226,7 @@ def describe(
     chunk_size: int | None,
     implementation: str | None,
     grad_output: Any = None,
+    grad_stats: Any = None,
 ) -> HeadCall:
     """Check the arguments of a call on a linear head, and describe it."""
     size = chunks.check_chunk_size(chunk_size)
@@ -193,8 +239,15 @@ def describe(
         normalizer,
         options,
         grad_output=grad_output,
+        grad_stats=grad_stats,
     )
     return HeadCall(whole, operands, head, size, implementation)
+
+
+def taking_stats(name: str | None) -> str | None:
+    """Return the name of the path for cotangents of stats, where this one computed the loss."""
+    takes = name is None or registry.find(name).takes_grad_stats
+    return name if takes else "reference"
 
 
 def check_wrt(wrt: Any) -> Gradients:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from polyce.formula.stats import Stats
 from polyce.linear import by_steps, in_place
 from polyce.linear.call import NONE, Gradients, HeadCall
 
@@ -30,28 +31,24 @@ def _writes(call: HeadCall) -> bool:
     return call.whole.backend in in_place.PRODUCTS and call.whole.is_concrete
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss, without any gradient."""
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, without any gradient."""
     with _computing(call):
         call = call.planned()
-        rows, _ = _loop(call).run(call, NONE, None)
-        return call.reduce(rows)
+        rows, _, stats = _loop(call).run(call, NONE, {})
+        return call.reduce(rows), call.shaped(stats)
 
 
-def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Any]:
-    """Compute the loss, the sums of the gradients wanted, and a factor still to be applied.
+def loss_and_sums(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Any, Stats | None]:
+    """Compute the loss, the sums of the gradients wanted, a factor of these, and the stats.
 
-    The factor is None for 1. A gradient of logits that is held in 16 bits is not divided by the
-    mean's denominator, since small entries would become 0; the sums, in 32 bits, are.
+    The factor is still to be applied, None for 1.
     """
     with _computing(call):
         call = call.planned()
-        if call.scales_sums:
-            scale, factor = None, call.scale_of_sums()
-        else:
-            scale, factor = call.cotangent(), None
-        rows, sums = _loop(call).run(call, wanted, scale)
-        return call.reduce(rows), sums, factor
+        cotangents, factor = call.cotangents()
+        rows, sums, stats = _loop(call).run(call, wanted, cotangents)
+        return call.reduce(rows), sums, factor, call.shaped(stats)
 
 
 def finish(call: HeadCall, sums: Gradients, *factors: Any) -> Gradients:
@@ -90,7 +87,7 @@ def _scaled(call: HeadCall, array: Any, factor: Any) -> Any:
     return array
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted."""
-    result, sums, factor = loss_and_sums(call, wanted)
-    return result, finish(call, sums, factor)
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the loss, the gradients wanted and the stats."""
+    result, sums, factor, stats = loss_and_sums(call, wanted)
+    return result, finish(call, sums, factor), stats

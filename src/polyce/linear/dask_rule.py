@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from polyce.call.problem import Head, Operands
-from polyce.formula import targets
+from polyce.formula import stats, targets
+from polyce.formula.stats import Stats
 from polyce.formula.targets import Plan
 from polyce.implementations import registry
 from polyce.implementations.dask import path as dask
@@ -22,13 +23,14 @@ from polyce.linear import compute
 from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss."""
-    return loss_and_gradients(call, NONE)[0]
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats."""
+    result, _, found = loss_and_gradients(call, NONE)
+    return result, found
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted, all of them lazy."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the loss, the gradients wanted and the stats, all of them lazy."""
     import dask.array as da
 
     whole, hidden = call.whole, call.operands.logits
@@ -39,11 +41,8 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
     plan = _plan(call, operands)
     cotangent = targets.cotangent(whole, plan, operands.grad_output)
     axes, lead = tuple(range(hidden.ndim)), tuple(range(hidden.ndim - 1))
-    bare = call.without_arrays()
-    name = bare.name if bare.name == "reference" else None
-    bare = replace(bare, name=name)
     results = da.blockwise(
-        partial(_block, bare, wanted, hidden.dtype),
+        partial(_block, _bare(call), wanted, hidden.dtype),
         axes,
         *(hidden, axes),
         *(operands.target, axes if whole.kind == "probability" else lead),
@@ -52,6 +51,8 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
         *dask.in_one(operands.weight),
         *dask.in_one(call.head.weight),
         *dask.in_one(call.head.bias),
+        *dask.paired(operands.grad_lse, lead),
+        *dask.paired(operands.grad_entropy, lead),
         adjust_chunks={axes[-1]: 1},
         align_arrays=False,
         token="polyce-linear",
@@ -62,7 +63,8 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
     # A block's result is kept until all of it is taken. The parts of the head's gradient are as
     # large as the head: taken last, they are added up at once, and dask does not keep many.
     rows = dask.take(whole, results, 0, whole.row_dtype, cuts)
-    first, of_input = [rows], None
+    of_rows = _stats(call, results)
+    first, of_input = [rows, *(array for array in of_rows or () if array is not None)], None
     if wanted.input:
         of_input = dask.take(whole, results, 1, hidden.dtype, hidden.chunks)
         first.append(of_input)
@@ -72,7 +74,32 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
     found = Gradients(of_input, of_weight, of_bias)
     if summed:
         rows = rows.rechunk(dict.fromkeys(axes, dask.FAN_IN))
-    return targets.reduce(whole, plan, rows), found
+    if of_rows is not None:
+        of_rows = Stats(*(a if a is None else da.squeeze(a, axis=axes[-1]) for a in of_rows))
+    return targets.reduce(whole, plan, rows), found, of_rows
+
+
+def _bare(call: HeadCall) -> HeadCall:
+    """Return the call without its arrays; only the reference is named, for blocks too."""
+    whole = call.whole
+    # A block's path may take cotangents of stats, which that of the whole call does not.
+    bare = replace(call, whole=whole._replace(grad_stats=())).without_arrays()
+    name = bare.name if bare.name == "reference" else None
+    return replace(bare, whole=whole, name=name)
+
+
+def _stats(call: HeadCall, results: Any) -> Stats | None:
+    """Take the stats asked for out of the blocks' results, with a last axis of length 1."""
+    dtypes = stats.unfilled(call.whole, lambda shape, dtype: dtype)
+    if dtypes is None:
+        return None
+    entries = enumerate(dtypes, start=4)
+    return Stats(
+        *(
+            None if dtype is None else dask.take(call.whole, results, index, dtype)
+            for index, dtype in entries
+        )
+    )
 
 
 def _plan(call: HeadCall, operands: Operands) -> Plan:
@@ -125,8 +152,10 @@ def _block(
     class_weight: Any,
     weight: Any,
     bias: Any,
+    grad_lse: Any,
+    grad_entropy: Any,
 ) -> tuple[Any, ...]:
-    """Compute a block's losses, or their sum, and its parts of the gradients wanted."""
+    """Compute a block's losses, or their sum, its parts of the gradients wanted, and the stats."""
     summed = bare.whole.options.reduction != "none"
     whole = of_chunk(bare.whole, hidden, (*hidden.shape[:-1], bare.whole.classes))
     library, xp = whole.library, whole.xp
@@ -143,13 +172,16 @@ def _block(
     call = replace(
         bare,
         whole=whole._replace(result_dtype=whole.row_dtype),
-        operands=Operands(hidden, target, class_weight, sample_weight, None, cotangent),
+        operands=Operands(
+            *(hidden, target, class_weight, sample_weight, None, cotangent),
+            *(grad_lse, grad_entropy),
+        ),
         head=Head(weight, bias),
     )
     # `use` applies to dask's arrays, not to chunks.
     name = bare.name or registry.select_within(call.part(call.chunks.rows)).name
     call = replace(call, name=name)
-    rows, sums, _ = compute.loss_and_sums(call, wanted)
+    rows, sums, _, found = compute.loss_and_sums(call, wanted)
     lead = (1,) * (hidden.ndim - 1)
     rows = xp.reshape(xp.sum(rows), (*lead, 1)) if summed else rows[..., None]
     of_hidden = compute.finish(call, sums._replace(linear_weight=None, linear_bias=None)).input
@@ -161,7 +193,8 @@ def _block(
         else xp.reshape(library.cast(a, bare.sum_dtype), (*lead, math.prod(a.shape)))
         for a in sums[1:]
     )
-    return rows, of_hidden, *of_head
+    of_rows = (None if a is None else a[..., None] for a in found or ())
+    return rows, of_hidden, *of_head, *of_rows
 
 
 def _added(parts: Any, axis: Any, keepdims: Any) -> Any:

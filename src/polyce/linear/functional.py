@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +27,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     chunk_size: int | None = None,
     validate: bool | None = None,
     implementation: str | None = None,
@@ -50,7 +51,7 @@ def linear_cross_entropy(
         Bias of the head, of input's dtype.
     weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
         As for `cross_entropy`. Rows that are ignored have no effect, whatever `input` holds there.
-    logit_scale, logit_softcap, validate
+    logit_scale, logit_softcap, return_stats, validate
         As for `cross_entropy`.
     chunk_size : int, optional
         How many rows of logits to compute at a time; by default what keeps the products fast within
@@ -63,7 +64,7 @@ def linear_cross_entropy(
     array
         As `cross_entropy` returns it: without reduction the losses, of input's shape without the
         last axis; else a scalar. The dtype is input's; for probabilities the floating dtypes of
-        `input`, `target` and `weight` promote.
+        `input`, `target` and `weight` promote. With `return_stats`, the pair of this and a `Stats`.
 
     Raises
     ------
@@ -78,13 +79,16 @@ def linear_cross_entropy(
     See Also
     --------
     linear_cross_entropy_with_grad : The gradients too, without automatic differentiation.
+    linear_log_prob : The log-probability of one class of each row.
     cross_entropy : The loss of logits.
 
     Notes
     -----
     On torch's graph, and under jax's transformations, the loss has gradients with respect to
-    `input`, `linear_weight` and `linear_bias`. They are computed together with the loss, while a
-    chunk's logits exist; for reduction 'none' the logits are computed a second time.
+    `input`, `linear_weight` and `linear_bias`, and so have the stats lse and entropy. Those of the
+    loss are computed together with it, while a chunk's logits exist; for reduction 'none' the
+    logits are computed a second time. So they are on torch if a gradient flows into a stat, and on
+    jax if lse or entropy is asked for. The other stats cost no backward pass anything.
 
     Products are computed in input's dtype, under torch's autocast in autocast's. 16-bit products
     are computed in float32, except in torch on an accelerator, and in bfloat16 on a CPU. Sums over
@@ -101,6 +105,9 @@ def linear_cross_entropy(
     0.4289
     >>> print(round(polyce.cross_entropy(hidden @ head.T, labels), 6))
     0.4289
+    >>> _, stats = polyce.linear_cross_entropy(hidden, head, labels, return_stats="correct")
+    >>> print(stats.correct)
+    [ True  True]
     """
     options = Options(
         ignore_index=ignore_index,
@@ -109,6 +116,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        stats=return_stats,
         validate=validate,
     )
     call = describe(
@@ -124,7 +132,8 @@ def linear_cross_entropy(
         implementation=implementation,
     )
     check(call)
-    return rules(call).loss(call)
+    loss, stats = rules(call).loss(call)
+    return loss if stats is None else (loss, stats)
 
 
 def linear_cross_entropy_with_grad(
@@ -142,17 +151,20 @@ def linear_cross_entropy_with_grad(
     z_loss: float = 0.0,
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
+    return_stats: bool | str | Sequence[str] = False,
     chunk_size: int | None = None,
     validate: bool | None = None,
     implementation: str | None = None,
     wrt: str | Sequence[str] = ("input", "linear_weight", "linear_bias"),
     grad_output: Any = None,
-) -> tuple[Any, tuple[Any, Any, Any]]:
+    grad_stats: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
     """Compute the softmax cross-entropy of a linear head and its gradients, without its logits.
 
     The gradients need no automatic differentiation, so every library has them. With G the gradient
     with respect to the logits, as `cross_entropy_with_grad` returns it, they are ``G @
-    linear_weight``, ``G.T @ input`` and the sum of G over the rows.
+    linear_weight``, ``G.T @ input`` and the sum of G over the rows. Those of the stats lse and
+    entropy, times `grad_stats`, are part of G.
 
     Parameters
     ----------
@@ -160,7 +172,7 @@ def linear_cross_entropy_with_grad(
         As for `linear_cross_entropy`.
     weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
         As for `cross_entropy`.
-    logit_scale, logit_softcap, validate
+    logit_scale, logit_softcap, return_stats, validate
         As for `cross_entropy`.
     chunk_size, implementation
         As for `linear_cross_entropy`.
@@ -169,6 +181,8 @@ def linear_cross_entropy_with_grad(
         other gradients are not computed.
     grad_output : array or float, optional
         The gradient with respect to the loss, as for `cross_entropy_with_grad`; 1 by default.
+    grad_stats : mapping, optional
+        The gradients with respect to stats, as for `cross_entropy_with_grad`; 0 by default.
 
     Returns
     -------
@@ -177,6 +191,8 @@ def linear_cross_entropy_with_grad(
     gradients : tuple of three arrays or None
         Of `input`, `linear_weight` and `linear_bias`, each of its shape and dtype; None for what is
         not in `wrt`, and for an absent bias. No result is part of a torch or jax graph.
+    stats : Stats
+        Only with `return_stats`.
 
     Raises
     ------
@@ -196,6 +212,17 @@ def linear_cross_entropy_with_grad(
     >>> print(d_head)
     [[-0.5 -1. ]
      [ 0.5  1. ]]
+    >>> loss, (d_hidden, d_head, _), stats = polyce.linear_cross_entropy_with_grad(
+    ...     hidden,
+    ...     head,
+    ...     np.array([0]),
+    ...     grad_output=0.0,
+    ...     return_stats="lse",
+    ...     grad_stats={"lse": np.array([1.0])},
+    ... )
+    >>> print(d_head)
+    [[0.5 1. ]
+     [0.5 1. ]]
     """
     wanted = check_wrt(wrt)
     options = Options(
@@ -205,6 +232,7 @@ def linear_cross_entropy_with_grad(
         z_loss=z_loss,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        stats=return_stats,
         validate=validate,
     )
     call = describe(
@@ -219,12 +247,14 @@ def linear_cross_entropy_with_grad(
         chunk_size=chunk_size,
         implementation=implementation,
         grad_output=grad_output,
+        grad_stats=grad_stats,
     )
     if call.head.bias is None:
         wanted = wanted._replace(linear_bias=False)
     call = call.detached(derivatives.of(call.whole.backend).detach)
-    result, gradients = rules(call).loss_and_gradients(call, wanted)
-    return result, tuple(gradients)
+    result, gradients, stats = rules(call).loss_and_gradients(call, wanted)
+    found = (result, tuple(gradients))
+    return found if stats is None else (*found, stats)
 
 
 def check(call: HeadCall, *, on_graph: bool = True) -> None:

@@ -7,12 +7,14 @@ read from memory once for each chunk, not twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from polyce.call.problem import Operands
+from polyce.formula import stats
+from polyce.formula.stats import Stats
 from polyce.linear.call import Gradients, HeadCall
 from polyce.linear.memory import Products, of_arrays
 
@@ -47,21 +49,26 @@ class _Chunk(NamedTuple):
     """What the losses depend on besides the logits."""
 
 
-def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
-    """Compute the losses of all rows, and the gradients wanted, in the dtype of their sums.
+def run(
+    call: HeadCall, wanted: Gradients, cotangents: Mapping[str, Any]
+) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the losses of all rows, the gradients wanted, in the dtype of their sums, and stats.
 
-    `cotangent`, (rows,), is the gradient with respect to the rows' losses; None for 1.
+    `cotangents` are those that `HeadCall.cotangents` returns.
     """
     own = PRODUCTS[call.whole.backend]()
     whole, cut, classes = call.whole, call.chunks, call.whole.classes
     implementation = call.implementation
     kept = _kept(call, own)
     total = cut.total if kept is None else int(kept.shape[0])
-    rows, found = _results(call, own, wanted)
+    rows, found, of_rows = _results(call, own, wanted)
     if kept is not None or not total or not classes:
         for array in (rows, *found):
             if array is not None:
                 array[...] = 0.0
+        for array in of_rows or ():
+            if array is not None:
+                array[...] = stats.left_out(whole, array.dtype)
     back = _back(call, own, wanted, found, scattered=kept is not None)
     logits = _logits(call, own)
 
@@ -69,12 +76,16 @@ def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradien
         """Compute a chunk's losses; write their gradient over the logits and return it."""
         part = call.part(chunk.hidden.shape[0])
         operands = chunk.operands._replace(logits=logits.of(chunk))
-        if not any(wanted):
-            rows[chunk.places], _ = implementation.cross_entropy(part, operands)
-            return None
-        rows[chunk.places], grad, _ = implementation.cross_entropy_with_grad(
-            part, operands, operands.logits
-        )
+        if any(wanted):
+            rows[chunk.places], grad, reported = implementation.cross_entropy_with_grad(
+                part, operands, operands.logits
+            )
+        else:
+            rows[chunk.places], reported = implementation.cross_entropy(part, operands)
+            grad = None
+        for array, values in zip(of_rows or (), reported or (), strict=True):
+            if array is not None:
+                array[chunk.places] = values
         return grad
 
     def blocks() -> Iterator[tuple[slice, Any]]:
@@ -82,7 +93,7 @@ def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradien
         for block in cut.blocks(classes):
             yield block, whole.library.cast(call.head.weight[block], whole.logits_dtype)
 
-    chunks = _chunks(call, own, kept, cut.spans(total), cotangent)
+    chunks = _chunks(call, own, kept, cut.spans(total), cotangents)
     ahead = next(chunks, None)
     if ahead is not None:
         for block, weight in blocks():
@@ -100,11 +111,13 @@ def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradien
         if grad is not None:
             back.place(chunk)
         is_first = False
-    return rows, found
+    return rows, found, of_rows
 
 
-def _results(call: HeadCall, own: Products, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Return memory for the rows' losses, and for the gradients wanted."""
+def _results(
+    call: HeadCall, own: Products, wanted: Gradients
+) -> tuple[Any, Gradients, Stats | None]:
+    """Return memory for the rows' losses, for the gradients wanted, and for the stats."""
     hidden, total = call.hidden, call.chunks.total
     classes, features = call.whole.classes, call.features
     shapes = Gradients((total, features), (classes, features), (classes,))
@@ -115,7 +128,8 @@ def _results(call: HeadCall, own: Products, wanted: Gradients) -> tuple[Any, Gra
             for shape, want in zip(shapes, wanted, strict=True)
         )
     )
-    return rows, found
+    flat = call.whole._replace(row_shape=(total,))
+    return rows, found, stats.unfilled(flat, lambda shape, dtype: own.empty(shape, dtype, hidden))
 
 
 class _Logits(NamedTuple):
@@ -211,10 +225,10 @@ def _kept(call: HeadCall, own: Products) -> Any:
 
 
 def _chunks(
-    call: HeadCall, own: Products, kept: Any, spans: list[slice], cotangent: Any
+    call: HeadCall, own: Products, kept: Any, spans: list[slice], cotangents: Mapping[str, Any]
 ) -> Iterator[_Chunk]:
-    whole, hidden, target = call.whole, call.hidden, call.target
-    sample_weight = call.sample_weight
+    whole, of_rows = call.whole, call.of_rows(cotangents)
+    hidden, *others = of_rows
     # A mask on an accelerator is not looked at, but 0 times an infinity would be nan.
     counted = None if kept is not None else call.counted
     for span in spans:
@@ -223,15 +237,6 @@ def _chunks(
         if counted is not None:
             states = whole.xp.where(counted[places][:, None], states, 0.0)
         states = own.packed(states)
-        yield _Chunk(
-            places,
-            states,
-            Operands(
-                logits=None,
-                target=target[places],
-                weight=call.operands.weight,
-                sample_weight=None if sample_weight is None else sample_weight[places],
-                normalizer=None,
-                grad_output=None if cotangent is None else cotangent[places],
-            ),
-        )
+        own_rows = (None if array is None else array[places] for array in others)
+        operands = Operands(None, *own_rows)._replace(weight=call.operands.weight)
+        yield _Chunk(places, states, operands)

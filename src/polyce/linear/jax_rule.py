@@ -1,8 +1,8 @@
 """jax's transformations: chunks as the steps of a scan, which also computes the derivatives.
 
 The rule is one of tangents, so that every transformation works with it; in reverse mode the
-gradients are computed with the loss and only scaled later. For reduction 'none' the steps are
-computed a second time.
+gradients are computed with the loss and only scaled later. For reduction 'none', and for stats that
+have gradients, the steps are computed a second time.
 """
 
 from __future__ import annotations
@@ -16,51 +16,68 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from polyce.arrays import jax_mesh
+from polyce.call.options import STATS_WITH_GRADIENT
 from polyce.call.problem import Head, Operands
+from polyce.formula import stats, targets
+from polyce.formula.stats import Stats
 from polyce.graphs import jax_rows
 from polyce.linear import compute, jax_scan, unfused
 from polyce.linear.call import NONE, Gradients, HeadCall
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss, with its derivative rule."""
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, with their derivative rule."""
     plan, whole = call.planned().plan, call.whole
     call = jax_scan.with_plain_labels(call, plan)
-    bare = call.without_arrays()
-    if whole.options.reduction == "none":
+    bare, of_rows = call.without_arrays(), _spec_of_rows(call)
+    if whole.options.reduction == "none" or whole.asks(*STATS_WITH_GRADIENT):
 
         def rows(hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
-            losses = _rows(bare, rest._replace(logits=hidden), Head(weight, bias))
-            return jnp.reshape(losses, whole.row_shape)
+            found = _rows(bare, rest._replace(logits=hidden), Head(weight, bias))
+            return jax.tree.map(lambda array: jnp.reshape(array, whole.row_shape), found)
 
-        result = jax_mesh.automatically(
-            rows, _rows_spec(call), *_inputs(call), _constant(_rest(call))
+        losses, found = jax_mesh.automatically(
+            rows, (of_rows, _stats_specs(call)), *_inputs(call), _constant(_rest(call))
         )
-        return whole.library.cast(result, whole.result_dtype)
-    total = jax_mesh.automatically(partial(_total, bare), P(), *_inputs(call), _rest(call))
+        return targets.reduce(whole, plan, losses[..., None]), found
+
+    def total(hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
+        summed, found = _total(bare, hidden, weight, bias, rest)
+        return summed, call.shaped(found)
+
+    summed, found = jax_mesh.automatically(
+        total, (P(), _stats_specs(call)), *_inputs(call), _rest(call)
+    )
     if whole.options.reduction == "mean":
-        total = total / plan.denominator
-    return whole.library.cast(total, whole.result_dtype)
+        summed = summed / plan.denominator
+    return whole.library.cast(summed, whole.result_dtype), found
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted, cut from any derivative."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the loss, the gradients wanted and the stats, cut from any derivative."""
     call = jax_scan.with_plain_labels(call, call.planned().plan)
     like = Gradients(*_inputs(call))
     pairs = zip(like, wanted, strict=True)
     specs = Gradients(*(jax_mesh.spec(array) if on else None for array, on in pairs))
 
-    def compute_all(operands: Operands, head: Head) -> tuple[Any, Gradients]:
+    def compute_all(operands: Operands, head: Head) -> tuple[Any, Gradients, Stats | None]:
         given = replace(call, operands=operands, head=head)
         return compute.loss_and_gradients(given, wanted)
 
-    return jax_mesh.automatically(compute_all, (_rows_spec(call), specs), call.operands, call.head)
+    of_loss = _spec_of_rows(call) if call.whole.options.reduction == "none" else P()
+    results = (of_loss, specs, _stats_specs(call))
+    return jax_mesh.automatically(compute_all, results, call.operands, call.head)
 
 
-def _rows_spec(call: HeadCall) -> Any:
-    """Return how a loss is sharded over a mesh: losses of rows as the rows are."""
-    by_row = call.whole.options.reduction == "none"
-    return P(*jax_mesh.spec(call.operands.logits)[:-1]) if by_row else P()
+def _spec_of_rows(call: HeadCall) -> Any:
+    """Return how the rows, and so their values, are sharded over a mesh."""
+    return P(*jax_mesh.spec(call.operands.logits)[:-1])
+
+
+def _stats_specs(call: HeadCall) -> Stats | None:
+    """Return how each of the stats is sharded over a mesh."""
+    of_rows = _spec_of_rows(call)
+    return stats.unfilled(call.whole, lambda shape, dtype: of_rows)
 
 
 def _inputs(call: HeadCall) -> tuple[Any, ...]:
@@ -72,10 +89,13 @@ def _rest(call: HeadCall) -> Operands:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(bare: HeadCall, hidden: Any, weight: Any, bias: Any, rest: Operands) -> Any:
-    """Compute the sum of the rows' losses."""
-    rows, _ = jax_scan.traced(bare, NONE, rest._replace(logits=hidden), Head(weight, bias), None)
-    return jnp.sum(rows)
+def _total(
+    bare: HeadCall, hidden: Any, weight: Any, bias: Any, rest: Operands
+) -> tuple[Any, Stats | None]:
+    """Compute the sum of the rows' losses, and stats without gradients."""
+    operands, head = rest._replace(logits=hidden), Head(weight, bias)
+    rows, _, found = jax_scan.traced(bare, NONE, operands, head, {})
+    return jnp.sum(rows), found
 
 
 @partial(_total.defjvp, symbolic_zeros=True)
@@ -85,7 +105,7 @@ def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     _refuse(of_rest)
     wanted = Gradients(*(not _is_constant(tangent) for tangent in inputs))
     operands, head = rest._replace(logits=hidden), Head(weight, bias)
-    rows, found = jax_scan.traced(bare, wanted, operands, head, None)
+    rows, found, of_rows = jax_scan.traced(bare, wanted, operands, head, {})
     counted = jax_scan.described(bare, operands, head).counted
     parts = []
     for grad, given in zip(found, inputs, strict=True):
@@ -100,7 +120,7 @@ def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if counted is not None:
         # Selected: the cotangent is infinite if no row counts.
         tangent = jnp.where(jnp.any(counted), tangent, 0.0)
-    return total, tangent
+    return (total, of_rows), (tangent, jax.tree.map(jax_rows.no_tangent, of_rows))
 
 
 def _refuse(tangents: Operands) -> None:
@@ -132,35 +152,30 @@ def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _rows(bare: HeadCall, operands: Operands, head: Head) -> Any:
-    """Compute the rows' losses, whose derivatives compute each chunk's logits again."""
+def _rows(bare: HeadCall, operands: Operands, head: Head) -> tuple[Any, Stats | None]:
+    """Compute the rows' losses and stats, whose derivatives compute each chunk's logits again."""
     call = replace(bare, operands=operands, head=head)
+    if call.chunk_size is None and call.whole.asks(*STATS_WITH_GRADIENT):
+        # For the gradients of stats XLA keeps about twice as many arrays of a chunk's size.
+        call = replace(call, chunk_size=-(-call.chunks.rows // 2))
     # The gradient is summed in the dtype of what goes into the scan.
-    weight = call.whole.library.cast(head.weight, call.sum_dtype)
-    of_rows = (call.hidden, call.target, call.sample_weight)
-    of_all = (operands.weight, weight, head.bias)
+    head = Head(*(a if a is None else call.whole.library.cast(a, call.sum_dtype) for a in head))
+    of_rows = call.of_rows({})
     full, tail = jax_scan.spans(call)
     size = min(call.chunks.rows, call.chunks.total)
 
     @partial(jax.checkpoint, static_argnums=(1,))
-    def step(start: Any, rows: int, *given: Any) -> Any:
-        hidden, target, sample_weight, class_weight, weight, bias = given
-        hidden, target, sample_weight = (
-            jax_scan.cut(array, start, rows) for array in (hidden, target, sample_weight)
-        )
-        part = replace(
-            call,
-            whole=call.part(rows),
-            operands=Operands(hidden, target, class_weight, sample_weight, None, None),
-            head=Head(weight, bias),
-        )
+    def step(start: Any, rows: int, of_rows: Operands, class_weight: Any, head: Head) -> Any:
+        operands = jax_scan.cut(of_rows, start, rows)._replace(weight=class_weight)
+        part = replace(call, whole=call.part(rows), operands=operands, head=head)
         return unfused.loss(part)
 
     def one(_: None, number: Any) -> tuple[None, Any]:
-        return None, step(number * size, size, *of_rows, *of_all)
+        return None, step(number * size, size, of_rows, operands.weight, head)
 
-    _, rows = jax.lax.scan(one, None, jnp.arange(full))
-    rows = jax_scan.flat(rows)
+    _, parts = jax.lax.scan(one, None, jnp.arange(full))
+    parts = jax_scan.flat(parts)
     if tail:
-        rows = jnp.concatenate([rows, step(full * size, tail, *of_rows, *of_all)])
-    return rows
+        last = step(full * size, tail, of_rows, operands.weight, head)
+        parts = jax_scan.joined(parts, last)
+    return parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,15 +12,18 @@ import jax.numpy as jnp
 
 from polyce.arrays import dtypes
 from polyce.call.problem import Head, Operands
+from polyce.formula.stats import Stats
 from polyce.formula.targets import Plan
 from polyce.linear import by_steps, chunks
 from polyce.linear.call import Gradients, HeadCall
 
 
-def run(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Gradients]:
+def run(
+    call: HeadCall, wanted: Gradients, cotangents: Mapping[str, Any]
+) -> tuple[Any, Gradients, Stats | None]:
     """Compute what `in_place.run` does."""
     call = with_plain_labels(call, call.plan)
-    return traced(call.without_arrays(), wanted, call.operands, call.head, cotangent)
+    return traced(call.without_arrays(), wanted, call.operands, call.head, dict(cotangents))
 
 
 def with_plain_labels(call: HeadCall, plan: Plan) -> HeadCall:
@@ -46,9 +50,9 @@ def spans(call: HeadCall) -> tuple[int, int]:
     return divmod(call.chunks.total, call.chunks.rows)
 
 
-def cut(array: Any, start: Any, rows: int) -> Any:
-    """Cut some rows out of an array, if there is one."""
-    return None if array is None else jax.lax.dynamic_slice_in_dim(array, start, rows)
+def cut(arrays: Any, start: Any, rows: int) -> Any:
+    """Cut some rows out of each of the arrays."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, rows), arrays)
 
 
 def described(bare: HeadCall, operands: Operands, head: Head) -> HeadCall:
@@ -60,20 +64,24 @@ def described(bare: HeadCall, operands: Operands, head: Head) -> HeadCall:
 # The trace depends on the bare call alone, so each call is traced once.
 @partial(jax.jit, static_argnums=(0, 1))
 def traced(
-    bare: HeadCall, wanted: Gradients, operands: Operands, head: Head, cotangent: Any
-) -> tuple[Any, Gradients]:
-    """Compute the losses of all rows, and the sums of the gradients wanted."""
+    bare: HeadCall,
+    wanted: Gradients,
+    operands: Operands,
+    head: Head,
+    cotangents: Mapping[str, Any],
+) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the losses of all rows, the sums of the gradients wanted, and the stats."""
     call = described(bare, operands, head)
-    of_rows = (call.hidden, call.target, call.sample_weight, call.counted, cotangent)
+    of_rows = (call.of_rows(cotangents), call.counted)
 
     def step(sums: Gradients, start: Any, rows: int) -> tuple[Gradients, Any]:
         of_weight = partial(_add_product, call, sums.linear_weight)
-        parts = (cut(array, start, rows) for array in of_rows)
-        losses, found = by_steps.step(call, wanted, *parts, of_weight=of_weight)
+        part = cut(of_rows, start, rows)
+        losses, found, stats = by_steps.step(call, wanted, *part, of_weight=of_weight)
         of_bias = found.linear_bias
         if of_bias is not None:
             of_bias = sums.linear_bias + of_bias
-        return Gradients(None, found.linear_weight, of_bias), (losses, found.input)
+        return Gradients(None, found.linear_weight, of_bias), (losses, found.input, stats)
 
     full, tail = spans(call)
     size = min(call.chunks.rows, call.chunks.total)
@@ -81,14 +89,14 @@ def traced(
     def add(sums: Gradients, number: Any) -> tuple[Gradients, Any]:
         return step(sums, number * size, size)
 
-    sums = Gradients(None, *_zeros(call, wanted, cotangent))
+    sums = Gradients(None, *_zeros(call, wanted, cotangents))
     sums, parts = jax.lax.scan(add, sums, jnp.arange(full))
-    rows, of_input = (flat(array) for array in parts)
+    parts = flat(parts)
     if tail:
-        sums, (last, of_last) = step(sums, full * size, tail)
-        rows = jnp.concatenate([rows, last])
-        of_input = None if of_input is None else jnp.concatenate([of_input, of_last])
-    return rows, sums._replace(input=of_input)
+        sums, last = step(sums, full * size, tail)
+        parts = joined(parts, last)
+    rows, of_input, stats = parts
+    return rows, sums._replace(input=of_input), stats
 
 
 def _add_product(call: HeadCall, total: Any, grad: Any, hidden: Any) -> Any:
@@ -113,15 +121,18 @@ def _add_product(call: HeadCall, total: Any, grad: Any, hidden: Any) -> Any:
 
 
 def flat(parts: Any) -> Any:
-    """Reshape the rows of chunks, (chunks, rows, ...), into one axis."""
-    if parts is None:
-        return None
-    return jnp.reshape(parts, (parts.shape[0] * parts.shape[1], *parts.shape[2:]))
+    """Reshape the rows of chunks, (chunks, rows, ...), of each array into one axis."""
+    return jax.tree.map(lambda a: jnp.reshape(a, (a.shape[0] * a.shape[1], *a.shape[2:])), parts)
 
 
-def _zeros(call: HeadCall, wanted: Gradients, cotangent: Any) -> tuple[Any, Any]:
+def joined(parts: Any, last: Any) -> Any:
+    """Append the rows of a last chunk to each array."""
+    return jax.tree.map(lambda *pair: jnp.concatenate(pair), parts, last)
+
+
+def _zeros(call: HeadCall, wanted: Gradients, cotangents: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return zeros to sum the head's gradient in, varying over the same mesh axes as the arrays."""
-    given = jax.tree.leaves((call.operands, call.head, cotangent))
+    given = jax.tree.leaves((call.operands, call.head, cotangents))
     zero = sum(jnp.zeros_like(array, call.sum_dtype, shape=()) for array in given)
     shapes = ((call.whole.classes, call.features), (call.whole.classes,))
     of_weight, of_bias = (jnp.broadcast_to(zero, shape) for shape in shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         Of the head's parameters.
     reduction, weight, ignore_index, label_smoothing
         As for `polyce.linear_cross_entropy`.
-    z_loss, logit_scale, logit_softcap, chunk_size, validate, implementation
+    z_loss, logit_scale, logit_softcap, return_stats, chunk_size, validate, implementation
         As for `polyce.linear_cross_entropy`.
 
     Attributes
@@ -42,7 +43,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         Weight of each class, a buffer: it moves and is cast with the module.
     reduction, ignore_index, label_smoothing, z_loss, logit_scale, logit_softcap
         As given; they may be assigned.
-    chunk_size, validate, implementation
+    return_stats, chunk_size, validate, implementation
         As given; they may be assigned.
 
     See Also
@@ -79,6 +80,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         z_loss: float = 0.0,
         logit_scale: float | None = None,
         logit_softcap: float | None = None,
+        return_stats: bool | str | Sequence[str] = False,
         chunk_size: int | None = None,
         validate: bool | None = None,
         implementation: str | None = None,
@@ -97,6 +99,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.z_loss = z_loss
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.return_stats = return_stats
         self.chunk_size = chunk_size
         self.validate = validate
         self.implementation = implementation
@@ -124,6 +127,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             z_loss=self.z_loss,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
+            return_stats=self.return_stats,
             chunk_size=self.chunk_size,
             validate=self.validate,
             implementation=self.implementation,

@@ -1,8 +1,8 @@
 """A call as a torch operator, which torch.compile puts into its graph.
 
 torch passes an operator nothing but its arguments, so they describe the call again. It returns the
-loss, the sums of the gradients wanted, and a factor still to be applied to these; an absent result
-is an empty tensor.
+loss, the sums of the gradients wanted, a factor still to be applied to these, and the stats; an
+absent result is an empty tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyce.graphs import torch_state
+from polyce.call.options import STATS_WITH_GRADIENT, Options
+from polyce.formula import stats
+from polyce.formula.stats import Stats
+from polyce.graphs import torch_calls, torch_state
 from polyce.implementations import torch_ops
 from polyce.linear import compute
-from polyce.linear.call import NONE, Gradients, HeadCall, describe
+from polyce.linear.call import NONE, Gradients, HeadCall, describe, taking_stats
 
 
 class _HeadSettings(NamedTuple):
@@ -58,6 +61,8 @@ class _Tensors(NamedTuple):
     sample_weight: Any
     normalizer: Any
     grad_output: Any
+    grad_lse: Any
+    grad_entropy: Any
 
     @property
     def differentiated(self) -> Gradients:
@@ -85,25 +90,60 @@ class _Arguments(NamedTuple):
 _SCHEMA = (
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     "Tensor? weight, Tensor? sample_weight, Tensor? normalizer, Tensor? grad_output, "
+    "Tensor? grad_lse, Tensor? grad_entropy, "
     f"bool wants_input, bool wants_weight, bool wants_bias, {torch_ops.OPTIONS}, "
     "ScalarType result_dtype, int? chunk_size, str? implementation) "
-    "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor)"
+    "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor"
+    f"{''.join(f', Tensor {name}' for name in Stats._fields)})"
 )
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss of a call as part of a graph."""
+class _Results(NamedTuple):
+    """What the operator returns, or the gradients that flow into it."""
+
+    loss: Any
+    sums: Gradients
+    factor: Any
+    stats: Stats
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _Results:
+        """Read the values, in the order of the schema."""
+        result, d_input, d_weight, d_bias, factor, *of_rows = values
+        return cls(result, Gradients(d_input, d_weight, d_bias), factor, Stats(*of_rows))
+
+    def values(self) -> tuple[Any, ...]:
+        """Return the values that `of` reads."""
+        return self.loss, *self.sums, self.factor, *self.stats
+
+    def stats_of(self, call: HeadCall) -> Stats | None:
+        """Return the stats that a call asks for."""
+        asked = stats.unfilled(call.whole, lambda shape, dtype: dtype)
+        if asked is None:
+            return None
+        pairs = zip(asked, self.stats, strict=True)
+        return Stats(*(None if dtype is None else array for dtype, array in pairs))
+
+
+def _run(arguments: _Arguments) -> _Results:
+    return _Results.of(_operator(*arguments.values()))
+
+
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats of a call as part of a graph."""
     given = (call.operands.logits, *call.head)
     wanted = NONE
     if call.whole.options.reduction != "none":
         wanted = Gradients(*map(torch_state.needs_gradient, given))
-    return _operator(*_arguments(call, wanted).values())[0]
+    found = _run(_arguments(call, wanted))
+    return found.loss, found.stats_of(call)
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted as parts of a graph, without derivatives."""
-    result, *sums, factor = _operator(*_arguments(call, wanted).values())
-    return result, _finished(wanted, (call.operands.logits, *call.head), sums, factor, None)
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute loss, gradients wanted and stats as parts of a graph, without derivatives."""
+    found, given = _run(_arguments(call, wanted)), (call.operands.logits, *call.head)
+    gradients = _finished(wanted, given, found.sums, found.factor, None)
+    return found.loss, gradients, found.stats_of(call)
 
 
 def _arguments(call: HeadCall, wanted: Gradients) -> _Arguments:
@@ -125,6 +165,8 @@ def _arguments(call: HeadCall, wanted: Gradients) -> _Arguments:
         sample_weight=operands.sample_weight,
         normalizer=_tensor(operands.normalizer, call),
         grad_output=_tensor(operands.grad_output, call),
+        grad_lse=operands.grad_lse,
+        grad_entropy=operands.grad_entropy,
     )
     options = torch_ops.flat(whole)
     settings = _HeadSettings(wanted, options, whole.result_dtype, call.chunk_size, call.name)
@@ -141,12 +183,18 @@ def _tensor(number: Any, call: HeadCall) -> Any:
 
 def _described(arguments: _Arguments) -> HeadCall:
     """Describe the call that the operator's arguments belong to."""
-    tensors, settings = arguments
+    (tensors, settings), of_stats = arguments, {}
+    given = tensors._asdict()
+    for name in STATS_WITH_GRADIENT:
+        array = given.pop(f"grad_{name}")
+        if array is not None:
+            of_stats[name] = array
     call = describe(
-        **tensors._asdict(),
+        **given,
         options=torch_ops.options_of(settings.options),
         chunk_size=settings.chunk_size,
         implementation=settings.implementation,
+        grad_stats=of_stats or None,
     )
     return replace(call, whole=call.whole._replace(result_dtype=settings.result_dtype))
 
@@ -154,18 +202,22 @@ def _described(arguments: _Arguments) -> HeadCall:
 def _compute(*values: Any) -> tuple[Any, ...]:
     arguments = _Arguments.of(values)
     call, wanted = _described(arguments), arguments.settings.wanted
-    if not any(wanted):
-        return compute.loss(call), *_filled(call, Gradients(None, None, None), None)
-    result, sums, factor = compute.loss_and_sums(call, wanted)
-    return result, *_filled(call, sums, factor)
+    if any(wanted):
+        result, sums, factor, of_rows = compute.loss_and_sums(call, wanted)
+    else:
+        (result, of_rows), sums, factor = compute.loss(call), Gradients(None, None, None), None
+    return _filled(call, result, sums, factor, of_rows)
 
 
-def _filled(call: HeadCall, sums: Gradients, factor: Any) -> list[Any]:
+def _filled(
+    call: HeadCall, result: Any, sums: Gradients, factor: Any, of_rows: Stats | None
+) -> tuple[Any, ...]:
     """Return results in the operator's form, with an empty tensor for what is absent."""
     like = call.operands.logits
     if isinstance(factor, float):
         factor = like.new_full((), factor, dtype=call.whole.row_dtype)
-    return [like.new_empty(0) if array is None else array for array in (*sums, factor)]
+    found = _Results(result, sums, factor, of_rows or Stats(*(None,) * len(Stats._fields)))
+    return tuple(like.new_empty(0) if array is None else array for array in found.values())
 
 
 def _imagine(*values: Any) -> tuple[Any, ...]:
@@ -185,7 +237,9 @@ def _imagine(*values: Any) -> tuple[Any, ...]:
     is_scaled = any(wanted) and call.scales_sums
     factor = like.new_empty((), dtype=whole.row_dtype) if is_scaled else None
     shape = whole.row_shape if whole.options.reduction == "none" else ()
-    return like.new_empty(shape, dtype=whole.result_dtype), *_filled(call, sums, factor)
+    result = like.new_empty(shape, dtype=whole.result_dtype)
+    of_rows = stats.unfilled(whole, lambda shape, dtype: like.new_empty(shape, dtype=dtype))
+    return _filled(call, result, sums, factor, of_rows)
 
 
 def _finished(
@@ -208,31 +262,59 @@ def _finished(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, *sums = output
-    ctx.mark_non_differentiable(*sums)
-    ctx.set_materialize_grads(False)
     tensors, ctx.settings = _Arguments.of(inputs)
-    ctx.save_for_backward(*tensors, *sums)
+    found = _Results.of(output)
+    asked = torch_ops.options_of(ctx.settings.options).stats or ()
+    names = [name for name in STATS_WITH_GRADIENT if name in asked]
+    others = [a for name, a in found.stats._asdict().items() if name not in names]
+    ctx.mark_non_differentiable(*found.sums, found.factor, *others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *found.sums, found.factor)
 
 
-def _differentiate(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+    flowing = _Results.of(cotangents)
+    cotangent, of_stats = flowing.loss, (flowing.stats.lse, flowing.stats.entropy)
+    flows_into_stats = any(array is not None for array in of_stats)
+    if cotangent is None and not flows_into_stats:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, d_input, d_weight, d_bias, factor = ctx.saved_tensors
-    sums = [d_input, d_weight, d_bias]
+    sums = Gradients(d_input, d_weight, d_bias)
     arguments = _Arguments(_Tensors(*tensors), ctx.settings)
     wanted = _Arguments.of(ctx.needs_input_grad).tensors.differentiated
-    if torch_ops.options_of(ctx.settings.options).reduction == "none":
-        # Computed again, each row's scaled by its own cotangent.
-        arguments = _Arguments(
-            arguments.tensors._replace(grad_output=cotangent),
-            ctx.settings._replace(wanted=wanted),
-        )
-        _, *sums, factor = _operator(*arguments.values())
-        cotangent = None
+    options = Options(*ctx.settings.options)
+    if options.reduction == "none" or flows_into_stats:
+        # Computed again, each row's scaled by its own cotangents.
+        again = _run(_with_cotangents(arguments, wanted, cotangent, *of_stats))
+        sums, factor, cotangent = again.sums, again.factor, None
     found = _finished(wanted, arguments.tensors.differentiated, sums, factor, cotangent)
     if found.input is not None:
         counted = compute.select_counted(_described(arguments), found.input)
         found = found._replace(input=counted)
     return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+def _with_cotangents(
+    arguments: _Arguments, wanted: Gradients, cotangent: Any, of_lse: Any, of_entropy: Any
+) -> _Arguments:
+    """Return the arguments for the gradients of loss and stats, and for no stats but these."""
+    call = _described(arguments)
+    operands = call.operands._replace(grad_output=cotangent)
+    whole, operands = torch_calls.with_stats(call.whole, operands, of_lse, of_entropy)
+    names = whole.grad_stats
+    tensors = arguments.tensors._replace(
+        grad_output=operands.grad_output, grad_lse=of_lse, grad_entropy=of_entropy
+    )
+    options = torch_ops.flat(whole.with_options(stats=names or None))
+    implementation = arguments.settings.implementation
+    return _Arguments(
+        tensors,
+        arguments.settings._replace(
+            wanted=wanted,
+            options=options,
+            implementation=taking_stats(implementation) if names else implementation,
+        ),
+    )
 
 
 _LIBRARY = torch.library.Library("polyce", "FRAGMENT")

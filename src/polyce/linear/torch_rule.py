@@ -2,7 +2,8 @@
 
 A mean or a sum has one cotangent, by which the kept gradients are multiplied. With reduction 'none'
 each row has its own, so the chunks are computed again, as they are for a second backward pass. A
-gradient that will be differentiated is computed in torch operations, on all logits at once.
+gradient that will be differentiated is computed in torch operations, on all logits at once. So are
+the chunks if a gradient flows into a stat: what was kept does not contain it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 
 from polyce.arrays import torch_memory
 from polyce.call.problem import Head, Operands
+from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
-from polyce.linear.call import Gradients, HeadCall
+from polyce.linear.call import Gradients, HeadCall, taking_stats
 
 
 def is_needed(call: HeadCall) -> bool:
@@ -27,14 +29,14 @@ def is_needed(call: HeadCall) -> bool:
     )
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss, on torch's graph if something requires a gradient."""
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, on torch's graph if something requires a gradient."""
     normalizer = call.operands.normalizer
     if isinstance(normalizer, torch.Tensor) and torch_state.needs_gradient(normalizer):
         # torch divides, so that it differentiates by the normalizer.
         whole, operands = torch_calls.without_normalizer(call.whole, call.operands)
-        total = loss(replace(call, whole=whole, operands=operands))
-        return (total / normalizer).to(call.whole.result_dtype)
+        total, stats = loss(replace(call, whole=whole, operands=operands))
+        return (total / normalizer).to(call.whole.result_dtype), stats
     if call.whole.is_compiling:
         from polyce.linear import torch_op
 
@@ -42,11 +44,12 @@ def loss(call: HeadCall) -> Any:
     arrays = (call.operands.logits, *call.head)
     if not any(map(torch_state.needs_gradient, arrays)):
         return compute.loss(call)
-    return _Loss.apply(*arrays, call)
+    result, *entries = _Loss.apply(*arrays, call)
+    return result, Stats(*entries) if entries else None
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted of a call that torch compiles."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the loss, the gradients wanted and the stats of a call that torch compiles."""
     from polyce.linear import torch_op
 
     return torch_op.loss_and_gradients(call, wanted)
@@ -66,7 +69,7 @@ def check(call: HeadCall) -> None:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: HeadCall) -> Any:
+    def forward(ctx: Any, input: Any, weight: Any, bias: Any, call: HeadCall) -> tuple[Any, ...]:
         call = call.detached(torch_rows.detach)
         operands = call.operands
         number = operands.normalizer
@@ -78,17 +81,26 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.kinds = torch_memory.kinds(tensors)
         ctx.number = number if divisor is None else None
-        ctx.call = call.without_arrays()
+        ctx.call = replace(call, whole=call.whole.with_options(stats=None)).without_arrays()
         wanted = Gradients(*ctx.needs_input_grad[:3])
         ctx.waiting = None
         if call.whole.options.reduction == "none":
-            return compute.loss(call)
-        result, sums, factor = compute.loss_and_sums(call, wanted)
-        ctx.waiting = sums, factor
-        return result
+            result, stats = compute.loss(call)
+        else:
+            result, sums, factor, stats = compute.loss_and_sums(call, wanted)
+            ctx.waiting = sums, factor
+        if stats is None:
+            return (result,)
+        torch_state.mark_stats(ctx, stats, len(wanted))
+        return result, *stats
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, cotangent: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
+    ) -> tuple[Any, ...]:
+        given = [array for array in (cotangent, of_lse, of_entropy) if array is not None]
+        if not given:
+            return None, None, None, None
         saved = ctx.saved_tensors
         torch_memory.check_returned(ctx.kinds, saved)
         hidden, weight, bias, target, class_weight, sample_weight, divisor = saved
@@ -98,11 +110,19 @@ class _Loss(torch.autograd.Function):
             operands=Operands(hidden, target, class_weight, sample_weight, normalizer, cotangent),
             head=Head(weight, bias),
         )
+        flows_into_stats = of_lse is not None or of_entropy is not None
+        if flows_into_stats:
+            whole, operands = torch_calls.with_stats(call.whole, call.operands, of_lse, of_entropy)
+            whole = whole.with_options(stats=whole.grad_stats)
+            name = taking_stats(call.name)
+            call = replace(call, whole=whole, operands=operands, name=name)
         wanted = Gradients(*ctx.needs_input_grad[:3])
-        if torch.compiler.is_compiling() or torch_state.needs_operations(cotangent):
+        if torch.compiler.is_compiling() or any(map(torch_state.needs_operations, given)):
             return *_differentiable(call, wanted), None
         # Scaled in place below, so it is not kept: a second pass computes its own.
         waiting, ctx.waiting = ctx.waiting, None
+        if flows_into_stats:
+            waiting = None
         call = call.detached(torch_rows.detach)
         if waiting is None:
             return *compute.loss_and_gradients(call, wanted)[1], None

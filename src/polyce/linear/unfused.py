@@ -10,6 +10,7 @@ from typing import Any
 
 from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
+from polyce.formula.stats import Stats
 from polyce.implementations.registry import select
 from polyce.linear.call import Gradients, HeadCall
 
@@ -24,28 +25,30 @@ def is_wanted(problem: Problem) -> bool:
     return problem.backend == "torch" and not (problem.is_concrete or problem.is_compiling)
 
 
-def loss(call: HeadCall) -> Any:
-    """Compute the loss, on the library's graph where it has one."""
+def loss(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss and the stats, on the library's graph where it has one."""
     problem, operands = _described(call)
-    result, _ = select(problem, call.name).cross_entropy(problem, operands)
-    return call.whole.library.cast(result, call.whole.result_dtype)
+    result, stats = select(problem, call.name).cross_entropy(problem, operands)
+    return call.whole.library.cast(result, call.whole.result_dtype), stats
 
 
-def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients]:
-    """Compute the loss and the gradients wanted."""
+def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradients, Stats | None]:
+    """Compute the loss, the gradients wanted and the stats."""
     problem, operands = _described(call)
     path = select(problem, call.name)
-    result, grad, _ = path.cross_entropy_with_grad(problem, operands, None)
+    result, grad, stats = path.cross_entropy_with_grad(problem, operands, None)
     result = call.whole.library.cast(result, call.whole.result_dtype)
-    return result, gradients(call, wanted, grad)
+    return result, gradients(call, wanted, grad), stats
 
 
 def _described(call: HeadCall) -> tuple[Problem, Operands]:
     """Describe the call on all logits."""
     whole, given = call.whole, call.operands
     # Whether labels are checked has been decided already.
-    options = whole.options._replace(axis=-1, stats=False, validate=whole.check_labels or None)
-    return describe(
+    options = whole.options._replace(axis=-1, validate=whole.check_labels or None)
+    if options.stats is None:
+        options = options._replace(stats=False)
+    problem, operands = describe(
         logits(call),
         given.target,
         given.weight,
@@ -53,7 +56,9 @@ def _described(call: HeadCall) -> tuple[Problem, Operands]:
         given.normalizer,
         options,
         grad_output=given.grad_output,
+        grad_stats={name: getattr(given, f"grad_{name}") for name in whole.grad_stats} or None,
     )
+    return problem._replace(label_name=whole.label_name), operands
 
 
 def logits(call: HeadCall) -> Any:

@@ -245,7 +245,7 @@ def _failures(
         if not isinstance(results, tuple) or len(results) != len(names):
             failures.append(f"{case.name}: {type(returned).__name__} is not ({', '.join(names)})")
             return
-        checks = {"grad": _check_grad, "stats": _check_stats}
+        checks = {"grad": _check_grad, "stats": check_stats}
         for what, result in zip(names, results, strict=True):
             attempt(partial(checks.get(what, _check_loss), case, library, result, what))
 
@@ -323,7 +323,7 @@ def _check_grad(case: Case, library: Backend, grad: Any, what: str) -> None:
     compare(_converted(library, grad, what), case.answer.grad, tolerance, dtype=dtype, what=what)
 
 
-def _check_stats(case: Case, library: Backend, stats: Any, what: str) -> None:
+def check_stats(case: Case, library: Backend, stats: Any, what: str) -> None:
     """Check the stats that were asked for, that there are no others, and which rows count."""
     if getattr(stats, "_fields", None) != (*STATS, "valid"):
         raise AssertionError(f"{what}: {type(stats).__name__} is not ({', '.join(STATS)}, valid)")

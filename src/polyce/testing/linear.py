@@ -19,7 +19,7 @@ import numpy as np
 
 from .backends import Backend, get_backend
 from .case import Case, arrange
-from .conformance import SHOWN, Functions, Report, call_by_name, outcome
+from .conformance import INCOMING, SHOWN, Functions, Report, call_by_name, check_stats, outcome
 from .dtypes import FORMATS, Array, Floats
 from .linear_cases import LinearCase, linear_cases
 from .tolerances import accuracy, compare, loss_tolerance
@@ -36,8 +36,8 @@ def grid_functions(chunks: int | None = None) -> Functions:
     """Return functions that compute the grid's calls by a linear head.
 
     A case's logits are the hidden states and the weight is the identity, so that the products are
-    exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. The head
-    returns no stats: those that a case asks for come from `polyce.cross_entropy`.
+    exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. Of several
+    classes of a row each takes a call of its own.
 
     Parameters
     ----------
@@ -50,36 +50,41 @@ def grid_functions(chunks: int | None = None) -> Functions:
         rows = math.prod(hidden.shape[:-1])
         return chunks and max(1, -(-rows // chunks))
 
-    def with_stats(results: Any, asked: Any, *arrays: Any, **options: Any) -> Any:
-        if asked is False:
-            return results if len(results) > 1 else results[0]
-        return (*results, polyce.cross_entropy(*arrays, return_stats=asked, **options)[-1])
-
     def cross_entropy(
-        input: Any, target: Any, weight: Any = None, *,
-        axis: int | None = None, return_stats: Any = False, **options: Any,
-    ) -> Any:  # fmt: skip
+        input: Any, target: Any, weight: Any = None, *, axis: int | None = None, **options: Any
+    ) -> Any:
         hidden, head, moved, _ = _as_head(input, target, axis)
-        loss = polyce.linear_cross_entropy(
+        return polyce.linear_cross_entropy(
             hidden, head, moved, weight=weight, chunk_size=size(hidden), **options
         )
-        return with_stats((loss,), return_stats, input, target, weight, axis=axis, **options)
 
     def cross_entropy_with_grad(
-        input: Any, target: Any, weight: Any = None, *, grad_output: Any = None,
-        axis: int | None = None, return_stats: Any = False, **options: Any,
-    ) -> Any:  # fmt: skip
+        input: Any, target: Any, weight: Any = None, *, axis: int | None = None, **options: Any
+    ) -> Any:
         hidden, head, moved, back = _as_head(input, target, axis)
-        loss, (grad, *rest) = polyce.linear_cross_entropy_with_grad(
+        loss, (grad, *rest), *stats = polyce.linear_cross_entropy_with_grad(
             hidden, head, moved, weight=weight, chunk_size=size(hidden), wrt=GRADIENTS[:1],
-            grad_output=grad_output, **options,
+            **options,
         )  # fmt: skip
         if rest != [None, None]:
             raise AssertionError("there are gradients that were not asked for")
-        results = (loss, back(grad))
-        return with_stats(results, return_stats, input, target, weight, axis=axis, **options)
+        return loss, back(grad), *stats
 
-    return Functions(cross_entropy, cross_entropy_with_grad)
+    def log_prob(input: Any, index: Any, *, axis: int | None = None, **options: Any) -> Any:
+        hidden, head, index, back = _as_head(input, index, axis)
+        given = {"chunk_size": size(hidden)} | options
+        if index.ndim < hidden.ndim:
+            return polyce.linear_log_prob(hidden, head, index, **given)
+        several = range(index.shape[-1])
+        found = [polyce.linear_log_prob(hidden, head, index[..., k], **given) for k in several]
+        return back(_namespace(hidden).stack(found, axis=-1))
+
+    return Functions(cross_entropy, cross_entropy_with_grad, log_prob)
+
+
+def _namespace(array: Any) -> Any:
+    library, _ = importlib.import_module("polyce.arrays.find").of(input=array)
+    return library.xp
 
 
 def _as_head(
@@ -125,8 +130,6 @@ def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
     at = (min(1, rank - 1) if axis is None else axis) % rank
     if case.logits.shape[at] > MOST_CLASSES:
         return f"more than {MOST_CLASSES} classes take a large identity"
-    if case.group in ("stats", "grad-stats"):
-        return "the head returns no stats"
     counted = np.expand_dims(case.answer.stats.valid, at)
     if not np.all(np.isfinite(case.logits.astype(np.float64)) | ~counted):
         return "an infinity times 0 is nan in the product that makes the logits"
@@ -220,7 +223,7 @@ def _failure(
     }
     options = {key: value for key, value in plain.options.items() if key != "axis"}
     options |= {"chunk_size": case.chunk_size} | ({} if name is None else {"implementation": name})
-    forward = {key: array for key, array in arrays.items() if key != "grad_output"}
+    forward = {key: array for key, array in arrays.items() if key not in INCOMING}
     with_grad = dict(options)
     if "grad_output" not in arrays and plain.grad_output is not None:
         with_grad["grad_output"] = plain.grad_output
@@ -249,7 +252,11 @@ def _check(
     case: LinearCase, library: Backend, product: str, returned: Any, part: Sequence[str] | None
 ) -> None:
     """Check a loss and, unless `part` is None, the gradients named in it."""
-    answer, dtype = case.of_logits.answer, case.of_logits.answer.loss_dtype
+    plain, answer, dtype = case.of_logits, case.of_logits.answer, case.of_logits.answer.loss_dtype
+    if plain.asks_for_stats:
+        *returned, stats = returned
+        check_stats(plain, library, stats, "stats")
+        returned = returned[0] if part is None else returned
     loss, gradients = (returned, ()) if part is None else returned
     allowed = loss_tolerance(answer, dtype.name, accuracy(dtype.name, library.name))
     _compare(library, loss, answer.loss, allowed, dtype, "loss")

@@ -151,12 +151,17 @@ SIZES: tuple[tuple[tuple[int, ...], int, int, int | None], ...] = (
 SILENT = (0, 3)
 """Rows that an option leaves out: they hold infinities and nans."""
 LABELS = np.array([IGNORED, 1, 6, IGNORED, 2])
+UNCHECKED = np.array([1, -1, 6, 7, 2])
+"""Labels of which some are no classes."""
 ROW_WEIGHTS = (0.0, 2.0, 0.5, 0.0, -0.25)
 """Exact in every dtype, and so is their sum."""
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.7, "logit_softcap": 5.0
 }  # fmt: skip
-_FIELDS = ("weight", "grad_output", "layout", "target_layout", "sample_weight", "normalizer")
+_FIELDS = (
+    *("weight", "grad_output", "layout", "target_layout", "sample_weight", "normalizer"),
+    *("grad_lse", "grad_entropy"),
+)
 
 
 def linear_cases(dtypes: Sequence[str] | None = None) -> list[LinearCase]:
@@ -222,8 +227,8 @@ def _option_cases(name: str) -> Iterator[LinearCase]:
             f"options/grad_output/{reduction}", name, kind=kind, reduction=reduction,
             grad_output=grad_output,
         )  # fmt: skip
-    unchecked = np.array([1, -1, 6, 7, 2])
-    yield _case("options/bad-labels", name, reduction="none", target=unchecked, validate=False)
+    yield _case("options/bad-labels", name, reduction="none", target=UNCHECKED, validate=False)
+    yield from _stats_cases(name, left_out)
     if name != "float32":
         return
     for option, kind in product((*EVERYTHING, "weight", "sample_weight"), kinds):
@@ -242,6 +247,26 @@ def _option_cases(name: str) -> Iterator[LinearCase]:
         )
     for layout, kind in product(("fortran", "strided", "reversed"), kinds):
         yield _case(f"options/{layout}", name, kind=kind, layout=layout, target_layout=layout)
+
+
+def _stats_cases(name: str, left_out: dict[str, Any]) -> Iterator[LinearCase]:
+    """Yield stats, with gradients that flow into them, some much larger than those of the loss."""
+    of_lse, of_entropy = (_draw(seed, (5,), 4, 2.0).astype(dtype(name)) for seed in (7, 8))
+    both: dict[str, Any] = {"return_stats": True, "grad_lse": of_lse, "grad_entropy": of_entropy}
+    yield _case("options/stats/mean", name, **left_out, **both)
+    yield _case(
+        "options/stats/none", name, kind="probability", reduction="none", silent=SILENT,
+        sample_weight=np.array(ROW_WEIGHTS).astype(dtype(name)), **both, **EVERYTHING,
+    )  # fmt: skip
+    if name != "float32":
+        return
+    yield _case("options/stats/lse", name, return_stats=("lse",), grad_lse=of_lse, grad_output=0.0)
+    for asked in (("correct",), ("prediction", "entropy"), ()):
+        label = f"options/stats/{'-'.join(asked) or 'valid'}"
+        yield _case(label, name, reduction="sum", return_stats=asked, **left_out)
+    yield _case(
+        "options/stats/bad-labels", name, reduction="none", target=UNCHECKED, validate=False, **both
+    )
 
 
 def _draw(seed: int, shape: tuple[int, ...], steps: int, size: float) -> Floats:

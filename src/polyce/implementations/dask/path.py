@@ -283,17 +283,18 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
     """Cut every operand that has rows, except the logits, to match logits of these chunks."""
     import dask.array as da
 
-    target, sample_weight = operands.target, operands.sample_weight
+    target = operands.target
     row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
     if problem.kind == "index":
         if tuple(target.shape) != problem.row_shape:
             target = target.reshape(problem.row_shape)
         if not isinstance(target, da.Array):
             target = da.from_array(target, chunks=row_chunks)
-    return operands._replace(
-        target=_recut(target, row_chunks if problem.kind == "index" else chunks),
-        sample_weight=None if sample_weight is None else _recut(sample_weight, row_chunks),
-    )
+    names = ("sample_weight", "grad_lse", "grad_entropy")
+    given = ((name, getattr(operands, name)) for name in names)
+    of_rows = {name: _recut(array, row_chunks) for name, array in given if array is not None}
+    target = _recut(target, row_chunks if problem.kind == "index" else chunks)
+    return operands._replace(target=target, **of_rows)
 
 
 def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
