@@ -359,7 +359,7 @@ def nll_loss(
         input, target, weight, sample_weight, normalizer, options, probabilities=False
     )
     autograd = rules.of(problem.backend)
-    autograd.check(operands)
+    autograd.check(problem, operands)
     with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))

@@ -7,7 +7,7 @@ from typing import Any
 from polyce.arrays import dtypes, find
 from polyce.call import checks
 from polyce.call.options import Options
-from polyce.call.problem import Problem, checks_labels, describe_logits
+from polyce.call.problem import Problem, describe_logits
 
 
 def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, Any, Any]:
@@ -36,7 +36,7 @@ def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, A
         )
     problem = problem._replace(
         target_dtype=dtypes.dtype_name(own),
-        check_labels=checks_labels("index", index, library, problem.options.validate),
+        check_labels=checks.looks_at_labels("index", index, library, problem.options.validate),
         label_name="index",
     )
     return problem, logits, own

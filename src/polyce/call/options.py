@@ -151,11 +151,12 @@ def check_ignore_index(ignore_index: Any) -> int:
 
 
 def check_has_effect(ignore_index: int, kind: str) -> None:
-    """Refuse a non-negative ignore_index for probabilities, where it would have no effect."""
-    if kind == "probability" and ignore_index >= 0:
+    """Refuse a non-negative ignore_index where the target holds no classes."""
+    if kind in ("probability", "teacher") and ignore_index >= 0:
+        held = "class probabilities" if kind == "probability" else "a teacher's logits"
         raise ValueError(
-            f"ignore_index is for class indices, got {ignore_index} with a target of class "
-            "probabilities; leave it negative"
+            f"ignore_index is for class indices, got {ignore_index} with a target of {held}; "
+            "leave it negative"
         )
 
 

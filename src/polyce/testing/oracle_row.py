@@ -15,6 +15,9 @@ probabilities p                   w_c * p_c
 probabilities p, smoothing e      w_c * ((1 - e) * p_c + e / C)
 ================================  =======================================
 
+A sparse target is probabilities of some classes, which add up where a class is named twice, and a
+teacher's logits t with scale s are the probabilities softmax(s t).
+
 l is the z-loss, times w_y for an index. x is logit_scale * logit, and with a softcap
 cap * tanh(that / cap), of slope logit_scale * (1 - tanh**2); -inf stays -inf, with slope 0.
 
@@ -30,13 +33,29 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from .dtypes import Floats
 
-Target = int | tuple[float, ...]
-"""A row's target: a class, or one number for each class."""
+
+class SparseRow(NamedTuple):
+    """Classes of a row that are not ignored, and the probability of each."""
+
+    classes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+class TeacherRow(NamedTuple):
+    """A teacher's logits for a row, and what multiplies them."""
+
+    logits: tuple[float, ...]
+    scale: float
+
+
+Target = int | tuple[float, ...] | SparseRow | TeacherRow
+"""A row's target: a class, one number for each class, or what stands for such numbers."""
 
 DIGITS = 60
 """Digits of every exponential, and of everything else after cancellation."""
@@ -98,7 +117,11 @@ class Measures:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's unreduced answer: exact loss and gradient, magnitudes, pivot class (-1: nan row)."""
+    """A row's unreduced answer: exact loss and gradient, magnitudes, pivot class (-1: nan row).
+
+    `target_part` and `target_loss` are the errors of gradient and loss for one unit of relative
+    error in the exponentials and gaps of a teacher's softmax.
+    """
 
     loss: Decimal
     loss_scale: Decimal
@@ -108,6 +131,8 @@ class Row:
     pull_part: tuple[Decimal, ...]
     coefficient_part: tuple[Decimal, ...]
     pivot: int
+    target_part: tuple[Decimal, ...] = ()
+    target_loss: Decimal = ZERO
 
 
 def context(digits: int) -> decimal.Context:
@@ -139,8 +164,8 @@ def coefficients(
     weights = [ONE] * classes if weight is None else [Decimal(value) for value in weight]
     smoothing = Decimal(label_smoothing)
     uniform = smoothing / classes if classes else ZERO
-    if isinstance(target, tuple):
-        probabilities = [Decimal(value) for value in target]
+    if not isinstance(target, int):
+        probabilities = target_probabilities(target, classes)
         if label_smoothing == 0:
             return [w * p for w, p in zip(weights, probabilities, strict=True)]
         return [
@@ -152,6 +177,55 @@ def coefficients(
         # Nothing times an infinite weight is nothing.
         r[target] += (1 - smoothing) * weights[target]
     return r
+
+
+def target_probabilities(
+    target: tuple[float, ...] | SparseRow | TeacherRow, classes: int
+) -> list[Decimal]:
+    """Return the probability of every class, in the current decimal context."""
+    if isinstance(target, SparseRow):
+        found = [ZERO] * classes
+        for at, probability in zip(*target, strict=True):
+            found[at] += Decimal(probability)
+        return found
+    if isinstance(target, TeacherRow):
+        teacher = softmax_of(target.logits, target.scale, None)
+        return [NAN] * classes if teacher is None else list(teacher.softmax)
+    return [Decimal(value) for value in target]
+
+
+def likeliest(target: Target) -> int:
+    """Return a target's class, or the first of its likeliest.
+
+    -1 for a sparse target without a probability above 0, and for a teacher without a softmax.
+    """
+    if isinstance(target, int):
+        return target
+    if isinstance(target, SparseRow):
+        with decimal.localcontext(context(DIGITS)):
+            found = target_probabilities(target, max(target.classes, default=-1) + 1)
+        best = max((p for p in found if not p.is_nan()), default=ZERO)
+        return found.index(best) if best > 0 else -1
+    if isinstance(target, TeacherRow):
+        if softmax_of(target.logits, target.scale, None) is None:
+            return -1
+        target = target.logits
+    return target.index(max(target))
+
+
+def _reach(target: Target, classes: int) -> list[Decimal]:
+    """Return how many units each probability of a teacher may be off, relatively.
+
+    One for every unit of its gap, and what the sum of the exponentials is off; two beside.
+    """
+    teacher = None
+    if isinstance(target, TeacherRow):
+        teacher = softmax_of(target.logits, target.scale, None)
+    if teacher is None:
+        return [ZERO] * classes
+    gaps = [-z if p else ZERO for z, p in zip(teacher.shifted, teacher.softmax, strict=True)]
+    spread = sum((p * gap for p, gap in zip(teacher.softmax, gaps, strict=True)), ZERO)
+    return [2 + gap + spread for gap in gaps]
 
 
 def transform(
@@ -222,13 +296,14 @@ def row_answer(
 ) -> Row:
     """Compute the exact answer of one row that counts, before its weight v_i."""
     classes = len(logits)
-    bad_label = isinstance(target, int) and not 0 <= target < classes
+    named = target.classes if isinstance(target, SparseRow) else (target,)
+    bad_label = any(isinstance(c, int) and not 0 <= c < classes for c in named)
     if classes == 0 and not bad_label:
         return Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
     row = softmax_of(logits, logit_scale, logit_softcap)
     if bad_label or row is None:
         zeros = (ZERO,) * classes
-        return Row(NAN, ZERO, ZERO, (NAN,) * classes, zeros, zeros, zeros, -1)
+        return Row(NAN, ZERO, ZERO, (NAN,) * classes, zeros, zeros, zeros, -1, zeros)
 
     pivot = target if isinstance(target, int) else max(range(classes), key=lambda c: logits[c])
     with decimal.localcontext(context(row.digits)):
@@ -263,6 +338,12 @@ def row_answer(
         magnitude = sum(coefficient_part, ZERO)
         pull_part = [pull_size * s for s in row.softmax]
         softmax_part = [magnitude * s + z for s, z in zip(row.softmax, pull_part, strict=True)]
+        off = [
+            c * reach if c else ZERO
+            for c, reach in zip(coefficient_part, _reach(target, classes), strict=True)
+        ]
+        shared = sum(off, ZERO)
+        target_part = [own + shared * s for own, s in zip(off, row.softmax, strict=True)]
         rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
         other_softmax = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
         other_r = sum(coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO)
@@ -271,14 +352,18 @@ def row_answer(
             softmax_part[pivot] + coefficient_part[pivot] < other_softmax + other_r
         ):
             softmax_part[pivot], coefficient_part[pivot] = other_softmax, other_r
+            target_part[pivot] = shared - off[pivot] + shared * (ONE - row.softmax[pivot])
+        target_loss = sum(
+            (c * (row.log_sum - z) for c, z in zip(off, row.shifted, strict=True) if c), ZERO
+        )
         if logit_scale is not None or logit_softcap is not None:
-            grad, softmax_part, pull_part, coefficient_part = (
+            grad, softmax_part, pull_part, coefficient_part, target_part = (
                 [slope * value for slope, value in zip(row.slopes, values, strict=True)]
-                for values in (grad, softmax_part, pull_part, coefficient_part)
+                for values in (grad, softmax_part, pull_part, coefficient_part, target_part)
             )
     return Row(
         loss, plain + square_part, square_part, tuple(grad), tuple(softmax_part),
-        tuple(pull_part), tuple(coefficient_part), pivot,
+        tuple(pull_part), tuple(coefficient_part), pivot, tuple(target_part), target_loss,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ PATH = Implementation(
     cross_entropy_with_grad=cross_entropy_with_grad,
     backends=BACKENDS,
     devices=DEVICES,
+    kinds=frozenset({"index", "probability"}),
     unavailable=unavailable,
     refuses=refuses,
 )

@@ -15,6 +15,7 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, rowgradient, rows, rowstate, targets, transform
+from polyce.formula import teacher as teacher_softmax
 from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
@@ -41,6 +42,7 @@ def whole_rows(
     target: Any,
     weight: Any,
     sample_weight: Any,
+    probability: Any,
     cotangent: Any,
 ) -> tuple[Any, ...]:
     """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
@@ -49,11 +51,13 @@ def whole_rows(
     cotangent; and the entries of the stats.
     """
     summed, dtype, axis = problem.options.reduction != "none", problem.logits_dtype, problem.axis
-    problem, logits = with_dtypes(of_chunk(problem, logits, logits.shape), logits, target)
+    problem = of_chunk(problem, logits, logits.shape)
+    problem, logits = with_dtypes(problem, logits, target, probability)
     problem = problem._replace(result_dtype=problem.row_dtype)
     problem = problem.with_options(stats=_reported(problem))
     xp, grad = problem.xp, None
     operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
+    operands = operands._replace(target_probability=probability)
     chosen = select(problem)
     with problem.library.quiet():
         if cotangent is None:
@@ -115,21 +119,56 @@ class Whole(NamedTuple):
     pivot: Any
 
 
+class TeacherState(NamedTuple):
+    """What some classes of a teacher's rows add to the sum of its softmax."""
+
+    top: Any
+    """The largest logit."""
+    total: Any
+    """The sum of exp(scale (t_c - top)), in the row dtype; nan without a softmax."""
+
+
+def teacher_part(problem: Problem, teacher: Any) -> TeacherState:
+    """Read a block with some of a teacher's classes."""
+    problem = of_chunk(problem, teacher, teacher.shape)
+    with problem.library.quiet():
+        return TeacherState(*teacher_softmax.state(problem, teacher))
+
+
+def join_teacher(problem: Problem, parts: list[TeacherState]) -> TeacherState:
+    """Merge the parts of each of a teacher's rows."""
+    top, total = parts[0]
+    problem = of_chunk(problem, top, top.shape)
+    with problem.library.quiet():
+        for other in parts[1:]:
+            top, total = teacher_softmax.merge(problem, (top, total), other)
+    return TeacherState(top, total)
+
+
 def part(
-    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: Any
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    probability: Any,
+    teacher: TeacherState | None,
+    start: Any,
 ) -> Part:
     """Read a block with some of the classes; `start` is the first of them."""
     start = int(start[0])
     problem, plan, logits, at_label, coefficients = _open(
-        problem, logits, target, weight, sample_weight, start
+        problem, logits, target, weight, sample_weight, probability, teacher, start
     )
+    entries = targets.entries(problem, plan)
     xp, library, axis = problem.xp, problem.library, problem.axis
     with library.quiet():
         if targets.pivot_leads(problem):
             pivot = library.argmax(logits, axis)
             pivot_logit = library.pick(logits, pivot, logits, axis)
-            at_pivot = library.pick(coefficients, pivot, logits, axis)
-            at_pivot = library.cast(at_pivot, problem.row_dtype)
+            at_pivot = targets.share_at(problem, coefficients, pivot, logits)
+            if entries is not None:
+                at_pivot = at_pivot + rowstate.coefficient_at(problem, entries, pivot)
             pivot = pivot + start
         else:
             pivot, local = plan.label, plan.label - start
@@ -139,12 +178,18 @@ def part(
             pivot_logit = xp.where(here, pivot_logit, 0.0)
             at_pivot = xp.where(here, 1.0 if at_label is None else at_label, 0.0)
         excluded = _excluded(problem, plan, logits, pivot - start)
+        if isinstance(coefficients, float):
+            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
         state, _ = rowstate.from_logits(
             problem, logits, excluded, pivot_logit, at_pivot, coefficients
         )
+        if entries is not None:
+            chosen = library.pick(logits, entries.classes, logits, axis)
+            state = rowstate.with_entries(problem, state, entries, pivot - start, chosen)
     if state.rest_first is not None:
         state = state._replace(rest_first=state.rest_first + start)
-    return Part(state, pivot, plan._replace(class_weight=None, probabilities=None))
+    nothing = dict.fromkeys(("class_weight", "probabilities", "entries", "kept", "teacher"))
+    return Part(state, pivot, plan._replace(**nothing))
 
 
 def join(problem: Problem, parts: list[Part]) -> Whole:
@@ -173,6 +218,8 @@ def part_gradient(
     target: Any,
     weight: Any,
     sample_weight: Any,
+    probability: Any,
+    teacher: TeacherState | None,
     start: Any,
     cotangent: Any,
     whole: Whole,
@@ -180,7 +227,7 @@ def part_gradient(
     """Compute the gradient of a block with some of the classes; `start` is the first of them."""
     start, dtype = int(start[0]), problem.logits_dtype
     problem, plan, logits, _, coefficients = _open(
-        problem, logits, target, weight, sample_weight, start
+        problem, logits, target, weight, sample_weight, probability, teacher, start
     )
     xp, library, state = problem.xp, problem.library, whole.state
     with library.quiet():
@@ -196,6 +243,7 @@ def part_gradient(
             library.overwrite(xp.exp, rest),
             excluded,
             coefficients,
+            targets.entries(problem, plan),
             scale,
             plan.counted,
             logits,
@@ -206,16 +254,31 @@ def part_gradient(
 
 
 def _open(
-    problem: Problem, logits: Any, target: Any, weight: Any, sample_weight: Any, start: int
+    problem: Problem,
+    logits: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    probability: Any,
+    teacher: TeacherState | None,
+    start: int,
 ) -> tuple[Problem, Plan, Any, Any, Any]:
     """Return a part's problem, plan, logits in the arithmetic dtype, and coefficients."""
     axis = problem.axis
     shape = list(logits.shape)
     shape[axis] = problem.classes
-    problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target)
-    xp = problem.xp
+    problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target, probability)
+    operands = Operands(logits, target, weight, sample_weight, None, None)
     with problem.library.quiet():
-        plan = targets.plan(problem, Operands(logits, target, weight, sample_weight, None, None))
+        plan = targets.plan(problem, operands._replace(target_probability=probability))
+        if teacher is not None:
+            softmax = teacher_softmax.softmax(problem, target, teacher)
+            plan = plan._replace(probabilities=softmax, teacher=None)
+        if plan.entries is not None:
+            local = plan.entries - start
+            here = (local >= 0) & (local < logits.shape[axis])
+            local, own = (problem.xp.where(here, a, 0) for a in (local, plan.probabilities))
+            plan = plan._replace(entries=local, probabilities=own)
         if plan.class_weight is not None:
             classes = slice(start, start + logits.shape[axis])
             own = plan.class_weight[(slice(None),) * axis + (classes,)]
@@ -226,8 +289,6 @@ def _open(
             is_label = problem.library.one_hot(plan.label - start, logits, axis)
             first = logits[(slice(None),) * axis + (slice(1),)]
             coefficients = targets.all_coefficients(problem, plan, is_label, first)
-        elif isinstance(coefficients, float):
-            coefficients = xp.asarray(coefficients, dtype=problem.arithmetic_dtype)
     return problem, plan, logits, at_label, coefficients
 
 
@@ -257,19 +318,23 @@ def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:
 # do these functions, but they return the declared dtype.
 
 
-def with_dtypes(problem: Problem, logits: Any, target: Any) -> tuple[Problem, Any]:
+def with_dtypes(
+    problem: Problem, logits: Any, target: Any, probability: Any = None
+) -> tuple[Problem, Any]:
     """Put the chunks' own dtypes into the problem; widen logits narrower than declared."""
     narrow = logits.dtype.itemsize < problem.logits_dtype.itemsize
     if narrow or dtypes.holds_integers(logits):
         logits = problem.library.cast(logits, problem.logits_dtype)
     floats = {dtypes.dtype_name(logits)}
-    if problem.kind == "index":
+    if problem.kind in ("index", "sparse"):
         problem = with_labels(problem, target)
     else:
         problem = problem._replace(target_dtype=dtypes.dtype_name(target))
-        floats.add(problem.target_dtype)
-        if problem.target_dtype not in dtypes.FLOATS:
-            raise _not_as_said("target", "floats", target)
+    soft = {"index": None, "sparse": probability}.get(problem.kind, target)
+    if soft is not None:
+        floats.add(dtypes.dtype_name(soft))
+        if dtypes.dtype_name(soft) not in dtypes.FLOATS:
+            raise _not_as_said("target", "floats", soft)
     if not floats <= set(dtypes.FLOATS):
         raise _not_as_said("input", "real floats", logits)
     if "float64" in floats:

@@ -149,11 +149,11 @@ def _parts(
     axes, axis, logits = _axes(problem), problem.axis, operands.logits
     sizes = logits.chunks[axis]
     starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
-    inputs = (*_inputs(problem, operands), starts, (axis,))
+    inputs = (*_inputs(problem, operands), *_teacher(problem, operands), starts, (axis,))
     parts = _blockwise(
         blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
     )
-    joined = _join(problem, parts)
+    joined = _join(problem, blocks.join, parts)
     grad = None
     if cotangent is not None:
         grad = _blockwise(
@@ -172,7 +172,23 @@ def _parts(
     )
 
 
-def _join(problem: Problem, parts: Any) -> Any:
+def _teacher(problem: Problem, operands: Operands) -> tuple[Any, Any]:
+    """Pair what the softmax of a teacher's whole rows needs, if there is one, with its axes."""
+    if problem.kind != "teacher":
+        return None, None
+    axes, teacher = _axes(problem), operands.target
+    parts = _blockwise(
+        blocks.teacher_part,
+        problem,
+        axes,
+        *(teacher, axes),
+        adjust_chunks={problem.axis: 1},
+        meta=teacher._meta,
+    )
+    return _join(problem, blocks.join_teacher, parts), axes
+
+
+def _join(problem: Problem, function: Callable[..., Any], parts: Any) -> Any:
     """Merge the parts of each row.
 
     Not by blockwise: if nothing else used it, dask would run it within each block of the gradient.
@@ -182,7 +198,7 @@ def _join(problem: Problem, parts: Any) -> Any:
     from dask.highlevelgraph import HighLevelGraph
 
     axis, shared = problem.axis, problem
-    name = f"polyce-join-{tokenize(parts.name, shared)}"
+    name = f"polyce-{function.__name__.replace('_', '-')}-{tokenize(parts.name, shared)}"
     before, after = parts.numblocks[:axis], parts.numblocks[axis + 1 :]
     graph = {}
     for place in product(*map(range, before), (0,), *map(range, after)):
@@ -190,7 +206,7 @@ def _join(problem: Problem, parts: Any) -> Any:
             (parts.name, *place[:axis], part, *place[axis + 1 :])
             for part in range(parts.numblocks[axis])
         ]
-        graph[(name, *place)] = (partial(blocks.join, shared), every)
+        graph[(name, *place)] = (partial(function, shared), every)
     chunks = (*parts.chunks[:axis], (1,), *parts.chunks[axis + 1 :])
     layers = HighLevelGraph.from_collections(name, graph, dependencies=[parts])
     return da.Array(layers, name, chunks, meta=parts._meta)
@@ -272,14 +288,19 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
     import dask.array as da
 
     target, sample_weight = operands.target, operands.sample_weight
-    row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
-    if problem.kind == "index":
-        if tuple(target.shape) != problem.row_shape:
-            target = target.reshape(problem.row_shape)
-        if not isinstance(target, da.Array):
-            target = da.from_array(target, chunks=row_chunks)
+    probability = operands.target_probability
+    before, after = chunks[: problem.axis], chunks[problem.axis + 1 :]
+    row_chunks = before + after
+    if problem.kind == "index" and tuple(target.shape) != problem.row_shape:
+        target = target.reshape(problem.row_shape)
+    # The entries of a sparse target are in one chunk, which every part of their row reads.
+    target_chunks = {"index": row_chunks, "sparse": (*before, (problem.entries,), *after)}
+    own = target_chunks.get(problem.kind, chunks)
+    if not isinstance(target, da.Array):
+        target = da.from_array(target, chunks=own)
     return operands._replace(
-        target=_recut(target, row_chunks if problem.kind == "index" else chunks),
+        target=_recut(target, own),
+        target_probability=None if probability is None else _recut(probability, own),
         sample_weight=None if sample_weight is None else _recut(sample_weight, row_chunks),
     )
 
@@ -289,9 +310,10 @@ def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     axes, row_axes = _axes(problem), _row_axes(problem)
     return (
         *(operands.logits, axes),
-        *(operands.target, axes if problem.kind == "probability" else row_axes),
+        *(operands.target, row_axes if problem.kind == "index" else axes),
         *in_one(operands.weight),
         *paired(operands.sample_weight, row_axes),
+        *paired(operands.target_probability, axes),
     )
 
 

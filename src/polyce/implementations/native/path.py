@@ -102,6 +102,7 @@ PATH = Implementation(
     cross_entropy_with_grad=cross_entropy_with_grad,
     backends=BACKENDS,
     devices=frozenset({"cpu"}),
+    kinds=frozenset({"index", "probability"}),
     unavailable=unavailable,
     refuses=refuses,
     by_name_only=is_left_to_the_compiler,

@@ -105,7 +105,7 @@ def run_backward(
 
 def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[str, Any]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
-    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy, _ = operands
     if problem.kind == "index":
         target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
@@ -143,7 +143,8 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[st
 
 
 def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:
-    return labels.bad_label(problem, int(target.reshape((-1,))[row]), row)
+    shape = tuple(target.shape) if problem.kind == "sparse" else problem.row_shape
+    return labels.bad_label(problem, int(target.reshape((-1,))[row]), row, shape)
 
 
 _kernels: dict[Problem, Any] = {}

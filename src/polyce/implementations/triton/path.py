@@ -101,6 +101,7 @@ PATH = Implementation(
     backends=BACKENDS,
     devices=DEVICES,
     dtypes=DTYPES,
+    kinds=frozenset({"index", "probability"}),
     unavailable=unavailable,
     refuses=refuses,
     by_name_only=is_emulated,
