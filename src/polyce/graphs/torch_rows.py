@@ -69,7 +69,9 @@ def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats
         return _transformed_row_losses(problem, plan, logits)
     if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
-    losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
+    # A teacher has no gradient, but keeps the place of the probabilities: see `asked_for`.
+    soft = plan.teacher if plan.probabilities is None else plan.probabilities
+    losses, *found = _RowLosses.apply(logits, soft, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
 
 
@@ -89,7 +91,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Any,
-        probabilities: Any,
+        soft: Any,
         class_weight: Any,
         problem: Problem,
         plan: Plan,
