@@ -64,7 +64,7 @@ class TeacherLogits(NamedTuple):
     >>> student, teacher = np.array([[2.0, 0.0, -1.0]]), np.array([[3.0, 1.0, -2.0]])
     >>> target = polyce.TeacherLogits(teacher, scale=0.5)
     >>> print(round(polyce.cross_entropy(student, target), 6))
-    0.861297
+    0.847114
     """
 
     logits: Any
@@ -116,7 +116,7 @@ def kind_of(
     """
     row_shape = shape[:axis] + shape[axis + 1 :]
     if not isinstance(target, (SparseTarget, TeacherLogits)):
-        return checks.target_kind(shape, row_shape, logits, *arrays, probabilities, not is_head)
+        return checks.target_kind(shape, row_shape, logits, arrays[0], probabilities, not is_head)
     if is_head or not probabilities:
         taken = "class indices or an array of probabilities" if probabilities else "class indices"
         of = "a linear head" if is_head else "nll_loss"
@@ -125,9 +125,9 @@ def kind_of(
             "cross_entropy instead"
         )
     if isinstance(target, SparseTarget):
-        _check_sparse(*arrays, shape, axis)
+        _check_sparse(arrays[0], arrays[1], shape, axis)
         return "sparse"
-    _check_teacher(*arrays, shape)
+    _check_teacher(arrays[0], shape)
     return "teacher"
 
 

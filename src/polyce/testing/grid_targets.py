@@ -50,8 +50,9 @@ def sparse_cases(names: Sequence[str]) -> Iterator[Case]:
         for label, row in values.items():
             given = np.tile(np.array(row), (len(PLACEMENTS), 1)).astype(dtype(name))
             for eps in (0.0, 0.1):
-                more = {"return_stats": True, "label_smoothing": eps}
-                yield _sparse(f"special/{label}/smoothing-{eps:g}", name, rows, at, given, **more)
+                part = f"special/{label}/smoothing-{eps:g}"
+                options = {"return_stats": True, "label_smoothing": eps}
+                yield _sparse(part, name, rows, at, given, **options)
         margins = DOUBLE_MARGINS if name == "float64" else MARGINS
         confident = margin_rows(213, 10, margins).astype(dtype(name))
         ahead = np.arange(len(margins))[:, None] % 10
@@ -91,15 +92,15 @@ def sparse_cases(names: Sequence[str]) -> Iterator[Case]:
     for seed, (label, shape, axis) in enumerate(SOME_SHAPES + EMPTY_SHAPES, start=221):
         at_axis = min(1, len(shape) - 1) if axis is None else axis
         narrow = tuple(2 if i == at_axis else size for i, size in enumerate(shape))
-        classes = shape[at_axis]
-        drawn = np.random.default_rng(seed).integers(0, max(classes, 1), narrow)
-        own = drawn if classes else np.full(narrow, -100)
+        count = shape[at_axis]
+        own = np.random.default_rng(seed).integers(0, max(count, 1), narrow)
         where: dict[str, Any] = {} if axis is None else {"axis": axis}
         for reduction in ("none", "mean"):
             yield _sparse(
-                f"shape/{label}/{reduction}", name, draw_logits(seed, shape, name), own,
-                _chances(seed, narrow, name), weight=draw_weight(seed, classes, name),
-                reduction=reduction, label_smoothing=0.1, return_stats=True, **where,
+                f"shape/{label}/{reduction}", name, draw_logits(seed, shape, name),
+                own if count else np.full(narrow, -100), _chances(seed, narrow, name),
+                weight=draw_weight(seed, count, name), reduction=reduction, label_smoothing=0.1,
+                return_stats=True, **where,
             )  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def teacher_cases(names: Sequence[str]) -> Iterator[Case]:
             yield _teacher(f"special/{label}", name, student, teacher, 0.5, return_stats=True)
         margins = DOUBLE_MARGINS if name == "float64" else MARGINS
         confident = margin_rows(234, 10, margins).astype(dtype(name))
-        for label, other in (("like", 234), ("unlike", 235)):
-            teacher = margin_rows(other, 10, margins).astype(dtype(name))
+        for label, seed in (("like", 234), ("unlike", 235)):
+            teacher = margin_rows(seed, 10, margins).astype(dtype(name))
             if label == "unlike":
                 teacher = np.roll(teacher, 3, axis=1)
             for scale in (1.0, 0.25):
