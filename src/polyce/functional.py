@@ -70,8 +70,8 @@ def cross_entropy(
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
         are not ignored (their number, without `weight`); for every other target it is the sum
-        divided by the number of rows. With `sample_weight` each row counts v times in both. A mean over
-        nothing is nan.
+        divided by the number of rows. With `sample_weight` each row counts v times in both. A mean
+        over nothing is nan.
     label_smoothing : float, default 0.0
         ε in [0, 1], the share of the target that is spread evenly over all classes.
     axis : int, optional
@@ -110,8 +110,8 @@ def cross_entropy(
     array
         Without reduction the losses, of input's shape without the class axis; else a scalar, as
         the library's own sum returns one. The dtype is input's; for probabilities and teachers
-        the floating dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair of this
-        and a `Stats`.
+        the floating dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair
+        of this and a `Stats`.
 
     Raises
     ------

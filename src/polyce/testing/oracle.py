@@ -23,20 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import Array, Floats, is_float, promote
-from .oracle_row import (
-    DIGITS,
-    ONE,
-    ZERO,
-    Row,
-    SparseRow,
-    Target,
-    TeacherRow,
-    context,
-    likeliest,
-    measures,
-    row_answer,
-    stats_gradients,
-)
+from .oracle_row import Row, measures, row_answer, stats_gradients
+from .oracle_softmax import DIGITS, ONE, ZERO, context
+from .oracle_target import SparseRow, Target, TeacherRow, likeliest
 
 NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 """The answer of a row that does not count."""

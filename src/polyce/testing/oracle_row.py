@@ -33,70 +33,12 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from .dtypes import Floats
-
-
-class SparseRow(NamedTuple):
-    """Classes of a row that are not ignored, and the probability of each."""
-
-    classes: tuple[int, ...]
-    probabilities: tuple[float, ...]
-
-
-class TeacherRow(NamedTuple):
-    """A teacher's logits for a row, and what multiplies them."""
-
-    logits: tuple[float, ...]
-    scale: float
-
-
-Target = int | tuple[float, ...] | SparseRow | TeacherRow
-"""A row's target: a class, one number for each class, or what stands for such numbers."""
-
-DIGITS = 60
-"""Digits of every exponential, and of everything else after cancellation."""
-NEGLIGIBLE = -2000.0
-"""exp of less is taken as 0: it is far below the smallest float64 and any rounding here."""
-ZERO, ONE, NAN = Decimal(0), Decimal(1), Decimal("nan")
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The softmax of a row of logits, whatever its target.
-
-    Attributes
-    ----------
-    digits : int
-        The decimal digits that the row needs.
-    top : Decimal
-        The largest transformed logit.
-    shifted : tuple of Decimal
-        The transformed logits minus `top`.
-    exps, softmax : tuple of Decimal
-        exp of `shifted`, and that over its sum.
-    log_sum, lse, entropy : Decimal
-        The log of the sum of `exps`, `top` more than that, and the entropy of `softmax` in nats.
-    slopes : tuple of Decimal
-        Derivatives of the transformed logits with respect to the logits.
-    angles : tuple of float
-        ``2 * |logit_scale * logit| / cap``, whose negative exponential the slope is made of; 0
-        without a softcap and at -inf.
-    """
-
-    digits: int
-    top: Decimal
-    shifted: tuple[Decimal, ...]
-    exps: tuple[Decimal, ...]
-    softmax: tuple[Decimal, ...]
-    log_sum: Decimal
-    lse: Decimal
-    entropy: Decimal
-    slopes: tuple[Decimal, ...]
-    angles: tuple[float, ...]
+from .oracle_softmax import DIGITS, NAN, ONE, ZERO, context, softmax_of
+from .oracle_target import SparseRow, Target, coefficients, reach
 
 
 @dataclass(frozen=True)
@@ -135,19 +77,6 @@ class Row:
     target_loss: Decimal = ZERO
 
 
-def context(digits: int) -> decimal.Context:
-    """Return decimal arithmetic that treats inf and nan as IEEE arithmetic does."""
-    return decimal.Context(
-        prec=digits, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, rounding=decimal.ROUND_HALF_EVEN,
-        traps=[],
-    )  # fmt: skip
-
-
-def exp(exponent: Decimal) -> Decimal:
-    """Compute the exponential of a number that is at most 0."""
-    return exponent.exp() if exponent > NEGLIGIBLE else ZERO
-
-
 def without_noise(difference: Decimal, size: Decimal) -> Decimal:
     """Return a difference of numbers of some size, or 0 if it consists of rounding alone.
 
@@ -155,133 +84,6 @@ def without_noise(difference: Decimal, size: Decimal) -> Decimal:
     """
     noise = size.scaleb(DIGITS // 6 - decimal.getcontext().prec)
     return ZERO if abs(difference) <= noise else difference
-
-
-def coefficients(
-    target: Target, classes: int, weight: tuple[float, ...] | None, label_smoothing: float
-) -> list[Decimal]:
-    """Return r_c of every class, in the current decimal context."""
-    weights = [ONE] * classes if weight is None else [Decimal(value) for value in weight]
-    smoothing = Decimal(label_smoothing)
-    uniform = smoothing / classes if classes else ZERO
-    if not isinstance(target, int):
-        probabilities = target_probabilities(target, classes)
-        if label_smoothing == 0:
-            return [w * p for w, p in zip(weights, probabilities, strict=True)]
-        return [
-            w * ((1 - smoothing) * p + uniform) for w, p in zip(weights, probabilities, strict=True)
-        ]
-    # Without smoothing the other classes' weights are not used: a nan there is harmless.
-    r = [ZERO] * classes if label_smoothing == 0 else [uniform * w for w in weights]
-    if label_smoothing != 1:
-        # Nothing times an infinite weight is nothing.
-        r[target] += (1 - smoothing) * weights[target]
-    return r
-
-
-def target_probabilities(
-    target: tuple[float, ...] | SparseRow | TeacherRow, classes: int
-) -> list[Decimal]:
-    """Return the probability of every class, in the current decimal context."""
-    if isinstance(target, SparseRow):
-        found = [ZERO] * classes
-        for at, probability in zip(*target, strict=True):
-            found[at] += Decimal(probability)
-        return found
-    if isinstance(target, TeacherRow):
-        teacher = softmax_of(target.logits, target.scale, None)
-        return [NAN] * classes if teacher is None else list(teacher.softmax)
-    return [Decimal(value) for value in target]
-
-
-def likeliest(target: Target) -> int:
-    """Return a target's class, or the first of its likeliest.
-
-    -1 for a sparse target without a probability above 0, and for a teacher without a softmax.
-    """
-    if isinstance(target, int):
-        return target
-    if isinstance(target, SparseRow):
-        with decimal.localcontext(context(DIGITS)):
-            found = target_probabilities(target, max(target.classes, default=-1) + 1)
-        best = max((p for p in found if not p.is_nan()), default=ZERO)
-        return found.index(best) if best > 0 else -1
-    if isinstance(target, TeacherRow):
-        if softmax_of(target.logits, target.scale, None) is None:
-            return -1
-        target = target.logits
-    return target.index(max(target))
-
-
-def _reach(target: Target, classes: int) -> list[Decimal]:
-    """Return how many units each probability of a teacher may be off, relatively.
-
-    One for every unit of its gap, and what the sum of the exponentials is off; two beside.
-    """
-    teacher = None
-    if isinstance(target, TeacherRow):
-        teacher = softmax_of(target.logits, target.scale, None)
-    if teacher is None:
-        return [ZERO] * classes
-    gaps = [-z if p else ZERO for z, p in zip(teacher.shifted, teacher.softmax, strict=True)]
-    spread = sum((p * gap for p, gap in zip(teacher.softmax, gaps, strict=True)), ZERO)
-    return [2 + gap + spread for gap in gaps]
-
-
-def transform(
-    logit: float, scale: Decimal, cap: Decimal | None
-) -> tuple[Decimal, Decimal, Decimal]:
-    """Return the transformed logit, its slope and its angle, in the current decimal context.
-
-    Only the absolute error of a rounding matters: exp turns it into a relative one.
-    """
-    scaled = scale * Decimal(logit)
-    if cap is None:
-        return scaled, scale, ZERO
-    if not scaled.is_finite():
-        return scaled, ZERO, ZERO
-    angle = 2 * abs(scaled) / cap
-    decay = exp(-angle)
-    tanh = (1 - decay) / (1 + decay)
-    return cap * tanh.copy_sign(scaled), scale * 4 * decay / (1 + decay) ** 2, angle
-
-
-@lru_cache(maxsize=512)
-def softmax_of(
-    logits: tuple[float, ...], logit_scale: float | None, logit_softcap: float | None
-) -> Softmax | None:
-    """Compute the softmax of a row; None if it holds nan, +inf or nothing but -inf.
-
-    1 + exp(-gap) must differ from 1, so the gap below the largest logit costs gap / ln 10 digits.
-    An exponential itself needs fewer digits: it is only added to larger ones.
-    """
-    if any(math.isnan(v) or v == math.inf for v in logits) or not any(map(math.isfinite, logits)):
-        return None
-    with decimal.localcontext(context(2 * DIGITS)):
-        scale = ONE if logit_scale is None else Decimal(logit_scale)
-        cap = None if logit_softcap is None else Decimal(logit_softcap)
-        known = {value: transform(value, scale, cap) for value in set(logits)}
-        x = [known[value][0] for value in logits]
-        top = max(x)
-        shifted = [value - top for value in x]
-    with decimal.localcontext(context(DIGITS)):
-        exponential = {z: exp(z) for z in set(shifted)}
-    below = sorted(shifted)[-2] if len(x) > 1 else ZERO
-    gap = min(-float(below), -NEGLIGIBLE) if below.is_finite() else 0.0
-    digits = DIGITS + math.ceil(gap / math.log(10))
-    exps = tuple(exponential[z] for z in shifted)
-    with decimal.localcontext(context(digits)):
-        total = sum(exps, ZERO)
-        log_sum = total.ln()
-        lse = top + log_sum
-        softmax = tuple(e / total for e in exps)
-    with decimal.localcontext(context(DIGITS)):
-        terms = (p * (log_sum - z) for p, z in zip(softmax, shifted, strict=True) if p)
-        entropy = sum(terms, ZERO)
-    return Softmax(
-        digits, top, tuple(shifted), exps, softmax, log_sum, lse, entropy,
-        tuple(known[value][1] for value in logits), tuple(float(known[v][2]) for v in logits),
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
@@ -340,7 +142,7 @@ def row_answer(
         softmax_part = [magnitude * s + z for s, z in zip(row.softmax, pull_part, strict=True)]
         off = [
             c * reach if c else ZERO
-            for c, reach in zip(coefficient_part, _reach(target, classes), strict=True)
+            for c, reach in zip(coefficient_part, reach(target, classes), strict=True)
         ]
         shared = sum(off, ZERO)
         target_part = [own + shared * s for own, s in zip(off, row.softmax, strict=True)]
