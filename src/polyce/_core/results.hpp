@@ -2,7 +2,7 @@
 // statistics: the row formula of row.hpp, side by side.
 #pragma once
 
-#include "group.hpp"
+#include "entries.hpp"
 
 namespace polyce::POLYCE_ISA {
 
@@ -12,17 +12,18 @@ struct Results {
     const Job& job;
     Lanes<T>& lane;
     Transform<capped> transform;
+    Entries<T, capped> entries;
     bool spread;  // classes besides the pivot have coefficients
     bool at_top;  // the pivot is the class of the largest logit
     bool apart;   // though there are labels, which may be other classes
-    bool plain;   // none of these, nor z_loss
+    bool plain;   // none of these, nor z_loss or a sparse target
     bool valued;  // the gradient is also that of lse or entropy
     bool multiplies;  // the gradient's entries are multiples of the exponentials
 
     explicit Results(Group<T>& group)
-        : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap},
+        : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap}, entries(group),
           spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
-          plain(!spread && !apart && job.z_loss == 0.0),
+          plain(!spread && !apart && !job.sparse && job.z_loss == 0.0),
           valued(job.grad.data && (job.grad_lse || job.grad_entropy)),
           multiplies(!spread && !capped && !job.grad_entropy) {}
 
@@ -36,6 +37,7 @@ struct Results {
             lane.rest_sum[i] = lane.pivot_coefficient[i] = 0.0;
             lane.first[i] = 0;
         });
+        if (job.sparse) entries.read();
         if (sizeof(T) == 8) group.each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.lost_sum[i] = 0.0; });
         if (!needs_all_sums()) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -44,9 +46,11 @@ struct Results {
         });
     }
 
-    // Adds what the labels themselves contribute.
+    // Adds what the labels or entries themselves contribute.
     void end_sums() const {
-        if (apart) {
+        if (job.sparse) {
+            add_entries();
+        } else if (apart) {
             add_labels();
         } else if (group.by_labels) {
             const double each = label_coefficient(job, 1.0);
@@ -66,6 +70,15 @@ struct Results {
                 lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
             }
         }
+    }
+
+    void add_entries() const {
+        entries.each_row([&](int i, std::int64_t at) {
+            RowState s = state(i);
+            entries.add_to(transform, i, at, s);
+            lane.pivot_coefficient[i] = s.pivot_coefficient;
+            lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
+        });
     }
 
     POLYCE_INLINE RowState state(int i) const {
@@ -136,16 +149,35 @@ struct Results {
         });
     }
 
-    // What the label's entry of the gradient is, where the label is not the pivot.
-    T at_label(int i, T entry) const {
-        if (lane.label[i] == lane.pivot[i] || !group.is_counted(i)) return entry;
+    // Calls f with what single entries of a row's gradient are made of.
+    template <class F>
+    decltype(auto) with_gradient_of(int i, F f) const {
         const RowState s = state(i);
         const RowScalars found = scalars(transform, s, sizeof(T) == 8);
         const double penalty = penalty_of(job, lane.label_weight[i]);
         const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true, sizeof(T) == 8);
         StatsGradient more;
         if (valued) more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
-        return T(label_apart(i).gradient(transform, s, g, lane.factor[i], more));
+        return f(s, g, more);
+    }
+
+    // What the label's entry of the gradient is, where the label is not the pivot.
+    T at_label(int i, T entry) const {
+        if (lane.label[i] == lane.pivot[i] || !group.is_counted(i)) return entry;
+        return with_gradient_of(i, [&](const RowState& s, const RowGradient& g, const StatsGradient& more) {
+            return T(label_apart(i).gradient(transform, s, g, lane.factor[i], more));
+        });
+    }
+
+    // Writes the gradient at the entries' classes over what the kernels have written there.
+    void write_entries() const {
+        std::int64_t grad_at[width];
+        row_offsets(job, job.grad.row_stride, group.first_row, group.rows, grad_at);
+        entries.each_row([&](int i, std::int64_t at) {
+            with_gradient_of(i, [&](const RowState& s, const RowGradient& g, const StatsGradient& more) {
+                entries.write(transform, i, at, s, g, more, job.grad.data + grad_at[i]);
+            });
+        });
     }
 
     LabelApart label_apart(int i) const {
@@ -187,10 +219,11 @@ struct Results {
 
     void write_stats() const {
         std::int64_t probabilities[width] = {};
-        if (!group.by_labels) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
+        const char* const data = job.probabilities.data;
+        if (data) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
         for (int i = 0; i < group.rows; ++i) {
             const std::int64_t row = group.number(i);
-            const char* p = group.by_labels ? nullptr : job.probabilities.data + probabilities[i];
+            const char* p = data ? data + probabilities[i] : nullptr;
             store_stats<T>(job, transform, row, read_target<T>(job, row), state(i), lane.pivot[i], lane.first[i], p);
         }
     }

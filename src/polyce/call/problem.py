@@ -15,6 +15,8 @@ from polyce.call import checks
 from polyce.call import target as of_target
 from polyce.call.options import Options, check_has_effect
 
+NAMES_CLASSES = ("index", "sparse")
+
 
 class Problem(NamedTuple):
     """The static facts of one call."""
@@ -71,6 +73,11 @@ class Problem(NamedTuple):
     def classes(self) -> int:
         """Return C, the length of the class axis."""
         return self.shape[self.axis]
+
+    @property
+    def names_classes(self) -> bool:
+        """Tell whether the target holds class indices, one or several of each row."""
+        return self.kind in NAMES_CLASSES
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -280,7 +287,7 @@ def describe_anew(
         **_dtypes(library, logits, result_dtype),
         options=options,
         is_concrete=library.are_concrete(values),
-        check_labels=kind in ("index", "sparse")
+        check_labels=kind in NAMES_CLASSES
         and checks.looks_at_labels(next(iter(names)), held[0], library, options.validate),
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,

@@ -48,8 +48,7 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     if problem.check_labels and invalid is not None:
         if library.is_any(invalid):
             first = int(xp.argmax(xp.astype(xp.reshape(invalid, (-1,)), xp.uint8)))
-            shape = tuple(target.shape) if problem.kind == "sparse" else problem.row_shape
-            raise bad_label(problem, int(xp.reshape(target, (-1,))[first]), first, shape)
+            raise bad_label(problem, int(xp.reshape(target, (-1,))[first]), first)
         invalid = None
 
     unusable = _either(ignored, invalid)
@@ -99,9 +98,9 @@ def _either(one: Any, other: Any) -> Any:
     return one | other
 
 
-def bad_label(problem: Problem, value: int, place: int, shape: tuple[int, ...]) -> IndexError:
+def bad_label(problem: Problem, value: int, place: int) -> IndexError:
     """Return the error about a label that is out of range, its place counted in C order."""
-    position = tuple(int(i) for i in np.unravel_index(place, shape))
+    position = tuple(int(i) for i in np.unravel_index(place, problem.target_shape))
     if problem.target_dtype == "uint64":
         value %= 2**64
     where = f" at position {position}" if position else ""

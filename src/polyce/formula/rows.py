@@ -180,6 +180,11 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
         _, coefficients = targets.coefficients(problem, plan)
         at_pivot = rowstate.coefficient_at(problem, entries, pivot)
         at_pivot = at_pivot + targets.share_at(problem, coefficients, pivot, logits)
+    elif plan.teacher is not None and library.fuses(logits):
+        from polyce.formula import xla
+
+        at_pivot, coefficients = xla.of_teacher(problem, plan, pivot, logits)
+        at_pivot = library.cast(at_pivot, problem.row_dtype)
     elif leads:
         is_label = None
         if plan.label is not None:
@@ -195,6 +200,8 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
     state, rest_exp = _state(
         problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
     )
+    if callable(coefficients):
+        coefficients = coefficients(state.rest_sum)
     if entries is not None:
         chosen = library.pick(logits, entries.classes, logits, axis)
         state = rowstate.with_entries(problem, state, entries, pivot, chosen)

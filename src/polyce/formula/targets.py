@@ -205,10 +205,11 @@ def entries(problem: Problem, plan: Plan) -> Entries | None:
     """Return the classes of a sparse target, with what r has there beside the smoothing's share."""
     if plan.entries is None:
         return None
-    found = plan.probabilities
-    if problem.options.label_smoothing:
-        found = found * (1.0 - problem.options.label_smoothing)
-    if plan.class_weight is not None and not problem.is_empty:
+    found, kept = plan.probabilities, 1.0 - problem.options.label_smoothing
+    if kept != 1.0:
+        found = found * kept
+    # Nothing times an infinite weight is nothing.
+    if plan.class_weight is not None and kept and not problem.is_empty:
         found = found * _class_weight_at(problem, plan, found)
     return Entries(plan.entries, found)
 

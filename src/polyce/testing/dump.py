@@ -9,7 +9,7 @@ A line of ``cases.txt`` that starts with ``#`` is a comment; every other line is
 
 =================  ============================================================================
 name, group        of the case
-kind               ``index`` or ``probability``
+kind               ``index``, ``probability``, ``sparse`` or ``teacher``
 dtype              of logits and gradient: float16, bfloat16, float32 or float64
 loss_dtype         that the loss has to have
 shape              of the logits, such as ``5x7``
@@ -21,11 +21,13 @@ z_loss             0 for none
 logit_scale        ``-`` for none
 logit_softcap      ``-`` for none
 normalizer         what the mean divides by; ``-`` for the total weight
+teacher_scale      what multiplies a teacher's logits; ``-`` without a teacher
 return_stats       names with commas in between; ``-`` for no stats
 layout             of the logits in Python; they are written in C order all the same
 logits             file, elements of ``dtype``
-target             file, int64 for ``index``, else elements of ``target_dtype``
-target_shape       of the target; ``scalar`` for no dimension
+target             file, int64 for ``index`` and ``sparse``, else elements of ``target_dtype``
+target_shape       of the target; ``scalar`` for no dimension; for ``sparse`` the classes come last
+target_probability file, float64, in that shape: of a ``sparse`` target; or ``-``
 target_dtype       that the target has in Python (indices are converted to int64)
 weight             file, elements of ``weight_dtype``, one for each class; or ``-``
 weight_dtype       ``-`` without weight
@@ -107,10 +109,11 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
         if line.startswith("#"):
             continue
         fields: dict[str, Any] = dict(item.split("=", 1) for item in line.split(" "))
-        index = fields["kind"] == "index"
+        index = fields["kind"] in ("index", "sparse")
         elements = {
             "logits": (fields["dtype"], fields["shape"]),
             "target": ("int64" if index else fields["target_dtype"], fields["target_shape"]),
+            "target_probability": ("float64", fields["target_shape"]),
             "weight": (fields["weight_dtype"], "-1"),
             "grad_output": ("float64", fields["loss_shape"]),
             "loss": ("float64", fields["loss_shape"]),
@@ -140,7 +143,9 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
     grad_dtype, loss_dtype = case.logits.dtype.name, answer.loss_dtype.name
     axis = options.get("axis")
     axis = (1 if case.logits.ndim > 1 else 0) if axis is None else axis % case.logits.ndim
-    target = case.target if is_float(case.target) else case.target.astype(np.int64)
+    target, probability = case.target, case.target_probability
+    if probability is not None:
+        target, probability = (np.moveaxis(array, axis, -1) for array in (target, probability))
     given, stats = case.arrays, answer.stats
     arithmetic = "float64" if loss_dtype == "float64" else "float32"
     lse_tol, entropy_tol = stats_tolerances(answer, accuracy(arithmetic))
@@ -177,12 +182,14 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "logit_scale": number(options.get("logit_scale")),
         "logit_softcap": number(options.get("logit_softcap")),
         "normalizer": number(normalizer),
+        "teacher_scale": number(options.get("teacher_scale")),
         "return_stats": ",".join(case.stats_names) or "-",
         "layout": case.layout,
         "logits": write(case.logits),
-        "target": write(target),
-        "target_shape": _shape(case.target),
+        "target": write(target if is_float(target) else target.astype(np.int64)),
+        "target_shape": _shape(target),
         "target_dtype": case.target.dtype.name,
+        "target_probability": write(wide(probability)),
         "weight": write(case.weight),
         "weight_dtype": "-" if case.weight is None else case.weight.dtype.name,
         "sample_weight": write(wide(case.sample_weight)),

@@ -326,7 +326,7 @@ def with_dtypes(
     if narrow or dtypes.holds_integers(logits):
         logits = problem.library.cast(logits, problem.logits_dtype)
     floats = {dtypes.dtype_name(logits)}
-    if problem.kind in ("index", "sparse"):
+    if problem.names_classes:
         problem = with_labels(problem, target)
     else:
         problem = problem._replace(target_dtype=dtypes.dtype_name(target))
