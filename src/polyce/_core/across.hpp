@@ -54,7 +54,7 @@ struct Across : Pivots<T> {
     }
 
     // Finds what turns each row's teacher into probabilities.
-    void read_teachers() {
+    POLYCE_APART void read_teachers() {
         alignas(64) double total[width], lost[width];
         alignas(64) T before[width];
         const T* const t = coefficients;

@@ -85,7 +85,7 @@ struct Blocks : Group<T> {
     }
 
     // Finds what turns a row's teacher into probabilities.
-    void read_teacher(int i) {
+    POLYCE_APART void read_teacher(int i) {
         const Matrix& t = job.probabilities;
         const T scale = T(job.teacher_scale);
         T top = -infinity<T>;

@@ -31,7 +31,7 @@ struct Entries {
         }
     }
 
-    void read() const {
+    POLYCE_APART void read() const {
         std::int64_t logits_at[width];
         row_offsets(job, job.logits.row_stride, group.first_row, group.rows, logits_at);
         const T* const probabilities = static_cast<const T*>(job.entry_probabilities);

@@ -23,12 +23,14 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define POLYCE_PRAGMA(...) __pragma(__VA_ARGS__)
 #define POLYCE_INLINE __forceinline
+#define POLYCE_APART __declspec(noinline)
 #define POLYCE_INLINE_LAMBDA
 #define POLYCE_FETCH(place, nearness) ((void)(place))
 #define POLYCE_FETCH_TO_WRITE(place) ((void)(place))
 #else
 #define POLYCE_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define POLYCE_INLINE inline __attribute__((always_inline))
+#define POLYCE_APART __attribute__((noinline))
 #define POLYCE_INLINE_LAMBDA __attribute__((always_inline))
 #define POLYCE_FETCH(place, nearness) __builtin_prefetch(place, 0, nearness)
 #define POLYCE_FETCH_TO_WRITE(place) __builtin_prefetch(place, 1, 3)

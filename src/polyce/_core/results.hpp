@@ -72,7 +72,7 @@ struct Results {
         }
     }
 
-    void add_entries() const {
+    POLYCE_APART void add_entries() const {
         entries.each_row([&](int i, std::int64_t at) {
             RowState s = state(i);
             entries.add_to(transform, i, at, s);
@@ -170,7 +170,7 @@ struct Results {
     }
 
     // Writes the gradient at the entries' classes over what the kernels have written there.
-    void write_entries() const {
+    POLYCE_APART void write_entries() const {
         std::int64_t grad_at[width];
         row_offsets(job, job.grad.row_stride, group.first_row, group.rows, grad_at);
         entries.each_row([&](int i, std::int64_t at) {

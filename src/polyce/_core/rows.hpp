@@ -186,7 +186,7 @@ std::int64_t likeliest(const Job& job, const char* probabilities) {
 
 // A teacher's likeliest class, -1 where it has no softmax.
 template <class T>
-std::int64_t likeliest_of_teacher(const Job& job, const char* teacher) {
+POLYCE_APART std::int64_t likeliest_of_teacher(const Job& job, const char* teacher) {
     const Matrix& t = job.probabilities;
     std::int64_t best = -1;
     T top = -infinity<T>;
@@ -202,7 +202,7 @@ std::int64_t likeliest_of_teacher(const Job& job, const char* teacher) {
 // The likeliest class of a sparse target, -1 where none has a probability above 0. Entries of one
 // class add up.
 template <class T>
-std::int64_t likeliest_entry(const Job& job, std::int64_t row) {
+POLYCE_APART std::int64_t likeliest_entry(const Job& job, std::int64_t row) {
     const T* const p = static_cast<const T*>(job.entry_probabilities) + row * job.entries;
     const std::int64_t first = row * job.entries;
     std::int64_t best = -1;

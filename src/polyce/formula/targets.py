@@ -216,7 +216,7 @@ def entries(problem: Problem, plan: Plan) -> Entries | None:
 
 def share_at(problem: Problem, share: Any, classes: Any, logits: Any) -> Any:
     """Return each row's share of the smoothing at one class, from that of every class."""
-    if share is None or isinstance(share, float):
+    if not hasattr(share, "shape"):
         return share or 0.0
     found = problem.library.pick(share, classes, logits, problem.axis)
     return problem.library.cast(found, problem.row_dtype)

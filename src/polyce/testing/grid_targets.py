@@ -95,13 +95,12 @@ def sparse_cases(names: Sequence[str]) -> Iterator[Case]:
         count = shape[at_axis]
         own = np.random.default_rng(seed).integers(0, max(count, 1), narrow)
         where: dict[str, Any] = {} if axis is None else {"axis": axis}
-        for reduction in ("none", "mean"):
-            yield _sparse(
-                f"shape/{label}/{reduction}", name, draw_logits(seed, shape, name),
-                own if count else np.full(narrow, -100), _chances(seed, narrow, name),
-                weight=draw_weight(seed, count, name), reduction=reduction, label_smoothing=0.1,
-                return_stats=True, **where,
-            )  # fmt: skip
+        yield _sparse(
+            f"shape/{label}", name, draw_logits(seed, shape, name),
+            own if count else np.full(narrow, -100), _chances(seed, narrow, name),
+            weight=draw_weight(seed, count, name), reduction="mean" if 0 in shape else "none",
+            label_smoothing=0.1, return_stats=True, **where,
+        )  # fmt: skip
 
 
 def teacher_cases(names: Sequence[str]) -> Iterator[Case]:
@@ -146,13 +145,12 @@ def teacher_cases(names: Sequence[str]) -> Iterator[Case]:
     for seed, (label, shape, axis) in enumerate(SOME_SHAPES + EMPTY_SHAPES, start=241):
         where: dict[str, Any] = {} if axis is None else {"axis": axis}
         at = min(1, len(shape) - 1) if axis is None else axis
-        for reduction in ("none", "mean"):
-            yield _teacher(
-                f"shape/{label}/{reduction}", name, draw_logits(seed, shape, name),
-                draw_logits(seed + 20, shape, name), 0.5,
-                weight=draw_weight(seed, shape[at], name), reduction=reduction,
-                label_smoothing=0.1, return_stats=True, **where,
-            )  # fmt: skip
+        yield _teacher(
+            f"shape/{label}", name, draw_logits(seed, shape, name),
+            draw_logits(seed + 20, shape, name), 0.5, weight=draw_weight(seed, shape[at], name),
+            reduction="mean" if 0 in shape else "none", label_smoothing=0.1, return_stats=True,
+            **where,
+        )  # fmt: skip
 
 
 def _chances(seed: int, shape: tuple[int, ...], name: str) -> Array:
