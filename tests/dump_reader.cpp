@@ -77,7 +77,7 @@ int main(int, char** arguments) {
             const std::size_t at = item.find('=');
             field[item.substr(0, at)] = item.substr(at + 1);
         }
-        const std::string target = field["kind"] == "index" ? "int64" : field["target_dtype"];
+        const std::string target = field["kind"] == "index" || field["kind"] == "sparse" ? "int64" : field["target_dtype"];
         const std::string& rows = field["row_shape"];
         const std::vector<std::vector<std::string>> arrays = {
             {"logits", field["dtype"], field["shape"]}, {"target", target, field["target_shape"]},
@@ -92,8 +92,9 @@ int main(int, char** arguments) {
             {"top_probability", "float64", rows},       {"top_probability_tol", "float64", rows},
             {"brier", "float64", rows},                 {"brier_tol", "float64", rows},
             {"rank", "int64", rows},
+            {"target_probability", "float64", field["target_shape"]},
         };
-        for (const char* name : {"label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer"}) {
+        for (const char* name : {"label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer", "teacher_scale"}) {
             if (field.at(name) == "-") continue;
             const double value = std::strtod(field.at(name).c_str(), nullptr);
             std::printf("%s %s 1 0 0 %a\n", field["name"].c_str(), name, value);

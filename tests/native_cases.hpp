@@ -187,7 +187,7 @@ struct Case {
     Shape shape;
     int axis = 0;
     Job job;  // everything but the arrays, and the dtypes
-    Bytes logits, target, weight, sample_weight, cotangents, grad_lse, grad_entropy;
+    Bytes logits, target, target_probability, weight, sample_weight, cotangents, grad_lse, grad_entropy;
     Fields fields;
     std::map<std::string, std::vector<double>> expected;
 
@@ -218,7 +218,10 @@ inline Job options(const Fields& field) {
     job.result_dtype = Float(formats.at(field.at("loss_dtype")).code);
     job.wide = field.at("loss_dtype") == "float64";
     job.reduction = reduction == "mean" ? Reduction::mean : reduction == "sum" ? Reduction::sum : Reduction::none;
-    if (field.at("kind") == "index") {
+    const std::string& kind = field.at("kind");
+    job.sparse = kind == "sparse";
+    job.teacher = kind == "teacher";
+    if (kind == "index" || job.sparse) {
         job.label_dtype = Integer(formats.at(target_dtype).code);
         job.ignored = std::stoll(field.at("ignore_index"));
         // An unsigned dtype cannot hold a negative label.
@@ -226,6 +229,7 @@ inline Job options(const Fields& field) {
     } else {
         job.probabilities.dtype = Float(formats.at(target_dtype).code);
     }
+    if (job.teacher) job.teacher_scale = number("teacher_scale", 1);
     job.check_labels = false;  // the answers include rows with bad labels
     job.smoothing = number("label_smoothing", 0);
     job.z_loss = number("z_loss", 0);
@@ -253,7 +257,11 @@ inline Case read_case(const std::string& folder, const std::string& line) {
     c.axis = std::stoi(c.fields.at("axis"));
     c.logits = bytes("logits");
     c.target = bytes("target");
-    if (c.fields.at("kind") == "index") {
+    if (c.job.sparse) {
+        c.target_probability = stored(numbers(bytes("target_probability"), formats.at("float64")), c.wide());
+        c.job.entries = shape_of(c.fields.at("target_shape")).back();
+    }
+    if (c.fields.at("kind") == "index" || c.job.sparse) {
         // The first bytes of each int64 label are the label in a smaller dtype.
         const std::size_t size = std::size_t(c.format("target_dtype").size);
         Bytes labels;

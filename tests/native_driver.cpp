@@ -71,16 +71,19 @@ Results run_case(const Case& c, const Way& way) {
     const Shape rows = c.row_shape();
     place_rows(job, rows);
     job.classes = c.shape[std::size_t(c.axis)];
-    const bool by_labels = c.fields.at("kind") == "index";
+    const bool names_classes = c.fields.at("kind") == "index" || job.sparse;
     const int size = size_of(job.logits.dtype), target_size = c.format("target_dtype").size;
     Placed logits(c.shape, size, way.layout), apart(c.shape, size, way.layout);
-    Placed target(by_labels ? rows : c.shape, target_size,
-                  by_labels ? Layout{false, false, 1, way.layout.offset} : way.layout);
+    Shape named = rows;
+    if (job.sparse) named.push_back(job.entries);
+    Placed target(names_classes ? named : c.shape, target_size,
+                  names_classes ? Layout{false, false, 1, way.layout.offset} : way.layout);
     logits.fill(c.logits);
     target.fill(c.target);
     logits.describe(job.logits, c.axis);
-    if (by_labels) {
+    if (names_classes) {
         job.labels = target.data();
+        job.entry_probabilities = c.target_probability.data();
     } else {
         target.describe(job.probabilities, c.axis);
     }

@@ -197,7 +197,9 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
         "sample_weight": rng.random(rows).astype(np.float32),
         "grad_output": rng.random(rows).astype(np.float32),
         "reduction": "none",
-        "return_stats": True,
+        "return_stats": tuple(
+            name for name in polyce.Stats._fields if name not in ("rank", "valid")
+        ),
     }
     soft = rng.random(shape).astype(np.float32)
     for kind in (target, soft):
@@ -215,7 +217,8 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
             # Classes that lie side by side are added in another order than rows that do.
             tight = {"rtol": 0.0} if classes <= 64 else {"rtol": 2e-6, "atol": 1e-7}
             for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
-                np.testing.assert_allclose(a, b, **tight, err_msg=str(order))
+                if a is not None:
+                    np.testing.assert_allclose(a, b, **tight, err_msg=str(order))
             np.testing.assert_allclose(polyce.cross_entropy(view, given), total, rtol=1e-6)
             same = polyce.log_softmax(view, axis=1)
             np.testing.assert_allclose(same, polyce.log_softmax(x, axis=1), **tight)

@@ -58,6 +58,8 @@ def growth(call: str, backend: str, grad: bool = False) -> float:
         ("polyce.cross_entropy(x, t, label_smoothing=0.1)", 0),
         ("polyce.cross_entropy_with_grad(x, t)", 1),
         ("polyce.cross_entropy_with_grad(x, t, out=x)", 0),
+        ("polyce.cross_entropy_with_grad(x, polyce.SparseTarget(t[:, None], x[:, :1]))", 1),
+        ("polyce.cross_entropy(x, polyce.TeacherLogits(x, 0.5))", 0),
         ("polyce.log_softmax(x)", 1),
     ],
 )

@@ -222,17 +222,24 @@ def dumped() -> list[Case]:
     groups = ["layouts", "targets", "cotangent", "normalizer"]
     of_stats = cases(["grad-stats"], ["float16", "float64"])[::7]
     options = cases(["combined", "sample-weight", "stats"], ["float16", "float32"])[::9]
-    return cases(groups) + cases(["shapes"], ["float32"]) + special + options + of_stats
+    targets = cases(["sparse", "teacher"], ["float32"])[::5]
+    return cases(groups) + cases(["shapes"], ["float32"]) + special + options + of_stats + targets
 
 
 def expected_arrays(case: Case) -> dict[str, Any]:
     """Return a case's arrays as the files hold them, without the tolerances."""
     incoming, weight = case.grad_output, case.sample_weight
     of_stats = {"grad_lse": case.grad_lse, "grad_entropy": case.grad_entropy}
-    stats = case.answer.stats
+    stats, target, probability = case.answer.stats, case.target, case.target_probability
+    if case.kind in ("index", "sparse"):
+        target = target.astype(np.int64)
+    if probability is not None:
+        axis = case.options.get("axis", min(1, target.ndim - 1))
+        target, probability = (np.moveaxis(array, axis, -1) for array in (target, probability))
     found = {
         "logits": case.logits,
-        "target": case.target.astype(np.int64) if case.kind == "index" else case.target,
+        "target": target,
+        "target_probability": None if probability is None else probability.astype(np.float64),
         "weight": case.weight,
         "grad_output": None if incoming is None else np.asarray(incoming, dtype=np.float64),
         **{name: None if a is None else a.astype(np.float64) for name, a in of_stats.items()},
@@ -251,7 +258,15 @@ def expected_arrays(case: Case) -> dict[str, Any]:
     return {name: array for name, array in found.items() if array is not None}
 
 
-NUMBERS = ("label_smoothing", "z_loss", "logit_scale", "logit_softcap", "normalizer")
+NUMBERS = (
+    "label_smoothing",
+    "z_loss",
+    "logit_scale",
+    "logit_softcap",
+    "normalizer",
+    "teacher_scale",
+)
+OPTIONAL = ("grad_lse", "grad_entropy", "target_probability")
 TOLERANCES = (
     *("loss_tol", "grad_tol", "lse_tol", "entropy_tol"),
     *("top_probability_tol", "brier_tol"),
@@ -277,7 +292,7 @@ def test_what_is_written_is_read_back(dumped: list[Case], tmp_path: Path) -> Non
         for name in NUMBERS:
             assert fields[name] == (numbers[name].hex() if name in numbers else "-")
         arrays_of_case = expected_arrays(case)
-        for name in ("weight", "sample_weight", "grad_output", "grad_lse", "grad_entropy"):
+        for name in ("weight", "sample_weight", "grad_output", *OPTIONAL):
             assert (fields[name] is None) == (name not in arrays_of_case)
         for name, array in arrays_of_case.items():
             assert fields[name].dtype == array.dtype

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.explain import explain, show_versions
 from polyce.formula.stats import Stats
 from polyce.functional import cross_entropy, cross_entropy_with_grad, nll_loss
@@ -16,7 +17,9 @@ from polyce.version import __version__
 __all__ = [
     "CrossEntropyLoss",
     "NLLLoss",
+    "SparseTarget",
     "Stats",
+    "TeacherLogits",
     "__version__",
     "cross_entropy",
     "cross_entropy_with_grad",

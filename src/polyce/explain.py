@@ -171,7 +171,7 @@ def _of_logits(
     options = Options.taken_from(given)
     problem, operands = describe(options=options, **given)
     if function is cross_entropy:
-        rules.of(problem.backend).check(operands)
+        rules.of(problem.backend).check(problem, operands)
     if inplace_backward:
         outputs.check_inplace(problem, operands)
     if out is not None:
@@ -272,8 +272,7 @@ def _of_call_on_head(function: Callable[..., Any], call: HeadCall) -> Explanatio
 def _call(
     function: Callable[..., Any], problem: Problem, operands: Operands, given: list[str]
 ) -> str:
-    name = "index" if problem.label_name == "index" else "target"
-    parts = [*given, f"{name} {problem.target_dtype} {tuple(operands.target.shape)}"]
+    parts = [*given, *_shown_target(problem, operands)]
     if operands.weight is not None:
         parts.append(f"weight {dtypes.dtype_name(operands.weight)}")
     if operands.sample_weight is not None:
@@ -282,6 +281,16 @@ def _call(
     if problem.options.stats is not None:
         parts.append(f"stats {', '.join(problem.options.stats)}")
     return f"{function.__name__} on {problem.backend} / {problem.device}: {', '.join(parts)}"
+
+
+def _shown_target(problem: Problem, operands: Operands) -> list[str]:
+    target = f"{problem.target_dtype} {tuple(operands.target.shape)}"
+    if problem.kind == "teacher":
+        return [f"teacher {target}", f"scale {problem.teacher_scale:g}"]
+    if problem.kind == "sparse":
+        probability = dtypes.dtype_name(operands.target_probability)
+        return [f"sparse target {target} of probability {probability}"]
+    return [f"{'index' if problem.label_name == 'index' else 'target'} {target}"]
 
 
 def _used(problem: Problem) -> list[str]:

@@ -46,28 +46,32 @@ def cross_entropy(
     .. math:: v \, \big( \sum_c r_c \, (\mathrm{lse} - x_c) + λ \, \mathrm{lse}^2 \big)
 
     where, for class weights w and smoothing ε, :math:`r_c = (1-ε) w_y [c = y] + (ε/C) w_c` for a
-    class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p.
+    class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p. The p of a
+    `SparseTarget` are its probabilities, added up for each class, those of `TeacherLogits` t of
+    scale s are softmax(s t); neither becomes an array of all classes.
 
     Parameters
     ----------
     input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
         Logits, unnormalised log-probabilities, in float16, bfloat16, float32 or float64. The
         16-bit ones are computed in float32.
-    target : array
+    target : array, SparseTarget or TeacherLogits
         Class indices in 0 to C - 1, of any integer dtype and of input's shape without the class
-        axis, or class probabilities, of any floating dtype and of input's shape.
+        axis, or class probabilities, of any floating dtype and of input's shape; or what stands for
+        probabilities: those of K classes of each row, or the logits of a teacher.
     weight : array, shape (C,), optional
         Weight of each class, of any real dtype; 1 for all by default.
     size_average, reduce : bool, optional
         Deprecated, as in torch: either one overrides `reduction`.
     ignore_index : int, default -100
         Rows with this class index have loss 0 and gradient 0, and are not counted. It need not be
-        a class. With probabilities it has no effect and must be negative.
+        a class. Of a `SparseTarget` entries with this class take no part, and every row counts.
+        With probabilities or a teacher it has no effect and must be negative.
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
-        are not ignored (their number, without `weight`); for probabilities it is the sum divided
-        by the number of rows. With `sample_weight` each row counts v times in both. A mean over
-        nothing is nan.
+        are not ignored (their number, without `weight`); for every other target it is the sum
+        divided by the number of rows. With `sample_weight` each row counts v times in both. A mean
+        over nothing is nan.
     label_smoothing : float, default 0.0
         ε in [0, 1], the share of the target that is spread evenly over all classes.
     axis : int, optional
@@ -81,7 +85,7 @@ def cross_entropy(
         the gradients of its micro-batches add up to the gradient of the batch.
     z_loss : float, default 0.0
         Weight of the squared lse, which pulls lse towards 0: λ is z_loss w_y for a class index y,
-        and z_loss for probabilities.
+        and z_loss for every other target.
     logit_scale : float, optional
         A number from 1e-15 to 1e15 that multiplies the logits first: x is scaled; 1 by default.
         Multiply the logits by a learned scale before the call.
@@ -105,9 +109,9 @@ def cross_entropy(
     -------
     array
         Without reduction the losses, of input's shape without the class axis; else a scalar, as
-        the library's own sum returns one. The dtype is input's; for probabilities the floating
-        dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair of this
-        and a `Stats`.
+        the library's own sum returns one. The dtype is input's; for probabilities and teachers
+        the floating dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair
+        of this and a `Stats`.
 
     Raises
     ------
@@ -123,6 +127,7 @@ def cross_entropy(
     --------
     cross_entropy_with_grad : The gradient too, on libraries without automatic differentiation.
     CrossEntropyLoss : The same with the options kept.
+    SparseTarget, TeacherLogits : Probabilities of some classes, and of a teacher.
 
     Examples
     --------
@@ -359,7 +364,7 @@ def nll_loss(
         input, target, weight, sample_weight, normalizer, options, probabilities=False
     )
     autograd = rules.of(problem.backend)
-    autograd.check(operands)
+    autograd.check(problem, operands)
     with problem.library.computing(operands.named()):
         plan = targets.plan(problem, operands)
         return targets.reduce(problem, plan, autograd.nll(problem, plan, operands.logits))

@@ -15,6 +15,7 @@ from polyce.arrays.plain import is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim, shown
 from polyce.call.problem import describe
+from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.implementations import door
 from polyce.implementations.registry import select
 from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
@@ -24,7 +25,7 @@ __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entro
 
 def cross_entropy(
     input: torch.Tensor,
-    target: torch.Tensor,
+    target: torch.Tensor | SparseTarget | TeacherLogits,
     weight: torch.Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -242,7 +243,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     def forward(
         self,
         input: torch.Tensor,
-        target: torch.Tensor,
+        target: torch.Tensor | SparseTarget | TeacherLogits,
         *,
         sample_weight: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,

@@ -113,6 +113,8 @@ def _answer(
         softmax_part=softmax_part,
         pull_part=zero,
         coefficient_part=coefficient_part,
+        target_loss=zero,
+        target_part=zero,
         stats_part=zero,
         gap=np.asarray(gap, float),
         angle=zero,

@@ -30,7 +30,8 @@ struct Across : Pivots<T> {
     }
 
     void fill_coefficients(std::int64_t start, int count) const {
-        if (!by_labels) fill(job.probabilities, start, count, coefficients);
+        if (job.probabilities.data) fill(job.probabilities, start, count, coefficients);
+        if (job.teacher) teach(count);
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
@@ -38,6 +39,53 @@ struct Across : Pivots<T> {
             T* r = coefficients + c * pitch;
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = coefficient(job, r[i], weight, kept, share); });
         }
+    }
+
+    // Turns a teacher's logits in the tile into probabilities.
+    void teach(int count) const {
+        const T scale = T(job.teacher_scale);
+        for (int c = 0; c < count; ++c) {
+            T* r = coefficients + c * pitch;
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                r[i] = exp_negative((r[i] - lane.teacher_top[i]) * scale) * lane.teacher_inverse[i];
+            });
+        }
+    }
+
+    // Finds what turns each row's teacher into probabilities.
+    POLYCE_APART void read_teachers() {
+        alignas(64) double total[width], lost[width];
+        alignas(64) T before[width];
+        const T* const t = coefficients;
+        const T scale = T(job.teacher_scale);
+        const double wide_scale = job.teacher_scale;
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.teacher_top[i] = -infinity<T>, total[i] = lost[i] = 0.0; });
+        each_chunk([&](std::int64_t start, int count) {
+            fill(job.probabilities, start, count, coefficients);
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { before[i] = lane.teacher_top[i]; });
+            for (int c = 0; c < count; ++c) {
+                const T* row = t + c * pitch;
+                each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                    lane.teacher_top[i] = row[i] > lane.teacher_top[i] ? row[i] : lane.teacher_top[i];
+                });
+            }
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+                const double top = double(lane.teacher_top[i]);
+                const double decay = exp_negative_full((double(before[i]) - top) * wide_scale);
+                lost[i] = total[i] == 0.0 ? 0.0 : lost[i] * decay;
+                total[i] = total[i] == 0.0 ? 0.0 : total[i] * decay;
+            });
+            refer_to(lane.teacher_top);
+            add(count, total, lost, [&](int i, int at) POLYCE_INLINE_LAMBDA {
+                return each_part([&](auto v, auto m) POLYCE_INLINE_LAMBDA {
+                    return exp_negative(decltype(v)((v - m) * splat<decltype(v)>(scale)));
+                }, load(t + at), load(lane.m + i));
+            });
+        });
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.teacher_top[i] = lane.teacher_top[i] == -infinity<T> ? T(0) : lane.teacher_top[i];
+            lane.teacher_inverse[i] = T(1.0 / (total[i] + lost[i]));
+        });
     }
 
     // Carries the sums over to a maximum that the classes in the tile have raised.
@@ -318,10 +366,12 @@ struct Across : Pivots<T> {
             if constexpr (sizeof(T) == 4) finish_few(*this);
         } else {
             if (results.at_top) this->find_largest();
+            if (job.teacher) read_teachers();
             sum();
             results.finish();
             if (results.distances) sum_distances();
             if (job.grad.data) write_gradient();
+            if (job.grad.data && job.sparse) results.write_entries();
         }
         if (job.saved && !job.backward_only) leave_nothing();
         return results.write();

@@ -42,6 +42,7 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient(int i) {
+        if (job.teacher) this->use_teacher(i);
         const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
         char* const grad = job.grad.data + grad_at[i];
         const Matrix& out = job.grad;
@@ -183,6 +184,7 @@ struct Along : Sums<T, capped> {
             if (is_counted(i)) this->sum_distances(i);
         }
         if (job.grad.data && job.classes) write_gradient();
+        if (job.grad.data && job.sparse) results.write_entries();
         return results.write();
     }
 

@@ -37,20 +37,21 @@ NB_MODULE(_core, m) {
     pthread_atfork(nullptr, nullptr, &forget_other_calls);
 #endif
     nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
-        .def(nb::init<Shape, int, const std::string&, const std::string&, bool, bool, const std::string&,
-                      const std::string&, std::optional<std::int64_t>, bool, double, double, double,
-                      double, bool>(),
+        .def(nb::init<Shape, int, const std::string&, const std::string&, const std::string&, std::int64_t, double,
+                      bool, const std::string&, const std::string&, std::optional<std::int64_t>, bool, double,
+                      double, double, double, bool>(),
              nb::arg("shape"), nb::arg("axis"), nb::arg("logits_dtype"), nb::arg("target_dtype"),
-             nb::arg("probabilities"), nb::arg("wide"), nb::arg("result_dtype"), nb::arg("reduction"),
+             nb::arg("kind"), nb::arg("entries"), nb::arg("teacher_scale"), nb::arg("wide"),
+             nb::arg("result_dtype"), nb::arg("reduction"),
              nb::arg("ignored").none(), nb::arg("check_labels"), nb::arg("smoothing"),
              nb::arg("z_loss"), nb::arg("scale"), nb::arg("cap"), nb::arg("normalized"))
-        .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("weight").none(),
+        .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("target_probability").none(), nb::arg("weight").none(),
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
              nb::arg("by_row"), nb::arg("grad_lse").none(), nb::arg("grad_entropy").none(),
              nb::arg("grad").none(), nb::arg("fresh"), nb::arg("backward"),
              "Compute, and write what has a place; arrays have the buffer protocol, or are torch "
-             "tensors on a CPU. Gives the first row with a bad label, where labels are checked; "
+             "tensors on a CPU. Gives the place of the first bad label, where labels are checked; "
              "then nothing was written. A gradient is `fresh` where its memory is "
              "dense and has never been written.")
         .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),

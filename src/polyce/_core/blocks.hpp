@@ -18,9 +18,11 @@ struct Blocks : Group<T> {
     std::int64_t logits_at[width], probabilities_at[width], grad_at[width];
     bool direct, writes_direct;
     T share, kept;
+    // The teacher of the row whose coefficients are read.
+    T teacher_top = 0, teacher_inverse = 0;
 
-    Blocks(const Job& job, char* scratch)
-        : Group<T>(job, scratch), copy(reinterpret_cast<T*>(scratch + Group<T>::lanes_bytes)),
+    Blocks(const Job& job, char* scratch, std::int64_t most_rows)
+        : Group<T>(job, scratch, most_rows), copy(reinterpret_cast<T*>(scratch + Group<T>::bytes(job, most_rows))),
           coefficients(copy + block + pack_size), direct(is_direct(job, job.logits)),
           writes_direct(is_direct(job, job.grad)), share(T(smoothing_share(job))),
           kept(T(1.0 - job.smoothing)) {}
@@ -88,12 +90,49 @@ struct Blocks : Group<T> {
         widen_run(p.dtype, probabilities + start * p.class_stride, p.class_stride, count, coefficients);
     }
 
+    // Finds what turns a row's teacher into probabilities.
+    POLYCE_APART void read_teacher(int i) {
+        const Matrix& t = job.probabilities;
+        const T scale = T(job.teacher_scale);
+        T top = -infinity<T>;
+        double total = 0.0;
+        for (std::int64_t start = 0; start < job.classes; start += block) {
+            const int count = count_from(start);
+            widen_run(t.dtype, probabilities_of(i) + start * t.class_stride, t.class_stride, count, coefficients);
+            store(coefficients + count, filled(-infinity<T>));
+            const T most = largest_of(largest_lanes(coefficients, padded(count)));
+            if (most > top) {
+                if (total != 0.0) total *= exp_negative_full((double(top) - double(most)) * job.teacher_scale);
+                top = most;
+            }
+            const T m = top == -infinity<T> ? T(0) : top;
+            total += sum_of(sum_lanes<T>(padded(count), {}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
+                return each_part([&](auto v) POLYCE_INLINE_LAMBDA {
+                    using V = decltype(v);
+                    return exp_negative(V((v - splat<V>(m)) * splat<V>(scale)));
+                }, load(coefficients + c));
+            }));
+        }
+        this->lane.teacher_top[i] = top == -infinity<T> ? T(0) : top;
+        this->lane.teacher_inverse[i] = T(1.0 / total);
+        use_teacher(i);
+    }
+
+    void use_teacher(int i) { teacher_top = this->lane.teacher_top[i], teacher_inverse = this->lane.teacher_inverse[i]; }
+
     // The coefficients from class `start` on, with 0 after the last.
     void read_coefficients(const char* probabilities, std::int64_t start, int count) const {
         if (probabilities) read_probabilities(probabilities, start, count);
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         T* const r = coefficients;
+        if (job.teacher) {
+            const T top = teacher_top, inverse = teacher_inverse, scale = T(job.teacher_scale);
+            map_run(r, count, r, [&](auto v) POLYCE_INLINE_LAMBDA {
+                using V = decltype(v);
+                return exp_negative(V((v - splat<V>(top)) * splat<V>(scale))) * splat<V>(inverse);
+            });
+        }
         if (!probabilities) {
             POLYCE_SIMD
             for (int i = 0; i < count; ++i) r[i] = T(0);

@@ -78,11 +78,11 @@ void forget_other_calls() { Unlocked::forget_others(); }
 
 Call::Call(
     Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
-    bool probabilities, bool wide, const std::string& result_dtype, const std::string& reduction,
-    std::optional<std::int64_t> ignored, bool check_labels, double smoothing, double z_loss,
-    double scale, double cap, bool normalized
+    const std::string& kind, std::int64_t entries, double teacher_scale, bool wide,
+    const std::string& result_dtype, const std::string& reduction, std::optional<std::int64_t> ignored,
+    bool check_labels, double smoothing, double z_loss, double scale, double cap, bool normalized
 )
-    : shape_(std::move(shape)), axis_(axis), probabilities_(probabilities) {
+    : shape_(std::move(shape)), axis_(axis), probabilities_(kind == "probability" || kind == "teacher") {
     if (int(shape_.size()) > max_axes || axis < 0 || axis >= int(shape_.size())) {
         throw nb::value_error("the class axis must be one of at most 64 axes");
     }
@@ -93,7 +93,7 @@ Call::Call(
     }
     job_.classes = shape_[std::size_t(axis)];
     job_.logits.dtype = job_.grad.dtype = float_named(logits_dtype);
-    if (probabilities) {
+    if (probabilities_) {
         job_.probabilities.dtype = float_named(target_dtype);
     } else if (target_dtype != "none") {
         job_.label_dtype = integer_named(target_dtype);
@@ -104,7 +104,11 @@ Call::Call(
     job_.reduction = reduction == "mean"  ? Reduction::mean
                      : reduction == "sum" ? Reduction::sum
                                           : Reduction::none;
-    job_.check_labels = check_labels && !probabilities;
+    job_.check_labels = check_labels && !probabilities_;
+    job_.sparse = kind == "sparse";
+    job_.entries = entries;
+    job_.teacher = kind == "teacher";
+    job_.teacher_scale = teacher_scale;
     job_.has_ignored = ignored.has_value();
     job_.ignored = ignored.value_or(0);
     job_.smoothing = smoothing;
@@ -115,12 +119,12 @@ Call::Call(
 }
 
 std::optional<std::int64_t> Call::run(
-    nb::handle logits, nb::handle target, nb::handle weight, nb::handle sample_weight,
+    nb::handle logits, nb::handle target, nb::handle target_probability, nb::handle weight, nb::handle sample_weight,
     nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
     bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad, bool fresh, bool backward
 ) const {
     Job job = job_;
-    Array x, t, g, others[15];
+    Array x, t, g, others[16];
     const char* const wide = job.wide ? "float64" : "float32";
     const int wide_size = job.wide ? 8 : 4;
     x.open(logits, matrix("input", job.logits.dtype));
@@ -129,7 +133,7 @@ std::optional<std::int64_t> Call::run(
         t.open(target, matrix("target", job.probabilities.dtype));
     } else {
         job.labels = t.open_contiguous(
-            target, {"target", row_shape_, label_dtype_.c_str(), size_of(job.label_dtype)});
+            target, {"target", target_shape(), label_dtype_.c_str(), size_of(job.label_dtype)});
     }
     if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
     place(job, x.view(), probabilities_ ? &t.view() : nullptr, grad.is_none() ? nullptr : &g.view());
@@ -139,6 +143,10 @@ std::optional<std::int64_t> Call::run(
         if (array.is_none()) return nullptr;
         return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_result, is_result});
     };
+    if (job.sparse) {
+        job.entry_probabilities =
+            (next++)->open_contiguous(target_probability, {"target.probability", target_shape(), wide, wide_size});
+    }
     if (!weight.is_none()) {
         job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
     }
@@ -181,7 +189,7 @@ std::optional<std::int64_t> Call::run(
     job.backward_only = backward;
     job.fresh = fresh;
     compute(job);
-    if (job.bad_row >= 0) return job.bad_row;
+    if (job.bad_label >= 0) return job.bad_label;
     return {};
 }
 
@@ -224,9 +232,15 @@ void Call::place(Job& job, const View& logits, const View* probabilities, const 
 void Call::compute(Job& job) {
     const Unlocked unlocked(job.rows * job.classes);
     read_target(job);
-    if (job.bad_row >= 0) return;
+    if (job.bad_label >= 0) return;
     polyce::run(job);
     store_reduced(job);
+}
+
+Shape Call::target_shape() const {
+    Shape shape = row_shape_;
+    if (job_.sparse) shape.push_back(job_.entries);
+    return shape;
 }
 
 Wanted Call::matrix(const char* name, Float dtype, bool is_written, bool is_new) const {

@@ -22,13 +22,13 @@ class Call {
 public:
     Call(
         Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
-        bool probabilities, bool wide, const std::string& result_dtype, const std::string& reduction,
-        std::optional<std::int64_t> ignored, bool check_labels, double smoothing, double z_loss,
-        double scale, double cap, bool normalized
+        const std::string& kind, std::int64_t entries, double teacher_scale, bool wide,
+        const std::string& result_dtype, const std::string& reduction, std::optional<std::int64_t> ignored,
+        bool check_labels, double smoothing, double z_loss, double scale, double cap, bool normalized
     );
 
     std::optional<std::int64_t> run(
-        nanobind::handle logits, nanobind::handle target, nanobind::handle weight,
+        nanobind::handle logits, nanobind::handle target, nanobind::handle target_probability, nanobind::handle weight,
         nanobind::handle sample_weight, nanobind::handle normalizer, nanobind::handle losses,
         nanobind::handle stats, nanobind::handle saved, nanobind::handle cotangent, bool by_row,
         nanobind::handle grad_lse, nanobind::handle grad_entropy, nanobind::handle grad, bool fresh, bool backward
@@ -46,6 +46,7 @@ public:
     static void compute(Job& job);
 
 private:
+    Shape target_shape() const;
     Wanted matrix(const char* name, Float dtype, bool is_written = false, bool is_new = false) const;
 
     Shape shape_, row_shape_;

@@ -69,14 +69,13 @@ void fill_with_pages(char* memory, std::int64_t bytes, bool with_torch) {
 }  // namespace
 
 void read_target(Job& job) {
-    const bool by_labels = !job.probabilities.data;
-    const bool needs_weight = job.reduction == Reduction::mean && !job.normalized;
+    const bool by_labels = has_labels(job), counts_rows = !by_labels && !job.sample_weight;
+    const bool needs_weight = job.reduction == Reduction::mean && !job.normalized && !counts_rows;
     double weight = 0.0;
-    job.bad_row = -1;
-    if (!by_labels && !job.sample_weight) {
-        // torch divides the number of logits by C, and so finds no rows where there is no class.
-        weight = job.classes ? double(job.rows) : 0.0;
-    } else if (needs_weight || (by_labels && job.check_labels)) {
+    job.bad_label = -1;
+    // torch divides the number of logits by C, and so finds no rows where there is no class.
+    if (counts_rows) weight = job.classes ? double(job.rows) : 0.0;
+    if (needs_weight || job.check_labels) {
         const std::int64_t blocks = (job.rows + rows_in_label_block - 1) / rows_in_label_block;
         const std::unique_ptr<LabelSummary[]> found(new LabelSummary[std::size_t(blocks ? blocks : 1)]);
         struct Context {
@@ -94,9 +93,9 @@ void read_target(Job& job) {
         const std::unique_ptr<double[]> weights(new double[std::size_t(blocks ? blocks : 1)]);
         for (std::int64_t b = 0; b < blocks; ++b) {
             weights[b] = found[b].weight;
-            if (job.check_labels && job.bad_row < 0) job.bad_row = found[b].bad_row;
+            if (job.check_labels && job.bad_label < 0) job.bad_label = found[b].bad_label;
         }
-        weight = pairwise(weights.get(), blocks);
+        if (!counts_rows) weight = pairwise(weights.get(), blocks);
     }
     if (!by_labels && job.classes == 0) weight = 0.0;
     job.denominator = job.reduction != Reduction::mean ? 1.0 : job.normalized ? job.normalizer : weight;

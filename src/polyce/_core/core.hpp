@@ -5,7 +5,7 @@
 
 namespace polyce {
 
-// Reads all labels; sets bad_row, or the denominator and what follows from it. Nothing is written.
+// Reads all labels; sets bad_label, or the denominator and what follows from it. Nothing is written.
 void read_target(Job& job);
 // Reads the logits, writes what the job has places for, and sets total.
 void run(Job& job);

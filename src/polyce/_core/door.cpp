@@ -196,7 +196,7 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
         job.saved = reinterpret_cast<SavedRow*>(rows);
     }
     Call::compute(job);
-    if (job.bad_row >= 0) return {};
+    if (job.bad_label >= 0) return {};
     if (asked.is_on_graph) return on_graph(asked, kept, loss, saved);
     if (!by_rows || call.row_shape().empty()) loss = library.scalar(loss, place, known.like_loss);
     if (!grad.is_valid()) return loss;
@@ -265,7 +265,7 @@ nb::object gradient(
     job.fresh = !address;
     job.backward_only = true;
     Call::compute(job);
-    if (job.bad_row >= 0) return {};
+    if (job.bad_label >= 0) return {};
     // Other operations that have saved the logits must notice the change.
     if (address && !library->was_written(given[input])) throw nb::python_error();
     return grad;

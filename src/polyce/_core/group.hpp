@@ -31,6 +31,8 @@ struct Lanes {
     alignas(64) double squares[width], lost_squares[width], pivot_target[width];
     alignas(64) T to_probability[width];
     alignas(64) std::int64_t rank[width];
+    // A teacher's largest logit, and 1 over the sum of its exponentials.
+    alignas(64) T teacher_top[width], teacher_inverse[width];
 };
 
 template <class T>
@@ -40,11 +42,19 @@ struct Group {
     std::int64_t first_row = 0;
     int rows = 0, used = 0;
     bool by_labels;
+    // Scratch for the entries of so many rows (entries.hpp).
+    char* entries_scratch;
+    std::int64_t most_rows;
 
-    static constexpr std::int64_t lanes_bytes = sizeof(Lanes<T>);
+    Group(const Job& job, char* scratch, std::int64_t most_rows)
+        : job(job), lane(*reinterpret_cast<Lanes<T>*>(scratch)), by_labels(has_labels(job)),
+          entries_scratch(scratch + sizeof(Lanes<T>)), most_rows(most_rows) {}
 
-    Group(const Job& job, char* scratch)
-        : job(job), lane(*reinterpret_cast<Lanes<T>*>(scratch)), by_labels(!job.probabilities.data) {}
+    // What a group takes of the scratch memory, before what others take.
+    static std::int64_t bytes(const Job& job, std::int64_t most_rows) {
+        const std::int64_t each = 2 * sizeof(double) + sizeof(T);
+        return std::int64_t(sizeof(Lanes<T>)) + (most_rows * job.entries * each + 63) / 64 * 64;
+    }
 
     void begin(std::int64_t first, int count) {
         first_row = first;
@@ -83,10 +93,19 @@ struct Group {
                 lane.pivot[i] = 0;
             });
         }
+        if (job.sparse && !job.check_labels) spoil_rows();
         if (job.grad.data) read_factors();
     }
 
 private:
+    // Rows with a class out of range are nan.
+    void spoil_rows() {
+        for (int i = 0; i < rows; ++i) {
+            if (!is_counted(i) || first_bad_label(job, number(i) * job.entries, job.entries) < 0) continue;
+            lane.weight[i] = std::numeric_limits<double>::quiet_NaN();
+        }
+    }
+
     void read_labels() {
         with_type(job.label_dtype, [&](auto type) {
             using L = decltype(type);

@@ -56,9 +56,16 @@ struct Job {
     std::int64_t number_stride[max_axes] = {};
 
     Matrix logits;
-    Matrix probabilities;           // data is null for class indices
+    Matrix probabilities;           // or a teacher's logits; data is null for class indices
+    bool teacher = false;
+    double teacher_scale = 1;
     Matrix grad;                    // data is null where no gradient is wanted
     const void* labels = nullptr;   // contiguous
+    // A sparse target: `labels` are the classes of `entries` entries of each row, one row after the
+    // other, and these their probabilities.
+    bool sparse = false;
+    std::int64_t entries = 0;
+    const void* entry_probabilities = nullptr;  // in the arithmetic dtype, contiguous
     Integer label_dtype = Integer::i64;
     bool check_labels = true, has_ignored = false;
     std::int64_t ignored = 0;       // as the bits of a label
@@ -87,14 +94,17 @@ struct Job {
 
     // Found on the way.
     double denominator = 1, total = 0;
-    std::int64_t bad_row = -1;  // the first row with a label out of range, where they are checked
+    std::int64_t bad_label = -1;  // the place of the first one out of range, where they are checked
 };
 
 // What the labels of some rows tell together.
 struct LabelSummary {
     double weight;
-    std::int64_t bad_row;
+    std::int64_t bad_label;
 };
+
+// Whether the target is a class of each row.
+inline bool has_labels(const Job& job) { return !job.probabilities.data && !job.sparse; }
 
 // One instruction set's kernels.
 struct Kernels {

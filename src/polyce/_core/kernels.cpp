@@ -93,7 +93,7 @@ LabelSummary count_labels(const Job& job, std::int64_t first, std::int64_t count
 
 LabelSummary read_labels(const Job& job, std::int64_t first, std::int64_t count) {
     LabelSummary summary{0.0, -1};
-    if (!job.probabilities.data && !job.class_weight && !job.sample_weight) {
+    if (has_labels(job) && !job.class_weight && !job.sample_weight) {
         summary = with_type(job.label_dtype, [&](auto type) {
             return count_labels<decltype(type)>(job, first, count);
         });
@@ -103,15 +103,11 @@ LabelSummary read_labels(const Job& job, std::int64_t first, std::int64_t count)
             const double weight = job.sample_weight ? job.sample_weight[row] : 1.0;
             if (target.counted) summary.weight += weight * target.label_weight;
         }
-        if (job.check_labels && !job.probabilities.data) summary.bad_row = 0;
+        if (job.check_labels) summary.bad_label = 0;
     }
-    if (summary.bad_row == -1) return summary;
-    summary.bad_row = -1;
-    for (std::int64_t row = first; row < first + count && summary.bad_row == -1; ++row) {
-        const std::int64_t label = label_at(job, row);
-        const bool ignored = job.has_ignored && label == job.ignored;
-        if (!ignored && out_of_range(label, job.classes)) summary.bad_row = row;
-    }
+    if (summary.bad_label == -1) return summary;
+    const std::int64_t each = job.sparse ? job.entries : 1;
+    summary.bad_label = first_bad_label(job, first * each, count * each);
     return summary;
 }
 

@@ -23,6 +23,7 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define POLYCE_PRAGMA(...) __pragma(__VA_ARGS__)
 #define POLYCE_INLINE __forceinline
+#define POLYCE_APART __declspec(noinline)
 #define POLYCE_INLINE_LAMBDA
 #define POLYCE_RARE __declspec(noinline)
 #define POLYCE_FETCH(place, nearness) ((void)(place))
@@ -30,6 +31,7 @@
 #else
 #define POLYCE_PRAGMA(...) _Pragma(#__VA_ARGS__)
 #define POLYCE_INLINE inline __attribute__((always_inline))
+#define POLYCE_APART __attribute__((noinline))
 #define POLYCE_INLINE_LAMBDA __attribute__((always_inline))
 #define POLYCE_RARE __attribute__((noinline))
 #define POLYCE_FETCH(place, nearness) __builtin_prefetch(place, 0, nearness)

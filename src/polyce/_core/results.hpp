@@ -2,7 +2,7 @@
 // statistics: the row formula of row.hpp, side by side.
 #pragma once
 
-#include "group.hpp"
+#include "entries.hpp"
 
 namespace polyce::POLYCE_ISA {
 
@@ -12,19 +12,20 @@ struct Results {
     const Job& job;
     Lanes<T>& lane;
     Transform<capped> transform;
+    Entries<T, capped> entries;
     bool spread;  // classes besides the pivot have coefficients
     bool at_top;  // the pivot is the class of the largest logit
     bool apart;   // though there are labels, which may be other classes
-    bool plain;   // none of these, nor z_loss
+    bool plain;   // none of these, nor z_loss or a sparse target
     bool valued;  // the gradient is also that of lse or entropy
     bool multiplies;  // the gradient's entries are multiples of the exponentials
     bool squares;     // the exponentials' squares are summed, for a label's Brier score
     bool distances;   // the rows are looked at again, for that of probabilities
 
     explicit Results(Group<T>& group)
-        : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap},
+        : group(group), job(group.job), lane(group.lane), transform{job.scale, job.cap}, entries(group),
           spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
-          plain(!spread && !apart && job.z_loss == 0.0),
+          plain(!spread && !apart && !job.sparse && job.z_loss == 0.0),
           valued(job.grad.data && (job.grad_lse || job.grad_entropy)),
           multiplies(!spread && !capped && !job.grad_entropy), squares(job.stats.brier && group.by_labels),
           distances(job.stats.brier && !group.by_labels) {}
@@ -39,6 +40,7 @@ struct Results {
             lane.rest_sum[i] = lane.pivot_coefficient[i] = 0.0;
             lane.first[i] = 0;
         });
+        if (job.sparse) entries.read();
         if (sizeof(T) == 8) group.each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.lost_sum[i] = 0.0; });
         if (!needs_all_sums()) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -52,9 +54,11 @@ struct Results {
         });
     }
 
-    // Adds what the labels themselves contribute.
+    // Adds what the labels or entries themselves contribute.
     void end_sums() const {
-        if (apart) {
+        if (job.sparse) {
+            add_entries();
+        } else if (apart) {
             add_labels();
         } else if (group.by_labels) {
             const double each = label_coefficient(job, 1.0);
@@ -74,6 +78,15 @@ struct Results {
                 lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
             }
         }
+    }
+
+    POLYCE_APART void add_entries() const {
+        entries.each_row([&](int i, std::int64_t at) {
+            RowState s = state(i);
+            entries.add_to(transform, i, at, s);
+            lane.pivot_coefficient[i] = s.pivot_coefficient;
+            lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
+        });
     }
 
     POLYCE_INLINE RowState state(int i) const {
@@ -144,16 +157,35 @@ struct Results {
         });
     }
 
-    // What the label's entry of the gradient is, where the label is not the pivot.
-    T at_label(int i, T entry) const {
-        if (lane.label[i] == lane.pivot[i] || !group.is_counted(i)) return entry;
+    // Calls f with what single entries of a row's gradient are made of.
+    template <class F>
+    decltype(auto) with_gradient_of(int i, F f) const {
         const RowState s = state(i);
         const RowScalars found = scalars(transform, s, sizeof(T) == 8);
         const double penalty = penalty_of(job, lane.label_weight[i]);
         const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), true, sizeof(T) == 8);
         StatsGradient more;
         if (valued) more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
-        return T(label_apart(i).gradient(transform, s, g, lane.factor[i], more));
+        return f(s, g, more);
+    }
+
+    // What the label's entry of the gradient is, where the label is not the pivot.
+    T at_label(int i, T entry) const {
+        if (lane.label[i] == lane.pivot[i] || !group.is_counted(i)) return entry;
+        return with_gradient_of(i, [&](const RowState& s, const RowGradient& g, const StatsGradient& more) {
+            return T(label_apart(i).gradient(transform, s, g, lane.factor[i], more));
+        });
+    }
+
+    // Writes the gradient at the entries' classes over what the kernels have written there.
+    POLYCE_APART void write_entries() const {
+        std::int64_t grad_at[width];
+        row_offsets(job, job.grad.row_stride, group.first_row, group.rows, grad_at);
+        entries.each_row([&](int i, std::int64_t at) {
+            with_gradient_of(i, [&](const RowState& s, const RowGradient& g, const StatsGradient& more) {
+                entries.write(transform, i, at, s, g, more, job.grad.data + grad_at[i]);
+            });
+        });
     }
 
     LabelApart label_apart(int i) const {
@@ -195,10 +227,11 @@ struct Results {
 
     void write_stats() const {
         std::int64_t probabilities[width] = {};
-        if (!group.by_labels) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
+        const char* const data = job.probabilities.data;
+        if (data) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
         for (int i = 0; i < group.rows; ++i) {
             const std::int64_t row = group.number(i);
-            const char* p = group.by_labels ? nullptr : job.probabilities.data + probabilities[i];
+            const char* p = data ? data + probabilities[i] : nullptr;
             store_stats(i, row, read_target<T>(job, row), p);
         }
     }
@@ -219,8 +252,7 @@ struct Results {
         const std::int64_t prediction = leads ? lane.pivot[i] : lane.first[i];
         if (stats.prediction) stats.prediction[row] = defined ? prediction : -1;
         if (stats.correct) {
-            const std::int64_t truth = probabilities && defined ? likeliest<T>(job, probabilities) : target.label;
-            stats.correct[row] = labelled && prediction == truth;
+            stats.correct[row] = labelled && prediction == preferred<T>(job, row, target, probabilities);
         }
         if (stats.top_probability) {
             static_cast<T*>(stats.top_probability)[row] = T(defined ? 1.0 / (1.0 + r.excess) : nan);

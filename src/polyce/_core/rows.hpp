@@ -41,6 +41,16 @@ POLYCE_INLINE bool out_of_range(std::int64_t label, std::int64_t classes) {
     return std::uint64_t(label) >= std::uint64_t(classes);
 }
 
+// The place of the first of some labels that is out of range and not ignored, or -1.
+inline std::int64_t first_bad_label(const Job& job, std::int64_t first, std::int64_t count) {
+    for (std::int64_t at = first; at < first + count; ++at) {
+        const std::int64_t label = label_at(job, at);
+        const bool ignored = job.has_ignored && label == job.ignored;
+        if (!ignored && out_of_range(label, job.classes)) return at;
+    }
+    return -1;
+}
+
 // What the target says of a row before its logits are looked at.
 struct RowTarget {
     std::int64_t label;   // always in range; 0 for rows without one
@@ -56,7 +66,11 @@ POLYCE_INLINE RowTarget read_target(const Job& job, std::int64_t row) {
         target.weight = job.sample_weight[row];
         target.counted = target.weight != 0.0;
     }
-    if (job.probabilities.data) return target;
+    if (job.sparse) {
+        target.invalid = target.counted && first_bad_label(job, row * job.entries, job.entries) >= 0;
+        if (target.invalid) target.weight = std::numeric_limits<double>::quiet_NaN();
+    }
+    if (!has_labels(job)) return target;
     const std::int64_t label = label_at(job, row);
     if (job.has_ignored && label == job.ignored) {
         target.counted = false;
@@ -95,11 +109,11 @@ POLYCE_INLINE T coefficient(const Job& job, T probability, T weight, T kept, T s
 // Whether rows are summed for their entropy: it is asked for, or has a cotangent.
 POLYCE_INLINE bool needs_entropy(const Job& job) { return job.stats.entropy || job.grad_entropy; }
 
-// Whether the class of the largest logit is the pivot. It is for probabilities, and wherever the
-// entropy is needed: with another class as pivot the sum over the rest holds the largest's 1, in
+// Whether the class of the largest logit is the pivot. It is where there are no labels, and wherever
+// the entropy is needed: with another class as pivot the sum over the rest holds the largest's 1, in
 // which the digits of the others are lost.
 POLYCE_INLINE bool pivots_on_largest(const Job& job) {
-    return job.probabilities.data || needs_entropy(job);
+    return !has_labels(job) || needs_entropy(job);
 }
 
 // A label that is not the pivot is one of the other classes, with a coefficient of its own beside
@@ -120,15 +134,20 @@ struct LabelApart {
     }
 };
 
+// Adds a coefficient of a class besides the pivot to the sums.
+template <bool capped>
+POLYCE_INLINE void count_apart(const Transform<capped>& x, RowState& s, double coefficient, double logit) {
+    const double gap = difference(x, s.rest_max == -infinity<double> ? 0.0 : s.rest_max, logit);
+    s.rest_coefficient += coefficient;
+    if (coefficient != 0.0) s.rest_excess += coefficient * gap;
+}
+
 // Adds the label's own coefficient to the sums.
 template <bool capped>
 POLYCE_INLINE void count_label(
     const Job& job, const Transform<capped>& x, RowState& s, double label_weight, double logit
 ) {
-    const double own = job.smoothing == 1.0 ? 0.0 : label_weight * (1.0 - job.smoothing);
-    const double gap = difference(x, s.rest_max == -infinity<double> ? 0.0 : s.rest_max, logit);
-    s.rest_coefficient += own;
-    if (own != 0.0) s.rest_excess += own * gap;
+    count_apart(x, s, job.smoothing == 1.0 ? 0.0 : label_weight * (1.0 - job.smoothing), logit);
 }
 
 // What a backward pass reads, which knows the label but of no entropy: the state with the label as
@@ -149,7 +168,7 @@ POLYCE_INLINE double penalty_of(const Job& job, double label_weight) {
     return job.z_loss == 0.0 ? 0.0 : job.z_loss * label_weight;
 }
 
-// The first largest probability, which `correct` compares the prediction with.
+// The first largest probability.
 template <class T>
 std::int64_t likeliest(const Job& job, const char* probabilities) {
     const Matrix& p = job.probabilities;
@@ -163,6 +182,49 @@ std::int64_t likeliest(const Job& job, const char* probabilities) {
         if (value > top) top = value, best = c;
     }
     return best;
+}
+
+// A teacher's likeliest class, -1 where it has no softmax.
+template <class T>
+POLYCE_APART std::int64_t likeliest_of_teacher(const Job& job, const char* teacher) {
+    const Matrix& t = job.probabilities;
+    std::int64_t best = -1;
+    T top = -infinity<T>;
+    for (std::int64_t c = 0; c < job.classes; ++c) {
+        T value;
+        widen_run(t.dtype, teacher + c * t.class_stride, 0, 1, &value);
+        if (!(value < infinity<T>)) return -1;
+        if (value > top) top = value, best = c;
+    }
+    return best;
+}
+
+// The likeliest class of a sparse target, -1 where none has a probability above 0. Entries of one
+// class add up.
+template <class T>
+POLYCE_APART std::int64_t likeliest_entry(const Job& job, std::int64_t row) {
+    const T* const p = static_cast<const T*>(job.entry_probabilities) + row * job.entries;
+    const std::int64_t first = row * job.entries;
+    std::int64_t best = -1;
+    T most = 0;
+    for (std::int64_t k = 0; k < job.entries; ++k) {
+        const std::int64_t label = label_at(job, first + k);
+        if (job.has_ignored && label == job.ignored) continue;
+        T sum = 0;
+        for (std::int64_t other = 0; other < job.entries; ++other) {
+            if (label_at(job, first + other) == label) sum += p[other];
+        }
+        if (sum > most || (sum == most && label < best)) most = sum, best = label;
+    }
+    return best;
+}
+
+// The class that `correct` compares the prediction with.
+template <class T>
+std::int64_t preferred(const Job& job, std::int64_t row, const RowTarget& target, const char* probabilities) {
+    if (job.sparse) return likeliest_entry<T>(job, row);
+    if (!probabilities) return target.label;
+    return job.teacher ? likeliest_of_teacher<T>(job, probabilities) : likeliest<T>(job, probabilities);
 }
 
 }  // namespace polyce::POLYCE_ISA

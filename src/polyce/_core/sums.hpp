@@ -44,7 +44,7 @@ struct Sums : Blocks<T> {
     T scale, cap, twice_over_cap;
 
     Sums(const Job& job, char* scratch)
-        : Blocks<T>(job, scratch), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
+        : Blocks<T>(job, scratch, rows_in_group(job)), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
           numbers(gaps + block + pack_size), references(numbers + numbers_in_scratch(job)),
           missing(references + references_in_scratch(job)),
           pitch(padded(job.classes)), blocks(blocks_of(job)),
@@ -101,7 +101,7 @@ struct Sums : Blocks<T> {
     static std::int64_t scratch_bytes(const Job& job) {
         const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) +
                                    2 * references_in_scratch(job);
-        return Group<T>::lanes_bytes + count * std::int64_t(sizeof(T));
+        return Group<T>::bytes(job, rows_in_group(job)) + count * std::int64_t(sizeof(T));
     }
 
     // x(logit) - x(m) of a block, into `gaps`.
@@ -217,6 +217,7 @@ struct Sums : Blocks<T> {
     void sum_row(int i) {
         const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
         const bool finds = results.at_top;
+        if (job.teacher) this->read_teacher(i);
         std::int64_t pivot = lane.pivot[i];
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
         const bool coefficients_too = results.spread;
@@ -371,13 +372,13 @@ struct Sums : Blocks<T> {
     void sum() {
         results.begin_sums();
         if (!job.classes) return results.end_sums();
-        // What was saved knows nothing of the entropy.
-        const bool saved = job.backward_only && job.saved && !job.grad_entropy;
+        // What was saved knows nothing of the entropy, of entries or of a teacher.
+        const bool saved = job.backward_only && job.saved && !job.grad_entropy && !job.sparse && !job.teacher;
         for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
             lane.label[i] = lane.pivot[i];
             lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
         }
-        if (is_short(job) && is_simple(job) && !saved) {
+        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
             sum_short();
         } else {
             for (int i = 0; i < rows; ++i) {

@@ -22,12 +22,12 @@ struct Tile : Group<T> {
     static constexpr int pitch = width + 64 / int(sizeof(T));
     static constexpr std::int64_t tile_size = std::int64_t(chunk) * pitch;
 
-    static std::int64_t scratch_bytes(const Job&) {
-        return Group<T>::lanes_bytes + 4 * tile_size * std::int64_t(sizeof(T));
+    static std::int64_t scratch_bytes(const Job& job) {
+        return Group<T>::bytes(job, width) + 4 * tile_size * std::int64_t(sizeof(T));
     }
 
     Tile(const Job& job, char* scratch)
-        : Group<T>(job, scratch), logits(reinterpret_cast<T*>(scratch + Group<T>::lanes_bytes)),
+        : Group<T>(job, scratch, width), logits(reinterpret_cast<T*>(scratch + Group<T>::bytes(job, width))),
           gaps(logits + tile_size), coefficients(gaps + tile_size), packed(coefficients + tile_size) {}
 
     // Adds Σ term(first of some rows, place in the tile) to a sum of each row: four terms pairwise,

@@ -31,6 +31,7 @@ NOT_TAKEN = {
 
 # Arguments that have an entry for each row, and may be cut between rows.
 _OF_ROWS = ("input", "target", "sample_weight", "grad_output")
+_OF_LABELS = ("target", "target.index")
 # The libraries under which marray is taken: in others a look at the mask could start a computation,
 # or be impossible.
 _UNDER_MARRAY = ("numpy", "array_api_compat.numpy", "array_api_strict")
@@ -105,7 +106,7 @@ def of(**arrays: Any) -> tuple[Library, list[Any]]:
                 values[index] = np.asarray(values[index])
         elif other is numpy.LIBRARY and library.takes_numpy:
             values[index] = np.asarray(values[index])
-            if name != "target" or values[index].dtype.kind not in "iu":
+            if name not in _OF_LABELS or values[index].dtype.kind not in "iu":
                 # Labels stay in NumPy, where they have values, and where jax without 64-bit types
                 # does not truncate them.
                 values[index] = library.xp.asarray(values[index])
@@ -135,7 +136,7 @@ def _find(name: str, value: Any) -> Library:
         sharded = loaded.get("torch.distributed.tensor")
         if sharded is not None and isinstance(value, sharded.DTensor):
             by_rows = ""
-            if name in _OF_ROWS:
+            if name.partition(".")[0] in _OF_ROWS:
                 by_rows = (
                     ", or, where rows alone are sharded, to_local() of every sharded array with "
                     "normalizer= what the mean over all processes divides by: these losses add up"

@@ -68,6 +68,16 @@ class _Jax(WithNumPyDtypes):
         rows[axis] = None
         return jax_mesh.automatically(take, jax.sharding.PartitionSpec(*rows), values, labels)
 
+    def add_at(self, array: Any, labels: Any, values: Any, axis: int) -> Any:
+        """Scatter, which adds up what has one place, on a mesh too."""
+
+        def add(array: Any, labels: Any, values: Any) -> Any:
+            places = list(jnp.indices(labels.shape, sparse=True))
+            places[axis] = labels
+            return array.at[tuple(places)].add(values)
+
+        return jax_mesh.automatically(add, jax_mesh.spec(array), array, labels, values)
+
     def first_class(self, logits: Any, axis: int) -> Any:
         """Slice, on a mesh too."""
         rows = [one for i, one in enumerate(jax_mesh.spec(logits)) if i != axis]

@@ -231,17 +231,35 @@ class Library:
         return along_axis(numbers, axis, logits.ndim)
 
     def pick(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
-        """Take each row's value at its label, all in range; values broadcast against the logits."""
+        """Take each row's value at its label, all in range; values broadcast against the logits.
+
+        Of several labels of each row, along the class axis, it takes as many values.
+        """
         if hasattr(self.xp, "take_along_axis"):
             return self.xp.take_along_axis(values, labels, axis=axis)
         return self.pick_by_mask(values, labels, logits, axis)
 
     def pick_by_mask(self, values: Any, labels: Any, logits: Any, axis: int) -> Any:
         """Do what `pick` does where there is no gather."""
+        if labels.shape[axis] != 1:
+            found = [self.pick_by_mask(values, one, logits, axis) for one in columns(labels, axis)]
+            if not found:
+                return self.xp.zeros_like(labels, dtype=values.dtype)
+            return self.xp.concat(found, axis=axis)
         # The loss needs the same mask: a lazy library computes it once.
         of_logits = values.shape == logits.shape
         mask = self.one_hot(labels, logits if of_logits else values, axis, beside_logits=of_logits)
         return self.xp.sum(self.xp.where(mask, values, 0.0), axis=axis, keepdims=True)
+
+    def add_at(self, array: Any, labels: Any, values: Any, axis: int) -> Any:
+        """Add values at several labels of each row, which may be equal, to an array.
+
+        All have the logits' shape, but for the length of the class axis. The array is not used
+        again, and may be overwritten.
+        """
+        for label, value in zip(columns(labels, axis), columns(values, axis), strict=True):
+            array = self.xp.where(self.one_hot(label, array, axis), array + value, array)
+        return array
 
     def first_class(self, logits: Any, axis: int) -> Any:
         """Return each row's logit of the first class."""
@@ -316,6 +334,11 @@ def expand(array: Any, axis: int) -> Any:
     """View an array over the rows with the class axis put back, of length 1."""
     slices = (slice(None),)
     return array[slices * axis + (None,) + slices * (array.ndim - axis)]
+
+
+def columns(array: Any, axis: int) -> list[Any]:
+    """View an array as its entries along the class axis, each keeping that axis, of length 1."""
+    return [array[(*(slice(None),) * axis, slice(k, k + 1), ...)] for k in range(array.shape[axis])]
 
 
 def along_axis(vector: Any, axis: int, ndim: int) -> Any:

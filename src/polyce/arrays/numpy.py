@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from polyce.arrays.library import Library, Place, WithNumPyDtypes, widens_nothing
+from polyce.arrays.library import Library, Place, WithNumPyDtypes, columns, widens_nothing
 
 
 class OnNumPy(Library):
@@ -56,6 +56,12 @@ class _NumPy(OnNumPy, WithNumPyDtypes):
         if axis == 1 and values.ndim == 2 and len(values) == len(labels):
             return values[np.arange(len(values))[:, None], labels]
         return np.take_along_axis(values, labels, axis=axis)
+
+    def add_at(self, array: Any, labels: Any, values: Any, axis: int) -> Any:
+        """Write over the array, one label of each row after the other."""
+        for label, value in zip(columns(labels, axis), columns(values, axis), strict=True):
+            np.put_along_axis(array, label, self.pick(array, label, array, axis) + value, axis)
+        return array
 
     def class_max(self, values: Any, axis: int) -> Any:
         """Use the ufunc's own reduction."""

@@ -128,6 +128,10 @@ class _Torch(Library):
         values = values if values.shape == shape else values.expand(shape)
         return torch.gather(values, axis, labels)
 
+    def add_at(self, array: Any, labels: Any, values: Any, axis: int) -> Any:
+        """Scatter, which adds up what has one place."""
+        return torch.scatter_add(array, axis, labels, values)
+
     def class_max(self, values: Any, axis: int) -> Any:
         """Return the largest value, detached: its derivative, split among ties, would cancel."""
         return self.xp.max(values.detach(), axis=axis, keepdims=True)

@@ -20,7 +20,7 @@ def logits_shape(logits: Any, axis: int | None, target: Any = None) -> tuple[tup
             advice = _swapped("input and target", target)
         raise TypeError(
             f"input must be real floating point ({', '.join(dtypes.FLOATS)}), "
-            f"got {_show(logits)}; {advice}"
+            f"got {show(logits)}; {advice}"
         )
     shape = _known_shape("input", logits)
     axis = options.class_axis(shape, axis)
@@ -54,7 +54,7 @@ def _class_axes(shape: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
 
 
 def _swapped(names: str, target: Any) -> str:
-    return f"are {names} swapped, as target is {_show(target)}?"
+    return f"are {names} swapped, as target is {show(target)}?"
 
 
 def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
@@ -73,7 +73,7 @@ def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target:
                 advice = _swapped("linear_weight and target", target)
             raise TypeError(
                 f"{name} must be real floating point ({', '.join(dtypes.FLOATS)}), "
-                f"got {_show(array)}; {advice}"
+                f"got {show(array)}; {advice}"
             )
         dtype = library.factor_dtype(array.dtype, hidden)
         if first is None:
@@ -118,7 +118,8 @@ def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
     return (*shape[:-1], head[0])
 
 
-def _show(array: Any) -> str:
+def show(array: Any) -> str:
+    """Show an array's dtype and shape."""
     return f"{dtypes.dtype_name(array)} {tuple(array.shape)}"
 
 
@@ -171,7 +172,7 @@ def target_kind(
         if name not in dtypes.FLOATS:
             raise TypeError(
                 f"a target of the logits' shape {shape} holds class probabilities and must be real "
-                f"floating point, got {_show(target)}; for class indices drop the class axis, or "
+                f"floating point, got {show(target)}; for class indices drop the class axis, or "
                 "cast it to a float dtype"
             )
         return "probability"
@@ -179,8 +180,8 @@ def target_kind(
     if target_shape != row_shape and not (len(shape) == 1 and target_shape == (1,)):
         either = f", or probabilities of shape {shape}" if probabilities else ""
         raise ValueError(
-            f"target must hold class indices of shape {row_shape}{either}, got {_show(target)} "
-            f"for input {_show(logits)}; {_to_fit(shape, row_shape, target, takes_axis)}"
+            f"target must hold class indices of shape {row_shape}{either}, got {show(target)} "
+            f"for input {show(logits)}; {_to_fit(shape, row_shape, target, takes_axis)}"
         )
     if not is_integer:
         either = f", or pass float probabilities of shape {shape}" if probabilities else ""
@@ -189,6 +190,20 @@ def target_kind(
             f"must be an integer dtype, got {name}; cast it to int64{either}"
         )
     return "index"
+
+
+def looks_at_labels(name: str, labels: Any, library: Library, validate: bool | None) -> bool:
+    """Tell whether labels are looked at; ValueError if they should be and have no values."""
+    if validate is False:
+        return False
+    if not library.has_values(labels):
+        if validate:
+            raise ValueError(
+                f"validate=True needs {name}'s values, but this {name} is traced or lazy and has "
+                "none yet; leave validate at None (a bad label then gives nan)"
+            )
+        return False
+    return bool(validate) or library.is_at_hand(labels)
 
 
 def _to_fit(

@@ -8,7 +8,7 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
 from polyce.call import checks
 from polyce.call.options import Options
-from polyce.call.problem import Problem, checks_labels, describe_logits
+from polyce.call.problem import Problem, describe_logits
 
 
 def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, Any, Any]:
@@ -28,7 +28,7 @@ def describe_index(input: Any, index: Any, options: Options) -> tuple[Problem, A
         )
     problem = problem._replace(
         target_dtype=dtypes.dtype_name(own),
-        check_labels=checks_labels("index", index, library, problem.options.validate),
+        check_labels=checks.looks_at_labels("index", index, library, problem.options.validate),
         label_name="index",
     )
     return problem, logits, own
@@ -46,7 +46,7 @@ def check_index_of_head(input: Any, index: Any, validate: bool | None) -> None:
             f"{tuple(input.shape)}; reshape it, or call linear_log_prob once for each of several "
             "classes"
         )
-    checks_labels("index", index, library, validate)
+    checks.looks_at_labels("index", index, library, validate)
 
 
 def _integers(input: Any, index: Any) -> tuple[Library, Any, str]:

@@ -153,21 +153,36 @@ def check_ignore_index(ignore_index: Any) -> int:
 
 
 def check_has_effect(ignore_index: int, kind: str) -> None:
-    """Refuse a non-negative ignore_index for probabilities, where it would have no effect."""
-    if kind == "probability" and ignore_index >= 0:
+    """Refuse a non-negative ignore_index where the target holds no classes."""
+    if kind in ("probability", "teacher") and ignore_index >= 0:
+        held = "class probabilities" if kind == "probability" else "a teacher's logits"
         raise ValueError(
-            f"ignore_index is for class indices, got {ignore_index} with a target of class "
-            "probabilities; leave it negative"
+            f"ignore_index is for class indices, got {ignore_index} with a target of {held}; "
+            "leave it negative"
         )
+
+
+_COMPARED = {
+    "rank": {"index": "class indices"},
+    "brier": {"index": "class indices", "probability": "class probabilities"},
+}
+"""The stats that compare a row with its target, and the kinds of target that they are for."""
+_KINDS = {
+    "probability": "class probabilities",
+    "sparse": "a SparseTarget",
+    "teacher": "TeacherLogits",
+}
 
 
 def check_have_meaning(stats: tuple[str, ...] | None, kind: str) -> None:
-    """Refuse a rank for probabilities, which name no class."""
-    if kind == "probability" and stats is not None and "rank" in stats:
-        raise ValueError(
-            "return_stats has 'rank' for class indices only, got a target of class probabilities; "
-            "leave the name out"
-        )
+    """Refuse stats that compare a row with another kind of target than they are for."""
+    for name in stats or ():
+        served = _COMPARED.get(name)
+        if served is not None and kind not in served:
+            raise ValueError(
+                f"return_stats has {name!r} for {' and '.join(served.values())} only, got a target "
+                f"of {_KINDS[kind]}; leave the name out"
+            )
 
 
 def check_smoothing(label_smoothing: Any) -> float:

@@ -12,7 +12,10 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import Library
 from polyce.arrays.plain import plain_key
 from polyce.call import checks
+from polyce.call import target as of_target
 from polyce.call.options import Options, check_has_effect, check_have_meaning
+
+NAMES_CLASSES = ("index", "sparse")
 
 
 class Problem(NamedTuple):
@@ -22,7 +25,7 @@ class Problem(NamedTuple):
     device: str
     """The kind of device: cpu, cuda, ..., or unknown while tracing."""
     kind: str
-    """What the target holds: index, probability, or none where there is no target."""
+    """What the target holds: index, probability, sparse, teacher, or none where there is none."""
     shape: tuple[int, ...]
     axis: int
     """The class axis, counted from the front."""
@@ -51,6 +54,10 @@ class Problem(NamedTuple):
     """The stats whose cotangents are among the operands."""
     label_name: str = "labels"
     """What the caller calls class indices, for an error about one that is out of range."""
+    teacher_scale: float = 1.0
+    """What multiplies a teacher's logits."""
+    entries: int = 0
+    """K, how many classes of each row a sparse target names."""
 
     @property
     def xp(self) -> Any:
@@ -66,6 +73,18 @@ class Problem(NamedTuple):
     def classes(self) -> int:
         """Return C, the length of the class axis."""
         return self.shape[self.axis]
+
+    @property
+    def names_classes(self) -> bool:
+        """Tell whether the target holds class indices, one or several of each row."""
+        return self.kind in NAMES_CLASSES
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Return the target's shape; one label for one row may have an axis more."""
+        if self.kind == "sparse":
+            return (*self.shape[: self.axis], self.entries, *self.shape[self.axis + 1 :])
+        return self.shape if self.kind in ("probability", "teacher") else self.row_shape
 
     @property
     def is_empty(self) -> bool:
@@ -107,6 +126,7 @@ class Operands(NamedTuple):
 
     logits: Any
     target: Any
+    """Labels, probabilities, the classes of a sparse target, or a teacher's logits."""
     weight: Any
     sample_weight: Any
     normalizer: Any
@@ -115,6 +135,8 @@ class Operands(NamedTuple):
     """The cotangent of the stats' lse, one for each row; None for 0."""
     grad_entropy: Any = None
     """The same of their entropy."""
+    target_probability: Any = None
+    """The probabilities of a sparse target."""
 
     def named(self) -> dict[str, Any]:
         """Return the operands by the caller's names for them."""
@@ -207,9 +229,11 @@ def describe_anew(
     divisor, normalizer = checks.number_or_array("normalizer", normalizer)
     number, cotangent = checks.number_or_array("grad_output", grad_output)
     numbers, of_stats = checks.grad_stats(grad_stats, options.stats)
+    names = of_target.arrays(target)
+    scale = of_target.teacher_scale(target)
     given = {
         "input": input,
-        "target": target,
+        **names,
         "weight": weight,
         "sample_weight": sample_weight,
         "normalizer": normalizer,
@@ -219,22 +243,26 @@ def describe_anew(
         given |= {"linear_weight": head.weight, "linear_bias": head.bias}
     given |= {checks.stats_name(name): array for name, array in of_stats.items()}
     library, values = find.of(**given)
-    logits, target, weight, sample_weight, normalizer, cotangent, *parameters = values
-    if library.device(logits) is not None:
-        checks.devices(library, dict(zip(given, values, strict=True)))
+    found = dict(zip(given, values, strict=True))
+    if library.device(found["input"]) is not None:
+        checks.devices(library, found)
     if not library.swaps_bytes:
-        checks.byte_order(dict(zip(given, values, strict=True)))
+        checks.byte_order(found)
+    held = tuple(found.pop(name) for name in names)
+    logits, weight, sample_weight, normalizer, cotangent, *parameters = found.values()
     if head is None:
-        shape, axis = checks.logits_shape(logits, options.axis, target)
+        shape, axis = checks.logits_shape(logits, options.axis, held[0])
         logits_dtype = given_dtype = logits.dtype
     else:
         head, parameters = Head(*parameters[:2]), parameters[2:]
-        given_dtype = checks.product_dtype(library, logits, *head, target)
+        given_dtype = checks.product_dtype(library, logits, *head, held[0])
         shape = checks.product_shape(logits, *head)
         axis = len(shape) - 1
         logits_dtype = library.product_dtype(given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
-    kind = checks.target_kind(shape, row_shape, logits, target, probabilities, head is None)
+    kind = of_target.kind_of(
+        target, held, shape, axis, logits, probabilities=probabilities, is_head=head is not None
+    )
     check_has_effect(options.ignore_index, kind)
     check_have_meaning(options.stats, kind)
     if weight is not None:
@@ -244,8 +272,8 @@ def describe_anew(
     if normalizer is not None:
         checks.normalizer(normalizer)
     result_dtype = given_dtype
-    if kind == "probability":
-        result_dtype = _promote(library, given_dtype, target, weight)
+    if kind != "index":
+        result_dtype = _promote(library, given_dtype, held[-1], weight)
     result_dtype = library.result_dtype(result_dtype, logits)
 
     problem = Problem(
@@ -256,17 +284,21 @@ def describe_anew(
         axis=axis,
         row_shape=row_shape,
         logits_dtype=logits_dtype,
-        target_dtype=dtypes.dtype_name(target),
+        target_dtype=dtypes.dtype_name(held[0]),
         **_dtypes(library, logits, result_dtype),
         options=options,
         is_concrete=library.are_concrete(values),
-        check_labels=kind == "index" and checks_labels("target", target, library, options.validate),
+        check_labels=kind in NAMES_CLASSES
+        and checks.looks_at_labels(next(iter(names)), held[0], library, options.validate),
         weighted=weight is not None,
         sample_weighted=sample_weight is not None,
         normalized=divisor is not None or normalizer is not None,
         # The operators of logits take no cotangents of stats.
         is_compiling=(head is not None or grad_stats is None) and library.are_compiled(values),
         grad_stats=(*of_stats, *numbers),
+        label_name="target.index" if kind == "sparse" else "labels",
+        teacher_scale=library.exact(scale) if library.is_exact else scale,
+        entries=held[0].shape[axis] if kind == "sparse" else 0,
     )
     if number is not None:
         if reduction == "none" and row_shape:
@@ -283,7 +315,9 @@ def describe_anew(
         problem = _with_exact_options(problem)
         if reduction == "mean" and not hasattr(cotangent, "dtype"):
             cotangent = library.xp.asarray(1.0 if cotangent is None else cotangent)
-    operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    operands = Operands(logits, held[0], weight, sample_weight, normalizer, cotangent)
+    if kind == "sparse":
+        operands = operands._replace(target_probability=held[1])
     if problem.grad_stats:
         arrays = dict(zip(of_stats, parameters, strict=True))
         operands = _with_stats_cotangents(problem, operands, numbers | arrays)
@@ -306,8 +340,8 @@ def _with_stats_cotangents(
 def _check_given(head: Head | None, input: Any, target: Any) -> None:
     if head is not None and head.weight is None:
         raise TypeError("linear_weight must be an array, got None; pass the weight of the head")
-    if input is None or target is None:
-        missing = "input" if input is None else "target"
+    given = {"input": input, **of_target.arrays(target)}
+    for missing in [name for name, array in given.items() if array is None]:
         what = "the logits" if head is None else "the hidden states"
         raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
 
@@ -351,20 +385,6 @@ def _dtypes(library: Library, logits: Any, result_dtype: Any) -> dict[str, Any]:
         "arithmetic_dtype": library.float_dtype("float64" if is_double else "float32"),
         "row_dtype": library.float_dtype("float64" if wide else "float32"),
     }
-
-
-def checks_labels(name: str, labels: Any, library: Library, validate: bool | None) -> bool:
-    """Tell whether labels are looked at; ValueError if they should be and have no values."""
-    if validate is False:
-        return False
-    if not library.has_values(labels):
-        if validate:
-            raise ValueError(
-                f"validate=True needs {name}'s values, but this {name} is traced or lazy and has "
-                "none yet; leave validate at None (a bad label then gives nan)"
-            )
-        return False
-    return bool(validate) or library.is_at_hand(labels)
 
 
 def _promote(library: Library, dtype: Any, *operands: Any) -> Any:

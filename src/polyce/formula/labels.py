@@ -15,16 +15,18 @@ def read(problem: Problem, target: Any, logits: Any) -> tuple[Any, Any, Any]:
     """Return each row's label, always in range, which rows count, and which have a bad label.
 
     None means that all rows count, or that no label is bad. Where labels are checked, a bad one
-    raises IndexError. The results keep the class axis, of length 1.
+    raises IndexError. The results keep the class axis, of length 1. Of a sparse target they are
+    about its K classes of each row, and have K entries along the class axis.
     """
     if problem.check_labels:
         target = problem.library.to_look_at(target)
     on_host = problem.library is not numpy.LIBRARY and isinstance(target, np.ndarray)
     library = numpy.LIBRARY if on_host else problem.library
     xp = library.xp
-    if tuple(target.shape) != problem.row_shape:
-        target = xp.reshape(target, problem.row_shape)
-    target = expand(target, problem.axis)
+    if problem.kind != "sparse":
+        if tuple(target.shape) != problem.row_shape:
+            target = xp.reshape(target, problem.row_shape)
+        target = expand(target, problem.axis)
     lowest, highest = dtypes.INTEGERS[problem.target_dtype]
     ignore_index = ignored_label(problem)
     if problem.target_dtype in library.stored_only:
@@ -96,9 +98,9 @@ def _either(one: Any, other: Any) -> Any:
     return one | other
 
 
-def bad_label(problem: Problem, value: int, row: int) -> IndexError:
-    """Return the error about a label that is out of range, in a row counted in C order."""
-    position = tuple(int(i) for i in np.unravel_index(row, problem.row_shape))
+def bad_label(problem: Problem, value: int, place: int) -> IndexError:
+    """Return the error about a label that is out of range, its place counted in C order."""
+    position = tuple(int(i) for i in np.unravel_index(place, problem.target_shape))
     if problem.target_dtype == "uint64":
         value %= 2**64
     where = f" at position {position}" if position else ""
@@ -107,6 +109,7 @@ def bad_label(problem: Problem, value: int, row: int) -> IndexError:
             f"without classes every label must be ignored, got {value}{where}; "
             "pass logits with at least one class"
         )
+    out = "entries" if problem.kind == "sparse" else "rows"
     if problem.classes == 1 and problem.label_name == "labels":
         return IndexError(
             f"with one column of logits every label is 0, got {value}{where}; for a binary loss "
@@ -114,6 +117,6 @@ def bad_label(problem: Problem, value: int, row: int) -> IndexError:
         )
     return IndexError(
         f"{problem.label_name} must lie in 0 to {problem.classes - 1} ({problem.classes} classes), "
-        f"got {value}{where}; give rows to leave out the {problem.label_name.removesuffix('s')} "
-        "ignore_index"
+        f"got {value}{where}; give {out} to leave out the "
+        f"{problem.label_name.removesuffix('s')} ignore_index"
     )

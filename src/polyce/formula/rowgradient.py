@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from polyce.call.problem import Problem
 from polyce.formula import rowstate, transform
-from polyce.formula.rowstate import RowState
+from polyce.formula.rowstate import Entries, RowState
 
 
 class StatsCotangents(NamedTuple):
@@ -35,6 +35,7 @@ def gradient(
     rest_exp: Any,
     excluded: Any,
     coefficients: Any,
+    entries: Entries | None,
     scale: Any,
     counted: Any,
     logits: Any,
@@ -61,7 +62,7 @@ def gradient(
         grad, at_pivot = _stats_gradient(problem, state, s, rest_exp, excluded, logits, of_stats)
     if scale is not None:
         of_loss, loss_at_pivot = _loss_gradient(
-            problem, state, s, rest_exp, coefficients, scale, lse_penalty, leads=leads
+            problem, state, s, rest_exp, coefficients, entries, scale, lse_penalty, leads=leads
         )
         grad = of_loss if grad is None else library.overwrite(xp.add, grad, of_loss)
         at_pivot = loss_at_pivot if at_pivot is None else at_pivot + loss_at_pivot
@@ -83,6 +84,7 @@ def _loss_gradient(
     s: rowstate.Scalars,
     rest_exp: Any,
     coefficients: Any,
+    entries: Entries | None,
     scale: Any,
     lse_penalty: Any,
     *,
@@ -113,12 +115,15 @@ def _loss_gradient(
         pull = 2.0 * lse_penalty * rowstate.lse_from(problem, state, s)
         total = total + pull
         at_pivot = at_pivot + pull * rowstate.pivot_probability(xp, s)
-    if coefficients is None:
+    if coefficients is None and entries is None:
         factor = _narrow(problem, scale * (total * factor))
         return library.overwrite(xp.multiply, rest_exp, factor), scale * at_pivot
     # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
     grad = library.overwrite(xp.multiply, rest_exp, _narrow(problem, total * factor))
-    grad = library.overwrite(xp.subtract, grad, coefficients)
+    if coefficients is not None:
+        grad = library.overwrite(xp.subtract, grad, coefficients)
+    if entries is not None:
+        grad = library.add_at(grad, entries.classes, -entries.coefficients, problem.axis)
     grad = library.overwrite(xp.multiply, grad, _narrow(problem, scale))
     return grad, scale * at_pivot
 

@@ -13,7 +13,7 @@ from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rowgradient, rowstate, rowstats, targets, transform
 from polyce.formula.rowgradient import NO_STATS, StatsCotangents
-from polyce.formula.rowstate import RowState
+from polyce.formula.rowstate import Entries, RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 
@@ -159,6 +159,7 @@ class _Read(NamedTuple):
     state: RowState
     rest_exp: Any
     coefficients: Any
+    entries: Entries | None
 
 
 def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bool = True) -> _Read:
@@ -172,8 +173,18 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
     pivot = library.argmax(logits, axis) if leads else plan.label
     excluded = library.one_hot(pivot, logits, axis)
     pivot_logit = library.pick(logits, pivot, logits, axis)
+    entries = targets.entries(problem, plan) if of_loss else None
     if not of_loss:
         at_pivot = coefficients = None
+    elif entries is not None:
+        _, coefficients = targets.coefficients(problem, plan)
+        at_pivot = rowstate.coefficient_at(problem, entries, pivot)
+        at_pivot = at_pivot + targets.share_at(problem, coefficients, pivot, logits)
+    elif plan.teacher is not None and library.fuses(logits):
+        from polyce.formula import xla
+
+        at_pivot, coefficients = xla.of_teacher(problem, plan, pivot, logits)
+        at_pivot = library.cast(at_pivot, problem.row_dtype)
     elif leads:
         is_label = None
         if plan.label is not None:
@@ -189,7 +200,12 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
     state, rest_exp = _state(
         problem, logits, excluded, pivot_logit, at_pivot, coefficients, given_dtype
     )
-    return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients)
+    if callable(coefficients):
+        coefficients = coefficients(state.rest_sum)
+    if entries is not None:
+        chosen = library.pick(logits, entries.classes, logits, axis)
+        state = rowstate.with_entries(problem, state, entries, pivot, chosen)
+    return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients, entries)
 
 
 def _state(
@@ -230,6 +246,7 @@ def _gradient(
         read.rest_exp,
         read.excluded,
         read.coefficients,
+        read.entries,
         scale,
         plan.counted,
         read.logits,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from polyce.call.problem import Problem
+from polyce.formula import targets
 from polyce.formula.targets import Plan
 
 
@@ -29,7 +30,8 @@ class Stats(NamedTuple):
     prediction : array or None
         The class with the largest logit, the first of them where several have it.
     correct : array or None
-        Whether that is the label or, for probabilities, their first largest class.
+        Whether that is the label or, for probabilities, their first largest class; for a sparse
+        target without a probability above 0, False.
     top_probability : array or None
         The largest p_c, in the dtype of lse.
     brier : array or None
@@ -156,10 +158,7 @@ def finish(problem: Problem, plan: Plan, found: RowStats) -> Stats:
     if "correct" in asked:
         correct = labelled
         if not problem.is_empty:
-            label = plan.label
-            if label is None:
-                label = problem.library.argmax(plan.probabilities, problem.axis)
-            correct = correct & (found.prediction == label)
+            correct = correct & (found.prediction == targets.label_of(problem, plan))
     if "brier" in asked:
         brier = narrow(xp.where(labelled, found.brier, math.nan))
     if "rank" in asked:

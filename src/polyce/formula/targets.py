@@ -12,8 +12,12 @@ probabilities p                r_c = w_c p_c
 probabilities p, smoothing ε   r_c = w_c ((1 - ε) p_c + ε / C)
 =============================  ==========================================
 
+Classes j_k with probabilities p_k mean p_c = Σ p_k [c = j_k], over the k whose class is not the
+ignored one; they are kept as they are, K entries of each row. A teacher's logits t with scale s
+mean p = softmax(s t).
+
 A row counts v times: 0 times if it is ignored, else as its sample weight says. The mean is
-Σ v loss / D, where D = Σ v w_y for labels, Σ v for probabilities, or what the caller passes.
+Σ v loss / D, where D = Σ v w_y for labels, Σ v for the others, or what the caller passes.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from polyce.arrays.library import along_axis, expand
+from polyce.arrays.library import along_axis, columns, expand
 from polyce.call.problem import Operands, Problem
-from polyce.formula import labels
+from polyce.formula import labels, teacher
+from polyce.formula.rowstate import Entries
 
 
 class Plan(NamedTuple):
@@ -34,11 +39,11 @@ class Plan(NamedTuple):
     """
 
     label: Any
-    """Class of each row, always in range; None for probabilities."""
+    """Class of each row, always in range; None where the target holds no labels."""
     counted: Any
     """False for rows that are ignored or have a sample weight of 0; None if none can be."""
     invalid: Any
-    """True for rows whose label is out of range; None if labels were checked."""
+    """True for rows with a label out of range; None if labels were checked."""
     label_weight: Any
     """Class weight of each row's label, in the row dtype; None for 1."""
     class_weight: Any
@@ -46,23 +51,50 @@ class Plan(NamedTuple):
     sample_weight: Any
     """What multiplies each row's loss, in the row dtype; None for 1."""
     probabilities: Any
-    """Target probabilities, of the logits' shape, in the arithmetic dtype; None for labels."""
+    """Target probabilities, of the logits' shape, or of `entries`, in the arithmetic dtype."""
     denominator: Any
     """What reduction mean divides by; None for the other reductions."""
+    entries: Any = None
+    """The classes of a sparse target, always in range, K along the class axis; None for others."""
+    kept: Any = None
+    """False for the ignored ones of `entries`, whose probability is 0; None if none is ignored."""
+    teacher: Any = None
+    """A teacher's logits, in their own dtype; None for other targets."""
 
 
 def plan(problem: Problem, operands: Operands) -> Plan:
     """Read the target of a call; raises IndexError for a bad label where labels are checked."""
     found = plan_rows(problem, operands)
-    if problem.kind != "probability":
-        return found
-    probabilities = problem.library.cast(operands.target, problem.arithmetic_dtype)
-    probabilities = problem.library.align(probabilities, operands.logits)
-    return found._replace(probabilities=probabilities)
+    library, logits = problem.library, operands.logits
+    if problem.kind == "sparse":
+        return _with_entries(problem, operands, found)
+    if problem.kind == "teacher":
+        return found._replace(teacher=library.align(operands.target, logits))
+    if problem.kind == "probability":
+        probabilities = library.cast(operands.target, problem.arithmetic_dtype)
+        return found._replace(probabilities=library.align(probabilities, logits))
+    return found
+
+
+def _with_entries(problem: Problem, operands: Operands, found: Plan) -> Plan:
+    """Read the entries of a sparse target; a row with a bad one is nan if it counts."""
+    xp, library, axis = problem.xp, problem.library, problem.axis
+    entries, kept, invalid = labels.read(problem, operands.target, operands.logits)
+    probability = library.cast(operands.target_probability, problem.arithmetic_dtype)
+    probability = library.align(probability, operands.logits)
+    # A row that does not count may hold anything.
+    for used in (kept, found.counted):
+        if used is not None:
+            probability = xp.where(used, probability, 0.0)
+    if invalid is not None:
+        invalid = xp.any(invalid, axis=axis, keepdims=True)
+        if found.counted is not None:
+            invalid = invalid & found.counted
+    return found._replace(entries=entries, kept=kept, probabilities=probability, invalid=invalid)
 
 
 def plan_rows(problem: Problem, operands: Operands) -> Plan:
-    """Read all that `plan` does but the probabilities themselves.
+    """Read all that `plan` does but what stands in the place of a label.
 
     The logits only say where they lie.
     """
@@ -77,7 +109,7 @@ def plan_rows(problem: Problem, operands: Operands) -> Plan:
         weight = library.cast(operands.weight, problem.arithmetic_dtype)
         class_weight = along_axis(weight, axis, len(problem.shape))
         class_weight = library.align(class_weight, logits)
-    if problem.kind == "probability":
+    if problem.kind != "index":
         return Plan(
             label=None,
             counted=counted,
@@ -126,7 +158,7 @@ def _denominator(problem: Problem, operands: Operands, counted: Any, row_weight:
         if isinstance(operands.normalizer, float):
             return operands.normalizer
         return problem.library.cast(operands.normalizer, problem.row_dtype)
-    if problem.kind == "probability" and problem.classes == 0:
+    if problem.kind != "index" and problem.classes == 0:
         # torch counts rows as the number of logits over C, so it finds none.
         return 0.0
     if row_weight is None:
@@ -144,12 +176,18 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     """Compute r of each row: at its label, and at every class that is not the label.
 
     For labels this is (the label's coefficient, every class's share of the smoothing); for
-    probabilities (None, the coefficient of every class). None is 1 at the label and 0 elsewhere.
+    probabilities and teachers (None, the coefficient of every class); for a sparse target (None,
+    every class's share), beside which there is what `entries` returns. None is 1 at the label and 0
+    elsewhere.
     """
     smoothing = problem.options.label_smoothing
     share = smoothing / max(problem.classes, 1)
-    if plan.probabilities is not None:
-        everywhere = plan.probabilities
+    if plan.entries is not None:
+        if not smoothing or plan.class_weight is None:
+            return None, share or None
+        return None, plan.class_weight * share
+    if plan.label is None:
+        everywhere = probabilities(problem, plan)
         if smoothing:
             everywhere = everywhere * (1.0 - smoothing) + share
         if plan.class_weight is not None:
@@ -163,13 +201,71 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
     return at_label * (1.0 - smoothing + share), plan.class_weight * share
 
 
+def entries(problem: Problem, plan: Plan) -> Entries | None:
+    """Return the classes of a sparse target, with what r has there beside the smoothing's share."""
+    if plan.entries is None:
+        return None
+    found, kept = plan.probabilities, 1.0 - problem.options.label_smoothing
+    if kept != 1.0:
+        found = found * kept
+    # Nothing times an infinite weight is nothing.
+    if plan.class_weight is not None and kept and not problem.is_empty:
+        found = found * _class_weight_at(problem, plan, found)
+    return Entries(plan.entries, found)
+
+
+def share_at(problem: Problem, share: Any, classes: Any, logits: Any) -> Any:
+    """Return each row's share of the smoothing at one class, from that of every class."""
+    if not hasattr(share, "shape"):
+        return share or 0.0
+    found = problem.library.pick(share, classes, logits, problem.axis)
+    return problem.library.cast(found, problem.row_dtype)
+
+
+def _class_weight_at(problem: Problem, plan: Plan, like: Any) -> Any:
+    return problem.library.pick(plan.class_weight, plan.entries, like, problem.axis)
+
+
+def probabilities(problem: Problem, plan: Plan) -> Any:
+    """Return the target's probabilities of every class, of a target that has them or a teacher."""
+    if plan.teacher is None:
+        return plan.probabilities
+    return teacher.softmax(problem, plan.teacher, teacher.state(problem, plan.teacher))
+
+
+def label_of(problem: Problem, plan: Plan) -> Any:
+    """Return the class that a row's target prefers: its label, or its first likeliest class.
+
+    -1 where a sparse target has no probability above 0, and where a teacher has no softmax.
+    """
+    xp, library, axis = problem.xp, problem.library, problem.axis
+    if plan.label is not None:
+        return plan.label
+    if plan.teacher is not None:
+        top = library.class_max(plan.teacher, axis)
+        return xp.where(xp.isfinite(top), library.argmax(plan.teacher, axis), -1)
+    if plan.entries is None:
+        return library.argmax(plan.probabilities, axis)
+    classes, given = columns(plan.entries, axis), columns(plan.probabilities, axis)
+    # Those of one class add up.
+    together = xp.zeros_like(plan.probabilities)
+    for own, probability in zip(classes, given, strict=True):
+        together = together + xp.where(plan.entries == own, probability, 0.0)
+    best, label = 0.0, -1
+    for own, size in zip(classes, columns(together, axis), strict=True):
+        is_better = (size > best) | ((size == best) & (own < label))
+        label = xp.where(is_better, own, label)
+        best = xp.where(is_better, size, best)
+    return label
+
+
 def pivot_leads(problem: Problem) -> bool:
     """Tell whether the pivot of a row is the class of its largest logit, not its label.
 
-    True for probabilities, and if the entropy is asked for: with another class as the pivot, the
-    sum over the rest contains the 1 of the largest, and loses the digits of the others.
+    True where there is no label, and if the entropy is asked for: with another class as the pivot,
+    the sum over the rest contains the 1 of the largest, and loses the digits of the others.
     """
-    return problem.kind == "probability" or problem.asks("entropy")
+    return problem.kind != "index" or problem.asks("entropy")
 
 
 def all_coefficients(problem: Problem, plan: Plan, is_label: Any, rows: Any) -> Any:
@@ -195,20 +291,37 @@ def coefficients_backward(
 
     The gradient has the logits' shape. A result that is not needed, or has no array, is None.
     """
-    xp = problem.xp
+    xp, library, axis = problem.xp, problem.library, problem.axis
     of_probabilities = of_class_weight = None
     if needs[0]:
-        of_probabilities = gradient * (1.0 - problem.options.label_smoothing)
-        if plan.class_weight is not None:
-            of_probabilities = of_probabilities * plan.class_weight
+        given, weight = gradient, plan.class_weight
+        if plan.entries is not None:
+            given = library.pick(gradient, plan.entries, gradient, axis)
+            weight = None if weight is None else _class_weight_at(problem, plan, given)
+        of_probabilities = given * (1.0 - problem.options.label_smoothing)
+        if weight is not None:
+            of_probabilities = of_probabilities * weight
+        if plan.kept is not None:
+            of_probabilities = xp.where(plan.kept, of_probabilities, 0.0)
     if needs[1] and plan.class_weight is not None:
-        _, share = coefficients(problem, plan._replace(class_weight=None))
+        share = _unweighted(problem, plan, gradient)
         # A class of probability 0 has no effect, not even at a logit of -inf.
         gradient = xp.where((share == 0.0) & xp.isinf(gradient), 0.0, gradient)
         sizes = enumerate(plan.class_weight.shape)
         rows = tuple(a for a, size in sizes if size == 1 and a != problem.axis)
         of_class_weight = xp.sum(share * gradient, axis=rows, keepdims=True)
     return of_probabilities, of_class_weight
+
+
+def _unweighted(problem: Problem, plan: Plan, like: Any) -> Any:
+    """Return r for class weights of 1, at every class also of a sparse target."""
+    plan = plan._replace(class_weight=None)
+    _, share = coefficients(problem, plan)
+    found = entries(problem, plan)
+    if found is None:
+        return share
+    everywhere = problem.xp.full_like(like, share or 0.0)
+    return problem.library.add_at(everywhere, *found, problem.axis)
 
 
 def lse_penalty(problem: Problem, plan: Plan) -> Any:

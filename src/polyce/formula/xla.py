@@ -9,6 +9,7 @@ is stored and used once can share the gradient's memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from polyce.call.problem import Problem
-from polyce.formula import rowstate, transform
+from polyce.formula import rowstate, targets, teacher, transform
+from polyce.formula.targets import Plan
 
 
 def from_logits(
@@ -28,7 +30,7 @@ def from_logits(
     coefficients: Any,
     given_dtype: Any,
 ) -> tuple[rowstate.RowState, Any]:
-    """Compute what `rowstate.from_logits` does."""
+    """Compute what `rowstate.from_logits` does; `coefficients` may also be `of_teacher`'s."""
     axis, row_dtype = problem.axis, problem.row_dtype
     scale = 1.0 if transform.is_capped(problem) else transform.scale_of(problem)
     unscaled = problem if scale == 1.0 else problem.with_options(logit_scale=None)
@@ -59,12 +61,13 @@ def from_logits(
     elif coefficients is not None:
         # 0, but nan where there is no softmax: XLA has to wait for the sum before it.
         nothing = jnp.where(rest_sum == rest_sum, 0.0, math.nan).astype(logits.dtype)
-        others = jnp.where(excluded, nothing, coefficients)
-        rest_coefficient = class_sum(others)
+        anew = coefficients if callable(coefficients) else lambda *_: coefficients
+        rest_coefficient = class_sum(jnp.where(excluded, nothing, anew(rest_sum)))
         # A class of coefficient 0 has no effect, not even as 0 times infinity.
-        skipped = excluded | (coefficients == 0.0)
+        others = anew(rest_sum, rest_coefficient)
+        skipped = excluded | (others == 0.0)
         gap = gaps(rest_sum, rest_coefficient)
-        rest_excess = class_sum(jnp.where(skipped, 0.0, coefficients * -gap))
+        rest_excess = class_sum(jnp.where(skipped, 0.0, others * -gap))
     if problem.asks("entropy"):
         gap = gaps(rest_sum, rest_max)
         likely = jnp.exp(gap)
@@ -86,6 +89,23 @@ def from_logits(
         rest_squares=rest_squares,
     )
     return state, jnp.exp(gaps())
+
+
+def of_teacher(
+    problem: Problem, plan: Plan, pivot: Any, logits: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Return r at the pivot, and a function that computes r of every class anew, after others."""
+    top, total = teacher.state(problem, plan.teacher)
+
+    def at(plan: Plan, top: Any) -> Any:
+        softmax = teacher.softmax(problem, plan.teacher, (top, total))
+        return targets.coefficients(problem, plan._replace(probabilities=softmax, teacher=None))[1]
+
+    def picked(array: Any) -> Any:
+        return array if array is None else problem.library.pick(array, pivot, logits, problem.axis)
+
+    own = plan._replace(teacher=picked(plan.teacher), class_weight=picked(plan.class_weight))
+    return at(own, top), lambda *earlier: at(plan, _after(top, *earlier))
 
 
 @jax.custom_jvp

@@ -12,7 +12,7 @@ from polyce.formula.stats import RowStats
 ArraysT = TypeVar("ArraysT", bound=tuple[Any, ...])
 
 
-def _check(operands: Operands) -> None:
+def _check(problem: Problem, operands: Operands) -> None:
     pass
 
 
@@ -27,7 +27,7 @@ def _log_softmax(problem: Problem, logits: Any, compute: Callable[..., Any]) -> 
 class Rules(NamedTuple):
     """How a library differentiates; the defaults are for one that does not."""
 
-    check: Callable[[Operands], None] = _check
+    check: Callable[[Problem, Operands], None] = _check
     """Refuses arrays that require a gradient which polyce does not compute."""
     detach: Callable[..., Any] = _detach
     """Cuts a named tuple of arrays from any derivative."""

@@ -63,7 +63,7 @@ def _row_losses_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Any,
             stats_tangent = stats_tangent._replace(
                 **{name: _counted(plan, along(name)) for name in asked}
             )
-    if problem.kind == "probability":
+    if problem.kind != "index":
         along_target = _along_target(problem, plan, plan_tangent, logits)
         if along_target is not None:
             losses_tangent = losses_tangent + along_target
@@ -105,6 +105,12 @@ def _refuse(problem: Problem, plan_tangent: Plan) -> None:
             "polyce gives no derivative with respect to sample_weight, which is being "
             "differentiated; multiply the losses of reduction 'none' by it instead"
         )
+    if not is_constant(plan_tangent.teacher):
+        raise TypeError(
+            "polyce gives no derivative with respect to a teacher's logits, which are being "
+            "differentiated; pass target.logits through jax.lax.stop_gradient, or give "
+            "cross_entropy their softmax as probabilities"
+        )
     if problem.kind == "index" and not (
         is_constant(plan_tangent.class_weight) and is_constant(plan_tangent.label_weight)
     ):
@@ -132,18 +138,31 @@ def _along_target(problem: Problem, plan: Plan, plan_tangent: Plan, logits: Any)
     logits = problem.library.cast(logits, problem.arithmetic_dtype)
     surprise = -_log_softmax(problem.with_options(stats=None), logits)
     parts = []
-    for name, tangent in tangents.items():
 
-        def coefficients(value: Any, name: str = name) -> Any:
-            return targets.coefficients(problem, plan._replace(**{name: value}))[1]
-
+    def add(coefficients: Callable[..., Any], name: str, surprise: Any) -> None:
         value = getattr(plan, name)
         _, slope = jax.jvp(coefficients, (value,), (jnp.ones_like(value),))
+        _, change = jax.jvp(coefficients, (value,), (tangents[name],))
         # A slope of 0 has no effect, not even as 0 times infinity. A finite surprise is kept even
         # then, for the derivatives of a higher order.
         skipped = (slope == 0.0) & ~jnp.isfinite(surprise)
-        parts.append(_times(slope * tangent, jnp.where(skipped, 0.0, surprise)))
-    along = _row_sums(problem, sum(parts[1:], start=parts[0]))
+        parts.append(_row_sums(problem, _times(change, jnp.where(skipped, 0.0, surprise))))
+
+    for name in tangents:
+
+        def everywhere(value: Any, name: str = name) -> Any:
+            return targets.coefficients(problem, plan._replace(**{name: value}))[1]
+
+        def at_entries(value: Any, name: str = name) -> Any:
+            found = targets.entries(problem, plan._replace(**{name: value}))
+            return None if found is None else found.coefficients
+
+        if plan.entries is not None:
+            chosen = problem.library.pick(surprise, plan.entries, surprise, problem.axis)
+            add(at_entries, name, chosen)
+        if plan.entries is None or (name == "class_weight" and problem.options.label_smoothing):
+            add(everywhere, name, surprise)
+    along = sum(parts[1:], start=parts[0])
     return targets.weigh_rows(plan, problem.xp, along)
 
 

@@ -52,15 +52,20 @@ class Kernels(NamedTuple):
 
 def needs_graph(problem: Problem, operands: Operands) -> bool:
     """Tell whether something requires a gradient; refuse arrays that polyce computes none for."""
-    logits, target, weight, sample_weight, normalizer, *_ = operands
-    if weight is not None or sample_weight is not None:
-        torch_rows.check(operands)
+    logits, _, weight, sample_weight, normalizer, *_ = operands
+    if weight is not None or sample_weight is not None or problem.kind == "teacher":
+        torch_rows.check(problem, operands)
     return torch.is_grad_enabled() and (
         logits.requires_grad
-        or (problem.kind == "probability" and target.requires_grad)
+        or (problem.kind in ("probability", "sparse") and _soft(problem, operands).requires_grad)
         or (weight is not None and weight.requires_grad)
         or (isinstance(normalizer, torch.Tensor) and normalizer.requires_grad)
     )
+
+
+def _soft(problem: Problem, operands: Operands) -> Any:
+    """Return the target, of a sparse one the probabilities, which may have a gradient."""
+    return operands.target_probability if problem.kind == "sparse" else operands.target
 
 
 def cross_entropy(
@@ -75,13 +80,14 @@ def cross_entropy(
     if not on_graph:
         loss, found, _ = kernels.forward(problem, operands, False)
         return loss, found
-    logits, target, weight, _, normalizer, *_ = operands
+    logits, _, weight, _, normalizer, *_ = operands
     if isinstance(normalizer, torch.Tensor) and normalizer.requires_grad:
         # torch divides, so that it differentiates by the normalizer.
         summed, operands = without_normalizer(problem, operands)
         total, found = cross_entropy(kernels, summed, operands)
         return (total / normalizer).to(problem.result_dtype), found
-    loss, *entries = _Loss.apply(logits, target, weight, (kernels, problem, operands))
+    soft = _soft(problem, operands)
+    loss, *entries = _Loss.apply(logits, soft, weight, (kernels, problem, operands))
     return loss, Stats(*entries) if entries else None
 
 
@@ -104,7 +110,10 @@ class _Loss(torch.autograd.Function):
         loss, found, saved = kernels.forward(problem, operands, ctx.needs_input_grad[0])
         number = operands.normalizer
         divisor = number if isinstance(number, torch.Tensor) else None
-        ctx.save_for_backward(logits, target, weight, operands.sample_weight, divisor, *saved)
+        classes = (operands.target,) if problem.kind == "sparse" else ()
+        ctx.save_for_backward(
+            logits, target, weight, operands.sample_weight, divisor, *saved, *classes
+        )
         if found is not None:
             problem = problem.with_options(stats=None)
         ctx.call = kernels, problem, number if divisor is None else None
@@ -129,7 +138,11 @@ def gradients(
     (kernels, problem, number), needs = ctx.call, ctx.needs_input_grad
     logits, target, weight, sample_weight, divisor, *saved_rows = saved_tensors
     normalizer = number if divisor is None else divisor
+    probability = None
+    if problem.kind == "sparse":
+        probability, target = target, saved_rows.pop()
     operands = Operands(logits, target, weight, sample_weight, normalizer, cotangent)
+    operands = operands._replace(target_probability=probability)
     saved = Saved(*saved_rows)
     # This is only ever traced by torch's compiled autograd.
     traced = torch.compiler.is_dynamo_compiling()
@@ -230,10 +243,11 @@ def check_operands(problem: Problem, operands: Operands) -> None:
     """Refuse saved tensors that came back changed, or whose memory is gone."""
     if torch.compiler.is_compiling():
         return
-    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands[:8]
     torch_memory.check_storages(normalizer=normalizer, grad_output=cotangent)
     torch_memory.check_storages(grad_lse=of_lse, grad_entropy=of_entropy)
-    target_shape = problem.shape if problem.kind == "probability" else problem.row_shape
+    probability = operands.target_probability
+    target_shape = problem.target_shape
     if target.numel() == 1 and not problem.row_shape:
         target_shape = target.shape
     kinds = (
@@ -241,8 +255,9 @@ def check_operands(problem: Problem, operands: Operands) -> None:
         (target_shape, getattr(torch, problem.target_dtype)),
         None if weight is None else ((problem.classes,), weight.dtype),
         None if sample_weight is None else (problem.row_shape, sample_weight.dtype),
+        None if probability is None else (target_shape, probability.dtype),
     )
-    torch_memory.check_returned(kinds, (logits, target, weight, sample_weight))
+    torch_memory.check_returned(kinds, (logits, target, weight, sample_weight, probability))
 
 
 def _plan(problem: Problem, operands: Operands) -> Plan:
@@ -264,14 +279,14 @@ def target_gradients(
     problem: Problem, operands: Operands, needs: tuple[bool, bool]
 ) -> tuple[Any, Any]:
     """Compute the gradients of target and class weights that are needed, in torch operations."""
-    logits, target, weight, *_ = operands
+    logits, _, weight, *_ = operands
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     zeros = torch.zeros(problem.row_shape, dtype=problem.row_dtype, device=logits.device)
     by_row = cotangent + zeros.unsqueeze(problem.axis)
     of_target, of_weight = torch_rows.target_gradients(problem, plan, by_row, logits, needs)
     if of_target is not None:
-        of_target = of_target.to(target.dtype)
+        of_target = of_target.to(_soft(problem, operands).dtype)
     if of_weight is not None:
         of_weight = of_weight.reshape(-1).to(weight.dtype)
     return of_target, of_weight

@@ -19,6 +19,7 @@ from polyce.call.options import STATS_WITH_GRADIENT
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, stats, targets
 from polyce.formula.rowgradient import StatsCotangents
+from polyce.formula.rowstate import Entries
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs import torch_state
@@ -32,14 +33,23 @@ def detach(given: ArraysT) -> ArraysT:
     return type(given)(*(a.detach() if isinstance(a, torch.Tensor) else a for a in given))
 
 
-def check(operands: Operands) -> None:
+def check(problem: Problem, operands: Operands) -> None:
     """Refuse tensors that require a gradient which polyce does not compute."""
     # Under transforms requires_grad does not show everything, so the rules below check again.
-    weight = torch_state.needs_gradient(operands.weight) and not operands.target.is_floating_point()
-    _refuse(weight, torch_state.needs_gradient(operands.sample_weight))
+    needs = torch_state.needs_gradient
+    _refuse(
+        weight=problem.kind == "index" and needs(operands.weight),
+        sample_weight=needs(operands.sample_weight),
+        teacher=problem.kind == "teacher" and needs(operands.target),
+    )
 
 
-def _refuse(weight: bool, sample_weight: bool) -> None:
+def _refuse(*, weight: bool, sample_weight: bool, teacher: bool) -> None:
+    if teacher:
+        raise TypeError(
+            "a teacher's logits have no gradient, but target.logits requires grad; pass "
+            "target.logits.detach(), or its softmax as probabilities to differentiate by it"
+        )
     if weight:
         raise TypeError(
             "weight has a gradient only where target holds class probabilities, but weight "
@@ -61,7 +71,9 @@ def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats
         return _transformed_row_losses(problem, plan, logits)
     if not any(map(torch_state.needs_gradient, (logits, plan.probabilities, plan.class_weight))):
         return rows.forward(problem, plan, logits)
-    losses, *found = _RowLosses.apply(logits, plan.probabilities, plan.class_weight, problem, plan)
+    # A teacher has no gradient, but keeps the place of the probabilities: see `asked_for`.
+    soft = plan.teacher if plan.probabilities is None else plan.probabilities
+    losses, *found = _RowLosses.apply(logits, soft, plan.class_weight, problem, plan)
     return losses, RowStats(*found) if found else None
 
 
@@ -88,7 +100,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Any,
-        probabilities: Any,
+        soft: Any,
         class_weight: Any,
         problem: Problem,
         plan: Plan,
@@ -233,7 +245,11 @@ class _TransformedRowLosses(torch.autograd.Function):
         given = dict(zip(stats.needed(ctx.problem), of_stats, strict=True))
         stats_cotangents = StatsCotangents(given.get("lse"), given.get("entropy"))
         problem, needs = ctx.problem, Plan(*ctx.needs_input_grad[2:])
-        _refuse(plan.label is not None and needs.class_weight, needs.sample_weight)
+        _refuse(
+            weight=plan.label is not None and needs.class_weight,
+            sample_weight=needs.sample_weight,
+            teacher=needs.teacher,
+        )
         grad, grads = None, Plan(*(None,) * len(plan))
         if ctx.needs_input_grad[0] and (cotangent is not None or stats_cotangents.are_given):
             grad = rows.differentiable_gradient(problem, plan, cotangent, logits, stats_cotangents)
@@ -248,8 +264,9 @@ class _TransformedRowLosses(torch.autograd.Function):
         logits, plan = _kept(ctx)
         moved = Plan(*tangents)
         _refuse(
-            plan.label is not None and moved.class_weight is not None,
-            moved.sample_weight is not None,
+            weight=plan.label is not None and moved.class_weight is not None,
+            sample_weight=moved.sample_weight is not None,
+            teacher=moved.teacher is not None,
         )
         with forward_ad._set_fwd_grad_enabled(True):
             logits, plan = primal(logits), Plan(*map(primal, plan))
@@ -272,27 +289,35 @@ def _losses_tangent(problem: Problem, plan: Plan, logits: Any, tangent: Any, mov
     if tangent is not None:
         product = tangent * rows.differentiable_gradient(problem, plan, 1.0, logits)
         terms.append(library.class_sum(product, axis, problem.row_dtype))
-    coefficients = _coefficients_tangent(problem, plan, moved)
-    if coefficients is not None:
-        gaps = _gaps(problem, plan, logits)
+    changes = _coefficients_tangents(problem, plan, moved)
+    gaps = _gaps(problem, plan, logits) if changes else None
+    for change in changes:
+        if isinstance(change, Entries):
+            moved_by, own = change.coefficients, library.pick(gaps, change.classes, gaps, axis)
+        else:
+            moved_by, own = change, gaps
         # A class that stays at coefficient 0 has no effect, not even at a logit of -inf.
-        gaps = xp.where((coefficients == 0.0) & (gaps == math.inf), 0.0, gaps)
-        product = library.class_sum(coefficients * gaps, axis, problem.row_dtype)
+        own = xp.where((moved_by == 0.0) & (own == math.inf), 0.0, own)
+        product = library.class_sum(moved_by * own, axis, problem.row_dtype)
         terms.append(targets.weigh_rows(plan, xp, product))
     return sum(terms)
 
 
-def _coefficients_tangent(problem: Problem, plan: Plan, moved: Plan) -> Any:
-    """Compute the tangent of r, which is linear in the class weights and in the probabilities."""
-    terms = []
+def _coefficients_tangents(problem: Problem, plan: Plan, moved: Plan) -> list[Any]:
+    """Compute the tangents of r, which is linear in the class weights and in the probabilities.
+
+    Each is an array over the classes, or the entries of a sparse target.
+    """
+    found: list[Any] = []
     if moved.probabilities is not None:
         share = moved.probabilities * (1.0 - problem.options.label_smoothing)
         unsmoothed = problem.with_options(label_smoothing=0.0)
-        terms.append(targets.coefficients(unsmoothed, plan._replace(probabilities=share))[1])
+        given = plan._replace(probabilities=share)
+        found += [targets.coefficients(unsmoothed, given)[1], targets.entries(unsmoothed, given)]
     if moved.class_weight is not None:
-        weighted = plan._replace(class_weight=moved.class_weight)
-        terms.append(targets.coefficients(problem, weighted)[1])
-    return sum(terms) if terms else None
+        given = plan._replace(class_weight=moved.class_weight)
+        found += [targets.coefficients(problem, given)[1], targets.entries(problem, given)]
+    return [one for one in found if one is not None]
 
 
 RULES = Rules(check, detach, row_losses, nll, log_softmax)

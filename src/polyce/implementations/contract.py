@@ -61,7 +61,10 @@ class Implementation:
             ("target", "kind", self.kinds),
         )
         for what, attribute, served in declared:
-            if served is not None and (value := getattr(problem, attribute)) not in served:
+            if served is None or (value := getattr(problem, attribute)) in served:
+                continue
+            # A function of logits alone has no target.
+            if value != "none":
                 found.append(f"{what} {value} is not served ({', '.join(sorted(served))})")
         if self.options is not None:
             for option in problem.used_options:

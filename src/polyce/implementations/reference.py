@@ -18,7 +18,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
 
         return torch_calls.cross_entropy(torch_calls.REFERENCE, problem, operands)
     own = rules.of(problem.backend)
-    own.check(operands)
+    own.check(problem, operands)
     return whole.cross_entropy(problem, operands, own.row_losses)
 
 

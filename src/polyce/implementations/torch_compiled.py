@@ -15,8 +15,10 @@ import torch
 from torch.autograd import forward_ad
 
 from polyce.call import checks
+from polyce.call import target as of_target
 from polyce.call.options import check_stats
 from polyce.call.problem import Operands, Problem, describe
+from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations import registry, torch_ops
 from polyce.implementations.contract import Implementation
@@ -44,13 +46,18 @@ def takes(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
     `options` has the fields of that record; the record itself would be guarded. Exports, transforms
     and forward mode need torch's own operations; some arguments an operator would misread.
     """
-    for array in arrays[:4]:
+    logits, target, weight, sample_weight, _ = arrays
+    if type(target) not in _PLAIN:
+        if type(target) is TeacherLogits and not _is_number(target.scale):
+            return False
+        if not all(type(array) in _PLAIN for array in of_target.arrays(target).values()):
+            return False
+    for array in (weight, sample_weight):
         if array is not None and type(array) not in _PLAIN:
             return False
     axis, ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap, *_ = options
     return (
-        arrays[0] is not None
-        and arrays[1] is not None
+        type(logits) in _PLAIN
         and (axis is None or type(axis) is int)
         and type(ignore_index) is int
         and type(reduction) is str
@@ -95,14 +102,17 @@ def _call(
 ) -> tuple[Any, tuple[str, ...] | None, list[Any]]:
     """Call an operator; return the loss, the names of the stats, and what else it has found."""
     logits, target, weight, sample_weight, normalizer = arrays
+    first, probability = (*of_target.arrays(target).values(), None)[:2]
     *others, return_stats, validate = options
     stats = None if return_stats is False else check_stats(return_stats)
     loss, *found = operator(
         logits,
-        target,
+        first,
         weight,
         sample_weight,
         _as_tensor("normalizer", normalizer, logits),
+        probability,
+        target.scale if type(target) is TeacherLogits else None,
         *cotangents,
         *others,
         stats if stats is None else ",".join(stats),
@@ -133,7 +143,11 @@ def _described(
 ) -> tuple[Problem, Operands, Implementation]:
     *options, validate, implementation, _ = settings
     asked = torch_ops.options_of(tuple(options))._replace(validate=validate)
-    logits, target, weight, sample_weight, normalizer = tensors
+    logits, target, weight, sample_weight, normalizer, probability, scale = tensors
+    if probability is not None:
+        target = SparseTarget(target, probability)
+    elif scale is not None:
+        target = TeacherLogits(target, scale)
     problem, operands = describe(
         logits, target, weight, sample_weight, normalizer, asked, grad_output=grad_output
     )
@@ -165,9 +179,9 @@ def _refused_while_traced(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cross_entropy(*arguments: Any) -> list[Any]:
-    problem, operands, chosen = _described(arguments[:5], None, arguments[5:])
+    problem, operands, chosen = _described(arguments[:7], None, arguments[7:])
     if problem.is_compiling and chosen.torch_kernels is not None:
-        torch_rows.check(operands)
+        torch_rows.check(problem, operands)
         kernels = torch_ops.kernels(chosen.name)
         loss, found = torch_calls.cross_entropy(kernels, problem, operands)
     else:
@@ -176,7 +190,7 @@ def _cross_entropy(*arguments: Any) -> list[Any]:
 
 
 def _cross_entropy_with_grad(*arguments: Any) -> list[Any]:
-    problem, operands, chosen = _described(arguments[:5], arguments[5], arguments[6:])
+    problem, operands, chosen = _described(arguments[:7], arguments[7], arguments[8:])
     operands = torch_rows.detach(operands)
     if problem.is_compiling and chosen.torch_kernels is not None:
         loss, grad, found = torch_ops.with_grad(chosen.name, problem, operands)
@@ -185,10 +199,11 @@ def _cross_entropy_with_grad(*arguments: Any) -> list[Any]:
     return [loss, grad, *(array for array in found or () if array is not None)]
 
 
+_TENSORS = f"{torch_ops.TENSORS}, Tensor? target_probability, float? teacher_scale"
 _SETTINGS = f"{torch_ops.OPTIONS}, bool? validate, str? implementation, str circumstances"
-torch_ops.LIBRARY.define(f"cross_entropy({torch_ops.TENSORS}, {_SETTINGS}) -> Tensor[]")
+torch_ops.LIBRARY.define(f"cross_entropy({_TENSORS}, {_SETTINGS}) -> Tensor[]")
 torch_ops.LIBRARY.define(
-    f"cross_entropy_with_grad({torch_ops.TENSORS}, Tensor? grad_output, {_SETTINGS}) -> Tensor[]"
+    f"cross_entropy_with_grad({_TENSORS}, Tensor? grad_output, {_SETTINGS}) -> Tensor[]"
 )
 for _name, _run in (
     ("cross_entropy", _cross_entropy),

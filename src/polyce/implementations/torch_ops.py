@@ -265,7 +265,7 @@ def kernels(implementation: str) -> Kernels:
     def backward(problem: Problem, operands: Operands, saved: Saved, out: Any) -> Any:
         text = text_of(problem, implementation)
         arguments = (operands.grad_output, *operands[:5], *saved, text)
-        of_stats = operands[6:] if problem.grad_stats else ()
+        of_stats = operands[6:8] if problem.grad_stats else ()
         return _operators.backward.default(*arguments, *of_stats)
 
     return Kernels(implementation, forward, backward, own.keeps, own.takes_grad_stats)

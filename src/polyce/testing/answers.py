@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from . import oracle, oracle_row, oracle_stats
+from . import oracle, oracle_row, oracle_softmax, oracle_stats, oracle_target
 from .oracle import Answer
 
 VARIABLE = "POLYCE_ANSWERS"
 """The environment variable that names the folder."""
+_SOURCES = (oracle, oracle_row, oracle_softmax, oracle_stats, oracle_target)
 LARGE = 1000
 """Answers of calls with at least this many logits are kept."""
 
@@ -54,5 +55,5 @@ def _key(arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
 
 @cache
 def _oracle() -> bytes:
-    sources = "".join(inspect.getsource(module) for module in (oracle, oracle_row, oracle_stats))
+    sources = "".join(inspect.getsource(module) for module in _SOURCES)
     return f"{np.__version__} {sources}".encode()

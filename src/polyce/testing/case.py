@@ -31,11 +31,12 @@ class Case:
     group : str
         The group of the grid that it belongs to.
     logits, target, weight : ndarray
-        The arrays of the call. They are read-only: `arrange` makes the copies to pass.
+        The arrays of the call; the target is labels, probabilities, the index of a `SparseTarget`
+        or the logits of `TeacherLogits`. They are read-only: `arrange` makes the copies to pass.
     options : mapping
         Keyword arguments of the call that are not arrays: reduction, label_smoothing,
         ignore_index, axis, validate, normalizer as a number, z_loss, logit_scale, logit_softcap
-        and return_stats.
+        and return_stats; and teacher_scale, the scale of `TeacherLogits`.
     grad_output : ndarray, float or None
         The gradient that flows in.
     grad_lse, grad_entropy : ndarray or None
@@ -44,6 +45,8 @@ class Case:
         The memory layouts in which logits and target are passed, see `arrange`.
     sample_weight, normalizer : ndarray
         More arrays of the call; the normalizer is 0-d.
+    target_probability : ndarray
+        The probability of a `SparseTarget`.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Case:
     normalizer: Array | None = None
     grad_lse: Array | None = None
     grad_entropy: Array | None = None
+    target_probability: Array | None = None
 
     def __post_init__(self) -> None:
         """Make the arrays read-only, since cases share them."""
@@ -80,12 +84,17 @@ class Case:
             "grad_output": self.grad_output,
             "grad_lse": self.grad_lse,
             "grad_entropy": self.grad_entropy,
+            "target_probability": self.target_probability,
         }
         return {name: a for name, a in candidates.items() if isinstance(a, np.ndarray)}
 
     @property
     def kind(self) -> str:
-        """Return what the target holds: "index" for class indices, or "probability"."""
+        """Return what the target holds: "index", "probability", "sparse" or "teacher"."""
+        if self.target_probability is not None:
+            return "sparse"
+        if "teacher_scale" in self.options:
+            return "teacher"
         return "probability" if is_float(self.target) else "index"
 
     @property
@@ -119,7 +128,10 @@ class Case:
         """Return the exact answer, computed when first asked for."""
         given: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("sample_weight", "normalizer", "grad_lse", "grad_entropy")
+            for name in (
+                *("sample_weight", "normalizer", "grad_lse", "grad_entropy"),
+                "target_probability",
+            )
         }
         given |= {k: v for k, v in self.options.items() if k not in ("validate", "return_stats")}
         return exact_answer(

@@ -94,7 +94,8 @@ def check_implementation(
     checked, also those of the stats if a case asks for some, and that the arrays passed in are
     unchanged. The cases of the group values go through `polyce.log_prob` and `polyce.entropy` too.
     Of an implementation that takes no cotangents of stats only the losses of the cases with
-    such are checked, and cases that ask for stats which it does not serve are left out.
+    such are checked; cases that ask for stats which it does not serve, or of kinds of target that
+    it does not take, are left out.
 
     Parameters
     ----------
@@ -132,6 +133,7 @@ def check_implementation(
     called = functions or _polyce_functions()
     own = None if name is None or functions is not None else _path(name)
     takes_grad_stats = own is None or own.takes_grad_stats
+    kinds = None if own is None else own.kinds
     ran: Counter[str] = Counter()
     left_out: dict[str, list[str]] = {}
     if dtypes is None:
@@ -140,6 +142,8 @@ def check_implementation(
     failed = 0
     for case in cases(groups, dtypes, few_shapes=few_shapes):
         given, reason = _given(case, library)
+        if kinds is not None and case.kind not in kinds:
+            reason = f"target {case.kind} is not served"
         reason = reason or (leave_out(case) if leave_out else "")
         if own is not None and own.stats is not None and not own.stats.issuperset(case.stats_names):
             reason = reason or f"{name} has no stats but {', '.join(sorted(own.stats))}"
@@ -176,8 +180,12 @@ def _path(name: str) -> Any:
     return importlib.import_module("polyce.implementations.registry").find(name)
 
 
+def _polyce() -> Any:
+    return importlib.import_module("polyce")
+
+
 def _polyce_functions() -> Functions:
-    polyce = importlib.import_module("polyce")
+    polyce = _polyce()
     return Functions(
         polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.log_prob, polyce.entropy
     )
@@ -205,7 +213,8 @@ def _failures(
 ) -> list[str]:
     """Run one case, and return what is wrong with it."""
     layouts = {
-        "input": case.layout, "target": case.target_layout, "sample_weight": case.target_layout
+        "input": case.layout, "target": case.target_layout, "sample_weight": case.target_layout,
+        "target_probability": case.target_layout,
     }  # fmt: skip
     arrays = {
         key: library.asarray(arrange(array, layouts.get(key, "plain")))
@@ -295,7 +304,11 @@ def call_by_name(
     options: Mapping[str, Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
 ) -> Any:
-    """Call a function with arrays by name; wrap it as a function of the arrays alone."""
+    """Call a function with arrays by name; wrap it as a function of the arrays alone.
+
+    With an array named target_probability the target is a `SparseTarget`, with an option named
+    teacher_scale it is `TeacherLogits`.
+    """
     names = tuple(arrays)
 
     def of_arrays(*values: Any) -> Any:
@@ -306,7 +319,14 @@ def call_by_name(
             if f"grad_{name}" in given
         }
         more = {"grad_stats": of_stats} if of_stats else {}
-        return function(**given, **options, **more)
+        call = dict(options)
+        if "target_probability" in given:
+            probability = given.pop("target_probability")
+            given["target"] = _polyce().SparseTarget(given["target"], probability)
+        elif "teacher_scale" in call:
+            scale = call.pop("teacher_scale")
+            given["target"] = _polyce().TeacherLogits(given["target"], scale)
+        return function(**given, **call, **more)
 
     return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())
 

@@ -7,47 +7,7 @@ written once.
 A line of ``cases.txt`` that starts with ``#`` is a comment; every other line is one case, made of
 ``key=value`` fields separated by one space; no value contains a space. The fields, in this order:
 
-===================  ==============================================================================
-name, group          of the case
-kind                 ``index`` or ``probability``
-dtype                of logits and gradient: float16, bfloat16, float32 or float64
-loss_dtype           that the loss has to have
-shape                of the logits, such as ``5x7``
-axis                 the class axis, counted from 0
-reduction            ``none``, ``sum`` or ``mean``
-ignore_index         an integer
-label_smoothing      a C99 hexadecimal float, as all options here that are real numbers
-z_loss               0 for none
-logit_scale          ``-`` for none
-logit_softcap        ``-`` for none
-normalizer           what the mean divides by; ``-`` for the total weight
-return_stats         names with commas in between; ``-`` for no stats
-layout               of the logits in Python; they are written in C order all the same
-logits               file, elements of ``dtype``
-target               file, int64 for ``index``, else elements of ``target_dtype``
-target_shape         of the target; ``scalar`` for no dimension
-target_dtype         that the target has in Python (indices are converted to int64)
-weight               file, elements of ``weight_dtype``, one for each class; or ``-``
-weight_dtype         ``-`` without weight
-sample_weight        file, float64, one for each row; or ``-``
-grad_output          file, float64, of the loss's shape; ``-`` means 1
-grad_lse             file, float64, one for each row: what flows into lse; ``-`` means 0
-grad_entropy         the same of the entropy
-loss, loss_tol       files, float64: the exact loss, and the largest error allowed in it
-loss_shape           of the loss; ``scalar`` for no dimension
-grad, grad_tol       files, float64, in the shape of the logits: the same for the gradient
-row_shape            of everything that follows; ``scalar`` for no dimension
-lse, lse_tol         files, float64: the exact log of the sum of the exponentials, and its tolerance
-entropy              file, float64: the exact entropy
-entropy_tol          file, float64
-prediction           file, int64
-correct, valid       files, uint8: 0 or 1
-top_probability      file, float64: the largest probability
-top_probability_tol  file, float64
-brier, brier_tol     files, float64: the Brier score
-rank                 file, int64: how many logits are larger than the label's, or -1
-===================  ==============================================================================
-
+===================  =======================================================================
 The stats are there whether or not the case asks for them; those of `polyce.testing.ExactStats`.
 nan and infinity in an expected result have to be met exactly; the sign of zero is free.
 """
@@ -111,10 +71,11 @@ def read(directory: str | Path) -> list[dict[str, Any]]:
         if line.startswith("#"):
             continue
         fields: dict[str, Any] = dict(item.split("=", 1) for item in line.split(" "))
-        index = fields["kind"] == "index"
+        index = fields["kind"] in ("index", "sparse")
         elements = {
             "logits": (fields["dtype"], fields["shape"]),
             "target": ("int64" if index else fields["target_dtype"], fields["target_shape"]),
+            "target_probability": ("float64", fields["target_shape"]),
             "weight": (fields["weight_dtype"], "-1"),
             "grad_output": ("float64", fields["loss_shape"]),
             "loss": ("float64", fields["loss_shape"]),
@@ -146,7 +107,9 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
     grad_dtype, loss_dtype = case.logits.dtype.name, answer.loss_dtype.name
     axis = options.get("axis")
     axis = (1 if case.logits.ndim > 1 else 0) if axis is None else axis % case.logits.ndim
-    target = case.target if is_float(case.target) else case.target.astype(np.int64)
+    target, probability = case.target, case.target_probability
+    if probability is not None:
+        target, probability = (np.moveaxis(array, axis, -1) for array in (target, probability))
     given, stats = case.arrays, answer.stats
     arithmetic = "float64" if loss_dtype == "float64" else "float32"
     allowed = stats_tolerances(answer, accuracy(arithmetic))
@@ -183,12 +146,14 @@ def _fields(case: Case, folder: Path) -> dict[str, object]:
         "logit_scale": number(options.get("logit_scale")),
         "logit_softcap": number(options.get("logit_softcap")),
         "normalizer": number(normalizer),
+        "teacher_scale": number(options.get("teacher_scale")),
         "return_stats": ",".join(case.stats_names) or "-",
         "layout": case.layout,
         "logits": write(case.logits),
-        "target": write(target),
-        "target_shape": _shape(case.target),
+        "target": write(target if is_float(target) else target.astype(np.int64)),
+        "target_shape": _shape(target),
         "target_dtype": case.target.dtype.name,
+        "target_probability": write(wide(probability)),
         "weight": write(case.weight),
         "weight_dtype": "-" if case.weight is None else case.weight.dtype.name,
         "sample_weight": write(wide(case.sample_weight)),

@@ -1,8 +1,9 @@
 """The conformance grid: the calls that every implementation has to answer alike.
 
 `cases` builds it. Each group is one function that yields cases; the groups about unusual values are
-in `grid_values`, those about options that torch lacks in `grid_options` and `grid_transforms`, and
-those about gradients of stats and values of the rows in `grid_stats`.
+in `grid_values`, those about options that torch lacks in `grid_options` and `grid_transforms`,
+those about gradients of stats and values of the rows in `grid_stats`, and those about targets that
+torch lacks in `grid_targets`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .grid_draw import (
 )
 from .grid_options import combined_cases, normalizer_cases, sample_weight_cases
 from .grid_stats import grad_stats_cases, target_stats_cases, value_cases
+from .grid_targets import sparse_cases, teacher_cases
 from .grid_transforms import stats_cases, transform_cases
 from .grid_values import accuracy_cases, special_cases
 
@@ -248,6 +250,8 @@ _BUILDERS: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {
     "grad-stats": grad_stats_cases,
     "target-stats": target_stats_cases,
     "values": value_cases,
+    "sparse": sparse_cases,
+    "teacher": teacher_cases,
 }
 GROUPS = tuple(_BUILDERS)
 

@@ -23,21 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import Array, Floats, is_float, promote
-from .oracle_row import (
-    DIGITS,
-    ONE,
-    ZERO,
-    Row,
-    Target,
-    context,
-    measures,
-    row_answer,
-)
+from .oracle_row import Row, measures, row_answer
+from .oracle_softmax import DIGITS, ONE, ZERO, context
 from .oracle_stats import stats_gradients, target_stats
+from .oracle_target import SparseRow, Target, TeacherRow, likeliest
 
 NOTHING = Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
 """The answer of a row that does not count."""
-PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part")
+PARTS = ("grad", "softmax_part", "pull_part", "coefficient_part", "target_part")
 PER_CLASS = (*PARTS, "stats_part", "gap", "angle", "pivot")
 STATS = (
     *("lse", "entropy", "prediction", "correct", "top_probability", "brier", "rank"),
@@ -124,6 +117,9 @@ class Answer:
         smaller together. 0 in rows that are not finite.
     pull_part : ndarray
         ``Z * softmax_c``, what the z-loss adds to `softmax_part`.
+    target_loss, target_part : ndarray
+        Errors of the loss and of the gradient for one unit of relative error in the exponentials
+        and in the gaps of a teacher's softmax; 0 for other targets.
     stats_part : ndarray
         Magnitude of what the gradients of lse and entropy add to an entry: ``softmax_c`` times
         ``|g_lse| + |g_entropy| * (lse - x_c + entropy)``, for the likeliest class of a row with
@@ -157,6 +153,8 @@ class Answer:
     softmax_part: Floats
     pull_part: Floats
     coefficient_part: Floats
+    target_loss: Floats
+    target_part: Floats
     stats_part: Floats
     gap: Floats
     angle: Floats
@@ -204,6 +202,8 @@ def exact_answer(
     grad_output: Array | float | None = None,
     grad_lse: Array | None = None,
     grad_entropy: Array | None = None,
+    target_probability: Array | None = None,
+    teacher_scale: float | None = None,
 ) -> Answer:
     """Return the exact result of ``cross_entropy_with_grad`` on NumPy arrays.
 
@@ -216,6 +216,10 @@ logit_scale, logit_softcap, grad_output
         As in `polyce.cross_entropy_with_grad`.
     grad_lse, grad_entropy : ndarray, optional
         Its `grad_stats`.
+    target_probability : ndarray, optional
+        The probabilities of a `SparseTarget`, whose index is `target`.
+    teacher_scale : float, optional
+        The scale of `TeacherLogits`, whose logits are `target`.
 
     Returns
     -------
@@ -224,7 +228,8 @@ logit_scale, logit_softcap, grad_output
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction is one of none, sum and mean, got {reduction!r}")
-    soft = is_float(target)
+    soft_array = target if target_probability is None else target_probability
+    soft = is_float(soft_array)
     class_axis = (1 if logits.ndim > 1 else 0) if axis is None else axis % logits.ndim
     rows_last = np.moveaxis(logits, class_axis, -1)
     shape, classes = rows_last.shape[:-1], rows_last.shape[-1]
@@ -235,7 +240,15 @@ logit_scale, logit_softcap, grad_output
 
     xs = as_rows(rows_last)
     targets: Sequence[Target]
-    targets = as_rows(np.moveaxis(target, class_axis, -1)) if soft else target.reshape(-1).tolist()
+    if target_probability is not None:
+        targets = _sparse_rows(target, target_probability, class_axis, ignore_index)
+    elif teacher_scale is not None:
+        given = as_rows(np.moveaxis(target, class_axis, -1))
+        targets = [TeacherRow(row, teacher_scale) for row in given]
+    elif soft:
+        targets = as_rows(np.moveaxis(target, class_axis, -1))
+    else:
+        targets = target.reshape(-1).tolist()
     weights = None if weight is None else tuple(weight.astype(np.float64).tolist())
     row_weights = np.ones(count) if sample_weight is None else sample_weight.astype(np.float64)
     v = [
@@ -265,10 +278,11 @@ logit_scale, logit_softcap, grad_output
         shares = [condition * abs(v_i / divisor) if v_i else ZERO for v_i in v]
         sizes = [share * row.loss_scale for share, row in zip(shares, rows, strict=True)]
         squares = [share * row.square_part for share, row in zip(shares, rows, strict=True)]
+        offs = [share * row.target_loss for share, row in zip(shares, rows, strict=True)]
         scales = [Decimal(g) * v_i / divisor for g, v_i in zip(cotangents, v, strict=True)]
 
-    loss_sizes, square_sizes = (
-        _magnitude(np.array(list(map(float, values)))) for values in (sizes, squares)
+    loss_sizes, square_sizes, target_sizes = (
+        _magnitude(np.array(list(map(float, values)))) for values in (sizes, squares, offs)
     )
     columns = _columns(keys, rows, scales, float(condition), classes)
     of_stats = {"lse": grad_lse, "entropy": grad_entropy}
@@ -285,13 +299,14 @@ logit_scale, logit_softcap, grad_output
         return np.moveaxis(values.reshape(*shape, width), -1, class_axis)
 
     scaled = logit_scale not in (None, 1)
-    floats = [logits, *([target] if soft else []), *([] if weight is None else [weight])]
+    floats = [logits, *([soft_array] if soft else []), *([] if weight is None else [weight])]
     return Answer(
         loss=np.array(list(map(float, losses))).reshape(shape) if reduction == "none" else total,
         loss_dtype=promote(a.dtype for a in floats if is_float(a)) if soft else logits.dtype,
         transform="softcap" if logit_softcap else "scale" if scaled else "none",
         loss_scale=reduced(loss_sizes),
         square_part=reduced(square_sizes),
+        target_loss=reduced(target_sizes),
         loss_spread=reduced(loss_sizes * columns["spread"]),
         loss_lead=reduced(loss_sizes * columns["lead"]),
         **{name: in_place(name) for name in (*PER_CLASS, "spread", "lead")},
@@ -300,6 +315,23 @@ logit_scale, logit_softcap, grad_output
             valid=np.array([v_i != 0 for v_i in v], dtype=bool).reshape(shape),
         ),
     )
+
+
+def _sparse_rows(
+    index: Array, probability: Array, class_axis: int, ignore_index: int
+) -> list[Target]:
+    """Return the rows of a sparse target, without the entries that are ignored."""
+    width = index.shape[class_axis]
+    count = math.prod(index.shape[:class_axis] + index.shape[class_axis + 1 :])
+    classes, probabilities = (
+        np.moveaxis(array, class_axis, -1).reshape(count, width)
+        for array in (index, probability.astype(np.float64))
+    )
+    rows: list[Target] = []
+    for own, values in zip(classes.tolist(), probabilities.tolist(), strict=True):
+        kept = [pair for pair in zip(own, values, strict=True) if pair[0] != ignore_index]
+        rows.append(SparseRow(tuple(c for c, _ in kept), tuple(p for _, p in kept)))
+    return rows
 
 
 def _columns(
@@ -331,8 +363,7 @@ def _columns(
         for name, value in (vars(seen) | ({} if beside is None else vars(beside))).items():
             found[name][i] = value
         found["pivot"][i, row.pivot] = row.pivot >= 0
-        label = target.index(max(target)) if isinstance(target, tuple) else target
-        found["correct"][i] = seen.prediction == label
+        found["correct"][i] = seen.prediction == likeliest(target)
     return found
 
 
@@ -356,7 +387,7 @@ def _add_stats(
 
 def row_weight(target: Target, weight: tuple[float, ...] | None, classes: int) -> Decimal:
     """Return what a row adds to the denominator of the mean, for a sample weight of 1."""
-    if isinstance(target, tuple):
+    if not isinstance(target, int):
         # torch counts rows as the number of logits over C, so it finds none if C is 0.
         return ONE if classes else ZERO
     if weight is None or not 0 <= target < classes:

@@ -15,6 +15,9 @@ probabilities p                   w_c * p_c
 probabilities p, smoothing e      w_c * ((1 - e) * p_c + e / C)
 ================================  =======================================
 
+A sparse target is probabilities of some classes, which add up where a class is named twice, and a
+teacher's logits t with scale s are the probabilities softmax(s t).
+
 l is the z-loss, times w_y for an index. x is logit_scale * logit, and with a softcap
 cap * tanh(that / cap), of slope logit_scale * (1 - tanh**2); -inf stays -inf, with slope 0.
 
@@ -34,50 +37,8 @@ from functools import lru_cache
 import numpy as np
 
 from .dtypes import Floats
-
-Target = int | tuple[float, ...]
-"""A row's target: a class, or one number for each class."""
-
-DIGITS = 60
-"""Digits of every exponential, and of everything else after cancellation."""
-NEGLIGIBLE = -2000.0
-"""exp of less is taken as 0: it is far below the smallest float64 and any rounding here."""
-ZERO, ONE, NAN = Decimal(0), Decimal(1), Decimal("nan")
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """The softmax of a row of logits, whatever its target.
-
-    Attributes
-    ----------
-    digits : int
-        The decimal digits that the row needs.
-    top : Decimal
-        The largest transformed logit.
-    shifted : tuple of Decimal
-        The transformed logits minus `top`.
-    exps, softmax : tuple of Decimal
-        exp of `shifted`, and that over its sum.
-    log_sum, lse, entropy : Decimal
-        The log of the sum of `exps`, `top` more than that, and the entropy of `softmax` in nats.
-    slopes : tuple of Decimal
-        Derivatives of the transformed logits with respect to the logits.
-    angles : tuple of float
-        ``2 * |logit_scale * logit| / cap``, whose negative exponential the slope is made of; 0
-        without a softcap and at -inf.
-    """
-
-    digits: int
-    top: Decimal
-    shifted: tuple[Decimal, ...]
-    exps: tuple[Decimal, ...]
-    softmax: tuple[Decimal, ...]
-    log_sum: Decimal
-    lse: Decimal
-    entropy: Decimal
-    slopes: tuple[Decimal, ...]
-    angles: tuple[float, ...]
+from .oracle_softmax import DIGITS, NAN, ONE, ZERO, context, softmax_of
+from .oracle_target import SparseRow, Target, coefficients, reach
 
 
 @dataclass(frozen=True)
@@ -99,7 +60,11 @@ class Measures:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's unreduced answer: exact loss and gradient, magnitudes, pivot class (-1: nan row)."""
+    """A row's unreduced answer: exact loss and gradient, magnitudes, pivot class (-1: nan row).
+
+    `target_part` and `target_loss` are the errors of gradient and loss for one unit of relative
+    error in the exponentials and gaps of a teacher's softmax.
+    """
 
     loss: Decimal
     loss_scale: Decimal
@@ -109,19 +74,8 @@ class Row:
     pull_part: tuple[Decimal, ...]
     coefficient_part: tuple[Decimal, ...]
     pivot: int
-
-
-def context(digits: int) -> decimal.Context:
-    """Return decimal arithmetic that treats inf and nan as IEEE arithmetic does."""
-    return decimal.Context(
-        prec=digits, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, rounding=decimal.ROUND_HALF_EVEN,
-        traps=[],
-    )  # fmt: skip
-
-
-def exp(exponent: Decimal) -> Decimal:
-    """Compute the exponential of a number that is at most 0."""
-    return exponent.exp() if exponent > NEGLIGIBLE else ZERO
+    target_part: tuple[Decimal, ...] = ()
+    target_loss: Decimal = ZERO
 
 
 def without_noise(difference: Decimal, size: Decimal) -> Decimal:
@@ -131,84 +85,6 @@ def without_noise(difference: Decimal, size: Decimal) -> Decimal:
     """
     noise = size.scaleb(DIGITS // 6 - decimal.getcontext().prec)
     return ZERO if abs(difference) <= noise else difference
-
-
-def coefficients(
-    target: Target, classes: int, weight: tuple[float, ...] | None, label_smoothing: float
-) -> list[Decimal]:
-    """Return r_c of every class, in the current decimal context."""
-    weights = [ONE] * classes if weight is None else [Decimal(value) for value in weight]
-    smoothing = Decimal(label_smoothing)
-    uniform = smoothing / classes if classes else ZERO
-    if isinstance(target, tuple):
-        probabilities = [Decimal(value) for value in target]
-        if label_smoothing == 0:
-            return [w * p for w, p in zip(weights, probabilities, strict=True)]
-        return [
-            w * ((1 - smoothing) * p + uniform) for w, p in zip(weights, probabilities, strict=True)
-        ]
-    # Without smoothing the other classes' weights are not used: a nan there is harmless.
-    r = [ZERO] * classes if label_smoothing == 0 else [uniform * w for w in weights]
-    if label_smoothing != 1:
-        # Nothing times an infinite weight is nothing.
-        r[target] += (1 - smoothing) * weights[target]
-    return r
-
-
-def transform(
-    logit: float, scale: Decimal, cap: Decimal | None
-) -> tuple[Decimal, Decimal, Decimal]:
-    """Return the transformed logit, its slope and its angle, in the current decimal context.
-
-    Only the absolute error of a rounding matters: exp turns it into a relative one.
-    """
-    scaled = scale * Decimal(logit)
-    if cap is None:
-        return scaled, scale, ZERO
-    if not scaled.is_finite():
-        return scaled, ZERO, ZERO
-    angle = 2 * abs(scaled) / cap
-    decay = exp(-angle)
-    tanh = (1 - decay) / (1 + decay)
-    return cap * tanh.copy_sign(scaled), scale * 4 * decay / (1 + decay) ** 2, angle
-
-
-@lru_cache(maxsize=512)
-def softmax_of(
-    logits: tuple[float, ...], logit_scale: float | None, logit_softcap: float | None
-) -> Softmax | None:
-    """Compute the softmax of a row; None if it holds nan, +inf or nothing but -inf.
-
-    1 + exp(-gap) must differ from 1, so the gap below the largest logit costs gap / ln 10 digits.
-    An exponential itself needs fewer digits: it is only added to larger ones.
-    """
-    if any(math.isnan(v) or v == math.inf for v in logits) or not any(map(math.isfinite, logits)):
-        return None
-    with decimal.localcontext(context(2 * DIGITS)):
-        scale = ONE if logit_scale is None else Decimal(logit_scale)
-        cap = None if logit_softcap is None else Decimal(logit_softcap)
-        known = {value: transform(value, scale, cap) for value in set(logits)}
-        x = [known[value][0] for value in logits]
-        top = max(x)
-        shifted = [value - top for value in x]
-    with decimal.localcontext(context(DIGITS)):
-        exponential = {z: exp(z) for z in set(shifted)}
-    below = sorted(shifted)[-2] if len(x) > 1 else ZERO
-    gap = min(-float(below), -NEGLIGIBLE) if below.is_finite() else 0.0
-    digits = DIGITS + math.ceil(gap / math.log(10))
-    exps = tuple(exponential[z] for z in shifted)
-    with decimal.localcontext(context(digits)):
-        total = sum(exps, ZERO)
-        log_sum = total.ln()
-        lse = top + log_sum
-        softmax = tuple(e / total for e in exps)
-    with decimal.localcontext(context(DIGITS)):
-        terms = (p * (log_sum - z) for p, z in zip(softmax, shifted, strict=True) if p)
-        entropy = sum(terms, ZERO)
-    return Softmax(
-        digits, top, tuple(shifted), exps, softmax, log_sum, lse, entropy,
-        tuple(known[value][1] for value in logits), tuple(float(known[v][2]) for v in logits),
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
@@ -223,13 +99,14 @@ def row_answer(
 ) -> Row:
     """Compute the exact answer of one row that counts, before its weight v_i."""
     classes = len(logits)
-    bad_label = isinstance(target, int) and not 0 <= target < classes
+    named = target.classes if isinstance(target, SparseRow) else (target,)
+    bad_label = any(isinstance(c, int) and not 0 <= c < classes for c in named)
     if classes == 0 and not bad_label:
         return Row(ZERO, ZERO, ZERO, (), (), (), (), -1)
     row = softmax_of(logits, logit_scale, logit_softcap)
     if bad_label or row is None:
         zeros = (ZERO,) * classes
-        return Row(NAN, ZERO, ZERO, (NAN,) * classes, zeros, zeros, zeros, -1)
+        return Row(NAN, ZERO, ZERO, (NAN,) * classes, zeros, zeros, zeros, -1, zeros)
 
     pivot = target if isinstance(target, int) else max(range(classes), key=lambda c: logits[c])
     with decimal.localcontext(context(row.digits)):
@@ -264,6 +141,12 @@ def row_answer(
         magnitude = sum(coefficient_part, ZERO)
         pull_part = [pull_size * s for s in row.softmax]
         softmax_part = [magnitude * s + z for s, z in zip(row.softmax, pull_part, strict=True)]
+        off = [
+            c * reach if c else ZERO
+            for c, reach in zip(coefficient_part, reach(target, classes), strict=True)
+        ]
+        shared = sum(off, ZERO)
+        target_part = [own + shared * s for own, s in zip(off, row.softmax, strict=True)]
         rest = sum(row.exps[:pivot] + row.exps[pivot + 1 :], ZERO)
         other_softmax = magnitude * rest / (rest + row.exps[pivot]) + pull_part[pivot]
         other_r = sum(coefficient_part[:pivot] + coefficient_part[pivot + 1 :], ZERO)
@@ -272,14 +155,18 @@ def row_answer(
             softmax_part[pivot] + coefficient_part[pivot] < other_softmax + other_r
         ):
             softmax_part[pivot], coefficient_part[pivot] = other_softmax, other_r
+            target_part[pivot] = shared - off[pivot] + shared * (ONE - row.softmax[pivot])
+        target_loss = sum(
+            (c * (row.log_sum - z) for c, z in zip(off, row.shifted, strict=True) if c), ZERO
+        )
         if logit_scale is not None or logit_softcap is not None:
-            grad, softmax_part, pull_part, coefficient_part = (
+            grad, softmax_part, pull_part, coefficient_part, target_part = (
                 [slope * value for slope, value in zip(row.slopes, values, strict=True)]
-                for values in (grad, softmax_part, pull_part, coefficient_part)
+                for values in (grad, softmax_part, pull_part, coefficient_part, target_part)
             )
     return Row(
         loss, plain + square_part, square_part, tuple(grad), tuple(softmax_part),
-        tuple(pull_part), tuple(coefficient_part), pivot,
+        tuple(pull_part), tuple(coefficient_part), pivot, tuple(target_part), target_loss,
     )  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import decimal
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
 from .dtypes import Floats
-from .oracle_row import DIGITS, ONE, ZERO, Target, context, softmax_of
+from .oracle_softmax import DIGITS, ONE, ZERO, context, softmax_of
+from .oracle_target import SparseRow, Target, TeacherRow, target_probabilities
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,21 @@ def target_stats(
     logit_scale: float | None,
     logit_softcap: float | None,
 ) -> TargetStats | None:
-    """Compare a row with its target; None without a softmax, and for a bad label."""
+    """Compare a row with its label or probabilities.
+
+    None for other targets, without a softmax, and for a bad label.
+    """
     row = softmax_of(logits, logit_scale, logit_softcap)
     classes = len(logits)
-    if row is None or (isinstance(target, int) and not 0 <= target < classes):
+    if row is None or isinstance(target, SparseRow | TeacherRow):
         return None
-    if isinstance(target, int):
-        wanted = [ONE if c == target else ZERO for c in range(classes)]
-    else:
-        wanted = [Decimal(value) for value in target]
+    if isinstance(target, int) and not 0 <= target < classes:
+        return None
     with decimal.localcontext(context(DIGITS)):
+        if isinstance(target, int):
+            wanted = [ONE if c == target else ZERO for c in range(classes)]
+        else:
+            wanted = target_probabilities(target, classes)
         gaps = [p - t for p, t in zip(row.softmax, wanted, strict=True)]
         brier = float(sum((gap * gap for gap in gaps), ZERO))
     if isinstance(target, int):

@@ -61,6 +61,11 @@ _CAPPED_NARROW = replace(_CAPPED, lead=4.0)
 _CAPPED_XLA = replace(_CAPPED, spread=8.0, lead=8.0, gap=16.0, value=8.0)
 
 
+# Unit roundoffs of a teacher's probability for every unit of its gap, which the scale has rounded
+# once more.
+_TEACHER = 4.0
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """The accuracy that is required of one result dtype.
@@ -190,6 +195,7 @@ def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     reach = more.spread * answer.loss_spread + more.lead * answer.loss_lead
     reach = reach + 2.0 * more.value * answer.square_part
     tolerance = tolerance + 2.0 * arithmetic.unit * reach
+    tolerance = tolerance + _TEACHER * arithmetic.unit * answer.target_loss
     return rounded(answer.loss, tolerance, dtype, rule)
 
 
@@ -221,6 +227,7 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     flat = _exponential_underflows(answer.angle, arithmetic)
     tolerance = tolerance + np.where(flat, scale + answer.stats_part, 0.0)
     tolerance = tolerance + _stats_gradient_tolerance(answer, rule)
+    tolerance = tolerance + _TEACHER * arithmetic.unit * answer.target_part
     return rounded(answer.grad, tolerance, dtype, rule)
 
 

@@ -67,6 +67,7 @@ PATH = Implementation(
     cross_entropy_with_grad=cross_entropy_with_grad,
     backends=BACKENDS,
     devices=DEVICES,
+    kinds=frozenset({"index", "probability"}),
     stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,

@@ -19,7 +19,7 @@ from polyce.formula import rowstats, stats, targets
 from polyce.formula.stats import RowStats, Stats
 from polyce.formula.targets import Plan
 from polyce.implementations.contract import Implementation
-from polyce.implementations.dask import blocks
+from polyce.implementations.dask import blocks, parts
 
 FAN_IN = 16
 """How many blocks' numbers one task adds up."""
@@ -149,15 +149,15 @@ def _parts(
     axes, axis, logits = _axes(problem), problem.axis, operands.logits
     sizes = logits.chunks[axis]
     starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
-    inputs = (*_inputs(problem, operands), starts, (axis,))
-    parts = _blockwise(
-        blocks.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
+    inputs = (*_inputs(problem, operands), *_teacher(problem, operands), starts, (axis,))
+    read = _blockwise(
+        parts.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
     )
-    joined = _join(problem, parts)
+    joined = _join(problem, parts.join, read)
     grad = None
     if cotangent is not None:
         grad = _blockwise(
-            blocks.part_gradient,
+            parts.part_gradient,
             problem,
             axes,
             *inputs,
@@ -170,7 +170,7 @@ def _parts(
         if not rowstats.looks_again(problem, name):
             return _stat(problem, joined, name)
         counts = _blockwise(
-            blocks.part_rank if name == "rank" else blocks.part_brier,
+            parts.part_rank if name == "rank" else parts.part_brier,
             problem,
             axes,
             *inputs,
@@ -184,7 +184,23 @@ def _parts(
     return losses, grad, _stats(problem, {name: stat(name) for name in stats.needed(problem)})
 
 
-def _join(problem: Problem, parts: Any) -> Any:
+def _teacher(problem: Problem, operands: Operands) -> tuple[Any, Any]:
+    """Pair what the softmax of a teacher's whole rows needs, if there is one, with its axes."""
+    if problem.kind != "teacher":
+        return None, None
+    axes, teacher = _axes(problem), operands.target
+    read = _blockwise(
+        parts.teacher_part,
+        problem,
+        axes,
+        *(teacher, axes),
+        adjust_chunks={problem.axis: 1},
+        meta=teacher._meta,
+    )
+    return _join(problem, parts.join_teacher, read), axes
+
+
+def _join(problem: Problem, function: Callable[..., Any], read: Any) -> Any:
     """Merge the parts of each row.
 
     Not by blockwise: if nothing else used it, dask would run it within each block of the gradient.
@@ -194,18 +210,18 @@ def _join(problem: Problem, parts: Any) -> Any:
     from dask.highlevelgraph import HighLevelGraph
 
     axis, shared = problem.axis, problem
-    name = f"polyce-join-{tokenize(parts.name, shared)}"
-    before, after = parts.numblocks[:axis], parts.numblocks[axis + 1 :]
+    name = f"polyce-{function.__name__.replace('_', '-')}-{tokenize(read.name, shared)}"
+    before, after = read.numblocks[:axis], read.numblocks[axis + 1 :]
     graph = {}
     for place in product(*map(range, before), (0,), *map(range, after)):
         every = [
-            (parts.name, *place[:axis], part, *place[axis + 1 :])
-            for part in range(parts.numblocks[axis])
+            (read.name, *place[:axis], part, *place[axis + 1 :])
+            for part in range(read.numblocks[axis])
         ]
-        graph[(name, *place)] = (partial(blocks.join, shared), every)
-    chunks = (*parts.chunks[:axis], (1,), *parts.chunks[axis + 1 :])
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=[parts])
-    return da.Array(layers, name, chunks, meta=parts._meta)
+        graph[(name, *place)] = (partial(function, shared), every)
+    chunks = (*read.chunks[:axis], (1,), *read.chunks[axis + 1 :])
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=[read])
+    return da.Array(layers, name, chunks, meta=read._meta)
 
 
 def _axes(problem: Problem) -> tuple[int, ...]:
@@ -283,18 +299,22 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
     """Cut every operand that has rows, except the logits, to match logits of these chunks."""
     import dask.array as da
 
-    target = operands.target
-    row_chunks = chunks[: problem.axis] + chunks[problem.axis + 1 :]
-    if problem.kind == "index":
-        if tuple(target.shape) != problem.row_shape:
-            target = target.reshape(problem.row_shape)
-        if not isinstance(target, da.Array):
-            target = da.from_array(target, chunks=row_chunks)
+    target, probability = operands.target, operands.target_probability
+    before, after = chunks[: problem.axis], chunks[problem.axis + 1 :]
+    row_chunks = before + after
+    if problem.kind == "index" and tuple(target.shape) != problem.row_shape:
+        target = target.reshape(problem.row_shape)
+    # The entries of a sparse target are in one chunk, which every part of their row reads.
+    target_chunks = {"index": row_chunks, "sparse": (*before, (problem.entries,), *after)}
+    own = target_chunks.get(problem.kind, chunks)
+    if not isinstance(target, da.Array):
+        target = da.from_array(target, chunks=own)
     names = ("sample_weight", "grad_lse", "grad_entropy")
     given = ((name, getattr(operands, name)) for name in names)
-    of_rows = {name: _recut(array, row_chunks) for name, array in given if array is not None}
-    target = _recut(target, row_chunks if problem.kind == "index" else chunks)
-    return operands._replace(target=target, **of_rows)
+    cut = {name: _recut(array, row_chunks) for name, array in given if array is not None}
+    if probability is not None:
+        cut["target_probability"] = _recut(probability, own)
+    return operands._replace(target=_recut(target, own), **cut)
 
 
 def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
@@ -302,9 +322,10 @@ def _inputs(problem: Problem, operands: Operands) -> tuple[Any, ...]:
     axes, row_axes = _axes(problem), _row_axes(problem)
     return (
         *(operands.logits, axes),
-        *(operands.target, axes if problem.kind == "probability" else row_axes),
+        *(operands.target, row_axes if problem.kind == "index" else axes),
         *in_one(operands.weight),
         *paired(operands.sample_weight, row_axes),
+        *paired(operands.target_probability, axes),
     )
 
 

@@ -29,6 +29,8 @@ def refuses(problem: Problem) -> str | None:
     """Return what the kernels cannot read in this problem, or None."""
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
+    if problem.is_compiling and problem.kind in ("sparse", "teacher"):
+        return f"as an operator of torch.compile the kernels take no target {problem.kind}"
     if problem.target_dtype in dtypes.SUB_BYTE:
         return f"labels of {problem.target_dtype} are no whole bytes"
     # The result has the byte order of the dtypes that it is promoted from.

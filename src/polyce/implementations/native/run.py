@@ -81,11 +81,11 @@ def run(
     if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
     given = _readable(own, problem, operands)
-    bad_row = kernel(problem).run(
+    bad_label = kernel(problem).run(
         **given, losses=losses, stats=found, saved=saved, grad=grad, fresh=fresh, backward=False
     )
-    if bad_row is not None:
-        raise _bad_label(problem, given["target"], bad_row)
+    if bad_label is not None:
+        raise _bad_label(problem, given["target"], bad_label)
     return losses if by_rows else own.scalar(losses), found
 
 
@@ -96,20 +96,28 @@ def run_backward(
     given = _readable(own, problem, operands)
     if saved is not None:
         saved = own.dense("what was saved of the rows", saved, None)
-    bad_row = kernel(problem).run(
+    bad_label = kernel(problem).run(
         **given, losses=None, stats=None, saved=saved, grad=grad, fresh=fresh, backward=True
     )
-    if bad_row is not None:
-        raise _bad_label(problem, given["target"], bad_row)
+    if bad_label is not None:
+        raise _bad_label(problem, given["target"], bad_label)
 
 
 def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[str, Any]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
-    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy = operands
+    logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy, *_ = operands
+    probability = operands.target_probability
     if problem.kind == "index":
         target = own.dense("target", target, None)
         if not problem.row_shape and target.ndim:
             target = target.reshape(())  # one label for one row may have an axis
+    elif problem.kind == "sparse":
+        # The entries of a row lie together.
+        target, probability = (
+            problem.xp.moveaxis(array, problem.axis, -1) for array in (target, probability)
+        )
+        target = own.dense("target.index", target, None)
+        probability = own.dense("target.probability", probability, problem.arithmetic_dtype)
     else:
         target = own.in_order(target)
     if weight is not None:
@@ -132,6 +140,7 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[st
         # The path takes no logits whose bytes are in another order.
         "logits": logits,
         "target": target,
+        "target_probability": probability,
         "weight": weight,
         "sample_weight": sample_weight,
         "normalizer": normalizer,
@@ -142,8 +151,14 @@ def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[st
     }
 
 
-def _bad_label(problem: Problem, target: Any, row: int) -> IndexError:
-    return labels.bad_label(problem, int(target.reshape((-1,))[row]), row)
+def _bad_label(problem: Problem, target: Any, place: int) -> IndexError:
+    value = int(target.reshape((-1,))[place])
+    if problem.kind == "sparse":
+        # In the target as it was given, the entries are on the class axis.
+        at = list(np.unravel_index(place, tuple(target.shape)))
+        at.insert(problem.axis, at.pop())
+        place = int(np.ravel_multi_index(at, problem.target_shape))
+    return labels.bad_label(problem, value, place)
 
 
 _kernels: dict[Problem, Any] = {}
@@ -165,11 +180,13 @@ def _kernel(problem: Problem) -> Any:
         axis=problem.axis,
         logits_dtype=problem.logits_dtype_name,
         target_dtype=problem.target_dtype,
-        probabilities=problem.kind == "probability",
+        kind=problem.kind,
+        entries=problem.entries,
+        teacher_scale=problem.teacher_scale,
         wide=dtypes.name_of(problem.arithmetic_dtype) == "float64",
         result_dtype=dtypes.name_of(problem.result_dtype),
         reduction=problem.options.reduction,
-        ignored=labels.ignored_as_signed(problem) if problem.kind == "index" else None,
+        ignored=labels.ignored_as_signed(problem) if problem.names_classes else None,
         check_labels=problem.check_labels,
         smoothing=problem.options.label_smoothing,
         z_loss=problem.options.z_loss,

@@ -41,13 +41,15 @@ _NOTHING = Saved()
 
 
 def _keeps(problem: Problem) -> Saved:
-    return Saved(rows=problem.classes >= SAVED_FROM, denominator=False)
+    # What is saved of a row has no room for the entries or the teacher at the likeliest class.
+    plain = problem.kind in ("index", "probability")
+    return Saved(rows=plain and problem.classes >= SAVED_FROM, denominator=False)
 
 
 def _forward(
     problem: Problem, operands: Operands, keep: bool
 ) -> tuple[torch.Tensor, Stats | None, Saved]:
-    if not keep or problem.classes < SAVED_FROM:
+    if not keep or not _keeps(problem).rows:
         loss, found = run(TORCH, problem, operands)
         return loss, found, _NOTHING
     rows = _empty((math.prod(problem.row_shape), 4), torch.float64)

@@ -102,6 +102,7 @@ PATH = Implementation(
     backends=BACKENDS,
     devices=DEVICES,
     dtypes=DTYPES,
+    kinds=frozenset({"index", "probability"}),
     stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,
