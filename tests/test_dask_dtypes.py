@@ -50,7 +50,9 @@ def test_logits(chunks: Any, outside: str, inside: str) -> None:
 
     logits = LOGITS.astype(inside)
     found = polyce.cross_entropy_with_grad(
-        said(logits, outside, chunks), said(LABELS, "int64", 2), return_stats=True
+        said(logits, outside, chunks),
+        said(LABELS, "int64", 2),
+        return_stats=polyce.Stats._fields[:-1],
     )
     promised = [array.dtype for array in (*found[:2], *found[2])]
     assert promised[:2] == [outside, outside]

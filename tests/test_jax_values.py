@@ -109,6 +109,12 @@ def test_stats_that_are_looked_at(jax: Any) -> None:
     assert stats.valid.tolist() == [True, False, True]
     assert stats.prediction.tolist() == [int(X[0].argmax()), -1, int(X[2].argmax())]
 
+    def beside(x: Any) -> Any:
+        _, stats = polyce.cross_entropy(x, LABELS, return_stats=("brier", "top_probability"))
+        return jax.numpy.nansum(stats.brier + stats.top_probability)
+
+    assert not jax.grad(beside)(jax.numpy.asarray(X)).any()
+
 
 def test_a_mesh_of_devices(jax: Any) -> None:
     from jax.sharding import NamedSharding, PartitionSpec

@@ -37,6 +37,10 @@ def argument(shape: tuple[Any, ...], dtype: str) -> Any:
     return ndonnx.argument(shape=shape, dtype=getattr(ndonnx, dtype))
 
 
+def there(stats: Any) -> dict[str, Any]:
+    return {name: array for name, array in stats._asdict().items() if array is not None}
+
+
 def check(kind: str, dtype: str, sizes: tuple[Any, ...], **options: Any) -> None:
     """Export with dynamic row sizes, run with several, and compare with NumPy."""
     axes = ("N", CLASSES, *("d1", "d2")[: len(sizes[0]) - 1])
@@ -48,13 +52,14 @@ def check(kind: str, dtype: str, sizes: tuple[Any, ...], **options: Any) -> None
         "sample_weight": argument(rows, "float32"),
     }
     names = ("logits", "target", "weight")
+    asked = polyce.Stats._fields[: 6 if kind == "probability" else 7]
     loss, grad, stats = polyce.cross_entropy_with_grad(
         *(inputs[name] for name in names),
         sample_weight=inputs["sample_weight"],
-        return_stats=True,
+        return_stats=asked,
         **options,
     )
-    outputs = {"loss": loss, "grad": grad} | stats._asdict()
+    outputs = {"loss": loss, "grad": grad} | there(stats)
     session = session_of(inputs, outputs)
     rng = np.random.default_rng(0)
     for size in sizes:
@@ -73,10 +78,10 @@ def check(kind: str, dtype: str, sizes: tuple[Any, ...], **options: Any) -> None
             want_loss, want_grad, want = polyce.cross_entropy_with_grad(
                 *(given[name] for name in names),
                 sample_weight=given["sample_weight"],
-                return_stats=True,
+                return_stats=asked,
                 **options,
             )
-        for name, value in {"loss": want_loss, "grad": want_grad, **want._asdict()}.items():
+        for name, value in {"loss": want_loss, "grad": want_grad, **there(want)}.items():
             np.testing.assert_allclose(found[name], value, rtol=3e-6, atol=1e-7, err_msg=name)
 
 

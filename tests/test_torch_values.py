@@ -163,12 +163,33 @@ def test_stats_that_are_only_looked_at_under_transforms(torch: Any) -> None:
     x, y = torch.randn((2, 3), dtype=torch.float64), torch.tensor([0, -100])
 
     def loss(x: Any) -> Any:
-        return polyce.cross_entropy(x, y, return_stats=True)
+        # All of them: torch's transforms return tensors only, not None.
+        return polyce.cross_entropy(x, y, return_stats=polyce.Stats._fields[:-1])
 
     gradient, stats = torch.func.grad(loss, has_aux=True)(x)
     plain = torch.func.grad(lambda x: polyce.cross_entropy(x, y))(x)
     torch.testing.assert_close(gradient, plain)
-    assert stats.valid.tolist() == [True, False]
+    _, want = loss(x)
+    for name, found, expected in zip(stats._fields, stats, want, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True, msg=name)
+    _, along = torch.func.jvp(lambda x: loss(x)[1].brier, (x,), (torch.ones_like(x),))
+    assert along.tolist() == [0.0, 0.0]
+
+
+def test_the_stats_beside_the_target_have_no_gradient(torch: Any) -> None:
+    x, y = torch.randn((300, 70), requires_grad=True), torch.arange(300) % 70
+
+    def stats_of(x: Any) -> tuple[Any, ...]:
+        _, stats = polyce.cross_entropy(x, y, return_stats=("lse", "brier", "top_probability"))
+        return stats.lse, stats.brier, stats.top_probability
+
+    module = torch.nn.Module()
+    module.forward = stats_of
+    exported = torch.export.export(module, (x,)).module()
+    torch._dynamo.reset()
+    compiled = torch.compile(stats_of, backend="aot_eager", fullgraph=True)
+    for function in (stats_of, compiled, exported):
+        assert [a.requires_grad for a in function(x)] == [True, False, False]
 
 
 # Few logits are left to the compiler, many go to a kernel.

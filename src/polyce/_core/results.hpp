@@ -47,7 +47,7 @@ struct Results {
             lane.rest_coefficient[i] = lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
             lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
         });
-        if (!job.stats.valid) return;
+        if (!job.stats.brier && !job.stats.rank) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.squares[i] = lane.lost_squares[i] = lane.pivot_target[i] = 0.0;
             lane.rank[i] = 0;
@@ -226,34 +226,25 @@ struct Results {
     }
 
     void write_stats() const {
+        const bool beside_target = job.stats.top_probability || job.stats.brier || job.stats.rank;
         std::int64_t probabilities[width] = {};
         const char* const data = job.probabilities.data;
         if (data) row_offsets(job, job.probabilities.row_stride, group.first_row, group.rows, probabilities);
         for (int i = 0; i < group.rows; ++i) {
             const std::int64_t row = group.number(i);
             const char* p = data ? data + probabilities[i] : nullptr;
-            store_stats(i, row, read_target<T>(job, row), p);
+            const RowTarget target = read_target<T>(job, row);
+            store_stats<T>(job, transform, row, target, state(i), lane.pivot[i], lane.first[i], p);
+            if (beside_target) store_beside_target(i, row, target);
         }
     }
 
-    void store_stats(int i, std::int64_t row, const RowTarget& target, const char* probabilities) const {
+    POLYCE_RARE void store_beside_target(int i, std::int64_t row, const RowTarget& target) const {
         const Stats& stats = job.stats;
         const RowState s = state(i);
         const RowScalars r = scalars(transform, s, job.wide);
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        const double lse = job.classes ? log_sum_exp(transform, s, r) : nan;
-        const bool defined = target.counted && lse == lse, labelled = defined && !target.invalid;
-        if (stats.valid) stats.valid[row] = target.counted;
-        if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
-        if (stats.entropy) {
-            static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(s, r).sum() : nan);
-        }
-        const bool leads = s.pivot_logit > s.rest_max || (s.pivot_logit == s.rest_max && lane.pivot[i] < lane.first[i]);
-        const std::int64_t prediction = leads ? lane.pivot[i] : lane.first[i];
-        if (stats.prediction) stats.prediction[row] = defined ? prediction : -1;
-        if (stats.correct) {
-            stats.correct[row] = labelled && prediction == preferred<T>(job, row, target, probabilities);
-        }
+        const bool defined = target.counted && job.classes && r.excess == r.excess, labelled = defined && !target.invalid;
         if (stats.top_probability) {
             static_cast<T*>(stats.top_probability)[row] = T(defined ? 1.0 / (1.0 + r.excess) : nan);
         }

@@ -227,4 +227,29 @@ std::int64_t preferred(const Job& job, std::int64_t row, const RowTarget& target
     return job.teacher ? likeliest_of_teacher<T>(job, probabilities) : likeliest<T>(job, probabilities);
 }
 
+template <class T, bool capped>
+void store_stats(
+    const Job& job, const Transform<capped>& x, std::int64_t row, const RowTarget& target,
+    const RowState& state, std::int64_t pivot, std::int64_t rest_first, const char* probabilities
+) {
+    const Stats& stats = job.stats;
+    const RowScalars r = scalars(x, state, job.wide);
+    const double lse = job.classes ? log_sum_exp(x, state, r) : std::numeric_limits<double>::quiet_NaN();
+    const bool defined = target.counted && lse == lse;
+    if (stats.valid) stats.valid[row] = target.counted;
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (stats.lse) static_cast<T*>(stats.lse)[row] = T(target.counted ? lse : nan);
+    if (stats.entropy) {
+        static_cast<T*>(stats.entropy)[row] = T(target.counted && job.classes ? row_entropy(state, r).sum() : nan);
+    }
+    const bool leads = state.pivot_logit > state.rest_max ||
+                       (state.pivot_logit == state.rest_max && pivot < rest_first);
+    const std::int64_t prediction = leads ? pivot : rest_first;
+    if (stats.prediction) stats.prediction[row] = defined ? prediction : -1;
+    if (stats.correct) {
+        stats.correct[row] =
+            defined && !target.invalid && prediction == preferred<T>(job, row, target, probabilities);
+    }
+}
+
 }  // namespace polyce::POLYCE_ISA

@@ -79,9 +79,11 @@ def row_losses(problem: Problem, plan: Plan, logits: Any) -> tuple[Any, RowStats
 
 def _without_gradients(found: RowStats) -> RowStats:
     """Cut the stats that have no gradient from torch's own graph."""
-    others = [name for name in found._fields if name not in STATS_WITH_GRADIENT]
-    cut = {name: array.detach() for name in others if (array := getattr(found, name)) is not None}
-    return found._replace(**cut)
+    cut = {}
+    for name, array in zip(found._fields, found, strict=True):
+        stays = array is None or name in STATS_WITH_GRADIENT
+        cut[name] = array if stays else array.detach()
+    return RowStats(**cut)
 
 
 def nll(problem: Problem, plan: Plan, log_probabilities: Any) -> Any:
