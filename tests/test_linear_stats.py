@@ -96,6 +96,15 @@ def test_gradients_on_torch(torch: Any, reduction: str, flows: Any) -> None:
         close(torch, *found)
 
 
+@pytest.mark.only("triton")
+def test_the_reference_takes_the_gradients_of_stats_from_triton(torch: Any) -> None:
+    target, leaves = torch.tensor(LABELS), leaves_of(torch)
+    functions = (partial(fused, implementation="triton", chunk_size=4), unfused)
+    for flows in FLOWS[:2]:
+        computes = (objective(torch, function, flows, target) for function in functions)
+        close(torch, *(gradients(torch, compute, leaves) for compute in computes))
+
+
 @TORCH
 def test_which_stats_are_on_the_graph(torch: Any) -> None:
     for needed in itertools.product([False, True], repeat=3):
