@@ -17,6 +17,7 @@ RNG = np.random.default_rng(0)
 ARRAYS = tuple(RNG.standard_normal(shape) for shape in ((N, F), (C, F), (C,)))
 LABELS = np.array([0, -100, 4, 2, 1, 1, 3])
 SOFT = RNG.dirichlet(np.ones(C), N)
+EVERY = polyce.Stats._fields[:-1]
 OF_STATS = RNG.standard_normal((2, N))
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 TORCH = pytest.mark.only("torch", "torch-cuda")
@@ -95,11 +96,20 @@ def test_gradients_on_torch(torch: Any, reduction: str, flows: Any) -> None:
         close(torch, *found)
 
 
+@pytest.mark.only("triton")
+def test_the_reference_takes_the_gradients_of_stats_from_triton(torch: Any) -> None:
+    target, leaves = torch.tensor(LABELS), leaves_of(torch)
+    functions = (partial(fused, implementation="triton", chunk_size=4), unfused)
+    for flows in FLOWS[:2]:
+        computes = (objective(torch, function, flows, target) for function in functions)
+        close(torch, *(gradients(torch, compute, leaves) for compute in computes))
+
+
 @TORCH
 def test_which_stats_are_on_the_graph(torch: Any) -> None:
     for needed in itertools.product([False, True], repeat=3):
         leaves = [a.requires_grad_(need) for a, need in zip(leaves_of(torch), needed, strict=True)]
-        loss, stats = fused(*leaves, torch.tensor(LABELS))
+        loss, stats = fused(*leaves, torch.tensor(LABELS), return_stats=EVERY)
         assert loss.requires_grad == any(needed)
         names = [name for name, a in stats._asdict().items() if a.requires_grad]
         assert names == ["lse", "entropy"] * any(needed)
@@ -344,7 +354,7 @@ def test_blocks_on_dask() -> None:
     import dask.array as da
 
     x, w, b = ARRAYS
-    given = {"reduction": "mean", "return_stats": True, "grad_output": 0.5, "chunk_size": 2}
+    given = {"reduction": "mean", "return_stats": EVERY, "grad_output": 0.5, "chunk_size": 2}
     of_lse, of_entropy = OF_STATS
     want, wanted, stats = polyce.linear_cross_entropy_with_grad(
         x, w, LABELS, linear_bias=b, grad_stats={"lse": of_lse, "entropy": of_entropy}, **given

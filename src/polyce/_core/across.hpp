@@ -113,7 +113,7 @@ struct Across : Pivots<T> {
         });
     }
 
-    POLYCE_RARE void raise_squares() const {
+    POLYCE_APART void raise_squares() const {
         const Transform<capped> transform = results.transform;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const double before = double(lane.rest_max[i]), found = double(lane.top[i]);
@@ -203,7 +203,7 @@ struct Across : Pivots<T> {
     }
 
     // Of what is in `gaps`.
-    POLYCE_RARE void add_squares(int count) const {
+    POLYCE_APART void add_squares(int count) const {
         const T* const t = gaps;
         add(count, lane.squares, lane.lost_squares, [&](int, int at) POLYCE_INLINE_LAMBDA {
             const Pack<T> e = load(t + at);
@@ -212,7 +212,7 @@ struct Across : Pivots<T> {
     }
 
     // Sums the squares of what the classes besides the pivots differ by from their probabilities.
-    POLYCE_RARE void sum_distances() {
+    POLYCE_APART void sum_distances() {
         const Transform<capped> transform = results.transform;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const RowState s = results.state(i);

@@ -157,7 +157,7 @@ struct Blocks : Group<T> {
         return 0;
     }
 
-    POLYCE_RARE static std::int64_t count_larger(const T* x, std::int64_t count, T value) {
+    POLYCE_APART static std::int64_t count_larger(const T* x, std::int64_t count, T value) {
         int found = 0;
         POLYCE_SIMD_SUM(found)
         for (std::int64_t i = 0; i < count; ++i) found += x[i] > value ? 1 : 0;

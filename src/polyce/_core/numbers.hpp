@@ -25,7 +25,6 @@
 #define POLYCE_INLINE __forceinline
 #define POLYCE_APART __declspec(noinline)
 #define POLYCE_INLINE_LAMBDA
-#define POLYCE_RARE __declspec(noinline)
 #define POLYCE_FETCH(place, nearness) ((void)(place))
 #define POLYCE_FETCH_TO_WRITE(place) ((void)(place))
 #else
@@ -33,7 +32,6 @@
 #define POLYCE_INLINE inline __attribute__((always_inline))
 #define POLYCE_APART __attribute__((noinline))
 #define POLYCE_INLINE_LAMBDA __attribute__((always_inline))
-#define POLYCE_RARE __attribute__((noinline))
 #define POLYCE_FETCH(place, nearness) __builtin_prefetch(place, 0, nearness)
 #define POLYCE_FETCH_TO_WRITE(place) __builtin_prefetch(place, 1, 3)
 #endif

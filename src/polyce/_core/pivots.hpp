@@ -90,7 +90,7 @@ struct Pivots : Tile<T> {
     }
 
     // Counts the classes whose logit is larger than the label's.
-    POLYCE_RARE void count_larger(int count) {
+    POLYCE_APART void count_larger(int count) {
         each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = T(0); });
         for (int c = 0; c < count; ++c) {
             const T* x = logits + c * pitch;

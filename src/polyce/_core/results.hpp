@@ -239,7 +239,7 @@ struct Results {
         }
     }
 
-    POLYCE_RARE void store_beside_target(int i, std::int64_t row, const RowTarget& target) const {
+    POLYCE_APART void store_beside_target(int i, std::int64_t row, const RowTarget& target) const {
         const Stats& stats = job.stats;
         const RowState s = state(i);
         const RowScalars r = scalars(transform, s, job.wide);

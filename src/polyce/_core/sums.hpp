@@ -294,7 +294,7 @@ struct Sums : Blocks<T> {
         return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
     }
 
-    POLYCE_RARE static double sum_squares(const T* values, std::int64_t count) {
+    POLYCE_APART static double sum_squares(const T* values, std::int64_t count) {
         return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
             const Pack<T> value = load(values + i);
             return value * value;
@@ -323,7 +323,7 @@ struct Sums : Blocks<T> {
     }
 
     // Sums the squares of what the classes besides the pivot differ by from their probabilities.
-    POLYCE_RARE void sum_distances(int i) const {
+    POLYCE_APART void sum_distances(int i) const {
         const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
         const RowState s = results.state(i);
         const T m = reference(lane.rest_max[i]);

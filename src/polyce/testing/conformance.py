@@ -131,9 +131,7 @@ def check_implementation(
         backend = "numpy" if name is None or functions else _default_backend(name)
     library = get_backend(backend) if isinstance(backend, str) else backend
     called = functions or _polyce_functions()
-    own = None if name is None or functions is not None else _path(name)
-    takes_grad_stats = own is None or own.takes_grad_stats
-    kinds = None if own is None else own.kinds
+    kinds = None if name is None or functions is not None else _path(name).kinds
     ran: Counter[str] = Counter()
     left_out: dict[str, list[str]] = {}
     if dtypes is None:
@@ -144,14 +142,12 @@ def check_implementation(
         given, reason = _given(case, library)
         if kinds is not None and case.kind not in kinds:
             reason = f"target {case.kind} is not served"
-        reason = reason or (leave_out(case) if leave_out else "")
-        if own is not None and own.stats is not None and not own.stats.issuperset(case.stats_names):
-            reason = reason or f"{name} has no stats but {', '.join(sorted(own.stats))}"
+        reason = reason or (leave_out(case) if leave_out else "") or lacks_stats(name, case)
         if reason:
             left_out.setdefault(reason, []).append(case.name)
             continue
         ran[case.group] += 1
-        with_gradient = takes_grad_stats or not case.has_grad_stats
+        with_gradient = takes_grad_stats(name) or not case.has_grad_stats
         if not with_gradient:
             left_out.setdefault("no gradient: it takes no grad_stats", []).append(case.name)
         found = _failures(case, given, library, called, name, wrap, with_gradient=with_gradient)
@@ -182,6 +178,19 @@ def _path(name: str) -> Any:
 
 def _polyce() -> Any:
     return importlib.import_module("polyce")
+
+
+def lacks_stats(name: str | None, case: Case) -> str:
+    """Return that an implementation serves no such stats as a case asks for, or an empty string."""
+    served = None if name is None else _path(name).stats
+    if served is None or served.issuperset(case.stats_names):
+        return ""
+    return f"{name} has no stats but {', '.join(sorted(served))}"
+
+
+def takes_grad_stats(name: str | None) -> bool:
+    """Tell whether an implementation takes cotangents of stats; for None there is one that does."""
+    return name is None or bool(_path(name).takes_grad_stats)
 
 
 def _polyce_functions() -> Functions:

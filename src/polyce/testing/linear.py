@@ -19,7 +19,17 @@ import numpy as np
 
 from .backends import Backend, get_backend
 from .case import Case, arrange
-from .conformance import INCOMING, SHOWN, Functions, Report, call_by_name, check_stats, outcome
+from .conformance import (
+    INCOMING,
+    SHOWN,
+    Functions,
+    Report,
+    call_by_name,
+    check_stats,
+    lacks_stats,
+    outcome,
+    takes_grad_stats,
+)
 from .dtypes import FORMATS, Array, Floats
 from .linear_cases import LinearCase, linear_cases
 from .tolerances import accuracy, compare, loss_tolerance
@@ -182,7 +192,11 @@ def check_linear(
     left_out: dict[str, list[str]] = {}
     failures: list[str] = []
     for case in linear_cases():
+        plain = case.of_logits
         given, reason = {}, "" if chosen is None or chosen(case) else "not chosen"
+        reason = reason or lacks_stats(name, plain)
+        if plain.has_grad_stats and not takes_grad_stats(name):
+            reason = reason or "it takes no grad_stats"
         for key, array in case.arrays.items():
             given[key], missing = library.expressible(array)
             reason = reason or missing

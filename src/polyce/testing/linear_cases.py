@@ -261,7 +261,12 @@ def _stats_cases(name: str, left_out: dict[str, Any]) -> Iterator[LinearCase]:
     if name != "float32":
         return
     yield _case("options/stats/lse", name, return_stats=("lse",), grad_lse=of_lse, grad_output=0.0)
-    for asked in (("correct",), ("prediction", "entropy"), ()):
+    for asked in (
+        ("correct",),
+        ("prediction", "entropy"),
+        ("top_probability", "brier", "rank"),
+        (),
+    ):
         label = f"options/stats/{'-'.join(asked) or 'valid'}"
         yield _case(label, name, reduction="sum", return_stats=asked, **left_out)
     yield _case(
