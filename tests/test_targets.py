@@ -234,3 +234,15 @@ def test_jax_differentiates_by_probabilities_and_not_by_teachers() -> None:
         jax.grad(lambda t: polyce.cross_entropy(x, TeacherLogits(t)))(jnp.asarray(TEACHER))
     with pytest.raises(TypeError, match="make the TeacherLogits inside of a function"):
         jax.jit(polyce.cross_entropy)(x, TeacherLogits(jnp.asarray(TEACHER)))
+
+
+@pytest.mark.only("numpy")
+def test_explain_names_the_target_and_the_paths_that_serve_it(backend: Backend) -> None:
+    told = polyce.explain(X, sparse(backend), label_smoothing=0.1)
+    assert told.chosen == "native"
+    assert "sparse target int32 (3, 3) of probability float32" in told.call
+    assert "target sparse is not served (index, probability)" in told.reasons["cupy"]
+    told = polyce.explain(X, teacher(backend, scale=0.5))
+    assert told.chosen == "native"
+    assert "teacher float32 (3, 4), scale 0.5" in told.call
+    assert "target teacher is not served (index, probability)" in told.reasons["triton"]

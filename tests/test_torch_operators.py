@@ -76,8 +76,9 @@ def check_operators(torch: Any, call: OperatorCall, implementation: str, close: 
     both = (*tensors, cotangent, text)
     torch.library.opcheck(operators.forward_backward.default, both, **close)
     settings = (*given, None, implementation, "")
-    torch.library.opcheck(operators.cross_entropy.default, (*call.tensors, *settings), **close)
-    with_grad = (*call.tensors, cotangent, *settings)
+    whole = (*call.tensors, None, None)
+    torch.library.opcheck(operators.cross_entropy.default, (*whole, *settings), **close)
+    with_grad = (*whole, cotangent, *settings)
     torch.library.opcheck(operators.cross_entropy_with_grad.default, with_grad, **close)
 
 

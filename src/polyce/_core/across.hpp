@@ -31,7 +31,7 @@ struct Across : Pivots<T> {
 
     void fill_coefficients(std::int64_t start, int count) const {
         if (job.probabilities.data) fill(job.probabilities, start, count, coefficients);
-        if (job.teacher) teach(count);
+        if (job.teacher) teach(count, lane.teacher_top, lane.teacher_inverse);
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
@@ -41,14 +41,12 @@ struct Across : Pivots<T> {
         }
     }
 
-    // Turns a teacher's logits in the tile into probabilities.
-    void teach(int count) const {
+    // Turns a teacher's logits t in the tile into exp(scale (t - m))·factor.
+    POLYCE_APART void teach(int count, const T (&m)[width], const T (&factor)[width]) const {
         const T scale = T(job.teacher_scale);
         for (int c = 0; c < count; ++c) {
             T* r = coefficients + c * pitch;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                r[i] = exp_negative((r[i] - lane.teacher_top[i]) * scale) * lane.teacher_inverse[i];
-            });
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = exp_negative((r[i] - m[i]) * scale) * factor[i]; });
         }
     }
 
@@ -57,9 +55,11 @@ struct Across : Pivots<T> {
         alignas(64) double total[width], lost[width];
         alignas(64) T before[width];
         const T* const t = coefficients;
-        const T scale = T(job.teacher_scale);
         const double wide_scale = job.teacher_scale;
-        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.teacher_top[i] = -infinity<T>, total[i] = lost[i] = 0.0; });
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA {
+            lane.teacher_top[i] = -infinity<T>, lane.teacher_inverse[i] = T(1);
+            total[i] = lost[i] = 0.0;
+        });
         each_chunk([&](std::int64_t start, int count) {
             fill(job.probabilities, start, count, coefficients);
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { before[i] = lane.teacher_top[i]; });
@@ -76,11 +76,8 @@ struct Across : Pivots<T> {
                 total[i] = total[i] == 0.0 ? 0.0 : total[i] * decay;
             });
             refer_to(lane.teacher_top);
-            add(count, total, lost, [&](int i, int at) POLYCE_INLINE_LAMBDA {
-                return each_part([&](auto v, auto m) POLYCE_INLINE_LAMBDA {
-                    return exp_negative(decltype(v)((v - m) * splat<decltype(v)>(scale)));
-                }, load(t + at), load(lane.m + i));
-            });
+            teach(count, lane.m, lane.teacher_inverse);
+            add(count, total, lost, [&](int, int at) POLYCE_INLINE_LAMBDA { return load(t + at); });
         });
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.teacher_top[i] = lane.teacher_top[i] == -infinity<T> ? T(0) : lane.teacher_top[i];

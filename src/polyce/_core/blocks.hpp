@@ -93,7 +93,6 @@ struct Blocks : Group<T> {
     // Finds what turns a row's teacher into probabilities.
     POLYCE_APART void read_teacher(int i) {
         const Matrix& t = job.probabilities;
-        const T scale = T(job.teacher_scale);
         T top = -infinity<T>;
         double total = 0.0;
         for (std::int64_t start = 0; start < job.classes; start += block) {
@@ -105,17 +104,24 @@ struct Blocks : Group<T> {
                 if (total != 0.0) total *= exp_negative_full((double(top) - double(most)) * job.teacher_scale);
                 top = most;
             }
-            const T m = top == -infinity<T> ? T(0) : top;
-            total += sum_of(sum_lanes<T>(padded(count), {}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
-                return each_part([&](auto v) POLYCE_INLINE_LAMBDA {
-                    using V = decltype(v);
-                    return exp_negative(V((v - splat<V>(m)) * splat<V>(scale)));
-                }, load(coefficients + c));
-            }));
+            teach(padded(count), top == -infinity<T> ? T(0) : top, T(1));
+            total += sum_run(coefficients, padded(count));
         }
         this->lane.teacher_top[i] = top == -infinity<T> ? T(0) : top;
         this->lane.teacher_inverse[i] = T(1.0 / total);
         use_teacher(i);
+    }
+
+    // Turns a teacher's logits t, in the place of coefficients, into exp(scale (t - m))·factor.
+    POLYCE_APART void teach(std::int64_t count, T m, T factor) const {
+        const T scale = T(job.teacher_scale);
+        T* const r = coefficients;
+        POLYCE_SIMD
+        for (std::int64_t i = 0; i < count; ++i) r[i] = exp_negative((r[i] - m) * scale) * factor;
+    }
+
+    static double sum_run(const T* values, std::int64_t count) {
+        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
     }
 
     void use_teacher(int i) { teacher_top = this->lane.teacher_top[i], teacher_inverse = this->lane.teacher_inverse[i]; }
@@ -126,13 +132,7 @@ struct Blocks : Group<T> {
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         T* const r = coefficients;
-        if (job.teacher) {
-            const T top = teacher_top, inverse = teacher_inverse, scale = T(job.teacher_scale);
-            map_run(r, count, r, [&](auto v) POLYCE_INLINE_LAMBDA {
-                using V = decltype(v);
-                return exp_negative(V((v - splat<V>(top)) * splat<V>(scale))) * splat<V>(inverse);
-            });
-        }
+        if (job.teacher) teach(count, teacher_top, teacher_inverse);
         if (!probabilities) {
             POLYCE_SIMD
             for (int i = 0; i < count; ++i) r[i] = T(0);

@@ -26,6 +26,7 @@ struct Sums : Blocks<T> {
     using Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::count_from, Blocks<T>::copy_logits;
     using Blocks<T>::read, Blocks<T>::without, Blocks<T>::read_one, Blocks<T>::read_coefficients;
     using Blocks<T>::first_equal, Blocks<T>::largest, Blocks<T>::count_larger, Blocks<T>::read_probabilities;
+    using Blocks<T>::sum_run;
 
     // Logits of so many short rows stay in the first cache together, beside those that come next.
     static constexpr std::int64_t held = 4096, most_held = 32;
@@ -288,10 +289,6 @@ struct Sums : Blocks<T> {
         lane.pivot_coefficient[i] = s.pivot_coefficient, lane.rest_coefficient[i] = s.rest_coefficient;
         lane.rest_excess[i] = s.rest_excess, lane.rest_entropy[i] = s.rest_entropy;
         if (results.squares) lane.squares[i] = s.rest_squares;
-    }
-
-    static double sum_run(const T* values, std::int64_t count) {
-        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
     }
 
     POLYCE_APART static double sum_squares(const T* values, std::int64_t count) {

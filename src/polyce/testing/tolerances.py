@@ -63,7 +63,7 @@ _CAPPED_XLA = replace(_CAPPED, spread=8.0, lead=8.0, gap=16.0, value=8.0)
 
 # Unit roundoffs of a teacher's probability for every unit of its gap, which the scale has rounded
 # once more.
-_TEACHER = 4.0
+_TEACHER = 2.0
 
 
 @dataclass(frozen=True)
