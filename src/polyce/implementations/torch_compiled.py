@@ -102,7 +102,11 @@ def _call(
 ) -> tuple[Any, tuple[str, ...] | None, list[Any]]:
     """Call an operator; return the loss, the names of the stats, and what else it has found."""
     logits, target, weight, sample_weight, normalizer = arrays
-    first, probability = (*of_target.arrays(target).values(), None)[:2]
+    first, probability, scale = target, None, None
+    # What a plain target need not look at is not guarded either.
+    if type(target) not in _PLAIN:
+        first, probability = (*of_target.arrays(target).values(), None)[:2]
+        scale = target.scale if type(target) is TeacherLogits else None
     *others, return_stats, validate = options
     stats = None if return_stats is False else check_stats(return_stats)
     loss, *found = operator(
@@ -112,7 +116,7 @@ def _call(
         sample_weight,
         _as_tensor("normalizer", normalizer, logits),
         probability,
-        target.scale if type(target) is TeacherLogits else None,
+        scale,
         *cotangents,
         *others,
         stats if stats is None else ",".join(stats),
