@@ -17,7 +17,7 @@ from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
 # The kernels for GPUs do not serve the stats beside the target.
-ON_GPUS = [group for group in GROUPS if group != "target-stats"]
+ON_GPUS = [group for group in GROUPS if group not in ("target-stats", "sparse", "teacher")]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -91,16 +91,15 @@ FEWEST = 5
 
 @pytest.mark.only("cupy", "cupy-emulated")
 @pytest.mark.parametrize(
-    ("name", "most"),
+    ("name", "most", "group"),
     [
-        ("cupy", FEWEST),
-        pytest.param("cupy", 18, marks=EMULATED),
-        pytest.param("reference", None, marks=EMULATED),
+        *product(["cupy"], [FEWEST], ON_GPUS),
+        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in ON_GPUS),
+        *(pytest.param("reference", None, group, marks=EMULATED) for group in GROUPS),
     ],
 )
-@pytest.mark.parametrize("group", ON_GPUS)
 def test_grid_on_cupy(
-    backend: Backend, backend_name: str, group: str, name: str, most: int | None
+    backend: Backend, backend_name: str, name: str, most: int | None, group: str
 ) -> None:
     everything = most != FEWEST and (FULL or backend_name == "cupy")
     leave_out = None if everything else few(group, backend.floats, most)

@@ -53,8 +53,8 @@ IMPLEMENTATIONS = {"numpy": (None, "reference"), "torch": (None, "reference")}
 EQUAL_CLASSES = "accuracy/margins/1000/wrong/float32"
 
 
-# Heads have no stats, and take no targets but arrays.
-SERVED = [group for group in GROUPS if "stats" not in group and group not in ("sparse", "teacher")]
+# Heads take no targets but arrays.
+SERVED = [group for group in GROUPS if group not in ("sparse", "teacher")]
 
 
 def libraries(backend: Backend, backend_name: str) -> list[Backend]:

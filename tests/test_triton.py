@@ -51,7 +51,7 @@ def test_grid_in_tiles_and_parts(
 ) -> None:
     table(values)
     some = ("targets", "special", "accuracy", "combined")
-    groups = [group for group in GROUPS if group != "target-stats"] if FULL else some
+    groups = GROUPS if FULL else some
     report = check_implementation(
         "triton",
         backend,

@@ -66,7 +66,7 @@ class ExactStats:
     entropy_spread, entropy_lead : ndarray of float64
         Error of the entropy for one unit of relative error in every gap, and in the `lead`.
     brier_scale, brier_gap, brier_reach, brier_square : ndarray of float64
-        For probabilities t, with d_c = |p_c - t_c| and s_c = p_c, for the likeliest class
+        For probabilities t, with d_c = abs(p_c - t_c) and s_c = p_c, for the likeliest class
         min(p_c, 1 - p_c): Σ d (s + d), Σ d s gap, Σ d s, and Σ (s (1 + gap))². 0 for labels.
     """
 
