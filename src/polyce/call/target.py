@@ -45,10 +45,11 @@ class SparseTarget(NamedTuple):
 class TeacherLogits(NamedTuple):
     """The logits of a teacher, for the `target` of a loss: the target is their softmax.
 
-    It is computed within the loss, from ``scale`` times the logits; the compiled path makes no array
-    of it. The loss is the cross-entropy of student and teacher; the divergence is that less the
-    teacher's entropy, ``entropy(logits, logit_scale=scale)``. Teachers have no gradient: an error if
-    one is asked for. A row whose teacher has no softmax (nan, +inf or nothing but -inf) is nan.
+    It is computed within the loss, from ``scale`` times the logits; the compiled path makes no
+    array of it. The loss is the cross-entropy of student and teacher; the divergence is that less
+    the teacher's entropy, ``entropy(logits, logit_scale=scale)``. Teachers have no gradient: an
+    error if one is asked for. A row whose teacher has no softmax (nan, +inf or nothing but -inf) is
+    nan.
 
     Parameters
     ----------

@@ -53,9 +53,9 @@ class Stats(NamedTuple):
     float32 it and the largest probability are within 4 units in the last place by the compiled
     path, and 8 by `reference`; at most 1.6 and 1.1 have been measured, for leads up to 70 and an
     offset of 1e4. For probabilities it is the sum of the squares of the differences: an error of at
-    most 2.3 · 2^-24 of Σ abs(p_c - t_c) max(p_c, t_c) has been measured, unless the two agree to the
-    last digits, of which the squares are left then. For the likeliest class, if it has more than
-    half of the probability, p_c - t_c is computed as (1 - t_c) - (1 - p_c): so one-hot
+    most 2.3 · 2^-24 of Σ abs(p_c - t_c) max(p_c, t_c) has been measured, unless the two agree to
+    the last digits, of which the squares are left then. For the likeliest class, if it has more
+    than half of the probability, p_c - t_c is computed as (1 - t_c) - (1 - p_c): so one-hot
     probabilities give the digits that labels give.
 
     Examples
