@@ -16,7 +16,7 @@ import cupy_calls as calls
 import polyce
 from cupy_calls import DTYPES, EVERYTHING, draw, expected, inside, settings
 
-pytestmark = pytest.mark.only("cupy-emulated")
+pytestmark = [pytest.mark.only("cupy-emulated"), pytest.mark.slow("cupy-emulated")]
 
 # A label read from outside the array would be out of range, and make its row nan.
 OUTSIDE = {"index": 10**6, "probability": math.nan}

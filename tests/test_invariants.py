@@ -21,6 +21,9 @@ from hypothesis.extra import numpy as hnp
 import polyce
 from polyce.testing.backends import Backend
 
+# jax compiles nearly every call anew.
+pytestmark = pytest.mark.slow("jax-x32")
+
 ULPS = 32
 
 

@@ -24,6 +24,9 @@ from polyce.testing.linear_cases import LinearCase, linear_cases
 from polyce.testing.selection import representative
 from test_tier2 import BACKENDS, WRAPPERS, unsuited
 
+# jax compiles nearly every call anew.
+pytestmark = pytest.mark.slow("jax-x32")
+
 # All backends that compute: the others only compile, or refuse.
 everywhere = pytest.mark.only(
     "numpy", "strict", "torch", "torch-cuda", "jax-x32", "jax-x64", "dask", "cupy",
@@ -83,7 +86,6 @@ def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
     return lambda case: "" if case.name in names else "not among the few that stand for its group"
 
 
-@pytest.mark.slow("jax-x32")
 @everywhere
 @pytest.mark.parametrize("group", SERVED)
 def test_grid(backend: Backend, backend_name: str, group: str) -> None:
@@ -110,7 +112,6 @@ def few_linear(floats: tuple[str, ...], most: int) -> Callable[[LinearCase], boo
     return lambda case: case.name in names
 
 
-@pytest.mark.slow("jax-x32")
 @everywhere
 def test_exact_answers(backend: Backend, backend_name: str) -> None:
     most = None if FULL else MOST_LINEAR.get(backend_name)
@@ -127,7 +128,6 @@ def test_exact_answers(backend: Backend, backend_name: str) -> None:
         print(check_linear(name, library, chosen=suited, wrap=WRAPPERS.get(library.name)))
 
 
-@pytest.mark.slow("jax-x32")
 @pytest.mark.only("jax-x32", "jax-x64")
 def test_exact_answers_under_jit(backend: Backend) -> None:
     import jax
@@ -208,7 +208,6 @@ def equal(got: list[Any], want: list[Any]) -> None:
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.slow("jax-x32")
 @once
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", ["index", "probability"])
@@ -228,7 +227,6 @@ def test_chunks_make_no_difference(backend: Backend) -> None:
         close(result(backend, linear_bias=BIAS, z_loss=0.01, chunk_size=chunk_size), want)
 
 
-@pytest.mark.slow("jax-x32")
 @once
 @pytest.mark.parametrize("shape", [(1, N), (N, 1), (N, 1, 1)])
 def test_leading_axes_are_rows(backend: Backend, shape: tuple[int, ...]) -> None:

@@ -127,6 +127,7 @@ def test_helpers_flush_as_the_caller_does(torch: Any) -> None:
     assert found == {alone}
 
 
+@pytest.mark.slow("torch")
 def test_torch_without_the_exchange_interface() -> None:
     # As before torch 2.10: the core calls the tensors' own methods.
     code = """

@@ -10,6 +10,9 @@ import pytest
 import polyce
 from polyce.testing.backends import Backend
 
+# jax compiles nearly every call anew.
+pytestmark = pytest.mark.slow("jax-x32")
+
 ROWS, CLASSES = 6, 5
 RNG = np.random.default_rng(0)
 X = RNG.normal(0.0, 2.0, (ROWS, CLASSES)).astype(np.float32)

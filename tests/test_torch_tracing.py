@@ -185,6 +185,7 @@ class Classifier:
         return Module()
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("option", OPTIONS if FULL else ["all"])
@@ -210,6 +211,7 @@ def test_exports_with_any_number_of_rows(torch: Any, option: str, kind: str, str
         torch.testing.assert_close(answers[0], answers[1], equal_nan=True)
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_gradients_are_right_where_a_formula_goes_wrong(torch: Any, strict: bool) -> None:
     class Loss(torch.nn.Module):

@@ -16,6 +16,9 @@ from polyce.call.problem import Problem, describe
 from polyce.formula import rowstate, transform
 from polyce.testing.backends import Backend
 
+# jax compiles nearly every call anew.
+pytestmark = pytest.mark.slow("jax-x32")
+
 INF = math.inf
 SCALES = (1.0, 0.37, 3.0)
 CAPS = (INF, 5.0, 50.0)
