@@ -88,7 +88,7 @@ class Accuracy:
         loss is.
     top_ulp, brier_ulp : float
         Ulps of the largest probability, and of the Brier score. That of probabilities may be off
-        by more: each difference by `entry` unit roundoffs of the probability and of itself.
+        by more: each difference by ``entry`` unit roundoffs of the probability and of itself.
     flush : float
         Results may be off by this much whatever their size: the subnormal spacing, or the
         smallest normal number where a library computes without subnormal numbers.
