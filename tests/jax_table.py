@@ -74,10 +74,10 @@ def cases(function: str, turns: int) -> Iterator[Case]:
     """Return, for each turn, 49 cases in which any two columns have all of their pairs.
 
     Seven is prime, so the Latin squares d + k w of k = 1, 2, 3, … are orthogonal to each other.
-    Functions but the loss itself take every third case if there is only one turn.
+    With only one turn it is every third of them.
     """
     for turn, d, w in itertools.product(range(turns), range(7), range(7)):
-        if turns == 1 and function != "cross_entropy" and (d + w) % 3:
+        if turns == 1 and (d + w) % 3:
             continue
         option, target, layout = ((d + k * w) % 7 for k in range(turn + 1, turn + 4))
         options = {k: v for k, v in OPTIONS[option].items() if k in TAKEN[function]}

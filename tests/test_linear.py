@@ -45,7 +45,7 @@ MOST = {
 }  # fmt: skip
 # And how many of the cases of linear heads.
 MOST_LINEAR = {
-    "jax-x32": 4, "jax-x64": 4, "dask": 20, "cupy-emulated": 8, "triton": 8, "ndonnx": 4,
+    "jax-x32": 4, "jax-x64": 2, "dask": 20, "cupy-emulated": 8, "triton": 8, "ndonnx": 4,
     "cubed": 3, "mlx": 20, "mparray": 20, "marray": 20,
 }  # fmt: skip
 # Dtypes in which the gradient of the logits is multiplied in 16 bits.
