@@ -127,13 +127,23 @@ _SINGLE_CUPY = replace(_SINGLE, flush=8 * FORMATS["float32"].tiny)
 # mlx's exp is off by 0.75 unit roundoffs of float32 for each unit of its argument, and is 0 below
 # the smallest normal number; that of float64 is off by twice as much, and a sum over a thousand
 # classes by the errors of all of them.
-_MLX = replace(_SINGLE_XLA, loss_ulp=72.0, pivot_ulp=72.0, entry=72.0, entropy_ulp=216.0)
+_MLX = replace(
+    _SINGLE_XLA,
+    loss_ulp=72.0,
+    pivot_ulp=72.0,
+    entry=72.0,
+    entropy_ulp=216.0,
+    top_ulp=72.0,
+    brier_ulp=144.0,
+)
 _MLX_DOUBLE = replace(
     _MLX,
     loss_ulp=144.0,
     pivot_ulp=144.0,
     entry=144.0,
     entropy_ulp=432.0,
+    top_ulp=144.0,
+    brier_ulp=288.0,
     flush=1024 * FORMATS["float32"].tiny,
 )
 
