@@ -18,6 +18,7 @@ from polyce.formula import (
     rowstats,
     stats,
     targets,
+    teacher,
     transform,
     whole,
 )
@@ -182,6 +183,13 @@ def swapped(module: Any, name: str, change: Callable[..., Any]) -> Patch:
     """Replace a function by change(the true function, its arguments)."""
     true = getattr(module, name)
     return module, name, lambda *values, **options: change(true, *values, **options)
+
+
+def last_of_each(array: Any, labels: Any, values: Any, axis: int) -> Any:
+    """Add at several labels of each row, of equal ones the last alone."""
+    before = np.take_along_axis(array, labels, axis)
+    np.put_along_axis(array, labels, before + values, axis)
+    return array
 
 
 def without(**values: Any) -> Callable[[Problem, Plan], tuple[Problem, Plan]]:
@@ -387,6 +395,18 @@ OPTION_MUTANTS = {
     ),
     "brier-without-the-rest-of-1": Mutant(
         "target-stats", patch=(rowstats, "distance_at_pivot", plain_distance)
+    ),
+    "entries-at-the-pivot-left-out": Mutant(
+        "sparse", patch=swapped(rowstate, "coefficient_at", lambda true, *a: 0.0 * true(*a))
+    ),
+    "entries-of-one-class-do-not-add-up": Mutant(
+        "sparse", patch=swapped(numpy.LIBRARY, "add_at", lambda true, a, *b: last_of_each(a, *b))
+    ),
+    "teacher-without-its-scale": Mutant(
+        "teacher",
+        patch=swapped(
+            teacher, "softmax", lambda true, p, *a: true(p._replace(teacher_scale=1.0), *a)
+        ),
     ),
     "top-probability-off": Mutant(
         "target-stats",

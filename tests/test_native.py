@@ -225,6 +225,31 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
 
 
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("classes", [9, 70, 5000])
+def test_targets_of_many_classes(classes: int, order: str) -> None:
+    """Of several tiles or blocks of a row, each raises the largest logit and the teacher's."""
+    rng = np.random.default_rng(classes)
+    rising = np.linspace(0.0, 30.0, classes)
+    x, teacher = (np.asarray(rng.standard_normal((5, classes)) + rising, order=order) for _ in "ab")
+    index, shares = rng.integers(0, classes, (5, 3)), rng.random((5, 3))
+    index[:, 2] = index[:, 1]
+    index[0, 0] = x[0].argmax()
+    soft = np.zeros((5, classes))
+    np.add.at(soft, (np.arange(5)[:, None], index), shares)
+    softmax = np.exp(polyce.log_softmax(teacher, logit_scale=0.5))
+    for target, dense in (
+        (polyce.SparseTarget(index, shares), soft),
+        (polyce.TeacherLogits(teacher, 0.5), softmax),
+    ):
+        for options in ({}, {"label_smoothing": 0.1, "return_stats": "entropy"}):
+            got = polyce.cross_entropy_with_grad(x, target, implementation="native", **options)
+            want = polyce.cross_entropy_with_grad(x, dense, implementation="reference", **options)
+            np.testing.assert_allclose(got[0], want[0], rtol=1e-13)
+            np.testing.assert_allclose(got[1], want[1], rtol=1e-9, atol=1e-16)
+
+
+@pytest.mark.only("numpy")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("classes", [1, 6, 65, 70, 2100])
 def test_gradients_that_go_past_the_caches(classes: int, dtype: str) -> None:

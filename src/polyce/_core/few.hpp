@@ -14,7 +14,7 @@
 
 namespace polyce::POLYCE_ISA {
 
-// log(1 + x) for x >= 0 or nan, to about 0.7 ulp: 1 + x = 2^k (1 + f) with 1 + f in sqrt(1/2) to
+// log(1 + x) for x >= 0 or nan, within 1.5 ulp: 1 + x = 2^k (1 + f) with 1 + f in sqrt(1/2) to
 // sqrt(2), and log(1 + f) = f - f²/2 + f³ P(f) by a minimax polynomial.
 template <class V>
 POLYCE_INLINE V log1p_single(V x) {
@@ -41,7 +41,8 @@ POLYCE_INLINE V log1p_single(V x) {
 constexpr int raised_by = 24;
 constexpr float raised_one = 0x1p24f, lowered_one = 0x1p-24f;
 
-// 2^24 exp(a - m) for a <= m or nan. a - m is rounded; what that took is multiplied back.
+// 2^24 exp(a - m) for a <= m or nan, within 2 unit roundoffs. a - m is rounded; what that took is
+// multiplied back.
 template <class V>
 POLYCE_INLINE V raised_exp(V a, V m) {
     using Bits = typename Number<V>::Bits;

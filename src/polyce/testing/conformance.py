@@ -131,7 +131,6 @@ def check_implementation(
         backend = "numpy" if name is None or functions else _default_backend(name)
     library = get_backend(backend) if isinstance(backend, str) else backend
     called = functions or _polyce_functions()
-    kinds = None if name is None or functions is not None else _path(name).kinds
     ran: Counter[str] = Counter()
     left_out: dict[str, list[str]] = {}
     if dtypes is None:
@@ -140,9 +139,7 @@ def check_implementation(
     failed = 0
     for case in cases(groups, dtypes, few_shapes=few_shapes):
         given, reason = _given(case, library)
-        if kinds is not None and case.kind not in kinds:
-            reason = f"target {case.kind} is not served"
-        reason = reason or (leave_out(case) if leave_out else "") or lacks_stats(name, case)
+        reason = reason or (leave_out(case) if leave_out else "") or not_served(name, case)
         if reason:
             left_out.setdefault(reason, []).append(case.name)
             continue
@@ -180,12 +177,14 @@ def _polyce() -> Any:
     return importlib.import_module("polyce")
 
 
-def lacks_stats(name: str | None, case: Case) -> str:
-    """Return that an implementation serves no such stats as a case asks for, or an empty string."""
-    served = None if name is None else _path(name).stats
-    if served is None or served.issuperset(case.stats_names):
-        return ""
-    return f"{name} has no stats but {', '.join(sorted(served))}"
+def not_served(name: str | None, case: Case) -> str:
+    """Return that an implementation serves no such target or stats, or an empty string."""
+    path = None if name is None else _path(name)
+    if path is not None and path.kinds is not None and case.kind not in path.kinds:
+        return f"target {case.kind} is not served"
+    if path is not None and path.stats is not None and not path.stats.issuperset(case.stats_names):
+        return f"{name} has no stats but {', '.join(sorted(path.stats))}"
+    return ""
 
 
 def takes_grad_stats(name: str | None) -> bool:

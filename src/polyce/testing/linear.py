@@ -26,7 +26,7 @@ from .conformance import (
     Report,
     call_by_name,
     check_stats,
-    lacks_stats,
+    not_served,
     outcome,
     takes_grad_stats,
 )
@@ -194,7 +194,7 @@ def check_linear(
     for case in linear_cases():
         plain = case.of_logits
         given, reason = {}, "" if chosen is None or chosen(case) else "not chosen"
-        reason = reason or lacks_stats(name, plain)
+        reason = reason or not_served(name, plain)
         if plain.has_grad_stats and not takes_grad_stats(name):
             reason = reason or "it takes no grad_stats"
         for key, array in case.arrays.items():

@@ -67,21 +67,9 @@ def join_teacher(problem: Problem, parts: list[TeacherState]) -> TeacherState:
     return TeacherState(top, total)
 
 
-def part(
-    problem: Problem,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
-    probability: Any,
-    teacher: TeacherState | None,
-    start: Any,
-) -> Part:
-    """Read a block with some of the classes; `start` is the first of them."""
-    start = int(start[0])
-    problem, plan, logits, at_label, coefficients = _open(
-        problem, logits, target, weight, sample_weight, probability, teacher, start
-    )
+def part(problem: Problem, *inputs: Any) -> Part:
+    """Read a block with some of the classes; `inputs` are those of `_open`, here and below."""
+    problem, plan, logits, at_label, coefficients, start = _open(problem, *inputs)
     entries = targets.entries(problem, plan)
     xp, library, axis = problem.xp, problem.library, problem.axis
     with library.quiet():
@@ -147,41 +135,18 @@ def join(problem: Problem, parts: list[Part]) -> Whole:
     return Whole(losses, state, pivot, label_logit, found)
 
 
-def part_rank(
-    problem: Problem,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
-    probability: Any,
-    teacher: TeacherState | None,
-    start: Any,
-    whole: Whole,
-) -> Any:
+def part_rank(problem: Problem, *inputs_and_whole: Any) -> Any:
     """Count the classes of a block whose logit is larger than the label's."""
-    problem, _, logits, _, _ = _open(
-        problem, logits, target, weight, sample_weight, probability, teacher, int(start[0])
-    )
+    *inputs, whole = inputs_and_whole
+    problem, _, logits, *_ = _open(problem, *inputs)
     with problem.library.quiet():
         return rowstats.count_larger(problem, logits, whole.label_logit)
 
 
-def part_brier(
-    problem: Problem,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
-    probability: Any,
-    teacher: TeacherState | None,
-    start: Any,
-    whole: Whole,
-) -> Any:
+def part_brier(problem: Problem, *inputs_and_whole: Any) -> Any:
     """Compute what a block with some of the classes adds to the Brier score of probabilities."""
-    start = int(start[0])
-    problem, plan, logits, _, _ = _open(
-        problem, logits, target, weight, sample_weight, probability, teacher, start
-    )
+    *inputs, whole = inputs_and_whole
+    problem, plan, logits, _, _, start = _open(problem, *inputs)
     with problem.library.quiet():
         excluded = _excluded(problem, plan, logits, whole.pivot - start)
         rest = _exponentials(problem, logits, excluded, whole.state)
@@ -192,23 +157,11 @@ def part_brier(
         return others + problem.xp.where(here, at_pivot, 0.0)
 
 
-def part_gradient(
-    problem: Problem,
-    logits: Any,
-    target: Any,
-    weight: Any,
-    sample_weight: Any,
-    probability: Any,
-    teacher: TeacherState | None,
-    start: Any,
-    cotangent: Any,
-    whole: Whole,
-) -> Any:
-    """Compute the gradient of a block with some of the classes; `start` is the first of them."""
-    start, dtype = int(start[0]), problem.logits_dtype
-    problem, plan, logits, _, coefficients = _open(
-        problem, logits, target, weight, sample_weight, probability, teacher, start
-    )
+def part_gradient(problem: Problem, *inputs_and_more: Any) -> Any:
+    """Compute the gradient of a block with some of the classes, for the cotangent of its rows."""
+    *inputs, cotangent, whole = inputs_and_more
+    dtype = problem.logits_dtype
+    problem, plan, logits, _, coefficients, start = _open(problem, *inputs)
     xp, library, state = problem.xp, problem.library, whole.state
     with library.quiet():
         excluded = _excluded(problem, plan, logits, whole.pivot - start)
@@ -237,10 +190,10 @@ def _open(
     sample_weight: Any,
     probability: Any,
     teacher: TeacherState | None,
-    start: int,
-) -> tuple[Problem, Plan, Any, Any, Any]:
-    """Return a part's problem, plan, logits in the arithmetic dtype, and coefficients."""
-    axis = problem.axis
+    first_class: Any,
+) -> tuple[Problem, Plan, Any, Any, Any, int]:
+    """Return a part's problem, plan, logits in the arithmetic dtype, coefficients, first class."""
+    axis, start = problem.axis, int(first_class[0])
     shape = list(logits.shape)
     shape[axis] = problem.classes
     problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target, probability)
@@ -265,7 +218,7 @@ def _open(
             is_label = problem.library.one_hot(plan.label - start, logits, axis)
             first = logits[(slice(None),) * axis + (slice(1),)]
             coefficients = targets.all_coefficients(problem, plan, is_label, first)
-    return problem, plan, logits, at_label, coefficients
+    return problem, plan, logits, at_label, coefficients, start
 
 
 def _excluded(problem: Problem, plan: Plan, logits: Any, local: Any) -> Any:
