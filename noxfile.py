@@ -335,8 +335,9 @@ def docs(session: nox.Session) -> None:
     # a stand-in.
     install(session, "docs", "triton")
     env = {"PYTHONPATH": str(Path("tests/emulation").resolve())}
-    session.run("pytest", "--doctest-modules", "--pyargs", "polyce", *session.posargs, env=env)
-    build = ("sphinx-build", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
+    doctest = ("pytest", "-n", "2", "--doctest-modules", "--pyargs", "polyce")
+    session.run(*doctest, *session.posargs, env=env)
+    build = ("sphinx-build", "-j", "2", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
     # -E reads all pages again, since many are made from the code.
     session.run(*build, "-E", "-b", "doctest", "docs", "docs/_build/doctest")
     session.run(*build, "-b", "html", "docs", "docs/_build/html")

@@ -58,6 +58,7 @@ def test_grid_under_jit(backend: Backend) -> None:
     print(report)
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("torch")
 @pytest.mark.parametrize("name", ["native", "reference"])
 @pytest.mark.parametrize("group", GROUPS)

@@ -115,6 +115,7 @@ def test_no_warning_from_a_mean_over_nothing(da: Any, grad: bool) -> None:
     assert np.isnan(loss.compute())
 
 
+@pytest.mark.slow("dask")
 @pytest.mark.parametrize("name", ["dask", "dask-rows", "dask-classes"])
 @pytest.mark.parametrize("group", ["special", "targets", "options", "normalizer"])
 def test_no_warning_from_any_case(name: str, group: str) -> None:

@@ -39,6 +39,7 @@ print(sum(report.ran.values()), *sorted({launch.name for launch in cupy.emulatio
 """
 
 
+@pytest.mark.slow("dask")
 @pytest.mark.only("dask")
 def test_a_block_of_cupy_s_runs_cupy_s_kernels() -> None:
     emulation = str(Path(__file__).with_name("emulation"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import subprocess
@@ -146,12 +147,21 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
 # The source
 
 
-def source(*, testing: bool) -> dict[str, ast.Module]:
-    """Parse the files of the package, with those of polyce.testing only if asked for."""
+@functools.cache
+def parsed() -> dict[str, ast.Module]:
+    """Parse the files of the package."""
     return {
         str(path.relative_to(PACKAGE)): ast.parse(path.read_text(encoding="utf-8"))
         for path in sorted(PACKAGE.rglob("*.py"))
-        if testing or "testing" not in path.relative_to(PACKAGE).parts
+    }
+
+
+def source(*, testing: bool) -> dict[str, ast.Module]:
+    """Return the files of the package, with those of polyce.testing only if asked for."""
+    return {
+        name: tree
+        for name, tree in parsed().items()
+        if testing or "testing" not in Path(name).parts
     }
 
 

@@ -83,6 +83,7 @@ def test_compiled_loss_and_gradient_exchange_rows_only(
             assert np.prod([int(size) for size in shape.split(",") if size]) <= ROWS
 
 
+@pytest.mark.slow("jax-x32")
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("axis", ["rows", "classes"])
 def test_calls_outside_of_jit(mesh: Any, axis: str, kind: str) -> None:
@@ -103,6 +104,7 @@ def test_calls_outside_of_jit(mesh: Any, axis: str, kind: str) -> None:
     np.testing.assert_allclose(result, polyce.log_softmax(arrays[0]), rtol=1e-5)
 
 
+@pytest.mark.slow("jax-x32")
 def test_gradients_of_probabilities_and_weight_on_a_mesh(mesh: Any) -> None:
     import jax
 

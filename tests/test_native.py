@@ -249,6 +249,7 @@ def test_targets_of_many_classes(classes: int, order: str) -> None:
             np.testing.assert_allclose(got[1], want[1], rtol=1e-9, atol=1e-16)
 
 
+@pytest.mark.slow("numpy")
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("classes", [1, 6, 65, 70, 2100])

@@ -34,6 +34,7 @@ def run(code: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow("numpy")
 def test_no_memory_for_scratch() -> None:
     told = run(
         """
@@ -149,6 +150,7 @@ def test_helpers_round_as_the_caller_does() -> None:
     assert told == "True True\n"
 
 
+@pytest.mark.slow("numpy")
 @pytest.mark.parametrize("flag", ["-ffast-math", "-ffinite-math-only"])
 def test_fast_math_is_refused(flag: str, tmp_path: Any) -> None:
     from pathlib import Path

@@ -118,6 +118,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     assert loss_bits() == want
 
 
+@pytest.mark.slow("numpy")
 def test_a_process_ends_while_threads_sleep_or_work() -> None:
     code = """
 import threading, numpy as np, polyce

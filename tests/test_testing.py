@@ -310,6 +310,7 @@ def checksum(array: Any) -> tuple[int, int, int, float]:
     return values.size, int(np.isnan(values).sum()), int(np.isinf(values).sum()), total
 
 
+@pytest.mark.slow("numpy")
 def test_a_reader_in_cpp_finds_the_same_numbers(dumped: list[Case], tmp_path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     assert compiler is not None, "a C++ compiler is required"
