@@ -225,6 +225,26 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
 
 
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 2, 2), (40, 2, 3), (3, 127, 5), (2, 128, 3), (129, 2, 2), (2, 3, 5, 7, 4), (300, 2)],
+)
+def test_rows_in_any_order(sizes: tuple[int, ...]) -> None:
+    """A group of rows takes in many short axes, or a part of a long one."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((sizes[0], 3, *sizes[1:]), dtype=np.float32)
+    target = rng.integers(0, 3, sizes)
+    want = polyce.cross_entropy_with_grad(x, target, reduction="none")
+    for order in permutations(range(x.ndim)):
+        view = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+        got = polyce.cross_entropy_with_grad(
+            view, target, reduction="none", out=np.empty_like(view)
+        )
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=str(order))
+
+
+@pytest.mark.only("numpy")
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("classes", [9, 70, 5000])
 def test_targets_of_many_classes(classes: int, order: str) -> None:

@@ -5,7 +5,7 @@
 
 namespace polyce::POLYCE_ISA {
 
-constexpr int width = 128, step = 16;
+constexpr int step = 16;
 
 // What is known of each row. Bools are numbers, so that all loops have one width.
 template <class T>

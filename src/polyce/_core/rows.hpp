@@ -2,29 +2,53 @@
 // its target means, and what becomes of its sums. The meaning of a target is that of targets.py.
 #pragma once
 
+#include <algorithm>
+
 #include "formats.hpp"
 #include "job.hpp"
 #include "row.hpp"
 
 namespace polyce::POLYCE_ISA {
 
-// Byte offsets of `count` rows from `first` on, in C order of the row axes.
+// Rows are gone through in groups of at most so many.
+constexpr int width = 128;
+
+// Byte offsets of `count` rows from `first` on, at most `width`, in C order of the row axes. Computed
+// for the last two axes at once, as the last one may be short.
 inline void row_offsets(
     const Job& job, const std::int64_t* strides, std::int64_t first, int count, std::int64_t* offsets
 ) {
+    offsets[0] = 0;
+    if (job.axes == 0) return;
     std::int64_t index[max_axes], offset = 0, left = first;
     for (int a = job.axes - 1; a >= 0; --a) {
         index[a] = left % job.axis_size[a];
         left /= job.axis_size[a];
         offset += index[a] * strides[a];
     }
-    for (int i = 0; i < count; ++i) {
-        offsets[i] = offset;
-        for (int a = job.axes - 1; a >= 0; --a) {
-            offset += strides[a];
-            if (++index[a] < job.axis_size[a]) break;
-            offset -= index[a] * strides[a];
+    const int last = job.axes - 1, outer = last - 1;
+    const std::int64_t size = job.axis_size[last], step = strides[last];
+    const std::int64_t carry = last ? strides[outer] - size * step : 0;
+    // With n < 2 width and size < width the quotient n / size is n·inverse / 2^16.
+    const std::int64_t inverse = (0x10000 + size - 1) / size;
+    for (int i = 0;;) {
+        const std::int64_t begun = index[last], left_of_outer = last ? job.axis_size[outer] - index[outer] : 1;
+        const int run = int(std::min<std::int64_t>(count - i, left_of_outer * size - begun));
+        POLYCE_SIMD
+        for (int k = 0; k < run; ++k) {
+            const std::int64_t n = begun + k;
+            const std::int64_t carries = size < width ? n * inverse >> 16 : n >= size;
+            offsets[i + k] = offset + k * step + carries * carry;
+        }
+        i += run;
+        if (i == count) return;
+        offset += run * step + left_of_outer * carry;
+        index[last] = 0;
+        index[outer] = job.axis_size[outer];
+        for (int a = outer; a > 0 && index[a] == job.axis_size[a]; --a) {
+            offset += strides[a - 1] - index[a] * strides[a];
             index[a] = 0;
+            ++index[a - 1];
         }
     }
 }

@@ -61,35 +61,33 @@ struct Tile : Group<T> {
     // Calls f(place in the tile, number of rows, address) for rows that lie evenly.
     template <class F>
     void each_run(const Matrix& m, F f) const {
-        const int last = job.axes - 1;
-        std::int64_t index[max_axes], left = first_row;
+        // Axes that this array steps through evenly are one.
+        std::int64_t size[max_axes], stride[max_axes], index[max_axes], left = first_row;
+        int last = -1;
+        for (int a = 0; a < job.axes; ++a) {
+            const bool joins = last >= 0 && stride[last] == job.axis_size[a] * m.row_stride[a];
+            last = joins ? last : last + 1;
+            size[last] = joins ? size[last] * job.axis_size[a] : job.axis_size[a];
+            stride[last] = m.row_stride[a];
+        }
         char* at = m.data;
         for (int a = last; a >= 0; --a) {
-            index[a] = left % job.axis_size[a];
-            left /= job.axis_size[a];
-            at += index[a] * m.row_stride[a];
+            index[a] = left % size[a];
+            left /= size[a];
+            at += index[a] * stride[a];
         }
-        int start = 0, done = 0;
-        const std::int64_t between = m.row_stride[last];
-        char* run = at;
-        while (done < rows) {
-            if (at != run + (done - start) * between) {
-                f(start, done - start, run);
-                start = done;
-                run = at;
-            }
-            const std::int64_t until_end = job.axis_size[last] - index[last];
-            const int count = int(until_end < rows - done ? until_end : rows - done);
+        for (int done = 0; done < rows;) {
+            const int count = int(std::min<std::int64_t>(size[last] - index[last], rows - done));
+            f(done, count, at);
             done += count;
             index[last] += count;
-            at += count * between;
-            for (int a = last; a > 0 && index[a] == job.axis_size[a]; --a) {
-                at += m.row_stride[a - 1] - index[a] * m.row_stride[a];
+            at += count * stride[last];
+            for (int a = last; a > 0 && index[a] == size[a]; --a) {
+                at += stride[a - 1] - index[a] * stride[a];
                 index[a] = 0;
                 ++index[a - 1];
             }
         }
-        f(start, done - start, run);
     }
 
     // Whether the classes of a row lie together, unlike those of the tile.
