@@ -245,6 +245,7 @@ def build(session: nox.Session) -> None:
         if fingerprint(unpacked) != fingerprint(Path()):
             session.error(f"the sdist has other files than the checkout in {SOURCES}")
         check_without_core(session, unpacked, Path(elsewhere) / "pure")
+        check_required_core(session, unpacked, Path(elsewhere) / "none")
     if missing := NEEDED - contents(wheel(session)).keys():
         session.error(f"the wheel lacks {sorted(missing)}")
 
@@ -265,6 +266,16 @@ def check_without_core(session: nox.Session, source: Path, folder: Path) -> None
     session.install("--force-reinstall", "--no-deps", str(pure))
     with session.chdir(folder):
         session.run("python", "-m", "polyce", "demo")
+
+
+def check_required_core(session: nox.Session, source: Path, folder: Path) -> None:
+    """Check that a build whose core is required fails without a compiler."""
+    try:
+        pip_wheel(session, source, folder, POLYCE_REQUIRE_CORE="1", CXX="false")
+    except nox.command.CommandFailed:
+        session.log("so it should: there is no compiler, and the core is required")
+    else:
+        session.error("with POLYCE_REQUIRE_CORE=1 a wheel was built without a compiler")
 
 
 @nox.session(tags=CI)

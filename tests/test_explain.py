@@ -273,6 +273,16 @@ def test_the_demo_learns_the_digits_and_compares_libraries() -> None:
     assert all(after < before for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.3
     assert float(steps[-1][2]) > 0.9
+    (exact,) = re.findall(r"the loss is (\S+)$", done.stdout, re.MULTILINE)
+    assert float(exact) == pytest.approx(2 * np.exp(-40.0), rel=1e-8)
+    small, *others = re.findall(r"^(?:polyce|torch|NumPy by hand) +(\S+e\S+)$", done.stdout, re.M)
+    assert float(small) == pytest.approx(2 * np.exp(-40.0), rel=1e-7)
+    assert [float(other) for other in others] == [0.0]
+    cost = re.findall(r"^(?:polyce|torch|NumPy by hand) +\d+\.\d+ s(.*)$", done.stdout, re.M)
+    assert len(cost) == 2
+    if sys.platform == "linux":
+        taken = [float(re.search(r"^, (\d+) MB beside the logits$", row)[1]) for row in cost]
+        assert 120 < taken[0] < 170 < taken[1]
     row = r"^numpy +\d\.\d{6,} +\d\.\d{6,} +native$"
     assert re.search(row, done.stdout, re.MULTILINE), done.stdout
     difference = re.search(r"^largest difference from float64.*: (\S+)$", done.stdout, re.MULTILINE)
@@ -326,6 +336,14 @@ def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an install without a compiler."""
     monkeypatch.setattr(native, "_IS_BUILT", False)
     monkeypatch.setattr(registry, "_choices", {})
+    monkeypatch.setattr(native, "_warned", [])
+    silence = r"warnings.simplefilter\('ignore', polyce.CoreMissingWarning\) silences this$"
+    polyce.cross_entropy(LOGITS, LABELS, implementation="reference")
+    with pytest.warns(polyce.CoreMissingWarning, match=f"^the compiled .*; {silence}") as warned:
+        polyce.cross_entropy(LOGITS, LABELS)
+    assert warned[0].filename == __file__
+    # Once in a process; warnings are errors here.
+    polyce.cross_entropy(LOGITS.astype(np.float64), LABELS)
     explanation = polyce.explain(LOGITS, LABELS)
     assert explanation.chosen == "reference"
     (reason,) = explanation.reasons["native"]
@@ -333,7 +351,6 @@ def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
     # Otherwise pip would take the wheel from its cache, or leave what is installed as it is.
     assert "pip install --no-cache-dir --force-reinstall --no-deps polyce" in reason
     assert f"native     no   {reason}" in versions()
-    polyce.cross_entropy(LOGITS, LABELS)
     with pytest.raises(ValueError, match="only the native path has threads, but the compiled core"):
         polyce.set_num_threads(2)
     with pytest.raises(ValueError, match="'native' cannot serve this call: the compiled core is"):

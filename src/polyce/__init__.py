@@ -6,6 +6,7 @@ from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.explain import explain, show_versions
 from polyce.formula.stats import Stats
 from polyce.functional import cross_entropy, cross_entropy_with_grad, nll_loss
+from polyce.implementations.native.core import CoreMissingWarning
 from polyce.implementations.native.threads import get_num_threads, set_num_threads
 from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
@@ -15,6 +16,7 @@ from polyce.values import entropy, log_prob, log_softmax
 from polyce.version import __version__
 
 __all__ = [
+    "CoreMissingWarning",
     "CrossEntropyLoss",
     "NLLLoss",
     "SparseTarget",

@@ -9,7 +9,7 @@ from polyce.explain import show_versions
 USAGE = """usage: python -m polyce [demo]
 
   (nothing)  versions, array libraries and implementations found here
-  demo       train a digit classifier, then the same loss on every library found here"""
+  demo       a digit classifier, then digits, time and memory beside torch's or NumPy's"""
 
 
 def main(arguments: list[str]) -> int:

@@ -20,6 +20,7 @@ from polyce.implementations.contract import Implementation
 from polyce.implementations.cupy import path as cupy
 from polyce.implementations.dask import path as dask
 from polyce.implementations.native import path as native
+from polyce.implementations.native.core import warn_of_missing_core
 from polyce.implementations.triton import path as triton
 
 VARIABLE = "POLYCE_IMPLEMENTATION"
@@ -199,6 +200,8 @@ def _unforced(problem: Problem, preferred: Implementation | None) -> Implementat
         if len(_choices) >= _MOST_KNOWN:
             _choices.clear()
         chosen = _first(problem)
+        if chosen is reference.PATH and native.lacks_only_the_core(problem):
+            warn_of_missing_core()
         _choices[problem] = TABLE, chosen
     return chosen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 ISA_VARIABLE = "POLYCE_ISA"
@@ -27,6 +28,31 @@ def unavailable() -> str | None:
         "as long (where there is a C++ compiler, pip install --no-cache-dir --force-reinstall "
         "--no-deps polyce builds it)"
     )
+
+
+class CoreMissingWarning(UserWarning):
+    """Calls that the compiled core would compute take the slow way, as it was not built.
+
+    The first of them in a process warns.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import polyce
+    >>> warnings.simplefilter("ignore", polyce.CoreMissingWarning)
+    """
+
+
+_warned: list[bool] = []
+
+
+def warn_of_missing_core() -> None:
+    """Warn, once in a process, that a call takes the slow way for want of the core."""
+    if not _warned:
+        _warned.append(True)
+        silence = "warnings.simplefilter('ignore', polyce.CoreMissingWarning)"
+        # Named is the line that calls polyce.cross_entropy, through `select`.
+        warnings.warn(f"{unavailable()}; {silence} silences this", CoreMissingWarning, stacklevel=5)
 
 
 _loaded: list[ModuleType] = []

@@ -111,3 +111,8 @@ PATH = Implementation(
     takes_grad_stats=True,
     log_softmax=log_softmax,
 )
+
+
+def lacks_only_the_core(problem: Problem) -> bool:
+    """Tell whether this path would serve a problem if its core had been built."""
+    return PATH.reasons(problem) == (unavailable(),)
