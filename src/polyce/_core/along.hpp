@@ -12,7 +12,7 @@ template <class T, bool capped>
 struct Along : Sums<T, capped> {
     using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
-    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of;
+    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of;
     using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
     using Sums<T, capped>::missing, Sums<T, capped>::scale;
@@ -42,8 +42,7 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient(int i) {
-        if (job.teacher) this->use_teacher(i);
-        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        const char* const row = logits_of(i);
         char* const grad = job.grad.data + grad_at[i];
         const Matrix& out = job.grad;
         for (std::int64_t start = 0; start < job.classes; start += block) {
@@ -55,7 +54,7 @@ struct Along : Sums<T, capped> {
             } else if (keeps) {
                 write_kept(i, row, start, count, to);
             } else {
-                compute_gradient(i, logits_from(row, start, count), probabilities, start, count, to);
+                compute_gradient(i, logits_from(row, start, count), start, count, to);
             }
             if (streams) {
                 char* packed = reinterpret_cast<char*>(copy);
@@ -90,11 +89,18 @@ struct Along : Sums<T, capped> {
         const T logit = place < 0 ? T(0) : read_one(job.logits, row, start + place);
         if (results.multiplies) {
             multiply_kept(i, start, count, to);
+        } else if (results.spread) {
+            subtract_from_kept(i, start, count, to);
         } else {
             combine_kept(i, logits_from(row, start, count), start, count, to);
         }
         if (place < 0) return;
         const T gap = (logit - reference(lane.rest_max[i])) * scale, e = exp_negative(gap);
+        if (results.spread) {
+            const auto [r, factor] = this->coefficients_of(i, start, count);
+            to[place] = (e * lane.softmax[i] - r[place] * factor) * lane.last[i];
+            return;
+        }
         to[place] = e * lane.once[i] + (results.multiplies ? T(0) : weighted_gap(e, gap) * lane.by_gap[i]);
     }
 
@@ -111,6 +117,15 @@ struct Along : Sums<T, capped> {
         }
     }
 
+    void subtract_from_kept(int i, std::int64_t start, int count, T* to) const {
+        const T softmax = carried(lane.softmax[i], i, start), last = lane.last[i];
+        const auto [r, factor] = this->coefficients_of(i, start, count);
+        const T* const e = numbers + i * pitch + start;
+        const T each = factor;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) to[c] = (e[c] * softmax - r[c] * each) * last;
+    }
+
     void multiply_kept(int i, std::int64_t start, int count, T* to) const {
         const T f = carried(lane.once[i], i, start);
         map_run(numbers + i * pitch + start, count, to, [&](auto e) POLYCE_INLINE_LAMBDA {
@@ -119,10 +134,10 @@ struct Along : Sums<T, capped> {
     }
 
     // From logits `x`, which may be in the place of the gradient.
-    void compute_gradient(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+    void compute_gradient(int i, const T* x, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         const T once = lane.once[i], softmax = lane.softmax[i], last = lane.last[i];
-        if (results.valued && !results.multiplies) return compute_valued(i, x, probabilities, start, count, to);
+        if (results.valued && !results.multiplies) return compute_valued(i, x, start, count, to);
         if (!results.spread && !capped) {
             map_run(x, count, to, [&](auto v) POLYCE_INLINE_LAMBDA {
                 using V = decltype(v);
@@ -132,7 +147,7 @@ struct Along : Sums<T, capped> {
         }
         read_gaps(x, count, m);
         const T *const r = coefficients, *const t = gaps;
-        read_coefficients_or_none(probabilities, start, count);
+        read_coefficients_or_none(i, start, count);
         if constexpr (capped) {
             POLYCE_SIMD
             for (int c = 0; c < count; ++c) {
@@ -146,10 +161,10 @@ struct Along : Sums<T, capped> {
     }
 
     // The gradient of loss, lse and entropy.
-    void compute_valued(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+    void compute_valued(int i, const T* x, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         read_gaps(x, count, m);
-        read_coefficients_or_none(probabilities, start, count);
+        read_coefficients_or_none(i, start, count);
         const T softmax = lane.softmax[i], last = lane.last[i], more = lane.more[i], by_gap = lane.by_gap[i];
         const T *const r = coefficients, *const t = gaps;
         POLYCE_SIMD
@@ -160,9 +175,9 @@ struct Along : Sums<T, capped> {
         }
     }
 
-    void read_coefficients_or_none(const char* probabilities, std::int64_t start, int count) const {
+    void read_coefficients_or_none(int i, std::int64_t start, int count) const {
         if (results.spread) {
-            read_coefficients(probabilities, start, count);
+            read_coefficients(i, start, count);
         } else {
             std::fill_n(coefficients, count, T(0));
         }

@@ -210,6 +210,12 @@ struct Ahead {
     }
 };
 
+struct AheadOfTwo {
+    Ahead first, second;
+
+    POLYCE_INLINE void fetch(std::int64_t from) const { first.fetch(from), second.fetch(from); }
+};
+
 // Two sums that are taken together.
 template <class T>
 struct Pair {
@@ -226,9 +232,25 @@ POLYCE_INLINE Pair<double> widened(const Pair<T>& p) {
     return {widened(p.first), widened(p.second)};
 }
 
-// Σ term(i) for packs, or pairs of packs, of terms from i on, in each lane.
-template <class T, class Term>
-POLYCE_INLINE auto sum_lanes(std::int64_t count, Ahead ahead, Term term) {
+// And three.
+template <class T>
+struct Triple {
+    Pack<T> first, second, third;
+};
+
+template <class T>
+POLYCE_INLINE Triple<T> operator+(const Triple<T>& a, const Triple<T>& b) {
+    return {a.first + b.first, a.second + b.second, a.third + b.third};
+}
+
+template <class T>
+POLYCE_INLINE Triple<double> widened(const Triple<T>& p) {
+    return {widened(p.first), widened(p.second), widened(p.third)};
+}
+
+// Σ term(i) for packs, or two or three packs together, of terms from i on, in each lane.
+template <class T, class Term, class Next = Ahead>
+POLYCE_INLINE auto sum_lanes(std::int64_t count, Next ahead, Term term) {
     using Terms = decltype(term(std::int64_t(0)));
     const auto four = [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
         return (term(i) + term(i + pack_size)) + (term(i + 2 * pack_size) + term(i + 3 * pack_size));
