@@ -65,6 +65,15 @@ struct Entries {
         }
     }
 
+    // Whether a class has one entry in a row. Sums of several, in their order, wait for one another.
+    bool is_single(std::int64_t at, std::int64_t c) const {
+        const std::int64_t *const own = classes + at, count = job.entries;
+        std::int64_t found = 0;
+        POLYCE_SIMD_SUM(found)
+        for (std::int64_t k = 0; k < count; ++k) found += own[k] == c ? 1 : 0;
+        return found == 1;
+    }
+
     // Writes the entries' places in the gradient of a row; the pivot's has been written.
     void write(
         const Transform<capped>& transform, int i, std::int64_t at, const RowState& s, const RowGradient& g,
@@ -75,7 +84,11 @@ struct Entries {
             const std::int64_t c = classes[k];
             if (c < 0 || c == lane.pivot[i]) continue;
             double r = share == 0.0 ? 0.0 : share * weight_of(c);
-            for (std::int64_t other = at; other < at + job.entries; ++other) r += classes[other] == c ? coefficients[other] : 0.0;
+            if (is_single(at, c)) {
+                r += coefficients[k];
+            } else {
+                for (std::int64_t other = at; other < at + job.entries; ++other) r += classes[other] == c ? coefficients[other] : 0.0;
+            }
             const T entry = T(LabelApart{true, double(logits[k]), r}.gradient(transform, s, g, lane.factor[i], more));
             narrow_run(job.grad.dtype, &entry, 1, grad + c * job.grad.class_stride, job.grad.class_stride);
         }

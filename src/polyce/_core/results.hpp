@@ -40,7 +40,6 @@ struct Results {
             lane.rest_sum[i] = lane.pivot_coefficient[i] = 0.0;
             lane.first[i] = 0;
         });
-        if (job.sparse) entries.read();
         if (sizeof(T) == 8) group.each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.lost_sum[i] = 0.0; });
         if (!needs_all_sums()) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -80,7 +79,9 @@ struct Results {
         }
     }
 
+    // Their logits are in the caches now.
     POLYCE_APART void add_entries() const {
+        entries.read();
         entries.each_row([&](int i, std::int64_t at) {
             RowState s = state(i);
             entries.add_to(transform, i, at, s);
