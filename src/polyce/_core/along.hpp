@@ -12,14 +12,69 @@ template <class T, bool capped>
 struct Along : Sums<T, capped> {
     using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
-    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of;
+    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::teacher;
     using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
     using Sums<T, capped>::missing, Sums<T, capped>::scale;
     using Sums<T, capped>::pitch, Sums<T, capped>::blocks, Sums<T, capped>::streams, Sums<T, capped>::keeps;
     using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::is_simple, Sums<T, capped>::reference;
-    using Sums<T, capped>::read_gaps, Sums<T, capped>::transform, Sums<T, capped>::sum;
+    using Sums<T, capped>::read_gaps, Sums<T, capped>::transform;
+    using Sums<T, capped>::sum_short, Sums<T, capped>::sum_row, Sums<T, capped>::set_state;
+    using Blocks<T>::share, Blocks<T>::kept;
     using Sums<T, capped>::Sums;
+
+    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
+    // had it in their hands: what does not fit is not used.
+    bool take_saved(int i) {
+        if (!results.is_saved(i)) return false;
+        const SavedRow& saved = job.saved[this->number(i)];
+        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        RowState s{saved.rest_max, saved.rest_sum, 0, 0, saved.rest_coefficient, 0, 0};
+        if (results.at_top) {
+            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
+            std::int64_t pivot = fits ? std::int64_t(saved.pivot) : 0;
+            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
+            lane.pivot[i] = pivot;
+        }
+        if (job.sparse) {
+            s.pivot_coefficient = smoothing_share(job) * results.entries.weight_of(lane.pivot[i]);
+        } else if (probabilities) {
+            const std::int64_t pivot = lane.pivot[i];
+            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
+            T probability;
+            if (job.teacher) {
+                const SavedTeacher& known = saved_teachers(job)[this->number(i)];
+                lane.teacher_top[i] = T(known.top), lane.teacher_sum[i] = known.sum;
+                this->teacher.softmax(i, probabilities, pivot, 1, coefficients);
+                probability = coefficients[0];
+            } else {
+                probability = read_one(job.probabilities, probabilities, pivot);
+            }
+            s.pivot_coefficient = double(coefficient(job, probability, weight, kept, share));
+        }
+        lane.pivot_logit[i] = read_one(job.logits, row, lane.pivot[i]);
+        set_state(i, s);
+        return true;
+    }
+
+    void sum() {
+        results.begin_sums();
+        if (!job.classes) return results.end_sums();
+        const bool saved = has_saved(job);
+        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
+            lane.label[i] = lane.pivot[i];
+            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
+        }
+        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
+            sum_short();
+        } else {
+            for (int i = 0; i < rows; ++i) {
+                if (!is_counted(i) || (saved && take_saved(i))) continue;
+                sum_row(i);
+            }
+        }
+        results.end_sums();
+    }
 
     // Of short rows whose exponentials are kept, into memory that takes them as they are.
     void write_short() const {
@@ -145,18 +200,44 @@ struct Along : Sums<T, capped> {
             });
             return;
         }
+        if (!capped) return subtract_from_softmax(i, x, start, count, to);
         read_gaps(x, count, m);
         const T *const r = coefficients, *const t = gaps;
         read_coefficients_or_none(i, start, count);
-        if constexpr (capped) {
-            POLYCE_SIMD
-            for (int c = 0; c < count; ++c) {
-                const T entry = exp_negative(t[c]) * softmax - r[c];
-                to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
-            }
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T entry = exp_negative(t[c]) * softmax - r[c];
+            to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
+        }
+    }
+
+    // Of a teacher whose exponentials were not kept, both in one loop, for which memory is asked in time.
+    void subtract_from_softmax(int i, const T* x, std::int64_t start, int count, T* to) const {
+        if (this->is_plain && job.teacher && !teacher.keeps) {
+            const T* const t = teacher.read_logits(probabilities_of(i), start, count, coefficients);
+            const T top = lane.teacher_top[i], each = T(1.0 / lane.teacher_sum[i]);
+            teacher.with_exponential(top, [&](auto exponential) {
+                subtract(i, x, start, count, to, [=](int c) POLYCE_INLINE_LAMBDA { return exponential(t[c]) * each; });
+            });
         } else {
+            const auto [numbers, factor] = this->coefficients_of(i, start, count);
+            const T *const r = numbers, each = factor;
+            subtract(i, x, start, count, to, [=](int c) POLYCE_INLINE_LAMBDA { return r[c] * each; });
+        }
+    }
+
+    template <class R>
+    POLYCE_INLINE void subtract(int i, const T* x, std::int64_t start, int count, T* to, R coefficient_at) const {
+        const T m = reference(lane.rest_max[i]), scale = this->scale;
+        const T softmax = lane.softmax[i], last = lane.last[i];
+        const AheadOfTwo ahead{this->ahead_of_logits(i, start + block), this->ahead_of_probabilities(i, start + block)};
+        for (int from = 0; from < count; from += run_size) {
+            const int end = from + run_size < count ? from + run_size : count;
+            ahead.fetch(from);
             POLYCE_SIMD
-            for (int c = 0; c < count; ++c) to[c] = (exp_negative(t[c]) * softmax - r[c]) * last;
+            for (int c = from; c < end; ++c) {
+                to[c] = (exp_negative((x[c] - m) * scale) * softmax - coefficient_at(c)) * last;
+            }
         }
     }
 

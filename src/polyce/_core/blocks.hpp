@@ -120,11 +120,14 @@ struct Blocks : Group<T> {
         return {coefficients, T(1)};
     }
 
-    // What sums over coefficients ask the memory for: a teacher's are in the caches.
-    Ahead ahead_of_coefficients(int i, std::int64_t start) const {
-        const Matrix& p = job.probabilities;
-        if (job.teacher || !p.data || p.class_stride != size_of(p.dtype)) return {};
-        return {probabilities_of(i) + start * p.class_stride, int(p.class_stride)};
+    // What is asked of the memory meanwhile, from class `start` on.
+    Ahead ahead_of_logits(int i, std::int64_t start) const { return ahead_of(job.logits, logits_of(i), start); }
+    Ahead ahead_of_probabilities(int i, std::int64_t start) const {
+        return job.probabilities.data ? ahead_of(job.probabilities, probabilities_of(i), start) : Ahead{};
+    }
+    static Ahead ahead_of(const Matrix& m, const char* row, std::int64_t start) {
+        if (m.class_stride != size_of(m.dtype)) return {};
+        return {row + start * m.class_stride, int(m.class_stride)};
     }
 
     // The coefficients of a row from class `start` on, with 0 after the last.

@@ -86,8 +86,16 @@ struct Results {
             RowState s = state(i);
             entries.add_to(transform, i, at, s);
             lane.pivot_coefficient[i] = s.pivot_coefficient;
+            if (is_saved(i)) return;
             lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
         });
+    }
+
+    // Whether a row's sums are what a forward pass has left of it, and not of its logits.
+    bool is_saved(int i) const {
+        if (!has_saved(job)) return false;
+        const double sum = job.saved[group.number(i)].rest_sum;
+        return sum == sum;
     }
 
     POLYCE_INLINE RowState state(int i) const {
@@ -198,6 +206,8 @@ struct Results {
         for (int i = 0; i < group.rows; ++i) {
             const LabelApart label = apart ? label_apart(i) : LabelApart{};
             job.saved[group.number(i)] = saved_row(transform, state(i), label, lane.pivot[i]);
+            if (!job.teacher || !group.is_counted(i)) continue;
+            saved_teachers(job)[group.number(i)] = {double(lane.teacher_top[i]), lane.teacher_sum[i]};
         }
     }
 

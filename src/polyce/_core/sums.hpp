@@ -82,9 +82,8 @@ struct Sums : Blocks<T> {
 
     // Where a gradient's entries are made of them, they are kept, not computed again.
     static bool keeps_exponentials(const Job& job) {
-        const bool sums = !job.backward_only || job.grad_entropy || job.teacher;
         const bool combines = has_coefficients(job) && (job.grad_lse || job.grad_entropy);
-        return job.grad.data && sums && !capped && !combines && job.classes <= most_kept;
+        return job.grad.data && !has_saved(job) && !capped && !combines && job.classes <= most_kept;
     }
 
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
@@ -224,9 +223,8 @@ struct Sums : Blocks<T> {
         const bool coefficients_too = results.spread;
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = count_from(start);
-            const std::int64_t full = padded(count), each = job.logits.class_stride;
-            Ahead ahead;
-            if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
+            const std::int64_t full = padded(count);
+            const Ahead ahead = this->ahead_of_logits(i, start + block);
             const T* x = read(row, start, count);
             if (job.stats.rank) lane.rank[i] += count_larger(x, full, lane.label_logit[i]);
             if (!finds && start <= pivot && pivot < start + count) x = without(pivot, x, row, start, count);
@@ -266,7 +264,8 @@ struct Sums : Blocks<T> {
             if (capped || (coefficients_too && needs_exponentials(job))) read_gaps(x, full, m);
             if (!needs_exponentials(job)) {
                 if (coefficients_too) {
-                    const AheadOfTwo both{ahead, this->ahead_of_coefficients(i, start + block)};
+                    // A teacher's are in the caches.
+                    const AheadOfTwo both{ahead, job.teacher ? Ahead{} : this->ahead_of_probabilities(i, start + block)};
                     scale == T(1) ? sum_with_coefficients<false>(s, x, full, m, r, to, both)
                                   : sum_with_coefficients<true>(s, x, full, m, r, to, both);
                 } else {
@@ -380,47 +379,6 @@ struct Sums : Blocks<T> {
             sum += sum_squares(t, padded(count));
         }
         lane.squares[i] = sum;
-    }
-
-    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
-    // had it in their hands: what does not fit is not used.
-    bool take_saved(int i) {
-        const SavedRow& saved = job.saved[this->number(i)];
-        if (saved.rest_sum != saved.rest_sum) return false;
-        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
-        RowState s{saved.rest_max, saved.rest_sum, 0, 0, saved.rest_coefficient, 0, 0};
-        if (probabilities) {
-            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
-            std::int64_t pivot = fits ? std::int64_t(saved.pivot) : 0;
-            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
-            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
-            const T probability = read_one(job.probabilities, probabilities, pivot);
-            s.pivot_coefficient = double(coefficient(job, probability, weight, kept, share));
-            lane.pivot[i] = pivot;
-        }
-        lane.pivot_logit[i] = read_one(job.logits, row, lane.pivot[i]);
-        set_state(i, s);
-        return true;
-    }
-
-    void sum() {
-        results.begin_sums();
-        if (!job.classes) return results.end_sums();
-        // What was saved knows nothing of the entropy, of entries or of a teacher.
-        const bool saved = job.backward_only && job.saved && !job.grad_entropy && !job.sparse && !job.teacher;
-        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
-            lane.label[i] = lane.pivot[i];
-            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
-        }
-        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
-            sum_short();
-        } else {
-            for (int i = 0; i < rows; ++i) {
-                if (!is_counted(i) || (saved && take_saved(i))) continue;
-                sum_row(i);
-            }
-        }
-        results.end_sums();
     }
 };
 

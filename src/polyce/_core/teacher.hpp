@@ -47,7 +47,7 @@ struct Teacher {
           references(scratch + (keeps_exponentials(job) ? most_rows * padded(job.classes) : 0)), pitch(padded(job.classes)),
           blocks(blocks_of(job)), keeps(keeps_exponentials(job)), direct(direct) {}
 
-    static bool keeps_exponentials(const Job& job) { return job.teacher && job.classes <= most_kept; }
+    static bool keeps_exponentials(const Job& job) { return job.teacher && !has_saved(job) && job.classes <= most_kept; }
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
 
     static std::int64_t numbers_in_scratch(const Job& job, std::int64_t most_rows) {
@@ -115,13 +115,18 @@ struct Teacher {
             map_run(kept(i, start), count, to, [&](auto e) POLYCE_INLINE_LAMBDA { return e * splat<decltype(e)>(each); });
             return;
         }
-        const auto write = [&](auto exponential, T each) POLYCE_INLINE_LAMBDA {
+        const T each = T(1.0 / lane.teacher_sum[i]);
+        with_exponential(top, [&](auto exponential) {
             map_run(read_logits(row, start, count, to), count, to, [&](auto t) POLYCE_INLINE_LAMBDA {
                 return exponential(t) * splat<decltype(t)>(each);
             });
-        };
-        const T each = T(1.0 / lane.teacher_sum[i]);
-        scale.is_one() ? write(scale.template exponential<false>(top), each) : write(scale.template exponential<true>(top), each);
+        });
+    }
+
+    // Calls f with what makes exponentials of logits.
+    template <class F>
+    void with_exponential(T top, F f) const {
+        scale.is_one() ? f(scale.template exponential<false>(top)) : f(scale.template exponential<true>(top));
     }
 };
 

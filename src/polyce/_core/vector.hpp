@@ -192,7 +192,7 @@ POLYCE_INLINE double sum_of(const Pack<double>& p) {
 }
 
 // Sums have sixteen lanes, of at most sixteen terms added pairwise before they become double.
-constexpr int run = pack_size * pack_size;
+constexpr int run_size = pack_size * pack_size;
 
 // What a sum asks the memory for meanwhile: as many numbers as it adds, of so many bytes each; none
 // by default. Into the first cache what is needed next, into the second what is further on.
@@ -203,7 +203,7 @@ struct Ahead {
     POLYCE_INLINE void fetch(std::int64_t from) const {
         constexpr int far_ahead = 32768;
         if (!place) return;
-        for (int at = 0; at < run * bytes_each; at += 64) {
+        for (int at = 0; at < run_size * bytes_each; at += 64) {
             POLYCE_FETCH(place + from * bytes_each + at, 3);
             POLYCE_FETCH(place + from * bytes_each + at + far_ahead, 1);
         }
@@ -257,8 +257,8 @@ POLYCE_INLINE auto sum_lanes(std::int64_t count, Next ahead, Term term) {
     };
     auto sums = widened(Terms{});
     for (std::int64_t i = 0; i < count;) {
-        const std::int64_t end = i + run < count ? i + run : count;
-        if (end == i + run) ahead.fetch(i);
+        const std::int64_t end = i + run_size < count ? i + run_size : count;
+        if (end == i + run_size) ahead.fetch(i);
         Terms a{}, b{}, rest{};
         for (; i + 8 * pack_size <= end; i += 8 * pack_size) {
             a = a + four(i);
