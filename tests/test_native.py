@@ -271,6 +271,22 @@ def test_axes_in_any_order_of_memory(classes: int) -> None:
 
 
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize("classes", [4, 70])
+def test_entries_of_a_masked_class_that_cancel_have_no_effect(classes: int) -> None:
+    x = np.zeros((1, classes))
+    x[0, :4] = 1.0, -np.inf, 2.0, 0.5
+    index = np.array([[1, 3, 1]])
+    for shares, loss in (((0.5, 1.0, -0.5), "finite"), ((0.5, 1.0, 0.25), "inf")):
+        got = polyce.cross_entropy(
+            x, polyce.SparseTarget(index, np.array([shares])), implementation="native"
+        )
+        dense = np.zeros((1, classes))
+        np.add.at(dense, (0, index[0]), np.array(shares))
+        assert np.isinf(got) == (loss == "inf")
+        np.testing.assert_allclose(got, polyce.cross_entropy(x, dense), rtol=1e-14)
+
+
+@pytest.mark.only("numpy")
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("classes", [9, 70, 5000, 70_000])
 def test_targets_of_many_classes(classes: int, order: str) -> None:

@@ -60,9 +60,22 @@ struct Entries {
             if (classes[k] == lane.pivot[i]) {
                 s.pivot_coefficient += coefficients[k];
             } else {
-                count_apart(transform, s, coefficients[k], double(logits[k]));
+                const bool is_finite = logits[k] > -infinity<T>;
+                count_apart(transform, s, is_finite ? coefficients[k] : together(at, k), double(logits[k]));
             }
         }
+    }
+
+    // What the entries of a class add up to, at the first of them, and 0 at the others: an infinite gap
+    // times each of two that cancel would be nan.
+    POLYCE_APART double together(std::int64_t at, std::int64_t k) const {
+        double sum = 0.0;
+        for (std::int64_t other = at; other < at + job.entries; ++other) {
+            if (classes[other] != classes[k]) continue;
+            if (other < k) return 0.0;
+            sum += coefficients[other];
+        }
+        return sum;
     }
 
     // Whether a class has one entry in a row. Sums of several, in their order, wait for one another.
