@@ -402,6 +402,14 @@ OPTION_MUTANTS = {
     "entries-of-one-class-do-not-add-up": Mutant(
         "sparse", patch=swapped(numpy.LIBRARY, "add_at", lambda true, a, *b: last_of_each(a, *b))
     ),
+    "teacher-rounded": Mutant(
+        "teacher",
+        patch=swapped(
+            teacher,
+            "_exponentials",
+            lambda true, p, t, top: true(p, (t - top).astype(np.float32), 0.0 * top),
+        ),
+    ),
     "teacher-without-its-scale": Mutant(
         "teacher",
         patch=swapped(

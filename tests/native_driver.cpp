@@ -118,8 +118,8 @@ Results run_case(const Case& c, const Way& way) {
                      reinterpret_cast<bool*>(correct.data()), top_probability.data(), of_brier,
                      static_cast<std::int64_t*>(of_rank), reinterpret_cast<bool*>(valid.data())};
     }
-    const std::unique_ptr<SavedRow[]> saved(new SavedRow[std::size_t(job.rows)]);
-    if (way.gradient == Gradient::from_saved) job.saved = saved.get();
+    const std::unique_ptr<double[]> saved(new double[std::size_t(job.rows * numbers_saved(job))]);
+    if (way.gradient == Gradient::from_saved) job.saved = reinterpret_cast<SavedRow*>(saved.get());
 
     set_thread_count(way.threads);
     Job second = job;

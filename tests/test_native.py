@@ -100,6 +100,52 @@ def test_the_same_bits(settings: Any, shape: tuple[int, int], options: dict[str,
 
 @pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize("shape", [(130, 10), (17, 65), (5, 1000), (2, 9001)], ids=str)
+def test_the_same_bits_for_sparse_targets_and_teachers(
+    settings: Any, shape: tuple[int, int]
+) -> None:
+    for dtype in ("float16", "float32", "float64"):
+        logits, labels = arrays(*shape, dtype)
+        index = np.stack([labels, labels, (labels + 3) % shape[1]], axis=1)
+        sparse = polyce.SparseTarget(index, np.abs(logits[:, :3]) / 10)
+        for target in (sparse, polyce.TeacherLogits(logits[::-1], 0.7)):
+            for options in OPTIONS[:4]:
+                bits = []
+                for isa, threads in product(FUSED or ISAS[:1], (1, 3)):
+                    settings.use_isa(isa)
+                    settings.set_num_threads(threads)
+                    bits.append(everything(logits, target, options))
+                assert all(one == bits[0] for one in bits), (dtype, options)
+
+
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("classes", [2, 5, 64, 70, 1000])
+def test_float32_rows_with_a_teacher_are_within_4_ulp(settings: Any, classes: int) -> None:
+    form, rows = FORMATS["float32"], 6 if classes == 1000 else 12
+    rng = np.random.default_rng(classes)
+    random, other = rng.standard_normal((2, rows, classes))
+    ahead, sure = random.copy(), other.copy()
+    ahead[:, 0] += np.linspace(5, 85, rows)
+    sure[:, 0] += np.linspace(85, 45, rows)
+    families = [(ahead, sure), (sure, sure), (random, sure), (np.roll(ahead, 1, 1), sure)]
+    families += [(ahead + 1e4, sure - 3e4), (10 * random, 10 * other)]
+    for (x, t), scale in product(families, (1.0, 0.3)):
+        logits, teacher = x.astype(np.float32), t.astype(np.float32)
+        answer = exact_answer(logits, teacher, reduction="none", teacher_scale=scale)
+        for order, isa in product("CF", ISAS):
+            settings.use_isa(isa)
+            given, target = (np.asarray(a, order=order) for a in (logits, teacher))
+            loss = polyce.cross_entropy(
+                given, polyce.TeacherLogits(target, scale), reduction="none",
+                implementation="native",
+            )  # fmt: skip
+            ulps = np.abs(loss.astype(np.float64) - answer.loss) / form.spacing(answer.loss)
+            assert ulps.max() <= 4.0, (order, isa, scale, ulps.max())
+
+
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
 @pytest.mark.parametrize(
     "classes", [2, 5, 10, 64, 1000, pytest.param(32000, marks=pytest.mark.slow("numpy"))]
 )
@@ -245,8 +291,24 @@ def test_rows_in_any_order(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.only("numpy")
+@pytest.mark.parametrize("classes", [4, 70])
+def test_entries_of_a_masked_class_that_cancel_have_no_effect(classes: int) -> None:
+    x = np.zeros((1, classes))
+    x[0, :4] = 1.0, -np.inf, 2.0, 0.5
+    index = np.array([[1, 3, 1]])
+    for shares, loss in (((0.5, 1.0, -0.5), "finite"), ((0.5, 1.0, 0.25), "inf")):
+        got = polyce.cross_entropy(
+            x, polyce.SparseTarget(index, np.array([shares])), implementation="native"
+        )
+        dense = np.zeros((1, classes))
+        np.add.at(dense, (0, index[0]), np.array(shares))
+        assert np.isinf(got) == (loss == "inf")
+        np.testing.assert_allclose(got, polyce.cross_entropy(x, dense), rtol=1e-14)
+
+
+@pytest.mark.only("numpy")
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("classes", [9, 70, 5000])
+@pytest.mark.parametrize("classes", [9, 70, 5000, 70_000])
 def test_targets_of_many_classes(classes: int, order: str) -> None:
     """Of several tiles or blocks of a row, each raises the largest logit and the teacher's."""
     rng = np.random.default_rng(classes)

@@ -71,6 +71,14 @@ def test_nothing_of_the_logits_size_but_the_gradient(
 
 @pytest.mark.slow("torch")
 @pytest.mark.only("torch")
+def test_the_gradient_of_a_sparse_target_gathers() -> None:
+    shares = "torch.ones(len(t), 1).requires_grad_()"
+    call = f"polyce.cross_entropy(x, polyce.SparseTarget(t[:, None], {shares})).backward()"
+    assert growth(call, "torch") < 2 * MEBIBYTE
+
+
+@pytest.mark.slow("torch")
+@pytest.mark.only("torch")
 @pytest.mark.parametrize(("options", "arrays"), [("", 1), (", inplace_backward=True", 0)])
 @pytest.mark.parametrize("function", ["cross_entropy", "CrossEntropyLoss"])
 def test_backward_makes_the_gradient_alone(function: str, options: str, arrays: int) -> None:

@@ -43,6 +43,24 @@ def test_backward_gives_the_gradient(torch: Any, reduction: str, shape: tuple[in
     assert torch.equal(grad, again)
 
 
+@pytest.mark.parametrize("classes", [10, 70, 5000])
+@pytest.mark.parametrize("kind", ["sparse", "teacher"])
+def test_backward_of_sparse_targets_and_teachers(torch: Any, kind: str, classes: int) -> None:
+    x = torch.randn(6, classes, dtype=torch.float64).requires_grad_()
+    index, shares = torch.randint(classes, (6, 3)), torch.rand(6, 3, dtype=torch.float64)
+    index[:, 1], index[0, 0], index[1, 2] = index[:, 0], x[0].argmax(), -100
+    target: Any = polyce.SparseTarget(index, shares)
+    if kind == "teacher":
+        target = polyce.TeacherLogits(torch.randn(6, classes, dtype=torch.float64), 0.7)
+    weight = torch.rand(classes, dtype=torch.float64)
+    for options in ({}, {"label_smoothing": 0.1, "weight": weight}, {"logit_softcap": 3.0}):
+        (grad,) = torch.autograd.grad(polyce.cross_entropy(x, target, **options), x)
+        want = polyce.cross_entropy_with_grad(
+            x.detach(), target, implementation="reference", **options
+        )[1]
+        torch.testing.assert_close(grad, want, rtol=1e-13, atol=1e-16)
+
+
 def test_what_will_be_differentiated_again_goes_by_the_reference(
     torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

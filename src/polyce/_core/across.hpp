@@ -8,6 +8,7 @@
 
 #include "few.hpp"
 #include "results.hpp"
+#include "teacher.hpp"
 
 namespace polyce::POLYCE_ISA {
 
@@ -30,8 +31,11 @@ struct Across : Pivots<T> {
     }
 
     void fill_coefficients(std::int64_t start, int count) const {
-        if (job.probabilities.data) fill(job.probabilities, start, count, coefficients);
-        if (job.teacher) teach(count, lane.teacher_top, lane.teacher_inverse);
+        if (job.teacher) {
+            fill_softmax(start, count);
+        } else if (job.probabilities.data) {
+            fill(job.probabilities, start, count, coefficients);
+        }
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
@@ -41,24 +45,40 @@ struct Across : Pivots<T> {
         }
     }
 
-    // Turns a teacher's logits t in the tile into exp(scale (t - m))·factor.
-    POLYCE_APART void teach(int count, const T (&m)[width], const T (&factor)[width]) const {
-        const T scale = T(job.teacher_scale);
+    // Turns a teacher's logits in the tile into exponentials, by their largest logits m.
+    POLYCE_APART void teach(int count, const T (&m)[width]) const {
+        const TeacherScale<T> scale(job);
+        const auto write = [&](auto scaled) {
+            for (int c = 0; c < count; ++c) {
+                T* r = coefficients + c * pitch;
+                each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = exp_of_difference<scaled>(r[i], m[i], scale.high, scale.low); });
+            }
+        };
+        scale.is_one() ? write(std::false_type{}) : write(std::true_type{});
+    }
+
+    // The teacher's probabilities of some classes. If these are all, the exponentials are there still.
+    POLYCE_APART void fill_softmax(std::int64_t start, int count) const {
+        if (job.classes > chunk) {
+            fill(job.probabilities, start, count, coefficients);
+            teach(count, lane.teacher_top);
+        }
+        each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.found[i] = T(1.0 / lane.teacher_sum[i]); });
         for (int c = 0; c < count; ++c) {
             T* r = coefficients + c * pitch;
-            each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = exp_negative((r[i] - m[i]) * scale) * factor[i]; });
+            each_lane([&](int i) POLYCE_INLINE_LAMBDA { r[i] = r[i] * lane.found[i]; });
         }
     }
 
     // Finds what turns each row's teacher into probabilities.
     POLYCE_APART void read_teachers() {
-        alignas(64) double total[width], lost[width];
+        alignas(64) double lost[width];
         alignas(64) T before[width];
         const T* const t = coefficients;
-        const double wide_scale = job.teacher_scale;
+        const Transform<false> transform{job.teacher_scale, 0};
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-            lane.teacher_top[i] = -infinity<T>, lane.teacher_inverse[i] = T(1);
-            total[i] = lost[i] = 0.0;
+            lane.teacher_top[i] = -infinity<T>;
+            lane.teacher_sum[i] = lost[i] = 0.0;
         });
         each_chunk([&](std::int64_t start, int count) {
             fill(job.probabilities, start, count, coefficients);
@@ -70,18 +90,18 @@ struct Across : Pivots<T> {
                 });
             }
             each_lane([&](int i) POLYCE_INLINE_LAMBDA {
-                const double top = double(lane.teacher_top[i]);
-                const double decay = exp_negative_full((double(before[i]) - top) * wide_scale);
-                lost[i] = total[i] == 0.0 ? 0.0 : lost[i] * decay;
-                total[i] = total[i] == 0.0 ? 0.0 : total[i] * decay;
+                const double total = lane.teacher_sum[i];
+                const double decay = exp_between(transform, double(before[i]), double(lane.teacher_top[i]), sizeof(T) == 8);
+                lost[i] = total == 0.0 ? 0.0 : lost[i] * decay;
+                lane.teacher_sum[i] = total == 0.0 ? 0.0 : total * decay;
             });
             refer_to(lane.teacher_top);
-            teach(count, lane.m, lane.teacher_inverse);
-            add(count, total, lost, [&](int, int at) POLYCE_INLINE_LAMBDA { return load(t + at); });
+            teach(count, lane.m);
+            add(count, lane.teacher_sum, lost, [&](int, int at) POLYCE_INLINE_LAMBDA { return load(t + at); });
         });
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.teacher_top[i] = lane.teacher_top[i] == -infinity<T> ? T(0) : lane.teacher_top[i];
-            lane.teacher_inverse[i] = T(1.0 / (total[i] + lost[i]));
+            lane.teacher_sum[i] += lost[i];
         });
     }
 

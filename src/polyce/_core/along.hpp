@@ -12,14 +12,69 @@ template <class T, bool capped>
 struct Along : Sums<T, capped> {
     using Group<T>::job, Group<T>::lane, Group<T>::rows, Group<T>::is_counted;
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
-    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of;
+    using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::teacher;
     using Blocks<T>::count_from, Blocks<T>::read, Blocks<T>::read_one, Blocks<T>::read_coefficients, Blocks<T>::largest;
     using Sums<T, capped>::results, Sums<T, capped>::gaps, Sums<T, capped>::numbers, Sums<T, capped>::references;
     using Sums<T, capped>::missing, Sums<T, capped>::scale;
     using Sums<T, capped>::pitch, Sums<T, capped>::blocks, Sums<T, capped>::streams, Sums<T, capped>::keeps;
     using Sums<T, capped>::twice_over_cap, Sums<T, capped>::is_short, Sums<T, capped>::is_simple, Sums<T, capped>::reference;
-    using Sums<T, capped>::read_gaps, Sums<T, capped>::transform, Sums<T, capped>::sum;
+    using Sums<T, capped>::read_gaps, Sums<T, capped>::transform;
+    using Sums<T, capped>::sum_short, Sums<T, capped>::sum_row, Sums<T, capped>::set_state;
+    using Blocks<T>::share, Blocks<T>::kept;
     using Sums<T, capped>::Sums;
+
+    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
+    // had it in their hands: what does not fit is not used.
+    bool take_saved(int i) {
+        if (!results.is_saved(i)) return false;
+        const SavedRow& saved = job.saved[this->number(i)];
+        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        RowState s{saved.rest_max, saved.rest_sum, 0, 0, saved.rest_coefficient, 0, 0};
+        if (results.at_top) {
+            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
+            std::int64_t pivot = fits ? std::int64_t(saved.pivot) : 0;
+            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
+            lane.pivot[i] = pivot;
+        }
+        if (job.sparse) {
+            s.pivot_coefficient = smoothing_share(job) * results.entries.weight_of(lane.pivot[i]);
+        } else if (probabilities) {
+            const std::int64_t pivot = lane.pivot[i];
+            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
+            T probability;
+            if (job.teacher) {
+                const SavedTeacher& known = saved_teachers(job)[this->number(i)];
+                lane.teacher_top[i] = T(known.top), lane.teacher_sum[i] = known.sum;
+                this->teacher.softmax(i, probabilities, pivot, 1, coefficients);
+                probability = coefficients[0];
+            } else {
+                probability = read_one(job.probabilities, probabilities, pivot);
+            }
+            s.pivot_coefficient = double(coefficient(job, probability, weight, kept, share));
+        }
+        lane.pivot_logit[i] = read_one(job.logits, row, lane.pivot[i]);
+        set_state(i, s);
+        return true;
+    }
+
+    void sum() {
+        results.begin_sums();
+        if (!job.classes) return results.end_sums();
+        const bool saved = has_saved(job);
+        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
+            lane.label[i] = lane.pivot[i];
+            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
+        }
+        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
+            sum_short();
+        } else {
+            for (int i = 0; i < rows; ++i) {
+                if (!is_counted(i) || (saved && take_saved(i))) continue;
+                sum_row(i);
+            }
+        }
+        results.end_sums();
+    }
 
     // Of short rows whose exponentials are kept, into memory that takes them as they are.
     void write_short() const {
@@ -42,8 +97,7 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient(int i) {
-        if (job.teacher) this->use_teacher(i);
-        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        const char* const row = logits_of(i);
         char* const grad = job.grad.data + grad_at[i];
         const Matrix& out = job.grad;
         for (std::int64_t start = 0; start < job.classes; start += block) {
@@ -55,7 +109,7 @@ struct Along : Sums<T, capped> {
             } else if (keeps) {
                 write_kept(i, row, start, count, to);
             } else {
-                compute_gradient(i, logits_from(row, start, count), probabilities, start, count, to);
+                compute_gradient(i, logits_from(row, start, count), start, count, to);
             }
             if (streams) {
                 char* packed = reinterpret_cast<char*>(copy);
@@ -90,11 +144,18 @@ struct Along : Sums<T, capped> {
         const T logit = place < 0 ? T(0) : read_one(job.logits, row, start + place);
         if (results.multiplies) {
             multiply_kept(i, start, count, to);
+        } else if (results.spread) {
+            subtract_from_kept(i, start, count, to);
         } else {
             combine_kept(i, logits_from(row, start, count), start, count, to);
         }
         if (place < 0) return;
         const T gap = (logit - reference(lane.rest_max[i])) * scale, e = exp_negative(gap);
+        if (results.spread) {
+            const auto [r, factor] = this->coefficients_of(i, start, count);
+            to[place] = (e * lane.softmax[i] - r[place] * factor) * lane.last[i];
+            return;
+        }
         to[place] = e * lane.once[i] + (results.multiplies ? T(0) : weighted_gap(e, gap) * lane.by_gap[i]);
     }
 
@@ -111,6 +172,15 @@ struct Along : Sums<T, capped> {
         }
     }
 
+    void subtract_from_kept(int i, std::int64_t start, int count, T* to) const {
+        const T softmax = carried(lane.softmax[i], i, start), last = lane.last[i];
+        const auto [r, factor] = this->coefficients_of(i, start, count);
+        const T* const e = numbers + i * pitch + start;
+        const T each = factor;
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) to[c] = (e[c] * softmax - r[c] * each) * last;
+    }
+
     void multiply_kept(int i, std::int64_t start, int count, T* to) const {
         const T f = carried(lane.once[i], i, start);
         map_run(numbers + i * pitch + start, count, to, [&](auto e) POLYCE_INLINE_LAMBDA {
@@ -119,10 +189,10 @@ struct Along : Sums<T, capped> {
     }
 
     // From logits `x`, which may be in the place of the gradient.
-    void compute_gradient(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+    void compute_gradient(int i, const T* x, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         const T once = lane.once[i], softmax = lane.softmax[i], last = lane.last[i];
-        if (results.valued && !results.multiplies) return compute_valued(i, x, probabilities, start, count, to);
+        if (results.valued && !results.multiplies) return compute_valued(i, x, start, count, to);
         if (!results.spread && !capped) {
             map_run(x, count, to, [&](auto v) POLYCE_INLINE_LAMBDA {
                 using V = decltype(v);
@@ -130,26 +200,52 @@ struct Along : Sums<T, capped> {
             });
             return;
         }
+        if (!capped) return subtract_from_softmax(i, x, start, count, to);
         read_gaps(x, count, m);
         const T *const r = coefficients, *const t = gaps;
-        read_coefficients_or_none(probabilities, start, count);
-        if constexpr (capped) {
-            POLYCE_SIMD
-            for (int c = 0; c < count; ++c) {
-                const T entry = exp_negative(t[c]) * softmax - r[c];
-                to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
-            }
+        read_coefficients_or_none(i, start, count);
+        POLYCE_SIMD
+        for (int c = 0; c < count; ++c) {
+            const T entry = exp_negative(t[c]) * softmax - r[c];
+            to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
+        }
+    }
+
+    // Of a teacher whose exponentials were not kept, both in one loop, for which memory is asked in time.
+    void subtract_from_softmax(int i, const T* x, std::int64_t start, int count, T* to) const {
+        if (this->is_plain && job.teacher && !teacher.keeps) {
+            const T* const t = teacher.read_logits(probabilities_of(i), start, count, coefficients);
+            const T top = lane.teacher_top[i], each = T(1.0 / lane.teacher_sum[i]);
+            teacher.with_exponential(top, [&](auto exponential) {
+                subtract(i, x, start, count, to, [=](int c) POLYCE_INLINE_LAMBDA { return exponential(t[c]) * each; });
+            });
         } else {
+            const auto [numbers, factor] = this->coefficients_of(i, start, count);
+            const T *const r = numbers, each = factor;
+            subtract(i, x, start, count, to, [=](int c) POLYCE_INLINE_LAMBDA { return r[c] * each; });
+        }
+    }
+
+    template <class R>
+    POLYCE_INLINE void subtract(int i, const T* x, std::int64_t start, int count, T* to, R coefficient_at) const {
+        const T m = reference(lane.rest_max[i]), scale = this->scale;
+        const T softmax = lane.softmax[i], last = lane.last[i];
+        const AheadOfTwo ahead{this->ahead_of_logits(i, start + block), this->ahead_of_probabilities(i, start + block)};
+        for (int from = 0; from < count; from += run_size) {
+            const int end = from + run_size < count ? from + run_size : count;
+            ahead.fetch(from);
             POLYCE_SIMD
-            for (int c = 0; c < count; ++c) to[c] = (exp_negative(t[c]) * softmax - r[c]) * last;
+            for (int c = from; c < end; ++c) {
+                to[c] = (exp_negative((x[c] - m) * scale) * softmax - coefficient_at(c)) * last;
+            }
         }
     }
 
     // The gradient of loss, lse and entropy.
-    void compute_valued(int i, const T* x, const char* probabilities, std::int64_t start, int count, T* to) const {
+    void compute_valued(int i, const T* x, std::int64_t start, int count, T* to) const {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         read_gaps(x, count, m);
-        read_coefficients_or_none(probabilities, start, count);
+        read_coefficients_or_none(i, start, count);
         const T softmax = lane.softmax[i], last = lane.last[i], more = lane.more[i], by_gap = lane.by_gap[i];
         const T *const r = coefficients, *const t = gaps;
         POLYCE_SIMD
@@ -160,9 +256,9 @@ struct Along : Sums<T, capped> {
         }
     }
 
-    void read_coefficients_or_none(const char* probabilities, std::int64_t start, int count) const {
+    void read_coefficients_or_none(int i, std::int64_t start, int count) const {
         if (results.spread) {
-            read_coefficients(probabilities, start, count);
+            read_coefficients(i, start, count);
         } else {
             std::fill_n(coefficients, count, T(0));
         }

@@ -85,7 +85,44 @@ POLYCE_INLINE V exp_negative(V t) {
     return fma(f, exp_series(f), splat<V>(1)) * power_of_two(z);
 }
 
-// The same down to the smallest subnormal number, which is reached by one rounding.
+// What rounding took from a - b, of which `gap` is left (Knuth's two-sum).
+template <class V>
+POLYCE_INLINE V lost_by_difference(V a, V b, V gap) {
+    const V b_part = a - gap, a_part = gap + b_part;
+    return (a - a_part) + (b_part - b);
+}
+
+// What rounding took from a·b, of which `product` is left: by Dekker's splitting where no
+// multiplication is fused.
+template <class V>
+POLYCE_INLINE V lost_by_product(V a, V b, V product) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fma(a, b, -product);
+#else
+    using T = typename Number<V>::Element;
+    const V splitter = splat<V>(sizeof(T) == 8 ? T(134217729.0) : T(4097.0));
+    const V split_a = a * splitter, high_a = split_a - (split_a - a), low_a = a - high_a;
+    const V split_b = b * splitter, high_b = split_b - (split_b - b), low_b = b - high_b;
+    return ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b;
+#endif
+}
+
+// exp(scale (a - b)) for a <= b or nan, with the scale in two parts. What rounding takes from the
+// exponent, half a unit of its last digit for each step, is multiplied back.
+template <bool scaled, class V>
+POLYCE_INLINE V exp_of_difference(V a, V b, V scale, V scale_low) {
+    const V gap = a - b;
+    V t = gap, error = lost_by_difference(a, b, gap);
+    if constexpr (scaled) {
+        t = gap * scale;
+        error = fma(error, scale, fma(gap, scale_low, lost_by_product(gap, scale, t)));
+    }
+    const V e = exp_negative(t);
+    // Of an infinite exponent the error is nan.
+    return error - error == V{} ? fma(e, error, e) : e;
+}
+
+// exp(t) for t <= 0 or nan down to the smallest subnormal number, which is reached by one rounding.
 POLYCE_INLINE double exp_negative_full(double t) {
     t = -760.0 > t ? -760.0 : t;
     const auto [f, z, n] = reduce_exponent(t);

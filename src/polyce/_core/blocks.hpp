@@ -1,8 +1,7 @@
 // Rows that are read along their classes, in blocks that stay in the first cache.
 #pragma once
 
-#include "group.hpp"
-#include "vector.hpp"
+#include "teacher.hpp"
 
 namespace polyce::POLYCE_ISA {
 
@@ -10,22 +9,28 @@ template <class T>
 struct Blocks : Group<T> {
     using Group<T>::job;
 
-    static constexpr int block = 2048;
-    static constexpr std::int64_t numbers_in_blocks = 2 * (block + pack_size);
+    static constexpr int block = Teacher<T>::block;
 
     // Scratch: the logits of a block, its coefficients.
     T *copy, *coefficients;
+    Teacher<T> teacher;
     std::int64_t logits_at[width], probabilities_at[width], grad_at[width];
-    bool direct, writes_direct;
+    bool direct;
+    bool is_plain;  // the coefficients are the probabilities
+    bool writes_direct;
     T share, kept;
-    // The teacher of the row whose coefficients are read.
-    T teacher_top = 0, teacher_inverse = 0;
 
     Blocks(const Job& job, char* scratch, std::int64_t most_rows)
         : Group<T>(job, scratch, most_rows), copy(reinterpret_cast<T*>(scratch + Group<T>::bytes(job, most_rows))),
-          coefficients(copy + block + pack_size), direct(is_direct(job, job.logits)),
+          coefficients(copy + block + pack_size),
+          teacher(job, this->lane, coefficients + block + pack_size, most_rows, is_direct(job, job.probabilities)),
+          direct(is_direct(job, job.logits)), is_plain(job.probabilities.data && !job.class_weight && job.smoothing == 0.0),
           writes_direct(is_direct(job, job.grad)), share(T(smoothing_share(job))),
           kept(T(1.0 - job.smoothing)) {}
+
+    static std::int64_t numbers_in_blocks(const Job& job, std::int64_t most_rows) {
+        return 2 * (block + pack_size) + Teacher<T>::numbers_in_scratch(job, most_rows);
+    }
 
     void begin(std::int64_t first, int count) {
         Group<T>::begin(first, count);
@@ -90,67 +95,75 @@ struct Blocks : Group<T> {
         widen_run(p.dtype, probabilities + start * p.class_stride, p.class_stride, count, coefficients);
     }
 
-    // Finds what turns a row's teacher into probabilities.
-    POLYCE_APART void read_teacher(int i) {
-        const Matrix& t = job.probabilities;
-        T top = -infinity<T>;
-        double total = 0.0;
-        for (std::int64_t start = 0; start < job.classes; start += block) {
-            const int count = count_from(start);
-            widen_run(t.dtype, probabilities_of(i) + start * t.class_stride, t.class_stride, count, coefficients);
-            store(coefficients + count, filled(-infinity<T>));
-            const T most = largest_of(largest_lanes(coefficients, padded(count)));
-            if (most > top) {
-                if (total != 0.0) total *= exp_negative_full((double(top) - double(most)) * job.teacher_scale);
-                top = most;
-            }
-            teach(padded(count), top == -infinity<T> ? T(0) : top, T(1));
-            total += sum_run(coefficients, padded(count));
+    // Some coefficients: numbers times a factor.
+    struct Run {
+        const T* numbers;
+        T factor;
+    };
+
+    // The coefficients of a row from class `start` on, with 0 after the last, as they lie if they can
+    // stay.
+    Run coefficients_of(int i, std::int64_t start, int count) const {
+        if (is_plain && job.teacher && teacher.keeps) return {teacher.kept(i, start), teacher.factor(i, start)};
+        if (is_plain && !job.teacher && teacher.direct && count == block) {
+            return {reinterpret_cast<const T*>(probabilities_of(i) + start * job.probabilities.class_stride), T(1)};
         }
-        this->lane.teacher_top[i] = top == -infinity<T> ? T(0) : top;
-        this->lane.teacher_inverse[i] = T(1.0 / total);
-        use_teacher(i);
+        read_coefficients(i, start, count);
+        return {coefficients, T(1)};
     }
 
-    // Turns a teacher's logits t, in the place of coefficients, into exp(scale (t - m))·factor.
-    POLYCE_APART void teach(std::int64_t count, T m, T factor) const {
-        const T scale = T(job.teacher_scale);
-        T* const r = coefficients;
-        POLYCE_SIMD
-        for (std::int64_t i = 0; i < count; ++i) r[i] = exp_negative((r[i] - m) * scale) * factor;
+    // Of coefficients that were read so, a copy with 0 in the pivot's place.
+    Run without(std::int64_t pivot, Run r, std::int64_t start, int count) const {
+        const std::int64_t full = padded(count);
+        map_run(r.numbers, full, coefficients, [&](auto v) POLYCE_INLINE_LAMBDA { return v * splat<decltype(v)>(r.factor); });
+        coefficients[pivot - start] = T(0);
+        return {coefficients, T(1)};
     }
 
-    static double sum_run(const T* values, std::int64_t count) {
-        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA { return load(values + i); }));
+    // What is asked of the memory meanwhile, from class `start` on.
+    Ahead ahead_of_logits(int i, std::int64_t start) const { return ahead_of(job.logits, logits_of(i), start); }
+    Ahead ahead_of_probabilities(int i, std::int64_t start) const {
+        return job.probabilities.data ? ahead_of(job.probabilities, probabilities_of(i), start) : Ahead{};
+    }
+    static Ahead ahead_of(const Matrix& m, const char* row, std::int64_t start) {
+        if (m.class_stride != size_of(m.dtype)) return {};
+        return {row + start * m.class_stride, int(m.class_stride)};
     }
 
-    void use_teacher(int i) { teacher_top = this->lane.teacher_top[i], teacher_inverse = this->lane.teacher_inverse[i]; }
-
-    // The coefficients from class `start` on, with 0 after the last.
-    void read_coefficients(const char* probabilities, std::int64_t start, int count) const {
-        if (probabilities) read_probabilities(probabilities, start, count);
+    // The coefficients of a row from class `start` on, with 0 after the last.
+    void read_coefficients(int i, std::int64_t start, int count) const {
+        const char* const probabilities = probabilities_of(i);
+        if (job.teacher) {
+            teacher.softmax(i, probabilities, start, count, coefficients);
+        } else if (probabilities) {
+            read_probabilities(probabilities, start, count);
+        }
         const T* weights = static_cast<const T*>(job.class_weight);
         const T kept = this->kept, share = this->share;
         T* const r = coefficients;
-        if (job.teacher) teach(count, teacher_top, teacher_inverse);
+        store(r + count, filled(T(0)));
+        if (is_plain) return;
         if (!probabilities) {
             POLYCE_SIMD
-            for (int i = 0; i < count; ++i) r[i] = T(0);
+            for (int c = 0; c < count; ++c) r[c] = T(0);
         }
-        for (int i = 0; i < count; ++i) {
-            r[i] = coefficient(job, r[i], weights ? weights[start + i] : T(1), kept, share);
+        for (int c = 0; c < count; ++c) {
+            r[c] = coefficient(job, r[c], weights ? weights[start + c] : T(1), kept, share);
         }
-        store(r + count, filled(T(0)));
     }
 
     static std::int64_t first_equal(const T* x, int count, T value) {
         int i = 0;
-        for (; i + pack_size <= count; i += pack_size) {
-            int found = 0;
-            POLYCE_SIMD_SUM(found)
-            for (int k = 0; k < pack_size; ++k) found += x[i + k] == value ? 1 : 0;
-            if (found) break;
-        }
+        const auto skip = [&](auto together) POLYCE_INLINE_LAMBDA {
+            for (; i + together <= count; i += together) {
+                int found = 0;
+                POLYCE_SIMD_SUM(found)
+                for (int k = 0; k < together; ++k) found += x[i + k] == value ? 1 : 0;
+                if (found) return;
+            }
+        };
+        skip(std::integral_constant<int, 8 * pack_size>{});
+        skip(std::integral_constant<int, pack_size>{});
         for (; i < count; ++i) {
             if (x[i] == value) return i;
         }

@@ -159,7 +159,7 @@ std::optional<std::int64_t> Call::run(
         job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
     }
     if (!saved.is_none()) {
-        void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, 4}, "float64", 8, !backward, !backward});
+        void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, numbers_saved(job)}, "float64", 8, !backward, !backward});
         job.saved = static_cast<SavedRow*>(place);
     }
     if (by_row) {

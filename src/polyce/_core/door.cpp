@@ -191,7 +191,7 @@ nb::object answer(const Asked& asked, const nb::object& kept) {
     nb::object saved = nb::none();
     if (asked.is_on_graph && call.saves_rows()) {
         char* rows;
-        saved = library.empty({job.rows, 4}, known.like_saved, rows);
+        saved = library.empty({job.rows, numbers_saved(job)}, known.like_saved, rows);
         if (!saved.is_valid()) return {};
         job.saved = reinterpret_cast<SavedRow*>(rows);
     }
@@ -224,7 +224,7 @@ bool place_cotangent(const Arrays& library, const Call& call, const Seen& seen, 
 bool place_saved(const Arrays& library, const Seen& seen, Job& job) {
     if (library.float_of(seen) != Float::f64 || !seen.is_dense(8)) return false;
     job.saved = reinterpret_cast<SavedRow*>(seen.view.data);
-    return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == 4;
+    return seen.axes == 2 && seen.shape[0] == job.rows && seen.shape[1] == numbers_saved(job);
 }
 
 // The gradient of the logits of a loss on torch's graph; null if it needs the whole way. Where it

@@ -60,9 +60,31 @@ struct Entries {
             if (classes[k] == lane.pivot[i]) {
                 s.pivot_coefficient += coefficients[k];
             } else {
-                count_apart(transform, s, coefficients[k], double(logits[k]));
+                const bool is_finite = logits[k] > -infinity<T>;
+                count_apart(transform, s, is_finite ? coefficients[k] : together(at, k), double(logits[k]));
             }
         }
+    }
+
+    // What the entries of a class add up to, at the first of them, and 0 at the others: an infinite gap
+    // times each of two that cancel would be nan.
+    POLYCE_APART double together(std::int64_t at, std::int64_t k) const {
+        double sum = 0.0;
+        for (std::int64_t other = at; other < at + job.entries; ++other) {
+            if (classes[other] != classes[k]) continue;
+            if (other < k) return 0.0;
+            sum += coefficients[other];
+        }
+        return sum;
+    }
+
+    // Whether a class has one entry in a row. Sums of several, in their order, wait for one another.
+    bool is_single(std::int64_t at, std::int64_t c) const {
+        const std::int64_t *const own = classes + at, count = job.entries;
+        std::int64_t found = 0;
+        POLYCE_SIMD_SUM(found)
+        for (std::int64_t k = 0; k < count; ++k) found += own[k] == c ? 1 : 0;
+        return found == 1;
     }
 
     // Writes the entries' places in the gradient of a row; the pivot's has been written.
@@ -75,7 +97,11 @@ struct Entries {
             const std::int64_t c = classes[k];
             if (c < 0 || c == lane.pivot[i]) continue;
             double r = share == 0.0 ? 0.0 : share * weight_of(c);
-            for (std::int64_t other = at; other < at + job.entries; ++other) r += classes[other] == c ? coefficients[other] : 0.0;
+            if (is_single(at, c)) {
+                r += coefficients[k];
+            } else {
+                for (std::int64_t other = at; other < at + job.entries; ++other) r += classes[other] == c ? coefficients[other] : 0.0;
+            }
             const T entry = T(LabelApart{true, double(logits[k]), r}.gradient(transform, s, g, lane.factor[i], more));
             narrow_run(job.grad.dtype, &entry, 1, grad + c * job.grad.class_stride, job.grad.class_stride);
         }

@@ -46,8 +46,7 @@ constexpr float raised_one = 0x1p24f, lowered_one = 0x1p-24f;
 template <class V>
 POLYCE_INLINE V raised_exp(V a, V m) {
     using Bits = typename Number<V>::Bits;
-    const V gap = a - m, m_part = a - gap, a_part = gap + m_part;
-    const V error = (a - a_part) + (m_part - m);
+    const V gap = a - m, error = lost_by_difference(a, m, gap);
     // Gives n = -151, and 0 for the power of two.
     const V lowest = splat<V>(-104.7f);
     const auto [f, z, n] = reduce_exponent(lowest > gap ? lowest : gap);

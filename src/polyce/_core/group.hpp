@@ -31,8 +31,9 @@ struct Lanes {
     alignas(64) double squares[width], lost_squares[width], pivot_target[width];
     alignas(64) T to_probability[width];
     alignas(64) std::int64_t rank[width];
-    // A teacher's largest logit, and 1 over the sum of its exponentials.
-    alignas(64) T teacher_top[width], teacher_inverse[width];
+    // A teacher's largest logit, and the sum of its exponentials.
+    alignas(64) T teacher_top[width];
+    alignas(64) double teacher_sum[width];
 };
 
 template <class T>

@@ -42,6 +42,11 @@ struct SavedRow {
     double rest_max, rest_sum, rest_coefficient, pivot;
 };
 
+// And of each row's teacher, in the same memory after the rows.
+struct SavedTeacher {
+    double top, sum;
+};
+
 enum class Reduction : std::uint8_t { none, sum, mean };
 
 struct Job {
@@ -96,6 +101,16 @@ struct Job {
     double denominator = 1, total = 0;
     std::int64_t bad_label = -1;  // the place of the first one out of range, where they are checked
 };
+
+// How many numbers are saved of each row.
+inline std::int64_t numbers_saved(const Job& job) {
+    return std::int64_t((sizeof(SavedRow) + (job.teacher ? sizeof(SavedTeacher) : 0)) / sizeof(double));
+}
+
+inline SavedTeacher* saved_teachers(const Job& job) { return reinterpret_cast<SavedTeacher*>(job.saved + job.rows); }
+
+// Whether a backward pass has what a forward pass has left, which knows of no entropy.
+inline bool has_saved(const Job& job) { return job.backward_only && job.saved && !job.grad_entropy; }
 
 // What the labels of some rows tell together.
 struct LabelSummary {

@@ -40,7 +40,6 @@ struct Results {
             lane.rest_sum[i] = lane.pivot_coefficient[i] = 0.0;
             lane.first[i] = 0;
         });
-        if (job.sparse) entries.read();
         if (sizeof(T) == 8) group.each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.lost_sum[i] = 0.0; });
         if (!needs_all_sums()) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -80,13 +79,23 @@ struct Results {
         }
     }
 
+    // Their logits are in the caches now.
     POLYCE_APART void add_entries() const {
+        entries.read();
         entries.each_row([&](int i, std::int64_t at) {
             RowState s = state(i);
             entries.add_to(transform, i, at, s);
             lane.pivot_coefficient[i] = s.pivot_coefficient;
+            if (is_saved(i)) return;
             lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
         });
+    }
+
+    // Whether a row's sums are what a forward pass has left of it, and not of its logits.
+    bool is_saved(int i) const {
+        if (!has_saved(job)) return false;
+        const double sum = job.saved[group.number(i)].rest_sum;
+        return sum == sum;
     }
 
     POLYCE_INLINE RowState state(int i) const {
@@ -94,11 +103,12 @@ struct Results {
                 lane.rest_coefficient[i], lane.rest_excess[i], lane.rest_entropy[i]};
     }
 
+    // The losses. Where the pivots alone have coefficients, also what the gradients are made of.
     template <bool with_gradient, bool only_pivots>
     void finish() const {
+        static_assert(only_pivots || !with_gradient, "compilers do not vectorise all of it in one loop");
         const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
         const Transform<capped> transform = this->transform;
-        const bool at_top = this->at_top;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             RowState s = state(i);
             if (only_pivots) s.rest_coefficient = s.rest_excess = 0.0;
@@ -108,10 +118,10 @@ struct Results {
             const double loss = row_loss(s, found, penalty, lse);
             lane.loss[i] = lane.counted[i] == 0.0 ? 0.0 : lane.weight[i] * loss;
             if constexpr (with_gradient) {
-                const RowGradient g = row_gradient(s, found, penalty, lse, !only_pivots && at_top, sizeof(T) == 8);
+                const RowGradient g = row_gradient(s, found, penalty, lse, false, sizeof(T) == 8);
                 const double factor = lane.factor[i], at_pivot = g.at_pivot * factor;
                 if (!capped) lane.once[i] = T(factor * own_scale * g.softmax);
-                if (capped || !only_pivots) {
+                if (capped) {
                     lane.softmax[i] = T(g.softmax);
                     lane.last[i] = T(factor * own_scale);
                 }
@@ -121,17 +131,15 @@ struct Results {
     }
 
     void finish() const {
-        if (job.grad.data && !valued) {
-            plain ? finish<true, true>() : finish<true, false>();
-        } else {
-            plain ? finish<false, true>() : finish<false, false>();
-            if (valued) finish_valued();
-        }
+        if (plain && job.grad.data && !valued) return finish<true, true>();
+        plain ? finish<false, true>() : finish<false, false>();
+        if (job.grad.data) valued ? finish_gradient<true>() : finish_gradient<false>();
     }
 
-    // What the gradient of all three of a row's values is made of: entry c is
+    // What the gradient is made of. With cotangents of lse or entropy, entry c is
     // (exp(t)·softmax - r_c)·last + exp(t)·more + exp(t)·(-t)·by_gap, times the slope of a softcap.
-    void finish_valued() const {
+    template <bool of_stats>
+    void finish_gradient() const {
         const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
         const Transform<capped> transform = this->transform;
         const bool at_top = this->at_top;
@@ -140,16 +148,16 @@ struct Results {
             const RowScalars found = scalars(transform, s, sizeof(T) == 8);
             const double penalty = z_loss == 0.0 ? 0.0 : z_loss * lane.label_weight[i];
             const RowGradient g = row_gradient(s, found, penalty, log_sum_exp(transform, s, found), at_top, sizeof(T) == 8);
-            const StatsGradient more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
+            StatsGradient more;
+            if constexpr (of_stats) more = stats_gradient(s, found, lane.grad_lse[i], lane.grad_entropy[i]);
             const double factor = lane.factor[i], at_pivot = g.at_pivot * factor + more.at_pivot;
-            lane.once[i] = T((g.softmax * factor + more.softmax) * own_scale);
+            lane.once[i] = T(of_stats ? (g.softmax * factor + more.softmax) * own_scale : factor * own_scale * g.softmax);
             lane.softmax[i] = T(g.softmax);
-            lane.more[i] = T(more.softmax * own_scale);
-            lane.by_gap[i] = T(more.by_gap * own_scale);
+            if constexpr (of_stats) lane.more[i] = T(more.softmax * own_scale), lane.by_gap[i] = T(more.by_gap * own_scale);
             lane.last[i] = T(factor * own_scale);
             lane.at_pivot[i] = T(lane.counted[i] == 0.0 ? 0.0 : at_pivot * slope(transform, s.pivot_logit));
         });
-        if (spread || capped) return;
+        if (!of_stats || spread || capped) return;
         // One factor of the exponentials, as nothing is subtracted from them.
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.softmax[i] = lane.last[i] = T(0);
@@ -197,6 +205,8 @@ struct Results {
         for (int i = 0; i < group.rows; ++i) {
             const LabelApart label = apart ? label_apart(i) : LabelApart{};
             job.saved[group.number(i)] = saved_row(transform, state(i), label, lane.pivot[i]);
+            if (!job.teacher || !group.is_counted(i)) continue;
+            saved_teachers(job)[group.number(i)] = {double(lane.teacher_top[i]), lane.teacher_sum[i]};
         }
     }
 

@@ -57,19 +57,21 @@ POLYCE_INLINE double slope(const Transform<capped>& x, double logit) {
     return capped ? slope_of(decay_of(logit, 2.0 * x.scale / x.cap), x.scale) : x.scale;
 }
 
-// What rounding took from scale·(a - b), for float64 logits: a - b by Knuth's two-sum, the product
-// by Dekker's splitting.
+// What rounding took from scale·(a - b), for float64 logits.
 template <bool capped>
 POLYCE_INLINE double difference_error(const Transform<capped>& x, double a, double b) {
     if (capped) return 0.0;
     const double gap = a - b;
-    const double b_part = a - gap, a_part = gap + b_part;
-    const double product = gap * x.scale;
-    const double split = gap * 134217729.0, high = split - (split - gap), low = gap - high;
-    const double s = x.scale * 134217729.0, s_high = s - (s - x.scale), s_low = x.scale - s_high;
-    const double lost = ((high * s_high - product) + high * s_low + low * s_high) + low * s_low;
-    const double error = lost + ((a - a_part) + (b_part - b)) * x.scale;
+    const double lost = lost_by_product(gap, x.scale, gap * x.scale);
+    const double error = lost + lost_by_difference(a, b, gap) * x.scale;
     return error - error == 0.0 ? error : 0.0;
+}
+
+// exp(x(a) - x(b)) for a <= b or nan.
+template <bool capped>
+POLYCE_INLINE double exp_between(const Transform<capped>& x, double a, double b, bool wide) {
+    const double e = exp_negative_full(difference(x, a, b));
+    return wide ? e + e * difference_error(x, a, b) : e;
 }
 
 // exp(t) for t <= 0 or nan, and log1p(x) for finite x >= 0 or nan, to about 2^-33: what is rounded
@@ -103,11 +105,11 @@ POLYCE_INLINE double log1p_positive_brief(double x) {
     return fma(k, 0x1.62e42fefa39efp-1, fma(f2, p, f)) + (x - x);
 }
 
-// What a class adds to the sums, of its coefficient and its gap x_c - m'. Only what is infinite is
-// skipped: a nan has to stay.
+// What a class adds to the sums, of its coefficient and its gap x_c - m', which may be infinite. Of a
+// gap that is nan the exponential is too, and with it the row.
 inline constexpr auto excess_of = [](auto r, auto gap) POLYCE_INLINE_LAMBDA {
     using V = decltype(gap);
-    return (r == V{}) & (gap == splat<V>(-infinity<typename Number<V>::Element>)) ? V{} : r * -gap;
+    return r == V{} ? V{} : r * -gap;
 };
 // Of its exponential too. Beyond the bound there is none, and an infinite gap would leave a nan.
 inline constexpr auto weighted_gap = [](auto e, auto gap) POLYCE_INLINE_LAMBDA { return -bounded(gap) * e; };

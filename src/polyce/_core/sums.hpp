@@ -24,9 +24,8 @@ struct Sums : Blocks<T> {
     using Blocks<T>::block, Blocks<T>::copy, Blocks<T>::coefficients, Blocks<T>::grad_at;
     using Blocks<T>::direct, Blocks<T>::writes_direct, Blocks<T>::share, Blocks<T>::kept;
     using Blocks<T>::logits_of, Blocks<T>::probabilities_of, Blocks<T>::count_from, Blocks<T>::copy_logits;
-    using Blocks<T>::read, Blocks<T>::without, Blocks<T>::read_one, Blocks<T>::read_coefficients;
+    using Blocks<T>::read, Blocks<T>::without, Blocks<T>::read_one;
     using Blocks<T>::first_equal, Blocks<T>::largest, Blocks<T>::count_larger, Blocks<T>::read_probabilities;
-    using Blocks<T>::sum_run;
 
     // Logits of so many short rows stay in the first cache together, beside those that come next.
     static constexpr std::int64_t held = 4096, most_held = 32;
@@ -45,7 +44,7 @@ struct Sums : Blocks<T> {
     T scale, cap, twice_over_cap;
 
     Sums(const Job& job, char* scratch)
-        : Blocks<T>(job, scratch, rows_in_group(job)), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks),
+        : Blocks<T>(job, scratch, rows_in_group(job)), results(*this), gaps(copy + Blocks<T>::numbers_in_blocks(job, rows_in_group(job))),
           numbers(gaps + block + pack_size), references(numbers + numbers_in_scratch(job)),
           missing(references + references_in_scratch(job)),
           pitch(padded(job.classes)), blocks(blocks_of(job)),
@@ -83,8 +82,8 @@ struct Sums : Blocks<T> {
 
     // Where a gradient's entries are made of them, they are kept, not computed again.
     static bool keeps_exponentials(const Job& job) {
-        const bool sums = !job.backward_only || job.grad_entropy;
-        return job.grad.data && sums && !capped && !has_coefficients(job) && job.classes <= most_kept;
+        const bool combines = has_coefficients(job) && (job.grad_lse || job.grad_entropy);
+        return job.grad.data && !has_saved(job) && !capped && !combines && job.classes <= most_kept;
     }
 
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
@@ -100,7 +99,7 @@ struct Sums : Blocks<T> {
     }
 
     static std::int64_t scratch_bytes(const Job& job) {
-        const std::int64_t count = Blocks<T>::numbers_in_blocks + block + pack_size + numbers_in_scratch(job) +
+        const std::int64_t count = Blocks<T>::numbers_in_blocks(job, rows_in_group(job)) + block + pack_size + numbers_in_scratch(job) +
                                    2 * references_in_scratch(job);
         return Group<T>::bytes(job, rows_in_group(job)) + count * std::int64_t(sizeof(T));
     }
@@ -202,7 +201,7 @@ struct Sums : Blocks<T> {
             scale == T(1) ? exponentials(std::false_type{}) : exponentials(std::true_type{});
             each([&](int i, T* x) POLYCE_INLINE_LAMBDA {
                 if (keeps && writes_direct) fetch_gradient(i);
-                store(sums + (i - begin) * pack_size, sum_lanes<T>(full, {}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
+                store(sums + (i - begin) * pack_size, sum_lanes<T>(full, Ahead{}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
                     return load(x + c);
                 }));
             });
@@ -216,17 +215,16 @@ struct Sums : Blocks<T> {
     }
 
     void sum_row(int i) {
-        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
+        const char* const row = logits_of(i);
         const bool finds = results.at_top;
-        if (job.teacher) this->read_teacher(i);
+        if (job.teacher) this->teacher.read(i, probabilities_of(i), copy);
         std::int64_t pivot = lane.pivot[i];
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
         const bool coefficients_too = results.spread;
         for (std::int64_t start = 0; start < job.classes; start += block) {
             const int count = count_from(start);
-            const std::int64_t full = padded(count), each = job.logits.class_stride;
-            Ahead ahead;
-            if (each == size_of(job.logits.dtype)) ahead = {row + (start + block) * each, int(each)};
+            const std::int64_t full = padded(count);
+            const Ahead ahead = this->ahead_of_logits(i, start + block);
             const T* x = read(row, start, count);
             if (job.stats.rank) lane.rank[i] += count_larger(x, full, lane.label_logit[i]);
             if (!finds && start <= pivot && pivot < start + count) x = without(pivot, x, row, start, count);
@@ -253,23 +251,31 @@ struct Sums : Blocks<T> {
                 });
                 continue;
             }
-            if (capped || coefficients_too) read_gaps(x, full, m);
-            if (needs_exponentials(job)) {
-                // Or else in the place of the logits' copy, which is done with.
-                T* const to = keeps ? numbers + i * pitch + start : copy;
-                sum_with_entropy(s, x, full, m, to, ahead);
-                if (results.squares) s.rest_squares += sum_squares(to, full);
-            } else {
-                s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
+            typename Blocks<T>::Run r{};
+            if (coefficients_too) {
+                r = this->coefficients_of(i, start, count);
+                if (start <= pivot && pivot < start + count) {
+                    s.pivot_coefficient = double(r.numbers[pivot - start] * r.factor);
+                    r = without(pivot, r, start, count);
+                }
             }
-            if (!coefficients_too) continue;
-            read_coefficients(probabilities, start, count);
-            if (start <= pivot && pivot < start + count) {
-                s.pivot_coefficient = double(coefficients[pivot - start]);
-                coefficients[pivot - start] = T(0);
+            // Where exponentials are not kept, they take the place of the logits' copy, which is done with.
+            T* const to = keeps ? numbers + i * pitch + start : copy;
+            if (capped || (coefficients_too && needs_exponentials(job))) read_gaps(x, full, m);
+            if (!needs_exponentials(job)) {
+                if (coefficients_too) {
+                    // A teacher's are in the caches.
+                    const AheadOfTwo both{ahead, job.teacher ? Ahead{} : this->ahead_of_probabilities(i, start + block)};
+                    scale == T(1) ? sum_with_coefficients<false>(s, x, full, m, r, to, both)
+                                  : sum_with_coefficients<true>(s, x, full, m, r, to, both);
+                } else {
+                    s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
+                }
+                continue;
             }
-            s.rest_coefficient += sum_run(coefficients, full);
-            s.rest_excess += sum_excess(full);
+            sum_with_entropy(s, x, full, m, to, ahead);
+            if (results.squares) s.rest_squares += sum_squares(to, full);
+            if (coefficients_too) add_coefficients(s, full, r);
         }
         if (finds) lane.pivot[i] = pivot, lane.first[i] = job.classes;
         lane.pivot_logit[i] = read_one(job.logits, row, pivot);
@@ -292,7 +298,7 @@ struct Sums : Blocks<T> {
     }
 
     POLYCE_APART static double sum_squares(const T* values, std::int64_t count) {
-        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+        return sum_of(sum_lanes<T>(count, Ahead{}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
             const Pack<T> value = load(values + i);
             return value * value;
         }));
@@ -313,10 +319,40 @@ struct Sums : Blocks<T> {
         s.rest_sum += sum_of(sums.first), s.rest_entropy += sum_of(sums.second);
     }
 
-    double sum_excess(std::int64_t count) const {
-        return sum_of(sum_lanes<T>(count, {}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
-            return each_part(excess_of, load(coefficients + i), load(gaps + i));
-        }));
+    // Adds the exponentials, of which each is left in `to`, the coefficients and the gaps times these.
+    template <bool scaled>
+    void sum_with_coefficients(
+        RowState& s, const T* x, std::int64_t count, T m, typename Blocks<T>::Run r, T* to, AheadOfTwo ahead
+    ) const {
+        const T scale = this->scale;
+        const T* const t = gaps;
+        const Triple<double> sums = sum_lanes<T>(count, ahead, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            const Pack<T> gap = capped ? load(t + i) : each_part([&](auto v) POLYCE_INLINE_LAMBDA {
+                using V = decltype(v);
+                const V gap = v - splat<V>(m);
+                return scaled ? V(gap * splat<V>(scale)) : gap;
+            }, load(x + i));
+            const Pack<T> e = each_part([](auto v) POLYCE_INLINE_LAMBDA { return exp_negative(v); }, gap);
+            store(to + i, e);
+            const Pack<T> each = coefficients_at(r, i);
+            return Triple<T>{e, each, each_part(excess_of, each, gap)};
+        });
+        s.rest_sum += sum_of(sums.first);
+        s.rest_coefficient += sum_of(sums.second), s.rest_excess += sum_of(sums.third);
+    }
+
+    // Adds the coefficients, and the gaps times these.
+    void add_coefficients(RowState& s, std::int64_t count, typename Blocks<T>::Run r) const {
+        const T* const t = gaps;
+        const Pair<double> sums = sum_lanes<T>(count, Ahead{}, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+            const Pack<T> each = coefficients_at(r, i);
+            return Pair<T>{each, each_part(excess_of, each, load(t + i))};
+        });
+        s.rest_coefficient += sum_of(sums.first), s.rest_excess += sum_of(sums.second);
+    }
+
+    static POLYCE_INLINE Pack<T> coefficients_at(typename Blocks<T>::Run r, std::int64_t i) {
+        return each_part([&](auto v) POLYCE_INLINE_LAMBDA { return v * splat<decltype(v)>(r.factor); }, load(r.numbers + i));
     }
 
     // Sums the squares of what the classes besides the pivot differ by from their probabilities.
@@ -343,47 +379,6 @@ struct Sums : Blocks<T> {
             sum += sum_squares(t, padded(count));
         }
         lane.squares[i] = sum;
-    }
-
-    // What a forward pass has left of a row; false where it left none. Autograd's hooks may have
-    // had it in their hands: what does not fit is not used.
-    bool take_saved(int i) {
-        const SavedRow& saved = job.saved[this->number(i)];
-        if (saved.rest_sum != saved.rest_sum) return false;
-        const char *const row = logits_of(i), *const probabilities = probabilities_of(i);
-        RowState s{saved.rest_max, saved.rest_sum, 0, 0, saved.rest_coefficient, 0, 0};
-        if (probabilities) {
-            const bool fits = saved.pivot >= 0.0 && saved.pivot < double(job.classes);
-            std::int64_t pivot = fits ? std::int64_t(saved.pivot) : 0;
-            if (!fits || double(read_one(job.logits, row, pivot)) < s.rest_max) pivot = largest(row);
-            const T weight = job.class_weight ? static_cast<const T*>(job.class_weight)[pivot] : T(1);
-            const T probability = read_one(job.probabilities, probabilities, pivot);
-            s.pivot_coefficient = double(coefficient(job, probability, weight, kept, share));
-            lane.pivot[i] = pivot;
-        }
-        lane.pivot_logit[i] = read_one(job.logits, row, lane.pivot[i]);
-        set_state(i, s);
-        return true;
-    }
-
-    void sum() {
-        results.begin_sums();
-        if (!job.classes) return results.end_sums();
-        // What was saved knows nothing of the entropy, of entries or of a teacher.
-        const bool saved = job.backward_only && job.saved && !job.grad_entropy && !job.sparse && !job.teacher;
-        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
-            lane.label[i] = lane.pivot[i];
-            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
-        }
-        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
-            sum_short();
-        } else {
-            for (int i = 0; i < rows; ++i) {
-                if (!is_counted(i) || (saved && take_saved(i))) continue;
-                sum_row(i);
-            }
-        }
-        results.end_sums();
     }
 };
 

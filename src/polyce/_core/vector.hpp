@@ -192,7 +192,7 @@ POLYCE_INLINE double sum_of(const Pack<double>& p) {
 }
 
 // Sums have sixteen lanes, of at most sixteen terms added pairwise before they become double.
-constexpr int run = pack_size * pack_size;
+constexpr int run_size = pack_size * pack_size;
 
 // What a sum asks the memory for meanwhile: as many numbers as it adds, of so many bytes each; none
 // by default. Into the first cache what is needed next, into the second what is further on.
@@ -203,11 +203,17 @@ struct Ahead {
     POLYCE_INLINE void fetch(std::int64_t from) const {
         constexpr int far_ahead = 32768;
         if (!place) return;
-        for (int at = 0; at < run * bytes_each; at += 64) {
+        for (int at = 0; at < run_size * bytes_each; at += 64) {
             POLYCE_FETCH(place + from * bytes_each + at, 3);
             POLYCE_FETCH(place + from * bytes_each + at + far_ahead, 1);
         }
     }
+};
+
+struct AheadOfTwo {
+    Ahead first, second;
+
+    POLYCE_INLINE void fetch(std::int64_t from) const { first.fetch(from), second.fetch(from); }
 };
 
 // Two sums that are taken together.
@@ -226,17 +232,33 @@ POLYCE_INLINE Pair<double> widened(const Pair<T>& p) {
     return {widened(p.first), widened(p.second)};
 }
 
-// Σ term(i) for packs, or pairs of packs, of terms from i on, in each lane.
-template <class T, class Term>
-POLYCE_INLINE auto sum_lanes(std::int64_t count, Ahead ahead, Term term) {
+// And three.
+template <class T>
+struct Triple {
+    Pack<T> first, second, third;
+};
+
+template <class T>
+POLYCE_INLINE Triple<T> operator+(const Triple<T>& a, const Triple<T>& b) {
+    return {a.first + b.first, a.second + b.second, a.third + b.third};
+}
+
+template <class T>
+POLYCE_INLINE Triple<double> widened(const Triple<T>& p) {
+    return {widened(p.first), widened(p.second), widened(p.third)};
+}
+
+// Σ term(i) for packs, or two or three packs together, of terms from i on, in each lane.
+template <class T, class Term, class Next = Ahead>
+POLYCE_INLINE auto sum_lanes(std::int64_t count, Next ahead, Term term) {
     using Terms = decltype(term(std::int64_t(0)));
     const auto four = [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
         return (term(i) + term(i + pack_size)) + (term(i + 2 * pack_size) + term(i + 3 * pack_size));
     };
     auto sums = widened(Terms{});
     for (std::int64_t i = 0; i < count;) {
-        const std::int64_t end = i + run < count ? i + run : count;
-        if (end == i + run) ahead.fetch(i);
+        const std::int64_t end = i + run_size < count ? i + run_size : count;
+        if (end == i + run_size) ahead.fetch(i);
         Terms a{}, b{}, rest{};
         for (; i + 8 * pack_size <= end; i += 8 * pack_size) {
             a = a + four(i);

@@ -294,15 +294,10 @@ def coefficients_backward(
     xp, library, axis = problem.xp, problem.library, problem.axis
     of_probabilities = of_class_weight = None
     if needs[0]:
-        given, weight = gradient, plan.class_weight
+        given = gradient
         if plan.entries is not None:
             given = library.pick(gradient, plan.entries, gradient, axis)
-            weight = None if weight is None else _class_weight_at(problem, plan, given)
-        of_probabilities = given * (1.0 - problem.options.label_smoothing)
-        if weight is not None:
-            of_probabilities = of_probabilities * weight
-        if plan.kept is not None:
-            of_probabilities = xp.where(plan.kept, of_probabilities, 0.0)
+        of_probabilities = probabilities_backward(problem, plan, given)
     if needs[1] and plan.class_weight is not None:
         share = _unweighted(problem, plan, gradient)
         # A class of probability 0 has no effect, not even at a logit of -inf.
@@ -311,6 +306,17 @@ def coefficients_backward(
         rows = tuple(a for a, size in sizes if size == 1 and a != problem.axis)
         of_class_weight = xp.sum(share * gradient, axis=rows, keepdims=True)
     return of_probabilities, of_class_weight
+
+
+def probabilities_backward(problem: Problem, plan: Plan, gradient: Any) -> Any:
+    """Chain a gradient by r, where there are probabilities, to these: of all classes or entries."""
+    weight = plan.class_weight
+    if weight is not None and plan.entries is not None:
+        weight = _class_weight_at(problem, plan, gradient)
+    found = gradient * (1.0 - problem.options.label_smoothing)
+    if weight is not None:
+        found = found * weight
+    return found if plan.kept is None else problem.xp.where(plan.kept, found, 0.0)
 
 
 def _unweighted(problem: Problem, plan: Plan, like: Any) -> Any:

@@ -14,7 +14,7 @@ u = s·logit/cap and p = exp(-2|u|):
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyce.arrays import dtypes
 from polyce.call.problem import Problem
@@ -66,25 +66,50 @@ def difference_error(problem: Problem, logits: Any, reference: Any) -> Any:
         return xp.zeros_like(reference)
     gap = logits - reference
     # Selected before the arithmetic: `where` would pass on the derivative of what is not finite.
-    digits = 53 if dtypes.name_of(problem.row_dtype) == "float64" else 24
-    splitter = 2.0 ** ((digits + 1) // 2) + 1.0
-    finite = xp.isfinite(gap * (splitter * max(scale, 1.0)))
+    factor = Factor.of(scale, problem.row_dtype)
+    finite = xp.isfinite(gap * (factor.splitter * max(scale, 1.0)))
     a, b, gap = (xp.where(finite, array, 0.0) for array in (logits, reference, gap))
-    # (a - b) - gap, exactly (Knuth's two-sum).
+    error = difference_rounding(a, b, gap)
+    return error if scale == 1.0 else error * scale + product_rounding(gap, factor)
+
+
+class Factor(NamedTuple):
+    """A number, cut so that what rounding takes from a product with it can be computed."""
+
+    number: Any
+    """As rounded to the dtype."""
+    high: Any
+    low: Any
+    """Its halves."""
+    rest: Any
+    """What rounding took from it."""
+    splitter: Any
+    """What a number of the dtype is multiplied by to be cut in halves."""
+
+    @classmethod
+    def of(cls, number: float, dtype: Any) -> Factor:
+        """Cut a number for products of a dtype."""
+        digits = 53 if dtypes.name_of(dtype) == "float64" else 24
+        rounded, high = _rounded(number, digits), _rounded(number, digits // 2)
+        splitter = 2.0 ** ((digits + 1) // 2) + 1.0
+        return cls(rounded, high, rounded - high, number - rounded, splitter)
+
+
+def difference_rounding(a: Any, b: Any, gap: Any) -> Any:
+    """Compute what rounding took from a - b, which left `gap`: exactly (Knuth's two-sum)."""
     b_part = a - gap
     a_part = gap + b_part
-    error = (a - a_part) + (b_part - b)
-    if scale == 1.0:
-        return error
-    # scale·gap - (their product as rounded), exactly (Dekker's two-product).
-    rounded, high = _rounded(scale, digits), _rounded(scale, digits // 2)
-    product = gap * rounded
-    split = gap * splitter
-    gap_high = split - (split - gap)
-    gap_low = gap - gap_high
-    low = rounded - high
-    lost = ((gap_high * high - product) + gap_high * low + gap_low * high) + gap_low * low
-    return lost + (error * scale + gap * (scale - rounded))
+    return (a - a_part) + (b_part - b)
+
+
+def product_rounding(gap: Any, factor: Factor) -> Any:
+    """Compute what rounding took from a product: exactly but for `rest` (Dekker's two-product)."""
+    product = gap * factor.number
+    split = gap * factor.splitter
+    high = split - (split - gap)
+    low = gap - high
+    lost = (high * factor.high - product) + high * factor.low + low * factor.high
+    return (lost + low * factor.low) + gap * factor.rest
 
 
 def _rounded(number: float, digits: int) -> float:

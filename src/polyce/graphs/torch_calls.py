@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """What a backward pass needs besides the operands; None for what a path does not keep."""
 
     rows: Any = None
-    """(rows, 4) in float64"""
+    """(rows, 4) in float64; native has 6 of a row with a teacher."""
     denominator: Any = None
     """() in float64: what the mean was divided by"""
 
@@ -163,7 +163,8 @@ def gradients(
         _check_written(ctx, by_operations)
     grad = of_target = of_weight = None
     if needs[1] or needs[2]:
-        of_target, of_weight = target_gradients(problem, operands, needs[1:3])
+        losses = None if by_operations else _losses_by(kernels)
+        of_target, of_weight = target_gradients(problem, operands, needs[1:3], losses)
     if in_place:
         grad = _write(ctx, kernels, problem, operands, saved)
     elif by_operations:
@@ -275,16 +276,33 @@ def gradient(problem: Problem, operands: Operands) -> Any:
     return rows.differentiable_gradient(problem, plan, cotangent, readable, of_stats)
 
 
+def _losses_by(kernels: Kernels) -> Callable[[Problem, Any, Any], Any]:
+    """Return what computes rows' losses for labels, with the class axis, by a path's kernels."""
+
+    def losses(problem: Problem, logits: Any, label: Any) -> Any:
+        nothing: dict[str, Any] = dict.fromkeys(Operands._fields)
+        operands = Operands(**nothing | {"logits": logits, "target": label.squeeze(problem.axis)})
+        return kernels.forward(problem, operands, False)[0].unsqueeze(problem.axis)
+
+    return losses
+
+
 def target_gradients(
-    problem: Problem, operands: Operands, needs: tuple[bool, bool]
+    problem: Problem,
+    operands: Operands,
+    needs: tuple[bool, bool],
+    losses: Callable[[Problem, Any, Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Compute the gradients of target and class weights that are needed, in torch operations."""
+    """Compute the gradients of target and class weights that are needed, in torch operations.
+
+    `losses` as in `torch_rows.target_gradients`.
+    """
     logits, _, weight, *_ = operands
     plan = _plan(problem, operands)
     cotangent = targets.cotangent(problem, plan, operands.grad_output)
     zeros = torch.zeros(problem.row_shape, dtype=problem.row_dtype, device=logits.device)
     by_row = cotangent + zeros.unsqueeze(problem.axis)
-    of_target, of_weight = torch_rows.target_gradients(problem, plan, by_row, logits, needs)
+    of_target, of_weight = torch_rows.target_gradients(problem, plan, by_row, logits, needs, losses)
     if of_target is not None:
         of_target = of_target.to(_soft(problem, operands).dtype)
     if of_weight is not None:

@@ -9,6 +9,7 @@ can batch and differentiate again. Under torch.compile the old-style one is part
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.rowstate import Entries
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
-from polyce.graphs import torch_state
+from polyce.graphs import torch_entries, torch_state
 from polyce.graphs.contract import ArraysT, Rules
 from polyce.graphs.torch_log_softmax import log_softmax, widened
 from polyce.graphs.torch_transforms import batched, batched_problem, primal
@@ -136,7 +137,8 @@ class _RowLosses(torch.autograd.Function):
             grad = rows.backward(problem, plan, cotangent, logits, of_stats)
         of_probabilities = of_weight = None
         if (needs[1] or needs[2]) and cotangent is not None:
-            found = target_gradients(problem, plan, cotangent, logits, (needs[1], needs[2]))
+            losses = None if torch_state.needs_operations(cotangent) else _losses
+            found = target_gradients(problem, plan, cotangent, logits, needs[1:3], losses)
             of_probabilities, of_weight = found
         return grad, of_probabilities, of_weight, None, None
 
@@ -183,13 +185,28 @@ def _kept(ctx: Any) -> tuple[Any, Plan]:
 
 
 def target_gradients(
-    problem: Problem, plan: Plan, cotangent: Any, logits: Any, needs: tuple[bool, bool]
+    problem: Problem,
+    plan: Plan,
+    cotangent: Any,
+    logits: Any,
+    needs: tuple[bool, bool],
+    losses: Callable[[Problem, Any, Any], Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Compute the gradients of the probabilities and of the class weights, as far as needed."""
+    """Compute the gradients of the probabilities and of the class weights, as far as needed.
+
+    With `losses`, which computes the rows' losses from (problem, logits, labels), those of a sparse
+    target's probabilities take no array of all classes, and have no graph.
+    """
+    if losses is not None and plan.entries is not None and not needs[1] and not problem.is_empty:
+        return torch_entries.gradient(problem, plan, cotangent, logits, losses), None
     scale = targets.weigh_rows(plan, problem.xp, cotangent)
     scale = problem.library.cast(scale, problem.arithmetic_dtype)
     gradient = scale * _gaps(problem, plan, logits)
     return targets.coefficients_backward(problem, plan, gradient, needs=needs)
+
+
+def _losses(problem: Problem, logits: Any, label: Any) -> Any:
+    return rows.forward(problem, torch_entries.label_plan(label), logits)[0]
 
 
 def _gaps(problem: Problem, plan: Plan, logits: Any) -> Any:

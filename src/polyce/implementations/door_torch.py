@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from torch.autograd import forward_ad
 from polyce.call.problem import Problem
 from polyce.graphs import torch_calls
 from polyce.implementations.native.core import core
+from polyce.implementations.native.run import saved_shape
 from polyce.implementations.native.torch import KERNELS, TORCH
 
 # Found once: each look into a module takes its time.
@@ -104,7 +104,7 @@ def kept(problem: Problem) -> dict[str, Any]:
     return {
         "like_loss": _laid_out(problem.row_shape if by_rows else (), problem.result_dtype),
         "like_grad": _laid_out(problem.shape, problem.logits_dtype),
-        "like_saved": _laid_out((math.prod(problem.row_shape), 4), torch.float64),
+        "like_saved": _laid_out(saved_shape(problem), torch.float64),
         "apply": _apply_in_place if problem.inplace_backward else _apply,
         "rule": (KERNELS, problem, None),
     }

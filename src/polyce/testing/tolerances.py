@@ -61,11 +61,6 @@ _CAPPED_NARROW = replace(_CAPPED, lead=4.0)
 _CAPPED_XLA = replace(_CAPPED, spread=8.0, lead=8.0, gap=16.0, value=8.0)
 
 
-# Unit roundoffs of a teacher's probability for every unit of its gap, which the scale has rounded
-# once more.
-_TEACHER = 2.0
-
-
 @dataclass(frozen=True)
 class Accuracy:
     """The accuracy that is required of one result dtype.
@@ -89,6 +84,9 @@ class Accuracy:
     top_ulp, brier_ulp : float
         Ulps of the largest probability, and of the Brier score. That of probabilities may be off
         by more: each difference by ``entry`` unit roundoffs of the probability and of itself.
+    teacher : float
+        Unit roundoffs of a teacher's probability for every unit of its gap: 0 where what rounding
+        takes from the gap is multiplied back.
     flush : float
         Results may be off by this much whatever their size: the subnormal spacing, or the
         smallest normal number where a library computes without subnormal numbers.
@@ -105,6 +103,7 @@ class Accuracy:
     entropy_ulp: float = 12.0
     top_ulp: float = 8.0
     brier_ulp: float = 8.0
+    teacher: float = 0.0
     flush: float = 0.0
     scaled: Transformed = _SCALED
     capped: Transformed = _CAPPED
@@ -135,6 +134,7 @@ _MLX = replace(
     entropy_ulp=216.0,
     top_ulp=72.0,
     brier_ulp=144.0,
+    teacher=2.0,
 )
 _MLX_DOUBLE = replace(
     _MLX,
@@ -205,7 +205,7 @@ def loss_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     reach = more.spread * answer.loss_spread + more.lead * answer.loss_lead
     reach = reach + 2.0 * more.value * answer.square_part
     tolerance = tolerance + 2.0 * arithmetic.unit * reach
-    tolerance = tolerance + _TEACHER * arithmetic.unit * answer.target_loss
+    tolerance = tolerance + rule.teacher * arithmetic.unit * answer.target_loss
     return rounded(answer.loss, tolerance, dtype, rule)
 
 
@@ -237,7 +237,7 @@ def grad_tolerance(answer: Answer, dtype: str, rule: Accuracy) -> Floats:
     flat = _exponential_underflows(answer.angle, arithmetic)
     tolerance = tolerance + np.where(flat, scale + answer.stats_part, 0.0)
     tolerance = tolerance + _stats_gradient_tolerance(answer, rule)
-    tolerance = tolerance + _TEACHER * arithmetic.unit * answer.target_part
+    tolerance = tolerance + rule.teacher * arithmetic.unit * answer.target_part
     return rounded(answer.grad, tolerance, dtype, rule)
 
 

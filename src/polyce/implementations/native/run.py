@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,11 @@ _MOST_KERNELS = 1024
 # From this many classes on the forward pass saves what spares the backward pass one reading of the
 # logits. The core has the same rule; this copy is for code that runs without it.
 SAVED_FROM = 65
+
+
+def saved_shape(problem: Problem) -> tuple[int, int]:
+    """Return the shape of what the core saves of the rows, in float64."""
+    return math.prod(problem.row_shape), 6 if problem.kind == "teacher" else 4
 
 
 class ArrayAccess(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,13 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import Kernels, Saved
-from polyce.implementations.native.run import SAVED_FROM, ArrayAccess, run, run_backward
+from polyce.implementations.native.run import (
+    SAVED_FROM,
+    ArrayAccess,
+    run,
+    run_backward,
+    saved_shape,
+)
 
 
 def _dense(name: str, tensor: torch.Tensor, dtype: Any) -> torch.Tensor:
@@ -41,9 +46,7 @@ _NOTHING = Saved()
 
 
 def _keeps(problem: Problem) -> Saved:
-    # What is saved of a row has no room for the entries or the teacher at the likeliest class.
-    plain = problem.kind in ("index", "probability")
-    return Saved(rows=plain and problem.classes >= SAVED_FROM, denominator=False)
+    return Saved(rows=problem.classes >= SAVED_FROM, denominator=False)
 
 
 def _forward(
@@ -52,7 +55,7 @@ def _forward(
     if not keep or not _keeps(problem).rows:
         loss, found = run(TORCH, problem, operands)
         return loss, found, _NOTHING
-    rows = _empty((math.prod(problem.row_shape), 4), torch.float64)
+    rows = _empty(saved_shape(problem), torch.float64)
     loss, found = run(TORCH, problem, operands, saved=rows)
     return loss, found, Saved(rows)
 
