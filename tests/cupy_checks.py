@@ -34,7 +34,7 @@ def answers(
     from cupy import emulation
 
     options = ROWS | options
-    cotangent = {"grad_output": options.pop("grad_output")} if "grad_output" in options else {}
+    cotangent = {key: options.pop(key) for key in ("grad_output", "grad_stats") if key in options}
     wanted = expected(given, **options, **cotangent)
     for order in orders:
         emulation.order = order
@@ -42,7 +42,7 @@ def answers(
         options["sample_weight"] = v
         with settings(**(table or {})):
             if grad:
-                more = {key: on_device(value)[0] for key, value in cotangent.items()}
+                more = {key: moved(value) for key, value in cotangent.items()}
                 place = x if in_place else None
                 found = polyce.cross_entropy_with_grad(x, t, w, out=place, **options, **more)
                 calls.agree(found, wanted)
@@ -50,6 +50,13 @@ def answers(
                 found = polyce.cross_entropy(x, t, w, **options)
                 loss = found[0] if "return_stats" in options else found
                 calls.close(loss, wanted[0], calls.CLOSE[str(loss.dtype)])
+
+
+def moved(value: Any) -> Any:
+    """Copy an array, or those of a dict, to the current device."""
+    if isinstance(value, dict):
+        return {key: moved(each) for key, each in value.items()}
+    return on_device(value)[0]
 
 
 def right(shape: tuple[int, ...], name: str = "float32", kind: str = "index", **how: Any) -> Check:

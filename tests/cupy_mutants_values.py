@@ -24,6 +24,14 @@ CAPPED = right(LONG, logit_softcap=5.0, z_loss=0.1)
 MASKED = of_rows([[0.0, -INF, -INF, -INF, -INF, -INF, 1.0, -INF]], [0], table=SHARED, **LOSS)
 TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="prediction")
 BY_ROW = right((3, 10), grad_output=cupy_checks.thirds(3))
+ASKED = ("top_probability", "brier", "rank")
+BESIDE = right(LONG, return_stats=ASKED)
+BESIDE_PARTS = right(LONG, return_stats=ASKED, table=SPLIT)
+BESIDE_SOFT = right(LONG, kind="probability", return_stats=ASKED[:2])
+VALUED = right(
+    LONG, return_stats=True, grad_stats={n: cupy_checks.thirds(3) for n in ("lse", "entropy")}
+)
+RANK_TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="rank")
 OLD_KEY = "plan = _plans.get((problem, key))"
 FIND_PIVOT = "if (x > pivot_logit || (pivot == NONE && x == pivot_logit))"
 UINT64 = [2**64 - 100, 3, 2**63]
@@ -107,6 +115,40 @@ MUTANTS = {
         cupy_checks.flat, ROW, "if (!larger) found.pivot_gradient = share - at_pivot;", ""
     ),
     "entropy-stays-behind": wrong(STATS, ROW, "state.entropy += state.total * risen;", ""),
+    # stats beside the target, and gradients of stats
+    "equals-are-larger": wrong(RANK_TIES, CLASSES, "if (x > state.label)", "if (x >= state.label)"),
+    "rank-beside-0": wrong(
+        BESIDE, KERNELS, "RANKED || (place.seat.member == 0", "(place.seat.member == 0"
+    ),
+    "rank-of-the-first-part": wrong(BESIDE_PARTS, ROW, "state.rank += other.rank;", ""),
+    "squares-stay-behind": wrong(BESIDE, ROW, "state.squares *= lower * lower;", ";"),
+    "label-counted-among-the-squares": wrong(BESIDE, ROW, "(squares - p * p)", "squares"),
+    "largest-probability-of-the-label": wrong(
+        BESIDE,
+        ROW,
+        "found.top_probability = 1 / (1 + e);",
+        "found.top_probability = low / (1 + e);",
+    ),
+    "distances-of-the-first-thread": wrong(
+        BESIDE_SOFT,
+        KERNELS,
+        "if (place.seat.member < reach)\n      place.gradient",
+        "if (0) place.gradient",
+    ),
+    "entropy-without-gaps": wrong(VALUED, CLASSES, "row.more - gap * row.by_gap", "row.more"),
+    "no-entropy-at-the-pivot": wrong(
+        VALUED, KERNELS, "of_entropy * found.entropy_at_pivot", "0 * found.entropy_at_pivot"
+    ),
+    "no-entropy-at-the-label": wrong(VALUED, KERNELS, "(more + found.label_gap * by_gap)", "more"),
+    "cotangents-of-stats-swapped": wrong(
+        VALUED,
+        LAUNCH,
+        "(_of_stats(of_lse), _of_stats(of_entropy))",
+        "(_of_stats(of_entropy), _NULL)",
+    ),
+    "every-entropy-the-first": wrong(
+        VALUED, KERNELS, "of_stats.entropy[number]", "of_stats.entropy[0]"
+    ),
     # whole rows
     "rounded-gap": wrong(
         cupy_checks.confident, ROW, "gap.error = (real)(exact - gap.delta);", "gap.error = 0;"

@@ -12,7 +12,7 @@ import cupy
 import numpy as np
 
 from polyce.arrays import dtypes
-from polyce.call.options import USUAL_STATS
+from polyce.call.options import BESIDE_TARGET, USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
@@ -22,10 +22,10 @@ from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 # A null pointer, in the one form that CuPy 13 also takes.
 _NULL = 0
 # Bytes of two sums, and at most of the state of a part of a row.
-_SUMS, _STATE = 16, 104
+_SUMS, _STATE = 16, 120
 _MOST_KNOWN = 1024
 # The stats that the kernels fill, in the order of their arguments.
-_WRITTEN = (*USUAL_STATS, "valid")
+_WRITTEN = (*USUAL_STATS, "valid", *BESIDE_TARGET)
 
 _plans: dict[tuple[Problem, LaunchKey], LaunchPlan] = {}
 _kernels: dict[tuple[str, ...], Any] = {}
@@ -65,6 +65,8 @@ class _KernelCall(NamedTuple):
     divisor: tuple[Any, float]
     """What a mean divides by: an array and 1, or no array and a number."""
     cotangent: tuple[Any, float]
+    of_stats: tuple[Any, Any]
+    """The cotangents of lse and entropy, in float64."""
     grad: Any
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -75,7 +77,7 @@ class _KernelCall(NamedTuple):
 
 def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
-    logits, target, weight, sample, normalizer, cotangent, *_ = operands
+    logits, target, weight, sample, normalizer, cotangent, of_lse, of_entropy, _ = operands
     if problem.check_labels:
         labels.read(problem, target, logits)
     probability = problem.kind == "probability"
@@ -102,6 +104,7 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall
         targets=(target, _or_null(weight), _or_null(sample)),
         divisor=_array_and_number(normalizer),
         cotangent=_array_and_number(cotangent),
+        of_stats=(_of_stats(of_lse), _of_stats(of_entropy)),
         grad=grad,
     )
 
@@ -155,7 +158,7 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
         nothing = [_NULL] * len(written)
         call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
         # The block after the last row writes the loss.
-        arguments = (*read, *scales, states, result, call.grad, *written)
+        arguments = (*read, *scales, states, result, call.grad, *written, *call.of_stats)
         call.launch("backward", (plan.rows + 1, plan.parts), *arguments)
         return loss, found
     weights, sums, finished = _NULL, _NULL, _NULL
@@ -164,8 +167,8 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
         sums = weights + plan.weighing * _SUMS
         finished = sums + plan.blocks * _SUMS
         call.launch("weigh", (plan.weighing,), *call.targets, weights, finished)
-    arguments = (*read, *scales, weights, finished, sums, result, call.grad, *written)
-    call.launch("forward_backward", (plan.blocks,), *arguments)
+    places = (weights, finished, sums, result, call.grad, *written)
+    call.launch("forward_backward", (plan.blocks,), *read, *scales, *places, *call.of_stats)
     return loss, found
 
 
@@ -200,6 +203,10 @@ def _array_and_number(value: Any) -> tuple[Any, float]:
     if hasattr(value, "dtype"):
         return value, 1.0
     return _NULL, 1.0 if value is None else value
+
+
+def _of_stats(cotangent: Any) -> Any:
+    return _NULL if cotangent is None else _in_order(cotangent, np.float64)
 
 
 def _or_null(array: Any) -> Any:

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 from polyce.arrays import find
-from polyce.call.options import USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -68,7 +67,7 @@ PATH = Implementation(
     backends=BACKENDS,
     devices=DEVICES,
     kinds=frozenset({"index", "probability"}),
-    stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,
+    takes_grad_stats=True,
 )

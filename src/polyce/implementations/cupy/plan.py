@@ -2,8 +2,8 @@
 
 A module holds one kernel for one combination of the macros that `cuda/numbers.cu` lists, so only
 what runs is compiled. There are few: the dtypes of logits and target, and whether there is
-smoothing, a softcap, stats, and a contiguous class axis. A kernel reads everything else when it
-runs. CuPy keeps what it has compiled, in memory and on disk.
+smoothing, a softcap, stats, which stats and gradients of them, and a contiguous class axis. A
+kernel reads everything else when it runs. CuPy keeps what it has compiled, in memory and on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce.arrays import dtypes
+from polyce.call.options import BESIDE_TARGET
 from polyce.call.problem import Problem
 from polyce.formula import labels, transform
 from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
@@ -229,7 +230,9 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
         lanes = max(lanes, min(NEIGHBOURS, BLOCK))
     lanes = min(lanes, power_of_two(x.inner))
     parts, chunk = 1, classes
-    if along and classes > LONG and count < FEW_ROWS:
+    # What looks at a row again takes all of it.
+    looks_again = problem.kind == "probability" and problem.asks("brier")
+    if along and classes > LONG and count < FEW_ROWS and not looks_again:
         wanted = min(MOST_PARTS, classes // PART, cdiv(2 * FEW_ROWS, count))
         parts, chunk = cut(classes // width, BLOCK, wanted)
         lanes = 1
@@ -244,15 +247,19 @@ def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ..
         "SPREAD": int(problem.kind == "probability" or problem.options.label_smoothing > 0.0),
         "SOFTCAP": int(transform.is_capped(problem)),
         "STATS": int(problem.options.stats is not None),
+        "BESIDE": int(problem.asks(*BESIDE_TARGET)),
+        "VALUED": 0,
     }
-    plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "WIDTH": 1}
+    off = dict.fromkeys(("SOFTCAP", "STATS", "BESIDE", "VALUED"), 0)
+    plain = {**off, "LOGITS": real.upper(), "SPREAD": 1, "WIDTH": 1}
     macros: dict[str, dict[str, Any]] = {
         "reduce": {**plain, "REAL": real.upper(), "TARGET": "FLOAT32"},
         "weigh": {**plain, "REAL": real.upper(), "TARGET": target.upper()},
         "join": {**of_rows, "LOGITS": real.upper(), "WIDTH": 1},
     }
     reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "WIDTH": width}
-    macros |= dict.fromkeys(("forward", "forward_backward", "backward"), reading)
+    writing = {**reading, "VALUED": int(bool(problem.grad_stats))}
+    macros |= {"forward": reading, "forward_backward": writing, "backward": writing}
     return {
         name: (
             "--std=c++17",

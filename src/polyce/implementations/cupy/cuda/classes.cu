@@ -172,6 +172,9 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
       choose_likeliest(state, taken.p[u][w], c);
 #endif
       const real x = taken.x[u][w];
+#if RANKED
+      if (x > state.label) state.rank++;
+#endif
       if (x > pivot_logit || (pivot == NONE && x == pivot_logit)) {
         pivot_logit = x;
 #if SPREAD
@@ -205,6 +208,9 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #if STATS
       real entropy[FEW];
 #endif
+#if RANKED
+      real squares[FEW];
+#endif
 #pragma unroll
       for (int i = 0; i < FEW; i++) {
         const int w = from + i, c = taken.number(u, w);
@@ -219,6 +225,9 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #if STATS
         entropy[i] = total[i] == 0 ? (real)0 : total[i] * -gap;
 #endif
+#if RANKED
+        squares[i] = total[i] * total[i];
+#endif
       }
 #pragma unroll
       for (int half = FEW / 2; half > 0; half /= 2)
@@ -232,6 +241,9 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #if STATS
           entropy[i] += entropy[i + half];
 #endif
+#if RANKED
+          squares[i] += squares[i + half];
+#endif
         }
       state.total += total[0];
 #if SPREAD
@@ -241,11 +253,40 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #if STATS
       state.entropy += entropy[0];
 #endif
+#if RANKED
+      state.squares += squares[0];
+#endif
     }
 #if LARGEST
   choose_pivot(call, state, pivot_logit, pivot_r, pivot);
 #endif
 }
+
+#if DISTANT
+// What a row's Brier score is made of: softmax and target once more.
+struct Distance {
+  real reference, softmax;    // nan where there is no score
+  real probability, others;  // of the pivot, and of the other classes together
+  int pivot;
+  double sum;  // of what a thread has looked at
+};
+
+template <int U, int W>
+DEVICE void add_distance(const Call& call, const Distance& row, const Taken<U, W>& taken, double& sum) {
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      if (!taken.has(u)) continue;
+      const real t = taken.p[u][w];
+      real gap = exp_of(difference(call, taken.x[u][w], row.reference)) * row.softmax - t;
+      // What is left of 1 has more digits than a probability near it.
+      if (taken.number(u, w) == row.pivot)
+        gap = row.others < (real)0.5 ? (1 - t) - row.others : row.probability - t;
+      sum += (double)gap * gap;
+    }
+}
+#endif
 
 // What a row's gradient is made of.
 struct Gradient {
@@ -255,21 +296,39 @@ struct Gradient {
   real scale;      // what all but `at_pivot` is multiplied by
   int pivot;       // its class
   int rule;        // 0: as these say; 1: zeros; 2: nans
+#if VALUED
+  real more;    // of exp(x - m') for lse and entropy
+  real by_gap;  // of exp(x - m') (m' - x) for the entropy
+#if !PROBABILITY
+  int label;  // NONE where it is the pivot
+  real at_label;
+#endif
+#endif
+#if DISTANT
+  Distance distance;  // looked at before the gradient is written
+#endif
 };
 
 DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& row, real x,
                         real probability, int c) {
-  const real p = exp_of(difference(call, x, row.reference));
+  const real gap = difference(call, x, row.reference);
+  const real p = exp_of(gap);
 #if SPREAD
   // Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
   real grad = (row.factor * p - coefficient(call, weight, probability, c)) * row.scale;
 #else
   real grad = p * (row.factor * row.scale);
 #endif
+#if VALUED
+  if (p != 0) grad += p * (row.more - gap * row.by_gap);
+#endif
 #if SOFTCAP
   grad *= slope(call, x);
 #endif
   if (c == row.pivot) grad = row.at_pivot;
+#if VALUED && !PROBABILITY
+  if (c == row.label) grad = row.at_label;
+#endif
   if (row.rule) grad = row.rule == 1 ? (real)0 : not_a_number();
   return grad;
 }

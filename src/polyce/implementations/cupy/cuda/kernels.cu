@@ -2,8 +2,13 @@
 // classes and join what they have read. Sums are added in an order that depends on nothing but the
 // sizes of grid and block, so that they are the same bits again.
 
-// So many threads or more are to share a multiprocessor, which leaves each 64 registers, or 128.
-#define THREADS (REAL == FLOAT64 ? 512 : 1024)
+// So many threads or more are to share a multiprocessor, which leaves each 64 registers, or 128. What
+// is rarely asked for takes more.
+#if REAL == FLOAT64
+#define THREADS (SOFTCAP && (BESIDE || VALUED) ? 256 : 512)
+#else
+#define THREADS (BESIDE ? 768 : 1024)
+#endif
 #define KERNEL_OF_BLOCKS \
   extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < THREADS ? THREADS / BLOCK : 1)
 
@@ -37,6 +42,11 @@ DEVICE void join_team(const Call& call, Places& places) {
       merge(call, places[thread].state, places[thread + reach * step].state);
     __syncthreads();
   }
+}
+
+// The first of the threads that share a row.
+DEVICE int first_of(const Call& call, const Seat& seat) {
+  return call.across ? seat.lane : seat.lane * (int)call.team;
 }
 
 // Losses and weights of rows, added up.
@@ -96,6 +106,9 @@ struct Results {
   i64* prediction;
   unsigned char* correct;
   unsigned char* valid;
+  real* top_probability;
+  real* brier;
+  i64* rank;
 };
 
 // Write what a whole row's state says, and add its loss and weight to the sums.
@@ -121,6 +134,15 @@ DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const 
   if (results.correct) results.correct[number] = defined && !row.invalid && predicted == wanted;
   if (results.valid) results.valid[number] = row.counted;
 #endif
+#if BESIDE
+  if (results.top_probability)
+    results.top_probability[number] = defined ? found.top_probability : not_a_number();
+#endif
+#if RANKED
+  const bool labelled = defined && !row.invalid;
+  if (results.brier) results.brier[number] = labelled ? found.brier : not_a_number();
+  if (results.rank) results.rank[number] = labelled ? state.rank : -1;
+#endif
   return found;
 }
 
@@ -130,14 +152,31 @@ DEVICE double cotangent_of(const Call& call, const void* array, double number, i
   return load_number(array, call.cotangent_by_row ? row : 0, call.cotangent_kind);
 }
 
+// The gradients of all with respect to lse and entropy of the rows; null for 0.
+struct OfStats { const double* lse; const double* entropy; };
+
 // What a row's gradient is made of, where that of all with respect to its loss is g.
 DEVICE Gradient gradient_of_row(const Call& call, const Meaning& row, const State& state,
-                                const Outcome& found, double g) {
+                                const Outcome& found, double g, const OfStats& of_stats, i64 number) {
   Gradient gradient;
+#if VALUED
+  real own_scale = 1;
+#if !SOFTCAP
+  own_scale = (real)call.exact_scale;
+#endif
+  const real of_lse = of_stats.lse ? (real)of_stats.lse[number] : (real)0;
+  const real of_entropy = of_stats.entropy ? (real)of_stats.entropy[number] : (real)0;
+  // The lead may be beyond the largest number where nothing is left for the others.
+  const real more = found.softmax == 0 ? (real)0
+      : found.softmax * (of_lse + of_entropy * (found.lead - found.entropy));
+  const real by_gap = found.softmax * of_entropy;
+  gradient.more = more * own_scale;
+  gradient.by_gap = by_gap * own_scale;
+#endif
   gradient.reference = found.top;
   gradient.factor = found.factor;
   gradient.at_pivot = found.pivot_gradient;
-#if SOFTCAP && STATS && !PROBABILITY
+#if SOFTCAP && STATS && !PROBABILITY && !VALUED
   gradient.at_pivot *= slope(call, state.label);
 #elif SOFTCAP
   gradient.at_pivot *= slope(call, state.pivot);
@@ -146,7 +185,17 @@ DEVICE Gradient gradient_of_row(const Call& call, const Meaning& row, const Stat
 #endif
   gradient.scale = (real)g;
   gradient.at_pivot *= gradient.scale;
-#if PROBABILITY
+#if VALUED
+  own_scale = slope(call, state.pivot);
+  gradient.at_pivot += (of_lse * found.probability + of_entropy * found.entropy_at_pivot) * own_scale;
+#endif
+#if VALUED && !PROBABILITY
+  gradient.label = row.label == state.pivot_class ? NONE : row.label;
+  gradient.at_label = found.label_gradient * (SOFTCAP ? (real)g * slope(call, state.label) : (real)g);
+  if (found.label_p != 0)
+    gradient.at_label += found.label_p * (more + found.label_gap * by_gap) * slope(call, state.label);
+#endif
+#if PROBABILITY || VALUED
   gradient.pivot = state.pivot_class;
 #else
   gradient.pivot = row.label;
@@ -165,7 +214,7 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
   x += place.row.x_at;
 #if !PROBABILITY
   // Before anything may write over it.
-  if (place.seat.member == 0 && part == 0) {
+  if (RANKED || (place.seat.member == 0 && part == 0)) {
     const real label = (real)Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
 #if STATS
     place.state.label = label;
@@ -179,6 +228,42 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
     absorb(call, meaning.label, targets.weight, taken, place.state);
   });
 }
+
+#if DISTANT
+DEVICE Distance distance_of(const Meaning& row, const State& state, const Outcome& found) {
+  const bool defined = row.counted && found.lse == found.lse;
+  const real softmax = defined ? found.softmax : not_a_number();
+  return Distance{found.top, softmax, found.probability, found.others, state.pivot_class, 0};
+}
+
+// Look at the classes of rows again, whose first threads know the softmax, for the Brier scores.
+template <class Places>
+DEVICE void look_again(const Call& call, Places& places, const logit* x, const Targets& targets,
+                       const Results& results) {
+  Place& place = places[threadIdx.x];
+  __syncthreads();
+  double sum = 0;
+  if (place.row.number >= 0) {
+    const Distance& row = places[first_of(call, place.seat)].gradient.distance;
+    sum = row.softmax - row.softmax;
+    const target* p = targets.given + place.row.t_at;
+    if (sum == 0)
+      each_class(call, place.seat.member, x + place.row.x_at, p, 0,
+                 [&](const auto& taken) { add_distance(call, row, taken, sum); });
+  }
+  place.gradient.distance.sum = sum;
+  const int team = (int)call.team, thread = (int)threadIdx.x;
+  const int step = call.across ? (int)call.lanes : 1;
+  __syncthreads();
+  for (int reach = team / 2; reach > 0; reach /= 2) {
+    if (place.seat.member < reach)
+      place.gradient.distance.sum += places[thread + reach * step].gradient.distance.sum;
+    __syncthreads();
+  }
+  if (place.seat.member == 0 && place.row.number >= 0)
+    results.brier[place.row.number] = (real)place.gradient.distance.sum;
+}
+#endif
 
 DEVICE void write_part(const Call& call, int member, const Row& row, const logit* x,
                        const Targets& targets, int part, const Gradient& gradient, logit* grad) {
@@ -212,11 +297,13 @@ DEVICE void conclude_all(const Call& call, const Targets& targets, const State* 
 KERNEL_OF_BLOCKS
 forward(const Call call, const logit* x, const target* given, const real* weight,
         const void* sample, State* states, Sums* sums, void* loss, real* lse, real* entropy,
-        i64* prediction, unsigned char* correct, unsigned char* valid) {
+        i64* prediction, unsigned char* correct, unsigned char* valid, real* top_probability,
+        real* brier, i64* rank) {
   SHARED(Place, places, BLOCK);
   SHARED(Sums, each, BLOCK);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   Place& place = places[threadIdx.x];
   place.seat = seat(call);
   const int part = (int)blockIdx.y;
@@ -226,6 +313,15 @@ forward(const Call call, const logit* x, const target* given, const real* weight
     find_row(call, place);
     read_part(call, x, targets, part, place);
     join_team(call, places);
+#if DISTANT
+    if (place.seat.member == 0 && place.row.number >= 0) {
+      const Meaning meaning = meaning_of(call, targets, place.row.number);
+      const Outcome found = conclude(call, meaning, place.row.number, place.state, results, mine);
+      place.gradient.distance = distance_of(meaning, place.state, found);
+    }
+    if (results.brier) look_again(call, places, x, targets, results);
+    continue;
+#endif
     if (place.seat.member || place.row.number < 0) continue;
     const i64 number = place.row.number;
     if (call.parts > 1) {
@@ -245,10 +341,12 @@ forward(const Call call, const logit* x, const target* given, const real* weight
 KERNEL_OF_BLOCKS
 join(const Call call, const target* given, const real* weight, const void* sample,
      const State* states, const void* normalizer, double number, void* result, void* loss,
-     real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid) {
+     real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid,
+     real* top_probability, real* brier, i64* rank) {
   SHARED(Sums, each, BLOCK);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   conclude_all(call, targets, states, results, each);
   if (result) store_loss(call, Divisor{normalizer, number}, each[0], result);
 }
@@ -292,14 +390,18 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
                  const void* sample, const void* cotangent, double cotangent_number,
                  const void* normalizer, double number, const Sums* weights, unsigned* finished,
                  Sums* sums, void* result, logit* grad, void* loss, real* lse, real* entropy,
-                 i64* prediction, unsigned char* correct, unsigned char* valid) {
+                 i64* prediction, unsigned char* correct, unsigned char* valid,
+                 real* top_probability, real* brier, i64* rank, const double* of_lse,
+                 const double* of_entropy) {
   SHARED(Place, places, BLOCK);
   SHARED(Sums, each, BLOCK);
   SHARED(double, divides, 1);
   SHARED(unsigned, finished_before, 1);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   const Divisor divisor = {normalizer, number};
+  const OfStats of_stats = {of_lse, of_entropy};
   Place& place = places[threadIdx.x];
   place.seat = seat(call);
   if (call.mean == BY_WEIGHTS) add_up(each, weights, call.weighed);
@@ -316,14 +418,22 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
       const Meaning meaning = meaning_of(call, targets, row);
       const Outcome found = conclude(call, meaning, row, place.state, results, mine);
       const double g = cotangent_of(call, cotangent, cotangent_number, row) * meaning.sample;
-      place.gradient =
-          gradient_of_row(call, meaning, place.state, found, call.mean ? g / divides[0] : g);
+#if DISTANT
+      const Distance distance = distance_of(meaning, place.state, found);
+#endif
+      place.gradient = gradient_of_row(call, meaning, place.state, found,
+                                       call.mean ? g / divides[0] : g, of_stats, row);
+#if DISTANT
+      place.gradient.distance = distance;
+#endif
     }
+#if DISTANT
+    if (results.brier) look_again(call, places, x, targets, results);
+#endif
     // What it keeps apart as well: all of a row is read before any of it is written.
     __syncthreads();
     if (place.row.number >= 0) {
-      const int first = call.across ? place.seat.lane : place.seat.lane * (int)call.team;
-      const Gradient& gradient = places[first].gradient;
+      const Gradient& gradient = places[first_of(call, place.seat)].gradient;
       write_part(call, place.seat.member, place.row, x, targets, 0, gradient, grad);
     }
     // The next row's state takes the place of what others may still read.
@@ -352,7 +462,8 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
          const void* sample, const void* cotangent, double cotangent_number,
          const void* normalizer, double number, const State* states, void* result, logit* grad,
          void* loss, real* lse, real* entropy, i64* prediction, unsigned char* correct,
-         unsigned char* valid) {
+         unsigned char* valid, real* top_probability, real* brier, i64* rank,
+         const double* of_lse, const double* of_entropy) {
   SHARED(Sums, each, BLOCK);
   SHARED(Gradient, gradient, 1);
   const Targets targets = {given, weight, sample};
@@ -360,7 +471,8 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
   const i64 rows = call.outer * call.inner;
   if (blockIdx.x == rows) {
     if (blockIdx.y) return;
-    const Results results = {loss, lse, entropy, prediction, correct, valid};
+    const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
     conclude_all(call, targets, states, results, each);
     if (result) store_loss(call, divisor, each[0], result);
     return;
@@ -376,10 +488,11 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
     const double divides = denominator(call, divisor, mine.weight);
     const Meaning meaning = meaning_of(call, targets, row.number);
     const State state = join_parts(call, states, row.number);
-    const Results nowhere = {0, 0, 0, 0, 0, 0};
+    const Results nowhere = {};
     const Outcome found = conclude(call, meaning, row.number, state, nowhere, mine);
     const double g = cotangent_of(call, cotangent, cotangent_number, row.number) * meaning.sample;
-    gradient[0] = gradient_of_row(call, meaning, state, found, call.mean ? g / divides : g);
+    gradient[0] = gradient_of_row(call, meaning, state, found, call.mean ? g / divides : g,
+                                  OfStats{of_lse, of_entropy}, row.number);
   }
   __syncthreads();
   write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, gradient[0], grad);

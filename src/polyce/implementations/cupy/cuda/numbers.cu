@@ -11,6 +11,8 @@
 //   SPREAD   1 if other classes than the pivot have coefficients: probabilities, smoothing
 //   SOFTCAP  1 for logits under a softcap
 //   STATS    1 if something besides the loss is wanted of each row
+//   BESIDE   1 if the largest probability, the Brier score or the rank are among that
+//   VALUED   1 if the gradient is also that of lse or entropy, which take STATS
 //   WIDTH    how many logits are loaded at once: more than 1 only where classes are contiguous
 //   BLOCK    how many threads a block has, a power of two
 

@@ -108,8 +108,12 @@ typedef double Sum;
 
 // Whether the pivot is the class of the largest logit, and not the label.
 #define LARGEST (PROBABILITY || STATS)
+// Whether a label's Brier score and its rank are summed. The score of probabilities takes another look
+// at the logits.
+#define RANKED (BESIDE && !PROBABILITY)
+#define DISTANT (BESIDE && PROBABILITY)
 // Whether the ints of a state would leave a gap.
-#define PADDED (PROBABILITY ? !STATS && REAL == FLOAT64 : STATS)
+#define PADDED (PROBABILITY ? !STATS && REAL == FLOAT64 : STATS && !RANKED)
 
 // The state of some of a row's classes, less the pivot.
 struct State {
@@ -123,6 +127,9 @@ struct State {
 #if STATS
   Sum entropy;  // the sum of exp(x - m') (m' - x)
 #endif
+#if RANKED
+  Sum squares;  // the sum of exp(x - m')^2
+#endif
 #if LARGEST
   real pivot_r;     // without what the label has beside its share of the smoothing
   int pivot_class;  // the first with the largest logit
@@ -134,8 +141,11 @@ struct State {
 #if PADDED
   int unused;  // so that all bytes of a state in memory are written
 #endif
+#if RANKED
+  int rank;  // how many classes have a larger logit than the label
+#endif
 #if STATS && !PROBABILITY
-  real label;  // its logit, in the state of a row's first thread
+  real label;  // its logit, in the state of a row's first thread; for a rank of all
 #endif
 };
 
@@ -149,6 +159,10 @@ DEVICE State nothing_read() {
 #endif
 #if STATS
   state.entropy = 0;
+#endif
+#if RANKED
+  state.squares = 0;
+  state.rank = 0;
 #endif
   state.pivot = -infinity();
 #if LARGEST
@@ -186,6 +200,9 @@ DEVICE void carry(const Call& call, State& state, real top) {
   state.entropy *= lower;
   if (state.total * lower == 0) state.entropy = 0;
 #endif
+#if RANKED
+  if (state.squares != 0) state.squares *= lower * lower;
+#endif
   if (state.total != 0) state.total *= lower;
   state.top = top;
 }
@@ -204,6 +221,9 @@ DEVICE void include(const Call& call, State& state, real x, real r, int c) {
 #endif
 #if STATS
   if (p != 0) state.entropy += p * -gap;
+#endif
+#if RANKED
+  state.squares += p * p;
 #endif
 }
 
@@ -243,6 +263,10 @@ DEVICE void merge(const Call& call, State& state, State other) {
 #endif
 #if STATS
   state.entropy += other.entropy;
+#endif
+#if RANKED
+  state.squares += other.squares;
+  state.rank += other.rank;
 #endif
 #if LARGEST
   choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);
@@ -286,6 +310,24 @@ struct Outcome {
   real top;             // m', or 0 for -inf: of the label in a gradient, where there is one
   real factor;          // of exp(x - m') in the gradient
   real pivot_gradient;
+#if BESIDE
+  real top_probability;
+  real brier;  // of a label
+#endif
+#if VALUED || DISTANT
+  real softmax;      // of exp(x - m') in the softmax
+  real probability;  // of the pivot
+  real others;       // of the other classes together
+#endif
+#if VALUED
+  real lead;              // lse - m'
+  real entropy_at_pivot;  // the pivot's part in the gradient of the entropy
+#if !PROBABILITY
+  real label_p;  // exp(x - m') of the label, and m' - x; where it is not the pivot
+  real label_gap;
+  real label_gradient;
+#endif
+#endif
 };
 
 // `weight` is that of the label's class; 1 for probabilities.
@@ -362,17 +404,45 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   const real lacking = others == 0 ? (real)0 : others * (gap_ahead + h);
   found.entropy = (real)(found.factor * state.entropy) + lacking + probability * (gap_behind + h);
 #endif
+#if VALUED || DISTANT
+  found.softmax = found.factor;
+  found.probability = probability;
+  found.others = others;
+#endif
+#if VALUED
+  found.lead = gap_ahead + h;
+  found.entropy_at_pivot =
+      probability * ((gap_behind + h) * others - ((real)(found.factor * state.entropy) + lacking));
+#endif
+#if BESIDE
+  found.top_probability = 1 / (1 + e);
+#endif
+#if RANKED
+  const double squares = state.squares * found.factor * found.factor;
+  found.brier = (real)((double)others * others + squares);
+#endif
   found.top = reference_of(state.top);
 #if STATS && !PROBABILITY
   if (!leads) {
     const Gap label_gap = exact_gap(call, found.top, state.label);
     if (added != 0 && size_of(added) != infinity()) found.loss += added * label_gap.delta + added * label_gap.error;
-    // The gradient has the label for the pivot, as it has without stats.
     real low_label = exp_of(-label_gap.delta);
     low_label -= low_label * label_gap.error;
-    found.pivot_gradient = sum_of_r * (low_label * found.factor) - at_label;
+#if RANKED
+    const double p = low_label * found.factor;
+    found.brier = (real)((1 - p) * (1 - p) + (double)probability * probability + (squares - p * p));
+#endif
+    const real label_gradient = sum_of_r * (low_label * found.factor) - at_label;
+#if VALUED
+    found.label_p = low_label;
+    found.label_gap = label_gap.delta;
+    found.label_gradient = label_gradient;
+#else
+    // The gradient has the label for the pivot, as it has without stats.
+    found.pivot_gradient = label_gradient;
     found.top = reference_of(state.pivot);
     found.factor = probability;
+#endif
   }
 #endif
   found.factor *= sum_of_r;
