@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 
 import polyce
@@ -17,8 +16,7 @@ from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
 # The groups that the kernels for GPUs serve.
-ON_CUPY = [group for group in GROUPS if group not in ("sparse", "teacher")]
-ON_TRITON = [group for group in ON_CUPY if group != "target-stats"]
+ON_GPUS = [group for group in GROUPS if group not in ("sparse", "teacher")]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -77,7 +75,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 
 @pytest.mark.only("triton", "torch-cuda")
-@pytest.mark.parametrize("group", ON_TRITON)
+@pytest.mark.parametrize("group", ON_GPUS)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"
@@ -94,8 +92,8 @@ FEWEST = 5
 @pytest.mark.parametrize(
     ("name", "most", "group"),
     [
-        *product(["cupy"], [FEWEST], ON_CUPY),
-        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in ON_CUPY),
+        *product(["cupy"], [FEWEST], ON_GPUS),
+        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in ON_GPUS),
         *(pytest.param("reference", None, group, marks=EMULATED) for group in GROUPS),
     ],
 )
@@ -105,18 +103,6 @@ def test_grid_on_cupy(
     everything = most != FEWEST and (FULL or backend_name == "cupy")
     leave_out = None if everything else few(group, backend.floats, most)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
-
-
-@pytest.mark.only("triton", "torch-cuda")
-def test_another_path_serves_the_stats_beside_the_target(backend: Backend) -> None:
-    x, y = (backend.asarray(array) for array in (np.zeros((2, 4)), np.array([0, 3])))
-    _, stats = polyce.cross_entropy(x, y, return_stats=("brier", "rank"))
-    assert backend.to_numpy(stats.brier).tolist() == [0.75, 0.75]
-    assert backend.to_numpy(stats.rank).tolist() == [0, 0]
-    for asked in ("top_probability", "brier", "rank"):
-        message = f"'triton' cannot serve this call: stats {asked} is not served"
-        with pytest.raises(ValueError, match=message):
-            polyce.cross_entropy(x, y, return_stats=asked, implementation="triton")
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")
