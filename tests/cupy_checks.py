@@ -134,6 +134,16 @@ def labels(values: list[int], dtype: str, bad: list[int], **options: Any) -> Che
     return check
 
 
+def bad_entries() -> None:
+    """Check that a row with a class out of range is nan, and no other."""
+    x, index, chance = on_device(
+        np.zeros((2, 5), np.float32), np.array([[0, 5], [1, 4]]), np.full((2, 2), 0.5, np.float32)
+    )
+    loss, grad = polyce.cross_entropy_with_grad(x, polyce.SparseTarget(index, chance), **ROWS)
+    assert np.isnan(loss.get()).tolist() == [True, False]
+    assert np.isnan(grad.get()).all(1).tolist() == [True, False]
+
+
 def refused_labels() -> None:
     """Check that a label out of range raises with validate=True."""
     x, t = on_device(np.zeros((2, 5), np.float32), np.array([0, 5]))

@@ -15,8 +15,8 @@ from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
-# The groups that the kernels for GPUs serve.
-ON_GPUS = [group for group in GROUPS if group not in ("sparse", "teacher")]
+# The groups that Triton's kernels serve.
+ON_TRITON = [group for group in GROUPS if group not in ("sparse", "teacher")]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -75,7 +75,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 
 @pytest.mark.only("triton", "torch-cuda")
-@pytest.mark.parametrize("group", ON_GPUS)
+@pytest.mark.parametrize("group", ON_TRITON)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"
@@ -92,8 +92,8 @@ FEWEST = 5
 @pytest.mark.parametrize(
     ("name", "most", "group"),
     [
-        *product(["cupy"], [FEWEST], ON_GPUS),
-        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in ON_GPUS),
+        *product(["cupy"], [FEWEST], GROUPS),
+        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in GROUPS),
         *(pytest.param("reference", None, group, marks=EMULATED) for group in GROUPS),
     ],
 )

@@ -22,7 +22,7 @@ from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 # A null pointer, in the one form that CuPy 13 also takes.
 _NULL = 0
 # Bytes of two sums, and at most of the state of a part of a row.
-_SUMS, _STATE = 16, 120
+_SUMS, _STATE = 16, 168
 _MOST_KNOWN = 1024
 # The stats that the kernels fill, in the order of their arguments.
 _WRITTEN = (*USUAL_STATS, "valid", *BESIDE_TARGET)
@@ -62,6 +62,8 @@ class _KernelCall(NamedTuple):
     logits: Any
     targets: tuple[Any, Any, Any]
     """Target, class weights and sample weights."""
+    entries: tuple[Any, int, Any]
+    """The probabilities of a sparse target, how many a row has, and memory for their logits."""
     divisor: tuple[Any, float]
     """What a mean divides by: an array and 1, or no array and a number."""
     cotangent: tuple[Any, float]
@@ -72,23 +74,31 @@ class _KernelCall(NamedTuple):
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel."""
         kernel = _kernel(name, self.plan.options[name])
-        kernel(grid, (cupy_plan.BLOCK,), (self.plan.call, *arguments))
+        kernel(grid, (self.plan.block,), (self.plan.call, *arguments))
 
 
 def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
-    logits, target, weight, sample, normalizer, cotangent, of_lse, of_entropy, _ = operands
+    logits, target, weight, sample, normalizer, cotangent, of_lse, of_entropy, chances = operands
     if problem.check_labels:
         labels.read(problem, target, logits)
-    probability = problem.kind == "probability"
-    if not probability:
+    dense = problem.kind in ("probability", "teacher")
+    entries = (_NULL, 0, _NULL)
+    if problem.kind == "sparse":
+        target = _in_order(cupy.moveaxis(target, problem.axis, -1))
+        real = problem.arithmetic_dtype
+        chances = _in_order(cupy.moveaxis(chances, problem.axis, -1), real)
+        # The gradient may be written over the logits.
+        logits_kept = _NULL if grad is None else cupy.empty(target.shape, real)
+        entries = (chances, problem.entries, logits_kept)
+    elif not dense:
         target = _in_order(target)
     if weight is not None:
         weight = _in_order(weight, problem.arithmetic_dtype)
     sample, normalizer, cotangent = map(_readable, (sample, normalizer, cotangent))
     by_row = problem.options.reduction == "none" and hasattr(cotangent, "dtype")
     rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row)
-    plan = _plan(problem, logits, target if probability else None, grad, rest)
+    plan = _plan(problem, logits, target if dense else None, grad, rest)
     if any(plan.copies):
         if plan.copies[0]:
             logits = cupy.ascontiguousarray(logits)
@@ -96,12 +106,13 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall
             target = cupy.ascontiguousarray(target)
         if plan.copies[2]:
             grad = cupy.empty(problem.shape, problem.logits_dtype)
-        plan = _plan(problem, logits, target if probability else None, grad, rest)
+        plan = _plan(problem, logits, target if dense else None, grad, rest)
     return _KernelCall(
         problem=problem,
         plan=plan,
         logits=logits,
         targets=(target, _or_null(weight), _or_null(sample)),
+        entries=entries,
         divisor=_array_and_number(normalizer),
         cotangent=_array_and_number(cotangent),
         of_stats=(_of_stats(of_lse), _of_stats(of_entropy)),
@@ -134,12 +145,14 @@ def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
         read = (call.logits, *call.targets)
-        call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *written)
+        arguments = (*read, states, _NULL, *written, *call.entries)
+        call.launch("forward", (plan.rows, plan.parts), *arguments)
         result = loss if reduced else _NULL
         call.launch("join", (1,), *call.targets, states, *call.divisor, result, *written)
         return loss, found
     sums = _memory(plan.blocks * _SUMS) if reduced else _NULL
-    call.launch("forward", (plan.blocks,), call.logits, *call.targets, _NULL, sums, *written)
+    arguments = (call.logits, *call.targets, _NULL, sums, *written, *call.entries)
+    call.launch("forward", (plan.blocks,), *arguments)
     if reduced:
         call.launch("reduce", (1,), sums, plan.blocks, *call.divisor, loss)
     return loss, found
@@ -155,7 +168,7 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
     scales = (*call.cotangent, *call.divisor)
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
-        nothing = [_NULL] * len(written)
+        nothing = (*[_NULL] * len(written), *call.entries)
         call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
         # The block after the last row writes the loss.
         arguments = (*read, *scales, states, result, call.grad, *written, *call.of_stats)
@@ -168,7 +181,9 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
         finished = sums + plan.blocks * _SUMS
         call.launch("weigh", (plan.weighing,), *call.targets, weights, finished)
     places = (weights, finished, sums, result, call.grad, *written)
-    call.launch("forward_backward", (plan.blocks,), *read, *scales, *places, *call.of_stats)
+    call.launch(
+        "forward_backward", (plan.blocks,), *read, *scales, *places, *call.entries, *call.of_stats
+    )
     return loss, found
 
 

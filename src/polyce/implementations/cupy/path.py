@@ -66,7 +66,6 @@ PATH = Implementation(
     cross_entropy_with_grad=cross_entropy_with_grad,
     backends=BACKENDS,
     devices=DEVICES,
-    kinds=frozenset({"index", "probability"}),
     unavailable=unavailable,
     refuses=refuses,
     takes_grad_stats=True,
