@@ -34,7 +34,7 @@ def answers(
     from cupy import emulation
 
     options = ROWS | options
-    cotangent = {"grad_output": options.pop("grad_output")} if "grad_output" in options else {}
+    cotangent = {key: options.pop(key) for key in ("grad_output", "grad_stats") if key in options}
     wanted = expected(given, **options, **cotangent)
     for order in orders:
         emulation.order = order
@@ -42,7 +42,7 @@ def answers(
         options["sample_weight"] = v
         with settings(**(table or {})):
             if grad:
-                more = {key: on_device(value)[0] for key, value in cotangent.items()}
+                more = {key: moved(value) for key, value in cotangent.items()}
                 place = x if in_place else None
                 found = polyce.cross_entropy_with_grad(x, t, w, out=place, **options, **more)
                 calls.agree(found, wanted)
@@ -50,6 +50,13 @@ def answers(
                 found = polyce.cross_entropy(x, t, w, **options)
                 loss = found[0] if "return_stats" in options else found
                 calls.close(loss, wanted[0], calls.CLOSE[str(loss.dtype)])
+
+
+def moved(value: Any) -> Any:
+    """Copy an array, or those of a dict, to the current device."""
+    if isinstance(value, dict):
+        return {key: moved(each) for key, each in value.items()}
+    return on_device(value)[0]
 
 
 def right(shape: tuple[int, ...], name: str = "float32", kind: str = "index", **how: Any) -> Check:
@@ -125,6 +132,16 @@ def labels(values: list[int], dtype: str, bad: list[int], **options: Any) -> Che
         assert np.isnan(grad.get()).all(1).tolist() == np.isnan(loss).tolist()
 
     return check
+
+
+def bad_entries() -> None:
+    """Check that a row with a class out of range is nan, and no other."""
+    x, index, chance = on_device(
+        np.zeros((2, 5), np.float32), np.array([[0, 5], [1, 4]]), np.full((2, 2), 0.5, np.float32)
+    )
+    loss, grad = polyce.cross_entropy_with_grad(x, polyce.SparseTarget(index, chance), **ROWS)
+    assert np.isnan(loss.get()).tolist() == [True, False]
+    assert np.isnan(grad.get()).all(1).tolist() == [True, False]
 
 
 def refused_labels() -> None:

@@ -16,7 +16,9 @@ from typing import Any
 
 from cupy_checks import Check
 
-NUMBERS, ROW, CLASSES, KERNELS = "numbers.cu", "row.cu", "classes.cu", "kernels.cu"
+NUMBERS, ROW, OUTCOME, CLASSES = "numbers.cu", "row.cu", "outcome.cu", "classes.cu"
+GRADIENT, BLOCKS = "gradient.cu", "blocks.cu"
+ENTRIES, KERNELS = "entries.cu", "kernels.cu"
 PLAN, LAUNCH = "plan.py", "launch.py"
 Edit = tuple[str, str, str]
 """A file, a text in it, and the text that replaces every occurrence."""

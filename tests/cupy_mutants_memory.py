@@ -7,7 +7,7 @@ from typing import Any
 import cupy_checks
 from cupy_calls import SPLIT
 from cupy_checks import ORDERS, far, right, zones
-from cupy_mutants import CLASSES, KERNELS, PLAN, wrong
+from cupy_mutants import BLOCKS, CLASSES, ENTRIES, GRADIENT, KERNELS, PLAN, wrong
 
 SYNC = "__syncthreads();"
 LOSS: dict[str, Any] = {"grad": False, "orders": ORDERS}
@@ -18,15 +18,14 @@ GRADIENTS = right(LONG, orders=ORDERS)
 SUM = right(SHORT, **LOSS, reduction="sum")
 MEANS = right((300, 2), **MEAN, orders=ORDERS)
 PARTS = right(LONG, table=SPLIT, **LOSS)
+ENTRIES_OVER_LOGITS = right((12, 70), kind="sparse", in_place=True, orders=ORDERS)
 UNEVEN = zones((3, 67), 2)
 FAR, NEAR = 2**31 + 64, 2**30 + 64
 
 MUTANTS = {
     # barriers, and who is last
-    "no-barrier-before-the-tree": wrong(TEAMS, KERNELS, f"if (team > 1) {SYNC}", ""),
-    "no-barrier-in-the-tree": wrong(
-        TEAMS, KERNELS, f"step].state);\n    {SYNC}", "step].state);\n"
-    ),
+    "no-barrier-before-the-tree": wrong(TEAMS, BLOCKS, f"if (team > 1) {SYNC}\n  for", "for"),
+    "no-barrier-in-the-tree": wrong(TEAMS, BLOCKS, f"step].state);\n    {SYNC}", "step].state);\n"),
     "no-barrier-before-the-gradient": wrong(
         GRADIENTS,
         KERNELS,
@@ -39,9 +38,18 @@ MUTANTS = {
         f"may still read.\n    {SYNC}",
         "\n",
     ),
+    "no-barrier-before-the-entries": wrong(
+        ENTRIES_OVER_LOGITS, KERNELS, f"threads write there.\n    {SYNC}", "\n"
+    ),
+    "reads-a-written-entry": wrong(
+        ENTRIES_OVER_LOGITS,
+        ENTRIES,
+        "entries.logits[first + k], r",
+        "(real)Stored<LOGITS>::widen(grad[place.row.g_at + entry.number * call.g_class]), r",
+    ),
     "no-barrier-before-adding-up": wrong(
         SUM,
-        KERNELS,
+        BLOCKS,
         f"threadIdx.x;\n  {SYNC}\n  for (int reach = BLOCK / 2",
         "threadIdx.x;\n  for (int reach = BLOCK / 2",
     ),
@@ -53,7 +61,7 @@ MUTANTS = {
     ),
     "barrier-in-a-branch": wrong(
         SUM,
-        KERNELS,
+        BLOCKS,
         f"reach].weight;\n    }}\n    {SYNC}",
         f"reach].weight;\n    {SYNC}\n    }}",
     ),
@@ -96,7 +104,7 @@ MUTANTS = {
         "_in_step(threads.width // 2, key.logits, x, key.grad",
     ),
     "gradient-taken-for-aligned": wrong(
-        zones((2, 72), out_at=1), CLASSES, "W == 1 || call.g_in_step", "true"
+        zones((2, 72), out_at=1), GRADIENT, "W == 1 || call.g_in_step", "true"
     ),
     "probabilities-taken-for-aligned": wrong(
         zones((2, 72), other=1, target="float32"), CLASSES, "if (call.t_in_step)", "if (true)"
@@ -138,14 +146,14 @@ MUTANTS = {
     ),
     "narrow-classes-of-the-gradient": wrong(
         far((2, 4, 4), (4, NEAR, 1), "out"),
-        CLASSES,
+        GRADIENT,
         "grad + c * (WIDTH > 1 ? 1 : call.g_class)",
         "grad + (int)(c * (WIDTH > 1 ? 1 : call.g_class))",
         crashes=True,
     ),
     "narrow-label": wrong(
         far((2, 4, 4), (4, NEAR, 1), "logits"),
-        KERNELS,
+        BLOCKS,
         "x[meaning.label * call.x_class]",
         "x[(int)(meaning.label * call.x_class)]",
         crashes=True,
@@ -162,7 +170,7 @@ MUTANTS = {
     ),
     "first-sums-alone": wrong(
         right((300, 2), **LOSS, **MEAN, table={"BLOCK": 4, "MOST_BLOCKS": 9}),
-        KERNELS,
+        BLOCKS,
         "i < count; i += BLOCK",
         "i < count; i += count",
     ),
@@ -175,18 +183,18 @@ MUTANTS = {
     ),
     "reads-a-written-neighbour": wrong(
         right(LONG, in_place=True, orders=ORDERS),
-        KERNELS,
+        BLOCKS,
         "gradient.reference = found.top;",
         "gradient.reference = reference_of(state.top) - state.pivot;",
         KERNELS,
-        "const Gradient& gradient = places[first].gradient;",
-        "Gradient gradient = places[first].gradient; gradient.reference += "
+        "const Gradient& gradient = places[first_of(call, place.seat)].gradient;\n      write_part",
+        "Gradient gradient = places[first_of(call, place.seat)].gradient; gradient.reference += "
         "Stored<LOGITS>::widen(x[place.row.x_at + gradient.pivot * call.x_class]);",
     ),
     "pivot-in-the-second-part": wrong(
-        PARTS, KERNELS, "member == 0 && part == 0", "member == 0 && part == 1"
+        PARTS, BLOCKS, "member == 0 && part == 0", "member == 0 && part == 1"
     ),
-    "pivot-in-every-seat": wrong(TEAMS, KERNELS, "member == 0 && part == 0", "member == 1"),
+    "pivot-in-every-seat": wrong(TEAMS, BLOCKS, "member == 0 && part == 0", "member == 1"),
     "parts-one-short": wrong(
         right((3, 96), table=SPLIT, **LOSS),
         PLAN,
@@ -195,7 +203,7 @@ MUTANTS = {
     ),
     "last-part-forgotten": wrong(
         right((3, 96), table=SPLIT, **LOSS),
-        KERNELS,
+        BLOCKS,
         "part = 1; part < call.parts",
         "part = 1; part + 1 < call.parts",
     ),

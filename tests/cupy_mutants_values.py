@@ -8,7 +8,19 @@ from typing import Any
 import cupy_checks
 from cupy_calls import SHARED, SPLIT
 from cupy_checks import labels, of_rows, right, two_calls
-from cupy_mutants import CLASSES, KERNELS, LAUNCH, NUMBERS, PLAN, ROW, wrong
+from cupy_mutants import (
+    BLOCKS,
+    CLASSES,
+    ENTRIES,
+    GRADIENT,
+    KERNELS,
+    LAUNCH,
+    NUMBERS,
+    OUTCOME,
+    PLAN,
+    ROW,
+    wrong,
+)
 
 INF, NAN = math.inf, math.nan
 LOSS: dict[str, Any] = {"grad": False}
@@ -24,6 +36,16 @@ CAPPED = right(LONG, logit_softcap=5.0, z_loss=0.1)
 MASKED = of_rows([[0.0, -INF, -INF, -INF, -INF, -INF, 1.0, -INF]], [0], table=SHARED, **LOSS)
 TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="prediction")
 BY_ROW = right((3, 10), grad_output=cupy_checks.thirds(3))
+ASKED = ("top_probability", "brier", "rank")
+BESIDE = right(LONG, return_stats=ASKED)
+BESIDE_PARTS = right(LONG, return_stats=ASKED, table=SPLIT)
+BESIDE_SOFT = right(LONG, kind="probability", return_stats=ASKED[:2])
+VALUED = right(
+    LONG, return_stats=True, grad_stats={n: cupy_checks.thirds(3) for n in ("lse", "entropy")}
+)
+RANK_TIES = of_rows([[0.0] * 19] * 2, [18, 0], table=SHARED, return_stats="rank")
+SPARSE = right((12, 40), kind="sparse", label_smoothing=0.1, return_stats=True)
+TEACHER = right(LONG, kind="teacher", label_smoothing=0.1, return_stats=True)
 OLD_KEY = "plan = _plans.get((problem, key))"
 FIND_PIVOT = "if (x > pivot_logit || (pivot == NONE && x == pivot_logit))"
 UINT64 = [2**64 - 100, 3, 2**63]
@@ -43,14 +65,17 @@ MUTANTS = {
         right(LONG, **LOSS), ROW, "if (state.top > other.top) carry(call, other, state.top);", ""
     ),
     "merge-without-the-pivot": wrong(
-        LIKELY, ROW, "choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);", ""
+        LIKELY,
+        ROW,
+        "choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class, other_even);",
+        "",
     ),
-    "loser-forgotten": wrong(LIKELY, ROW, "include(call, state, x, r, c);", ""),
+    "loser-forgotten": wrong(LIKELY, ROW, "include(call, state, x, r, c, even);", ""),
     "loser-without-its-coefficient": wrong(
         LIKELY,
         ROW,
-        "loser = state.pivot, loser_r = state.pivot_r",
-        "loser = state.pivot, loser_r = 0",
+        "part_r loser_r = state.pivot_r",
+        "part_r loser_r = 0",
     ),
     "pivot-of-parts-forgotten": wrong(
         PARTS_LIKELY, ROW, "state.pivot_class = c;", "state.pivot_class = NONE;"
@@ -73,7 +98,7 @@ MUTANTS = {
     ),
     "infinite-label-is-sure": wrong(
         of_rows([[0.0, INF, 1.0]], [1], **LOSS),
-        ROW,
+        OUTCOME,
         "nothing = state.pivot - state.pivot",
         "nothing = 0",
     ),
@@ -83,7 +108,7 @@ MUTANTS = {
     ),
     "narrow-sums-of-rows": wrong(
         cupy_checks.equal_rows,
-        KERNELS,
+        BLOCKS,
         "struct Sums { double loss, weight; }",
         "struct Sums { float loss, weight; double no; }",
     ),
@@ -98,30 +123,103 @@ MUTANTS = {
     ),
     "label-counted-twice": wrong(
         of_rows([[0.0, 3.0, 1.0]], [1], return_stats=True),
-        ROW,
+        OUTCOME,
         "added = leads || call.kept == 0 ? (real)0 : weight",
         "added = weight",
     ),
-    "likeliest-is-the-gradient-s-pivot": wrong(STATS, ROW, "found.factor = probability;", ""),
+    "likeliest-is-the-gradient-s-pivot": wrong(STATS, OUTCOME, "found.factor = probability;", ""),
     "one-form-at-the-pivot": wrong(
-        cupy_checks.flat, ROW, "if (!larger) found.pivot_gradient = share - at_pivot;", ""
+        cupy_checks.flat, OUTCOME, "if (!larger) found.pivot_gradient = share - at_pivot;", ""
     ),
     "entropy-stays-behind": wrong(STATS, ROW, "state.entropy += state.total * risen;", ""),
+    # stats beside the target, and gradients of stats
+    "equals-are-larger": wrong(RANK_TIES, CLASSES, "if (x > state.label)", "if (x >= state.label)"),
+    "rank-beside-0": wrong(
+        BESIDE, BLOCKS, "RANKED || (place.seat.member == 0", "(place.seat.member == 0"
+    ),
+    "rank-of-the-first-part": wrong(BESIDE_PARTS, ROW, "state.rank += other.rank;", ""),
+    "squares-stay-behind": wrong(BESIDE, ROW, "state.squares *= lower * lower;", ";"),
+    "label-counted-among-the-squares": wrong(BESIDE, OUTCOME, "(squares - p * p)", "squares"),
+    "largest-probability-of-the-label": wrong(
+        BESIDE,
+        OUTCOME,
+        "found.top_probability = 1 / (1 + e);",
+        "found.top_probability = low / (1 + e);",
+    ),
+    "distances-of-the-first-thread": wrong(
+        BESIDE_SOFT,
+        BLOCKS,
+        "if (place.seat.member < reach)\n      place.gradient",
+        "if (0) place.gradient",
+    ),
+    "entropy-without-gaps": wrong(VALUED, GRADIENT, "row.more - gap * row.by_gap", "row.more"),
+    "no-entropy-at-the-pivot": wrong(
+        VALUED, BLOCKS, "of_entropy * found.entropy_at_pivot", "0 * found.entropy_at_pivot"
+    ),
+    "no-entropy-at-the-label": wrong(VALUED, BLOCKS, "(more + found.label_gap * by_gap)", "more"),
+    "cotangents-of-stats-swapped": wrong(
+        VALUED,
+        LAUNCH,
+        "(_of_stats(of_lse), _of_stats(of_entropy))",
+        "(_of_stats(of_entropy), _NULL)",
+    ),
+    "every-entropy-the-first": wrong(
+        VALUED, BLOCKS, "of_stats.entropy[number]", "of_stats.entropy[0]"
+    ),
+    # entries of a sparse target, and a teacher
+    "entries-of-the-first-thread": wrong(
+        SPARSE, ENTRIES, "kept.rest += other.rest;", "kept.rest += 0;"
+    ),
+    "last-of-equal-entries": wrong(
+        SPARSE, ENTRIES, "sum += of(other, first + k);", "sum = of(other, first + k);"
+    ),
+    "ignored-entries-are-bad": wrong(
+        SPARSE, ENTRIES, "call.ignores && given == call.ignore_index", "false"
+    ),
+    "bad-entries-are-answered": wrong(
+        cupy_checks.bad_entries, ENTRIES, "if (entry.bad) own.bad = 1;", ""
+    ),
+    "pivot-s-entry-among-the-others": wrong(
+        SPARSE, ENTRIES, "own.pivot_r += entry.r;\n      continue;", ""
+    ),
+    "entries-without-smoothing": wrong(
+        SPARSE,
+        ENTRIES,
+        "real r = coefficient(call, targets.weight, 0, entry.number);",
+        "real r = 0;",
+    ),
+    "teacher-s-rest-stays-behind": wrong(TEACHER, ROW, "state.rest *= lower;", ""),
+    "teacher-s-pivot-stays-behind": wrong(TEACHER, ROW, "state.pivot_r *= lower;", ""),
+    "teacher-s-parts-apart": wrong(
+        TEACHER,
+        ROW,
+        "if (state.teacher_top > other.teacher_top) carry_teacher(call, other, state.teacher_top);",
+        "",
+    ),
+    "teacher-without-scale": wrong(
+        TEACHER, ROW, "(t - reference_of(top)) * call.teacher_scale", "(t - reference_of(top))"
+    ),
+    "teacher-s-pivot-without-smoothing": wrong(
+        TEACHER, OUTCOME, "pivot_r += (double)state.pivot_even * call.share;", ""
+    ),
+    "gradient-of-another-teacher": wrong(
+        TEACHER, BLOCKS, "gradient.teacher_top = state.teacher_top;", "gradient.teacher_top = 0;"
+    ),
     # whole rows
     "rounded-gap": wrong(
-        cupy_checks.confident, ROW, "gap.error = (real)(exact - gap.delta);", "gap.error = 0;"
+        cupy_checks.confident, OUTCOME, "gap.error = (real)(exact - gap.delta);", "gap.error = 0;"
     ),
-    "plain-logarithm": wrong(cupy_checks.confident, ROW, "h = log1p_of(e)", "h = logf(1 + e)"),
-    "one-too-many": wrong(GRADIENTS, ROW, "(state.total - 1) + low", "state.total + low"),
-    "penalty-without-gradient": wrong(CAPPED, ROW, "sum_of_r += pull;", ""),
-    "slope-dropped": wrong(CAPPED, CLASSES, "grad *= slope(call, x);", ""),
+    "plain-logarithm": wrong(cupy_checks.confident, OUTCOME, "h = log1p_of(e)", "h = logf(1 + e)"),
+    "one-too-many": wrong(GRADIENTS, OUTCOME, "(state.total - 1) + low", "state.total + low"),
+    "penalty-without-gradient": wrong(CAPPED, OUTCOME, "sum_of_r += pull;", ""),
+    "slope-dropped": wrong(CAPPED, GRADIENT, "grad *= slope(call, x);", ""),
     "slope-dropped-at-the-pivot": wrong(
-        CAPPED, KERNELS, "gradient.at_pivot *= slope(call, state.pivot);", ""
+        CAPPED, BLOCKS, "gradient.at_pivot *= slope(call, state.pivot);", ""
     ),
     "scale-not-in-the-gradient": wrong(
-        right(LONG, logit_scale=2.0), KERNELS, "g *= call.exact_scale;", ""
+        right(LONG, logit_scale=2.0), BLOCKS, "g *= call.exact_scale;", ""
     ),
-    "pivot-next-door": wrong(GRADIENTS, CLASSES, "if (c == row.pivot)", "if (c == row.pivot + 1)"),
+    "pivot-next-door": wrong(GRADIENTS, GRADIENT, "if (c == row.pivot)", "if (c == row.pivot + 1)"),
     # which rows count, and for how much
     "ignored-rows-in-the-mean": wrong(
         MEANS,
@@ -140,26 +238,26 @@ MUTANTS = {
     ),
     "ignored-rows-have-losses": wrong(
         right(LONG, **LOSS),
-        KERNELS,
+        BLOCKS,
         "row.counted ? found.loss * row.sample : 0",
         "found.loss * row.sample",
     ),
     "ignored-rows-have-gradients": wrong(
-        cupy_checks.ignored, KERNELS, "row.invalid ? 2 : row.counted ? 0 : 1", "row.invalid ? 2 : 0"
+        cupy_checks.ignored, BLOCKS, "row.invalid ? 2 : row.counted ? 0 : 1", "row.invalid ? 2 : 0"
     ),
     "ignored-rows-are-valid": wrong(
-        STATS, KERNELS, "results.valid[number] = row.counted;", "results.valid[number] = 1;"
+        STATS, BLOCKS, "results.valid[number] = row.counted;", "results.valid[number] = 1;"
     ),
     "ignored-rows-have-predictions": wrong(
         of_rows([[0.0, 1.0]] * 2, [-100, 1], return_stats=True),
-        KERNELS,
+        BLOCKS,
         "if (results.prediction) results.prediction[number] = defined ? predicted : -1;",
         "if (results.prediction) results.prediction[number] = predicted;",
     ),
     "denominator-forgotten": wrong(
         right(LONG, **MEAN), KERNELS, "call.mean ? g / divides[0] : g", "g"
     ),
-    "every-cotangent-the-first": wrong(BY_ROW, KERNELS, "call.cotangent_by_row ? row : 0", "0"),
+    "every-cotangent-the-first": wrong(BY_ROW, BLOCKS, "call.cotangent_by_row ? row : 0", "0"),
     "cotangent-forgotten": wrong(
         BY_ROW, LAUNCH, "cotangent=_array_and_number(cotangent)", "cotangent=(_NULL, 1.0)"
     ),
@@ -171,10 +269,10 @@ MUTANTS = {
         "if (found.counted) found.label",
     ),
     "bad-labels-are-answered": wrong(
-        labels([3, 70], "int64", [1]), KERNELS, "if (row.invalid) loss = not_a_number();", ""
+        labels([3, 70], "int64", [1]), BLOCKS, "if (row.invalid) loss = not_a_number();", ""
     ),
     "bad-labels-have-gradients": wrong(
-        labels([3, -1], "int64", [1]), KERNELS, "row.invalid ? 2 : row.counted", "row.counted"
+        labels([3, -1], "int64", [1]), BLOCKS, "row.invalid ? 2 : row.counted", "row.counted"
     ),
     "labels-in-32-bits": wrong(
         labels([3, 2**32 + 3], "int64", [1]),
@@ -225,7 +323,7 @@ MUTANTS = {
         right(LONG), LAUNCH, "(plan.blocks,), *arguments)", "(plan.blocks,), *arguments[:-1])"
     ),
     "fields-swapped": wrong(right(LONG), PLAN, "outer inner classes", "inner outer classes"),
-    "field-missing": wrong(right(LONG), PLAN, '"z_loss", "padding")', '"z_loss")'),
+    "field-missing": wrong(right(LONG), PLAN, '"z_loss", "teacher_scale")', '"z_loss")'),
     "alignment-not-in-the-key": wrong(
         two_calls({"shape": (2, 72)}, {"shape": (2, 72), "out_at": 1}),
         LAUNCH,

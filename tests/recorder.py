@@ -105,9 +105,14 @@ def record(name: str) -> Recorder:
     return recorder
 
 
-def call(*arrays: Any, keep: bool = True, backward: bool = True, **options: Any) -> Any:
+def call(
+    *arrays: Any, keep: bool = True, backward: bool = True, grad_stats: Any = None, **options: Any
+) -> Any:
     """Run a call's own code for the triton path, forward and backward; validate=False."""
-    problem, operands = describe(*arrays, options=Options.taken_from({"validate": False} | options))
+    options = {"validate": False} | options
+    problem, operands = describe(
+        *arrays, options=Options.taken_from(options), grad_stats=grad_stats
+    )
     loss, _, saved = triton_torch.forward(problem, operands, keep)
     if not backward:
         return None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 
 import polyce
@@ -16,8 +15,8 @@ from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
-# The kernels for GPUs do not serve the stats beside the target.
-ON_GPUS = [group for group in GROUPS if group not in ("target-stats", "sparse", "teacher")]
+# The groups that Triton's kernels serve.
+ON_TRITON = [group for group in GROUPS if group not in ("sparse", "teacher")]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -77,7 +76,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 
 @pytest.mark.only("triton", "torch-cuda")
-@pytest.mark.parametrize("group", ON_GPUS)
+@pytest.mark.parametrize("group", ON_TRITON)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"
@@ -94,8 +93,8 @@ FEWEST = 5
 @pytest.mark.parametrize(
     ("name", "most", "group"),
     [
-        *product(["cupy"], [FEWEST], ON_GPUS),
-        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in ON_GPUS),
+        *product(["cupy"], [FEWEST], GROUPS),
+        *(pytest.param("cupy", 18, group, marks=EMULATED) for group in GROUPS),
         *(pytest.param("reference", None, group, marks=EMULATED) for group in GROUPS),
     ],
 )
@@ -105,19 +104,6 @@ def test_grid_on_cupy(
     everything = most != FEWEST and (FULL or backend_name == "cupy")
     leave_out = None if everything else few(group, backend.floats, most)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
-
-
-@pytest.mark.only("triton", "torch-cuda", "cupy", "cupy-emulated")
-def test_another_path_serves_the_stats_beside_the_target(backend: Backend) -> None:
-    name = backend.name if backend.name == "cupy" else "triton"
-    x, y = (backend.asarray(array) for array in (np.zeros((2, 4)), np.array([0, 3])))
-    _, stats = polyce.cross_entropy(x, y, return_stats=("brier", "rank"))
-    assert backend.to_numpy(stats.brier).tolist() == [0.75, 0.75]
-    assert backend.to_numpy(stats.rank).tolist() == [0, 0]
-    for asked in ("top_probability", "brier", "rank"):
-        message = f"'{name}' cannot serve this call: stats {asked} is not served"
-        with pytest.raises(ValueError, match=message):
-            polyce.cross_entropy(x, y, return_stats=asked, implementation=name)
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")

@@ -14,8 +14,9 @@ import pytest
 
 import nvrtc
 from conftest import FULL
-from polyce.call.options import Options
+from polyce.call.options import STATS, Options
 from polyce.call.problem import describe
+from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.implementations.cupy import plan as cupy_plan
 from polyce.implementations.cupy.plan import LaunchKey, Layout
 from polyce.testing.dtypes import dtype
@@ -27,6 +28,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 SHAPES = ((4, 50257), (300, 10))
 # What else is passed: arrays and options.
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
+BESIDE = {"label_smoothing": 0.1, "return_stats": STATS}
+# The gradients that flow into stats are an array for each.
+VALUED = {"return_stats": True, "grad_stats": ("lse", "entropy")}
 CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int64", {}),
     ("uint8", {"label_smoothing": 0.1}),
@@ -38,10 +42,25 @@ CALLS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("same", {"return_stats": True}),
     ("same", EVERYTHING),
     ("float32", {}),
+    ("int64", BESIDE),
+    ("same", {**BESIDE, "return_stats": ("top_probability", "brier"), "logit_softcap": 30.0}),
+    ("int64", VALUED),
+    ("int64", {**VALUED, **BESIDE, "logit_softcap": 30.0}),
+    ("same", {**VALUED, "logit_softcap": 30.0}),
+    ("sparse int64", {}),
+    ("sparse int32", EVERYTHING),
+    ("sparse uint8", {**VALUED, "logit_softcap": 30.0}),
+    ("teacher same", {}),
+    ("teacher float32", {"label_smoothing": 0.1}),
+    ("teacher same", EVERYTHING),
+    ("teacher same", {**VALUED, "logit_softcap": 30.0}),
 )
 # Most registers of a thread with which four blocks of 256 share a multiprocessor's 65536; two in
 # float64.
 FEW, MANY = 64, 128
+# For stats beside the target and for entries three blocks of 256, for a teacher two. In float64,
+# with a softcap or a teacher, all registers that there are.
+BESIDE_FEW, ALL = 80, 255
 READING, WRITING = {"forward", "forward_backward"}, {"forward_backward", "backward"}
 
 
@@ -50,12 +69,20 @@ def planned(
 ) -> dict[str, tuple[str, ...]]:
     """Return what each kernel of a call is compiled with."""
     logits = np.empty(shape, dtype(name))
-    given = np.zeros(shape[:1], target if target != "same" else np.int64)
-    if target == "same" or target.startswith("float"):
-        given = np.empty(shape, dtype(name if target == "same" else target))
-    problem, _ = describe(logits, given, options=Options.taken_from({"validate": False} | options))
+    kind, _, stored = target.rpartition(" ")
+    stored = name if stored == "same" else stored
+    narrow = (shape[0], 3) if kind == "sparse" else shape[:1]
+    held = np.empty(narrow if "int" in stored else shape, dtype(stored))
+    given: Any = held
+    if kind == "sparse":
+        given = SparseTarget(held, np.empty(narrow, dtype(name)))
+    elif kind == "teacher":
+        given = TeacherLogits(held, 0.5)
+    options = {"validate": False} | options
+    of_stats = {name: np.empty(shape[0]) for name in options.pop("grad_stats", ())} or None
+    problem, _ = describe(logits, given, options=Options.taken_from(options), grad_stats=of_stats)
     layout = Layout(logits.strides, 0, logits.itemsize)
-    probabilities = Layout(given.strides, 0, given.itemsize) if given.ndim > 1 else None
+    probabilities = None if "int" in stored else Layout(held.strides, 0, held.itemsize)
     key = LaunchKey(layout, probabilities, layout, None, None, None, False)
     return cupy_plan.plan(problem, key).options
 
@@ -111,13 +138,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("kernel", "macros", "architecture"), cases() if wanted else [])
 
 
+def limit(macros: tuple[str, ...]) -> int:
+    """Return how many registers a thread of a kernel may have."""
+    on = {macro for macro in ("BESIDE", "VALUED", "SPARSE", "TEACHER") if f"-D{macro}=1" in macros}
+    if "-DREAL=FLOAT64" in macros:
+        rare = "-DSOFTCAP=1" in macros and on & {"BESIDE", "VALUED"}
+        return ALL if rare or "TEACHER" in on else MANY
+    if "TEACHER" in on:
+        return MANY
+    return BESIDE_FEW if on & {"BESIDE", "SPARSE"} else FEW
+
+
 def test_compiled(kernel: str, macros: tuple[str, ...], architecture: int) -> None:
     found = nvrtc.compiled(cupy_plan.source(), architecture, (*macros, "--fmad=false"))
     assert found.warnings == ()
     assert found.kernels.keys() == {kernel}
     used = found.kernels[kernel]
     probabilities = any(macro.startswith("-DTARGET=") and "FLOAT" in macro for macro in macros)
-    assert used.registers <= (MANY if "-DREAL=FLOAT64" in macros else FEW)
+    assert used.registers <= limit(macros)
     assert (used.spilled, used.stack) == (0, 0)
     loads, stores = nvrtc.widths(found.ptx)
     # Probabilities, or a softcap, leave registers for fewer loads at once.

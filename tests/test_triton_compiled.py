@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import FULL
+from polyce.call.options import STATS
 
 pytestmark = pytest.mark.only("triton-compile")
 
@@ -24,6 +25,7 @@ LAYOUTS = {
     "split": ((2, 200_001), (200_001, 1), True),
 }
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
+BESIDE = {"label_smoothing": 0.1, "return_stats": STATS}
 # What else is passed: arrays and options.
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
@@ -35,13 +37,17 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "normalized": (("normalizer",), {"z_loss": 0.1, "logit_scale": 0.7}),
     "everything": (("weight", "sample_weight"), EVERYTHING),
     "probabilities": (("probabilities",), {}),
+    "beside the target": ((), BESIDE),
+    "beside probabilities": (("probabilities",), {**BESIDE, "return_stats": ("brier",)}),
+    "valued": (("grad_lse", "grad_entropy"), {"return_stats": True}),
+    "valued probabilities": (("probabilities", "grad_lse", "grad_entropy"), EVERYTHING),
     "everything of probabilities": (("probabilities", "weight", "sample_weight"), EVERYTHING),
 }
 # Most registers of a thread with which two programs of 8 warps share a multiprocessor's 65536. For
 # float64, for a softcap with all stats, and if a thread keeps several rows, all that there are:
 # 255, or 512 on AMD's GPUs.
 FEW, MANY = 128, {"gfx942": 512}
-HEAVY = ("everything", "everything of probabilities")
+HEAVY = ("everything", "everything of probabilities", "valued probabilities")
 
 
 def cases() -> list[Any]:
@@ -78,6 +84,8 @@ def test_compiled(
         torch.ones(shape[1]) if "weight" in given else None,
         sample_weight=torch.ones(rows) if "sample_weight" in given else None,
         normalizer=torch.ones(()) if "normalizer" in given else None,
+        grad_stats={n: torch.ones(rows) for n in ("lse", "entropy") if f"grad_{n}" in given}
+        or None,
         **options,
     )
     for launch in recorder.launched:

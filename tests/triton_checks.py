@@ -207,6 +207,20 @@ def many_rows() -> None:
         torch.testing.assert_close(polyce.cross_entropy(x, t, implementation="triton"), want)
 
 
+def second_backward_pass() -> None:
+    """Check autograd's gradients of lse and entropy, for which the rows are read again."""
+    import torch
+
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 19, requires_grad=True), torch.tensor([4, -100, 18])
+    grads = []
+    for name in ("triton", "reference"):
+        loss, stats = polyce.cross_entropy(x, t, return_stats=True, implementation=name)
+        total = loss + (stats.lse * stats.entropy)[stats.valid].sum()
+        grads.append(torch.autograd.grad(total, x)[0])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
 # A stride that 32 bits hold, but not three of them.
 STEP = 2**30 + 64
 EXACT = grid("accuracy", "options")
@@ -214,6 +228,9 @@ SPECIAL = grid("special")
 IN_TILES = grid("options", "combined", table=TILES)
 IN_PARTS = grid("options", "combined", table=PARTS)
 STATS = grid("stats", table=TILES)
+BESIDE = grid("target-stats", table=TILES)
+BESIDE_PARTS = grid("target-stats", table=PARTS)
+VALUED = grid("grad-stats", table=TILES)
 COMBINED = grid("combined", "transform")
 # Checks that other tests make too.
-SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED}
+SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, BESIDE, BESIDE_PARTS, VALUED}

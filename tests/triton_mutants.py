@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from triton_checks import (
+    BESIDE,
+    BESIDE_PARTS,
     COMBINED,
     EXACT,
     IN_PARTS,
@@ -23,6 +25,7 @@ from triton_checks import (
     SPECIAL,
     STATS,
     STEP,
+    VALUED,
     far,
     grid,
     ignored,
@@ -30,6 +33,7 @@ from triton_checks import (
     many_rows,
     masked,
     masked_in_parts,
+    second_backward_pass,
     ties,
     unlikely_labels,
     unlikely_labels_in_parts,
@@ -204,6 +208,41 @@ MUTANTS = {
         "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
         "LARGEST=form.PROBABILITY",
         unlikely_labels_in_parts,
+    ),
+    # stats beside the target, and gradients of stats
+    "equals-are-larger": Mutant(TILE, "(x > label_x)", "(x >= label_x)", BESIDE),
+    "rank-of-the-last-part": Mutant(
+        KERNEL, "rank += tl.load(place", "rank = tl.load(place", BESIDE_PARTS
+    ),
+    "squares-stay-behind": Mutant(ROW, "squares * decay * decay", "squares", BESIDE),
+    "squares-of-the-last-part": Mutant(
+        KERNEL, "p_squares = tl.load(place", "p_squares = 0.0 * tl.load(place", BESIDE_PARTS
+    ),
+    "label-among-the-squares": Mutant(TILE, "(squares - p * p)", "squares", BESIDE),
+    "pivot-like-the-others": Mutant(
+        KERNEL, "gap = tl.where(c[:, None] == pivot_class, at_pivot, gap)", "gap = gap", BESIDE
+    ),
+    "score-of-a-bad-label": Mutant(
+        TILE, "score = tl.where(defined & (invalid == 0)", "score = tl.where(defined", BESIDE
+    ),
+    "entropy-without-gaps": Mutant(KERNEL, "saved.more - gap * saved.by_gap", "saved.more", VALUED),
+    "no-entropy-at-the-pivot": Mutant(
+        TILE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
+    ),
+    "no-entropy-at-the-label": Mutant(
+        TILE, "tl.where(label_p == 0.0, 0.0, label_gap) * by_gap", "0.0 * by_gap", VALUED
+    ),
+    "stats-have-no-slope": Mutant(
+        TILE,
+        "pivot_more = pivot_more * slope(saved_x, given, FORM)",
+        "pivot_more = pivot_more",
+        VALUED,
+    ),
+    "cotangents-of-stats-swapped": Mutant(
+        KERNEL,
+        "softmax_ptr, of_lse_ptr, of_entropy_ptr,\n    )",
+        "softmax_ptr, of_entropy_ptr, of_lse_ptr,\n    )",
+        second_backward_pass,
     ),
     "label-counted-twice": Mutant(
         TILE,

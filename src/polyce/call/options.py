@@ -16,6 +16,7 @@ SMALLEST, LARGEST = 1e-15, 1e15
 STATS = ("lse", "entropy", "prediction", "correct", "top_probability", "brier", "rank")
 USUAL_STATS = STATS[:4]
 """What return_stats=True stands for: every path has these, for every kind of target."""
+BESIDE_TARGET = STATS[4:]
 STATS_WITH_GRADIENT = ("lse", "entropy")
 
 

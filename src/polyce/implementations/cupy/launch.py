@@ -12,7 +12,7 @@ import cupy
 import numpy as np
 
 from polyce.arrays import dtypes
-from polyce.call.options import USUAL_STATS
+from polyce.call.options import BESIDE_TARGET, USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
@@ -22,10 +22,10 @@ from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
 # A null pointer, in the one form that CuPy 13 also takes.
 _NULL = 0
 # Bytes of two sums, and at most of the state of a part of a row.
-_SUMS, _STATE = 16, 104
+_SUMS, _STATE = 16, 168
 _MOST_KNOWN = 1024
 # The stats that the kernels fill, in the order of their arguments.
-_WRITTEN = (*USUAL_STATS, "valid")
+_WRITTEN = (*USUAL_STATS, "valid", *BESIDE_TARGET)
 
 _plans: dict[tuple[Problem, LaunchKey], LaunchPlan] = {}
 _kernels: dict[tuple[str, ...], Any] = {}
@@ -62,31 +62,43 @@ class _KernelCall(NamedTuple):
     logits: Any
     targets: tuple[Any, Any, Any]
     """Target, class weights and sample weights."""
+    entries: tuple[Any, int, Any]
+    """The probabilities of a sparse target, how many a row has, and memory for their logits."""
     divisor: tuple[Any, float]
     """What a mean divides by: an array and 1, or no array and a number."""
     cotangent: tuple[Any, float]
+    of_stats: tuple[Any, Any]
+    """The cotangents of lse and entropy, in float64."""
     grad: Any
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel."""
         kernel = _kernel(name, self.plan.options[name])
-        kernel(grid, (cupy_plan.BLOCK,), (self.plan.call, *arguments))
+        kernel(grid, (self.plan.block,), (self.plan.call, *arguments))
 
 
 def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
-    logits, target, weight, sample, normalizer, cotangent, *_ = operands
+    logits, target, weight, sample, normalizer, cotangent, of_lse, of_entropy, chances = operands
     if problem.check_labels:
         labels.read(problem, target, logits)
-    probability = problem.kind == "probability"
-    if not probability:
+    dense = problem.kind in ("probability", "teacher")
+    entries = (_NULL, 0, _NULL)
+    if problem.kind == "sparse":
+        target = _in_order(cupy.moveaxis(target, problem.axis, -1))
+        real = problem.arithmetic_dtype
+        chances = _in_order(cupy.moveaxis(chances, problem.axis, -1), real)
+        # The gradient may be written over the logits.
+        logits_kept = _NULL if grad is None else cupy.empty(target.shape, real)
+        entries = (chances, problem.entries, logits_kept)
+    elif not dense:
         target = _in_order(target)
     if weight is not None:
         weight = _in_order(weight, problem.arithmetic_dtype)
     sample, normalizer, cotangent = map(_readable, (sample, normalizer, cotangent))
     by_row = problem.options.reduction == "none" and hasattr(cotangent, "dtype")
     rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row)
-    plan = _plan(problem, logits, target if probability else None, grad, rest)
+    plan = _plan(problem, logits, target if dense else None, grad, rest)
     if any(plan.copies):
         if plan.copies[0]:
             logits = cupy.ascontiguousarray(logits)
@@ -94,14 +106,16 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall
             target = cupy.ascontiguousarray(target)
         if plan.copies[2]:
             grad = cupy.empty(problem.shape, problem.logits_dtype)
-        plan = _plan(problem, logits, target if probability else None, grad, rest)
+        plan = _plan(problem, logits, target if dense else None, grad, rest)
     return _KernelCall(
         problem=problem,
         plan=plan,
         logits=logits,
         targets=(target, _or_null(weight), _or_null(sample)),
+        entries=entries,
         divisor=_array_and_number(normalizer),
         cotangent=_array_and_number(cotangent),
+        of_stats=(_of_stats(of_lse), _of_stats(of_entropy)),
         grad=grad,
     )
 
@@ -131,12 +145,14 @@ def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
         read = (call.logits, *call.targets)
-        call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *written)
+        arguments = (*read, states, _NULL, *written, *call.entries)
+        call.launch("forward", (plan.rows, plan.parts), *arguments)
         result = loss if reduced else _NULL
         call.launch("join", (1,), *call.targets, states, *call.divisor, result, *written)
         return loss, found
     sums = _memory(plan.blocks * _SUMS) if reduced else _NULL
-    call.launch("forward", (plan.blocks,), call.logits, *call.targets, _NULL, sums, *written)
+    arguments = (call.logits, *call.targets, _NULL, sums, *written, *call.entries)
+    call.launch("forward", (plan.blocks,), *arguments)
     if reduced:
         call.launch("reduce", (1,), sums, plan.blocks, *call.divisor, loss)
     return loss, found
@@ -152,10 +168,10 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
     scales = (*call.cotangent, *call.divisor)
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
-        nothing = [_NULL] * len(written)
+        nothing = (*[_NULL] * len(written), *call.entries)
         call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
         # The block after the last row writes the loss.
-        arguments = (*read, *scales, states, result, call.grad, *written)
+        arguments = (*read, *scales, states, result, call.grad, *written, *call.of_stats)
         call.launch("backward", (plan.rows + 1, plan.parts), *arguments)
         return loss, found
     weights, sums, finished = _NULL, _NULL, _NULL
@@ -164,8 +180,10 @@ def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
         sums = weights + plan.weighing * _SUMS
         finished = sums + plan.blocks * _SUMS
         call.launch("weigh", (plan.weighing,), *call.targets, weights, finished)
-    arguments = (*read, *scales, weights, finished, sums, result, call.grad, *written)
-    call.launch("forward_backward", (plan.blocks,), *arguments)
+    places = (weights, finished, sums, result, call.grad, *written)
+    call.launch(
+        "forward_backward", (plan.blocks,), *read, *scales, *places, *call.entries, *call.of_stats
+    )
     return loss, found
 
 
@@ -200,6 +218,10 @@ def _array_and_number(value: Any) -> tuple[Any, float]:
     if hasattr(value, "dtype"):
         return value, 1.0
     return _NULL, 1.0 if value is None else value
+
+
+def _of_stats(cotangent: Any) -> Any:
+    return _NULL if cotangent is None else _in_order(cotangent, np.float64)
 
 
 def _or_null(array: Any) -> Any:

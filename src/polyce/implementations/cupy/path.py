@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 from polyce.arrays import find
-from polyce.call.options import USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -67,8 +66,7 @@ PATH = Implementation(
     cross_entropy_with_grad=cross_entropy_with_grad,
     backends=BACKENDS,
     devices=DEVICES,
-    kinds=frozenset({"index", "probability"}),
-    stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,
+    takes_grad_stats=True,
 )

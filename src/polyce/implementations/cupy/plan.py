@@ -2,8 +2,8 @@
 
 A module holds one kernel for one combination of the macros that `cuda/numbers.cu` lists, so only
 what runs is compiled. There are few: the dtypes of logits and target, and whether there is
-smoothing, a softcap, stats, and a contiguous class axis. A kernel reads everything else when it
-runs. CuPy keeps what it has compiled, in memory and on disk.
+smoothing, a softcap, stats, which stats and gradients of them, and a contiguous class axis. A
+kernel reads everything else when it runs. CuPy keeps what it has compiled, in memory and on disk.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyce.arrays import dtypes
+from polyce.call.options import BESIDE_TARGET
 from polyce.call.problem import Problem
 from polyce.formula import labels, transform
 from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
 
-FILES = ("numbers.cu", "row.cu", "classes.cu", "kernels.cu")
+FILES = (
+    *("numbers.cu", "row.cu", "outcome.cu", "classes.cu", "gradient.cu", "blocks.cu", "entries.cu"),
+    "kernels.cu",
+)
 KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
 # The numbers by which the CUDA sources know these dtypes; their names there are in capitals.
 KINDS: dict[str | None, int] = {
@@ -93,6 +97,8 @@ class LaunchPlan(NamedTuple):
     """`struct Call`, as the kernels take it."""
     options: dict[str, tuple[str, ...]]
     """What each kernel is compiled with."""
+    block: int
+    """The threads of a block."""
     blocks: int
     parts: int
     """Blocks for each row, where rows are split."""
@@ -117,10 +123,9 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
     copies = tuple(a is not None and b is None for a, b in zip(given, rows, strict=True))
     x = rows[0] or Rows(1, 1, (0, 0, 0))
     threads = _threads(problem, x, rows[1:], key.logits.itemsize)
-    probability = problem.kind == "probability"
     real = dtypes.name_of(problem.arithmetic_dtype)
     scale, cap = transform.scale_and_cap(problem)
-    ignored = None if probability else labels.ignored_as_signed(problem)
+    ignored = labels.ignored_as_signed(problem) if problem.names_classes else None
     count = x.outer * x.inner
     weighing = min(MOST_WEIGHING, cdiv(count, WEIGHED))
     mean = 0
@@ -137,7 +142,7 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
         "g": rows[2].strides if rows[2] else 0,
         "blocks": cdiv(x.inner, threads.lanes),
         "lanes": threads.lanes,
-        "team": BLOCK // threads.lanes,
+        "team": _block(problem) // threads.lanes,
         "across": threads.across,
         "parts": threads.parts,
         "chunk": threads.chunk,
@@ -159,11 +164,13 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
         "kept": 1.0 - problem.options.label_smoothing,
         "share": problem.options.label_smoothing / problem.classes,
         "z_loss": problem.options.z_loss,
+        "teacher_scale": problem.teacher_scale,
     }.items():
         call[name] = value
     return LaunchPlan(
         call=call,
         options=_options(problem, real, threads.width),
+        block=_block(problem),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
         parts=threads.parts,
         rows=count,
@@ -210,54 +217,80 @@ class _Threads(NamedTuple):
     chunk: int
 
 
+def _block(problem: Problem) -> int:
+    """Return how many threads a block has: half as many where its rows' states would not fit."""
+    wide = dtypes.name_of(problem.arithmetic_dtype) == "float64"
+    return BLOCK // 2 if wide and problem.kind == "teacher" else BLOCK
+
+
 def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int) -> _Threads:
-    classes, count = problem.classes, x.outer * x.inner
+    classes, count, block = problem.classes, x.outer * x.inner, _block(problem)
     along = x.strides[2] == 1 or classes == 1
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
         # 16 bytes of logits, but for kernels that need the registers.
-        probability, capped = problem.kind == "probability", transform.is_capped(problem)
+        probability = problem.kind in ("probability", "teacher")
+        capped = transform.is_capped(problem)
         most = 4 if probability or capped else 8
         # On sm_80 the kernels for these would spill a register.
         halves = problem.logits_dtype_name == problem.target_dtype == "float16"
         if probability and (capped or halves or problem.options.stats is not None):
             most = 2
+        if problem.kind == "teacher":
+            most = 2
         width = min(16 // itemsize, most)
-    team = min(BLOCK, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
-    lanes = BLOCK // team
+    team = min(block, power_of_two(cdiv(classes, max(PER_THREAD, 2 * width))))
+    lanes = block // team
     if not along:
-        lanes = max(lanes, min(NEIGHBOURS, BLOCK))
+        lanes = max(lanes, min(NEIGHBOURS, block))
     lanes = min(lanes, power_of_two(x.inner))
     parts, chunk = 1, classes
-    if along and classes > LONG and count < FEW_ROWS:
+    # What looks at a row again takes all of it.
+    looks_again = problem.kind == "sparse" or (
+        problem.kind == "probability" and problem.asks("brier")
+    )
+    if along and classes > LONG and count < FEW_ROWS and not looks_again:
         wanted = min(MOST_PARTS, classes // PART, cdiv(2 * FEW_ROWS, count))
-        parts, chunk = cut(classes // width, BLOCK, wanted)
+        parts, chunk = cut(classes // width, block, wanted)
         lanes = 1
     return _Threads(lanes, not along, width, parts, chunk)
 
 
 def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ...]]:
-    target = problem.target_dtype
+    target, smoothed = problem.target_dtype, problem.options.label_smoothing > 0.0
     of_rows = {
         "REAL": real.upper(),
         "TARGET": target.upper(),
-        "SPREAD": int(problem.kind == "probability" or problem.options.label_smoothing > 0.0),
+        "SPREAD": int(problem.kind != "index" or smoothed),
+        "SPARSE": int(problem.kind == "sparse"),
+        "TEACHER": int(problem.kind == "teacher"),
+        "SMOOTHED": int(smoothed and problem.kind in ("sparse", "teacher")),
         "SOFTCAP": int(transform.is_capped(problem)),
         "STATS": int(problem.options.stats is not None),
+        "BESIDE": int(problem.asks(*BESIDE_TARGET)),
+        "VALUED": 0,
     }
-    plain = {"LOGITS": real.upper(), "SPREAD": 1, "SOFTCAP": 0, "STATS": 0, "WIDTH": 1}
+    names = ("SOFTCAP", "SPARSE", "TEACHER", "SMOOTHED", "STATS", "BESIDE", "VALUED")
+    off = dict.fromkeys(names, 0)
+    plain = {**off, "LOGITS": real.upper(), "SPREAD": 1, "WIDTH": 1}
     macros: dict[str, dict[str, Any]] = {
         "reduce": {**plain, "REAL": real.upper(), "TARGET": "FLOAT32"},
-        "weigh": {**plain, "REAL": real.upper(), "TARGET": target.upper()},
+        "weigh": {
+            **plain,
+            "REAL": real.upper(),
+            "TARGET": target.upper(),
+            "SPARSE": of_rows["SPARSE"],
+        },
         "join": {**of_rows, "LOGITS": real.upper(), "WIDTH": 1},
     }
     reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "WIDTH": width}
-    macros |= dict.fromkeys(("forward", "forward_backward", "backward"), reading)
+    writing = {**reading, "VALUED": int(bool(problem.grad_stats))}
+    macros |= {"forward": reading, "forward_backward": writing, "backward": writing}
     return {
         name: (
             "--std=c++17",
             f"-DKERNEL={name.upper()}",
-            f"-DBLOCK={BLOCK}",
+            f"-DBLOCK={_block(problem)}",
             *(f"-D{macro}={value}" for macro, value in sorted(macros[name].items())),
         )
         for name in KERNELS
@@ -274,7 +307,9 @@ def _call_dtype(real: str) -> np.dtype[Any]:
         base, _, times = name.partition("*")
         fields.append((base, np.int64, (int(times),)) if times else (base, np.int64))
     fields += [(name, np.float64) for name in ("exact_scale", "exact_cap")]
-    fields += [(name, real) for name in ("scale", "cap", "kept", "share", "z_loss", "padding")]
+    fields += [
+        (name, real) for name in ("scale", "cap", "kept", "share", "z_loss", "teacher_scale")
+    ]
     return np.dtype(fields)
 
 

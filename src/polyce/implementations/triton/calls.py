@@ -34,10 +34,11 @@ def forward(
     results = Results(
         loss=empty(() if reduced else problem.row_shape, problem.result_dtype),
         stats=stats.unfilled(problem, empty),
-        rows=empty((call.row_count, 4), torch.float64) if keep else None,
+        rows=empty((call.row_count, _saved_of_a_row(problem)), torch.float64) if keep else None,
         sums=empty((call.programs, 2), torch.float64) if reduced else None,
         denominator=empty((), torch.float64) if divided else None,
         normalizer=operands.normalizer,
+        of_stats=(operands.grad_lse, operands.grad_entropy),
     )
     launch.run(launch.forward(call, results), operands.logits)
     saved = Saved(results.rows, results.denominator) if keep else Saved()
@@ -48,12 +49,19 @@ def backward(
     problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Compute the gradient, in `out` if that is given; it may be the logits."""
-    logits = operands.logits.detach()
     if problem.is_empty:
         return REFERENCE.backward(problem, operands, saved, out)
     torch_calls.check_operands(problem, operands)
-    if saved.rows is None:
+    if saved.rows is None or problem.grad_stats:
+        # What the cotangents of stats are multiplied by was not saved: the rows are read again.
         _, _, saved = forward(problem, operands, keep=True)
+    return _write_gradient(problem, operands, saved, out)
+
+
+def _write_gradient(
+    problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
+) -> torch.Tensor:
+    logits = operands.logits.detach()
     _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
     call, place = launch.call(problem, operands, grad), grad
@@ -69,9 +77,14 @@ def backward(
     return grad if place is grad else grad.copy_(place)
 
 
+def _saved_of_a_row(problem: Problem) -> int:
+    return 9 if problem.grad_stats else 4
+
+
 def _check_saved(problem: Problem, saved: Saved) -> None:
     """Refuse tensors that no forward pass of this call has saved."""
-    rows = (torch.Size((math.prod(problem.row_shape), 4)), torch.float64)
+    size = torch.Size((math.prod(problem.row_shape), _saved_of_a_row(problem)))
+    rows = (size, torch.float64)
     denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
     torch_memory.check_returned((rows, denominator), saved)
 
@@ -81,7 +94,9 @@ def cross_entropy_with_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
     """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     loss, found, saved = forward(problem, operands, keep=True)
-    return loss, backward(problem, operands, saved, out), found
+    if problem.is_empty:
+        return loss, backward(problem, operands, saved, out), found
+    return loss, _write_gradient(problem, operands, saved, out), found
 
 
 def keeps(problem: Problem) -> Saved:
@@ -91,4 +106,4 @@ def keeps(problem: Problem) -> Saved:
     return Saved(rows=True, denominator=problem.options.reduction == "mean")
 
 
-KERNELS = Kernels("triton", forward, backward, keeps)
+KERNELS = Kernels("triton", forward, backward, keeps, takes_grad_stats=True)

@@ -30,6 +30,7 @@ def forward(
     x_ptr, target_ptr, weight_ptr, sample_ptr,
     loss_ptr, saved_ptr, sums_ptr, parts_ptr,
     lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+    top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
     units, inner, blocks, rows, chunk, lead,
     x_outer, x_lane, x_class, t_outer, t_lane, t_class,
     ignore_index: tl.int64,
@@ -46,8 +47,9 @@ def forward(
     z_loss = tl.full((1,), z_loss, tl.float64)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
     outputs = Outputs(
-        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr
-    )
+        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+        top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
+    )  # fmt: skip
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
@@ -57,6 +59,10 @@ def forward(
         t_at = t_at + others * t_lane
 
     seen = nothing_read(LANES, FORM.DTYPE)
+    label_x = seen.state.top
+    if FORM.RANK:
+        label_at = outer * x_outer + lane * x_lane + meaning.label.to(tl.int64) * x_class
+        label_x = tl.load(x_ptr + label_at, mask=meaning.counted, other=0.0).to(FORM.DTYPE)
 
     part = tl.program_id(1)
     start = 0
@@ -68,8 +74,8 @@ def forward(
             seen = read(
                 x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
                 target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
-                weight_ptr, c, ends[:, None] & meaning.counted[None, :], meaning.label, classes,
-                given, seen, FORM,
+                weight_ptr, c, ends[:, None] & meaning.counted[None, :], meaning.label, label_x,
+                classes, given, seen, FORM,
             )  # fmt: skip
     # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
     # where the array itself does not begin on one.
@@ -95,7 +101,7 @@ def forward(
         seen = read(
             x_row + step[:, None].to(tl.int64) * x_class,
             t_row + step[:, None].to(tl.int64) * t_class,
-            weight_ptr, c, inside, meaning.label, classes, given, seen, FORM,
+            weight_ptr, c, inside, meaning.label, label_x, classes, given, seen, FORM,
         )  # fmt: skip
 
     if SPLIT:
@@ -107,7 +113,7 @@ def forward(
         if FORM.SPREAD:
             tl.store(place + 2 * step, state.rest, mask=here)
             tl.store(place + 3 * step, state.excess, mask=here)
-        if FORM.ENTROPY:
+        if FORM.SURPRISE:
             tl.store(place + 4 * step, state.entropy, mask=here)
         if FORM.LARGEST:
             tl.store(place + 5 * step, pivot.logit.to(tl.float64), mask=here)
@@ -116,6 +122,10 @@ def forward(
         if FORM.PROBABILITY and FORM.CORRECT:
             tl.store(place + 8 * step, seen.most.to(tl.float64), mask=here)
             tl.store(place + 9 * step, seen.most_class.to(tl.float64), mask=here)
+        if FORM.SQUARES:
+            tl.store(place + 10 * step, state.squares, mask=here)
+        if FORM.RANK:
+            tl.store(place + 11 * step, seen.rank.to(tl.float64), mask=here)
     else:
         conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
@@ -128,6 +138,7 @@ def join(
     x_ptr, target_ptr, weight_ptr, sample_ptr,
     loss_ptr, saved_ptr, sums_ptr, parts_ptr,
     lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+    top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
     classes, inner, blocks, rows, parts,
     x_outer, x_lane, x_class,
     ignore_index: tl.int64,
@@ -141,8 +152,9 @@ def join(
     z_loss = tl.full((1,), z_loss, tl.float64)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
     outputs = Outputs(
-        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr
-    )
+        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
+        top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
+    )  # fmt: skip
     seen = nothing_read(LANES, FORM.DTYPE)
     plane = tl.full((1,), rows, tl.int64)
     step = plane * parts
@@ -152,12 +164,18 @@ def join(
         p_top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
         p_total = tl.load(place + step, mask=here, other=0.0)
         p_rest, p_excess, p_entropy = state.rest, state.excess, state.entropy
+        p_squares, rank = state.squares, seen.rank
         if FORM.SPREAD:
             p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
             p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
-        if FORM.ENTROPY:
+        if FORM.SURPRISE:
             p_entropy = tl.load(place + 4 * step, mask=here, other=0.0)
-        state = merge(state, State(p_top, p_total, p_rest, p_excess, p_entropy), given, FORM)
+        if FORM.SQUARES:
+            p_squares = tl.load(place + 10 * step, mask=here, other=0.0)
+        if FORM.RANK:
+            rank += tl.load(place + 11 * step, mask=here, other=0.0).to(tl.int32)
+        read_here = State(p_top, p_total, p_rest, p_excess, p_entropy, p_squares)
+        state = merge(state, read_here, given, FORM)
         if FORM.LARGEST:
             new = tl.load(place + 5 * step, mask=here, other=0.0).to(FORM.DTYPE)
             new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(FORM.DTYPE)
@@ -168,11 +186,48 @@ def join(
             most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
             # Parts are in the order of their classes, but the first also read the row's end.
             most, most_class = likelier(seen, most, most_class)
-        seen = Seen(state, pivot, most, most_class)
+        seen = Seen(state, pivot, most, most_class, rank)
     conclude(
         x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
         row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
     )  # fmt: skip
+
+
+@triton.jit
+def distance(
+    x_ptr, target_ptr, softmax_ptr, brier_ptr,
+    classes, inner, blocks,
+    x_outer, x_lane, x_class, t_outer, t_lane, t_class,
+    scale: tl.float64, cap: tl.float64,
+    FORM: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Read rows once more, and write the squared distance of their softmax to the target."""
+    outer, _line, lane, here = lanes(inner, blocks, LANES)
+    row = outer * inner + lane
+    given = numbers(scale, scale, scale, cap)
+    place = softmax_ptr + 5 * row
+    top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
+    factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
+    near = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
+    others = tl.load(place + 3, mask=here, other=0.0).to(FORM.DTYPE)
+    pivot_class = tl.load(place + 4, mask=here, other=0.0).to(tl.int32)
+    # nan where there is no score: such a row is not read.
+    read_here = here & (factor == factor)
+    score = (factor - factor).to(tl.float64)
+    for done in range(0, classes, TILE):
+        c = done + tl.arange(0, TILE)
+        inside = (c < classes)[:, None] & read_here[None, :]
+        wide = c[:, None].to(tl.int64)
+        x_at = outer * x_outer + lane[None, :] * x_lane + wide * x_class
+        t_at = outer * t_outer + lane[None, :] * t_lane + wide * t_class
+        x = tl.load(x_ptr + x_at, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+        t = tl.load(target_ptr + t_at, mask=inside, other=0.0).to(FORM.DTYPE)
+        gap = tl.exp(difference(x, top, given, FORM)) * factor - t
+        # What is left of 1 has more digits than a probability near it.
+        at_pivot = tl.where(others < 0.5, (1.0 - t) - others, near - t)
+        gap = tl.where(c[:, None] == pivot_class, at_pivot, gap)
+        score += tl.sum(tl.where(inside, gap * gap, 0.0), 0).to(tl.float64)
+    tl.store(brier_ptr + row, score.to(FORM.DTYPE), mask=here)
 
 
 @triton.jit
@@ -208,7 +263,8 @@ def _gradient(
     """Write a tile of the gradient, possibly over its logits, which are read first."""
     counted = meaning.counted
     x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
-    p = tl.exp(difference(x, saved.top, given, FORM))
+    gap = difference(x, saved.top, given, FORM)
+    p = tl.exp(gap)
     if FORM.SPREAD:
         r, _ = coefficients(
             x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
@@ -217,9 +273,17 @@ def _gradient(
         grad = (saved.factor * p - r) * g
     else:
         grad = p * (saved.factor * g)
+    if FORM.VALUED:
+        grad += tl.where(p == 0.0, 0.0, p * (saved.more - gap * saved.by_gap))
     if FORM.TRANSFORM == "softcap":
         grad = grad * slope(x, given, FORM)
-    grad = tl.where(c[:, None] == saved.pivot_class, saved.pivot_grad * g, grad)
+    pivot_grad = saved.pivot_grad * g
+    if FORM.VALUED:
+        pivot_grad += saved.pivot_more
+    grad = tl.where(c[:, None] == saved.pivot_class, pivot_grad, grad)
+    if FORM.VALUED and not FORM.PROBABILITY:
+        label_grad = saved.label_grad * g + saved.label_more
+        grad = tl.where(c[:, None] == meaning.label, label_grad, grad)
     grad = tl.where(counted, grad, 0.0)
     grad = tl.where(meaning.invalid, float("nan"), grad)
     tl.store(grad_ptr, narrow(grad, grad_ptr.dtype.element_ty, FORM.EMULATED), mask=inside)
@@ -246,15 +310,24 @@ def backward(
     given = numbers(kept, share, scale, cap)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    place = saved_ptr + 4 * row
+    place = saved_ptr + (9 if FORM.VALUED else 4) * row
     top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
     factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
     pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
     pivot_class = meaning.label
-    if FORM.PROBABILITY:
+    if FORM.PROBABILITY or FORM.VALUED:
         # Only compared, never an address: a number outside the row is the pivot nowhere.
         pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
-    saved = Saved(top, factor, pivot_grad, pivot_class)
+    more, by_gap, pivot_more, label_grad, label_more = factor, factor, factor, factor, factor
+    if FORM.VALUED:
+        more = tl.load(place + 4, mask=here, other=0.0).to(FORM.DTYPE)
+        by_gap = tl.load(place + 5, mask=here, other=0.0).to(FORM.DTYPE)
+        pivot_more = tl.load(place + 6, mask=here, other=0.0).to(FORM.DTYPE)
+        label_grad = tl.load(place + 7, mask=here, other=0.0).to(FORM.DTYPE)
+        label_more = tl.load(place + 8, mask=here, other=0.0).to(FORM.DTYPE)
+    saved = Saved(
+        top, factor, pivot_grad, pivot_class, more, by_gap, pivot_more, label_grad, label_more
+    )
     g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
     g = g * meaning.sample
     if MEAN:

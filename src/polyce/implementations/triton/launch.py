@@ -23,7 +23,7 @@ from polyce.implementations.strides import Rows, cdiv, cut, rows_of
 from polyce.implementations.triton import kernels, layout, records
 from polyce.implementations.triton.layout import Tile
 
-_FIELDS_OF_A_PART = 10
+_FIELDS_OF_A_PART = 12
 
 # Whether Triton was imported under TRITON_INTERPRET=1, and runs kernels in NumPy.
 EMULATED = not isinstance(kernels.forward, JITFunction)
@@ -35,11 +35,16 @@ class Results(NamedTuple):
     loss: torch.Tensor
     stats: Stats | None
     rows: torch.Tensor | None
-    """(rows, 4): largest logit besides the pivot's, factor, the pivot's gradient and class."""
+    """(rows, 4): largest logit besides the pivot's, factor, the pivot's gradient and class.
+
+    (rows, 9) with cotangents of stats: then also what they add.
+    """
     sums: torch.Tensor | None
     """(programs, 2): the sums of losses and row weights of each program's rows."""
     denominator: torch.Tensor | None
     normalizer: Any
+    of_stats: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    """The cotangents of lse and entropy, which are read."""
 
 
 class Launch(NamedTuple):
@@ -253,6 +258,11 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
         parts, chunk = cut(classes, call.tile.classes, wanted)
     dummy = call.logits
     found = results.stats
+    of_lse, of_entropy = (_by_row(cotangent) for cotangent in results.of_stats)
+    looks_again = problem.kind == "probability" and "brier" in asked
+    softmax = None
+    if looks_again:
+        softmax = torch.empty((call.row_count, 5), dtype=torch.float64, device=dummy.device)
 
     def place(tensor: torch.Tensor | None) -> torch.Tensor:
         return dummy if tensor is None else tensor
@@ -267,6 +277,12 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
         "prediction_ptr": dummy if found is None else place(found.prediction),
         "correct_ptr": dummy if found is None else place(_bytes(found.correct)),
         "valid_ptr": dummy if found is None else place(_bytes(found.valid)),
+        "top_probability_ptr": dummy if found is None else place(found.top_probability),
+        "brier_ptr": dummy if found is None else place(found.brier),
+        "rank_ptr": dummy if found is None else place(found.rank),
+        "softmax_ptr": place(softmax),
+        "of_lse_ptr": place(of_lse),
+        "of_entropy_ptr": place(of_entropy),
         "rows": call.row_count,
         "z_loss": problem.options.z_loss,
         "FORM": _form(
@@ -279,6 +295,10 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
             ENTROPY="entropy" in asked,
             PREDICTION="prediction" in asked,
             CORRECT="correct" in asked,
+            TOP="top_probability" in asked,
+            BRIER="brier" in asked,
+            RANK="rank" in asked,
+            **_of_stats(problem),
         ),
     }
     shared["parts_ptr"] = dummy
@@ -296,6 +316,12 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     if parts > 1:
         joined = {**shared, "classes": classes, "parts": parts}
         launches.append(Launch("join", (programs,), joined, 1))
+    if looks_again:
+        names = ("x_ptr", "target_ptr", "softmax_ptr", "brier_ptr", "inner", "blocks")
+        again = {name: shared[name] for name in (*names, "scale", "cap", "FORM", "LANES")}
+        again |= {**_named("x", call.rows), **_named("t", call.target_rows)}
+        again |= {"classes": classes, "TILE": call.tile.classes}
+        launches.append(Launch("distance", (programs,), again, call.tile.warps))
     if results.sums is not None:
         normalizer = results.normalizer
         is_number = isinstance(normalizer, float)
@@ -320,6 +346,15 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
             )
         )
     return launches
+
+
+def _of_stats(problem: Problem) -> dict[str, bool]:
+    """Return which stats have cotangents, for the form of a kernel."""
+    return {f"OF_{name.upper()}": name in problem.grad_stats for name in ("lse", "entropy")}
+
+
+def _by_row(cotangent: torch.Tensor | None) -> torch.Tensor | None:
+    return None if cotangent is None else _plain(cotangent).contiguous()
 
 
 def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -350,7 +385,7 @@ def backward(
         "cotangent_ptr": cotangent.contiguous() if by_row else cotangent,
         "grad_ptr": grad,
         "chunk": chunk,
-        "FORM": _form(call),
+        "FORM": _form(call, **_of_stats(problem)),
         "MEAN": problem.options.reduction == "mean",
         "BY_ROW": by_row,
     }

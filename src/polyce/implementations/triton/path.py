@@ -13,7 +13,6 @@ import shutil
 import sys
 from typing import Any
 
-from polyce.call.options import USUAL_STATS
 from polyce.call.problem import Operands, Problem
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation
@@ -103,9 +102,9 @@ PATH = Implementation(
     devices=DEVICES,
     dtypes=DTYPES,
     kinds=frozenset({"index", "probability"}),
-    stats=frozenset(USUAL_STATS),
     unavailable=unavailable,
     refuses=refuses,
     by_name_only=is_emulated,
     torch_kernels=torch_kernels,
+    takes_grad_stats=True,
 )

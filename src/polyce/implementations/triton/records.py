@@ -33,18 +33,40 @@ class Form(NamedTuple):
     ENTROPY: bool = False
     PREDICTION: bool = False
     CORRECT: bool = False
+    TOP: bool = False
+    BRIER: bool = False
+    RANK: bool = False
+    # Which stats the gradient has cotangents of.
+    OF_LSE: bool = False
+    OF_ENTROPY: bool = False
     # What follows from these, see `completed`.
     SPREAD: bool = False
     """Whether classes besides the pivot have coefficients."""
     LARGEST: bool = False
     """Whether the pivot is the class of the largest logit, not the label."""
+    SURPRISE: bool = False
+    """Whether the entropy's part of the state is summed."""
+    SQUARES: bool = False
+    """Whether that of a label's Brier score is."""
+    DISTANT: bool = False
+    """Whether rows are looked at again, for the score of probabilities."""
+    VALUED: bool = False
+    """Whether the gradient is also that of lse or entropy."""
 
 
 def completed(form: Form) -> Form:
     """Set what follows from the rest."""
     return form._replace(
         SPREAD=form.PROBABILITY or form.SMOOTHED,
-        LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT,
+        LARGEST=form.PROBABILITY
+        or form.ENTROPY
+        or form.OF_ENTROPY
+        or form.PREDICTION
+        or form.CORRECT,
+        SURPRISE=form.ENTROPY or form.OF_ENTROPY,
+        SQUARES=form.BRIER and not form.PROBABILITY,
+        DISTANT=form.BRIER and form.PROBABILITY,
+        VALUED=form.OF_LSE or form.OF_ENTROPY,
     )
 
 
@@ -71,6 +93,8 @@ class State(NamedTuple):
     excess: Any
     """q'"""
     entropy: Any
+    squares: Any
+    """The sum of exp(x - m')²."""
 
 
 class Pivot(NamedTuple):
@@ -95,7 +119,7 @@ class Outputs(NamedTuple):
 
     loss: Any
     saved: Any
-    """What a backward pass needs of each row, four numbers."""
+    """What a backward pass needs of each row: four numbers, or nine with cotangents of stats."""
     sums: Any
     """For each program the sum of its rows' losses, and of their weights."""
     lse: Any
@@ -103,6 +127,14 @@ class Outputs(NamedTuple):
     prediction: Any
     correct: Any
     valid: Any
+    top_probability: Any
+    brier: Any
+    rank: Any
+    softmax: Any
+    """What `distance` needs of each row, five numbers."""
+    of_lse: Any
+    """The cotangents of lse and entropy, which are read."""
+    of_entropy: Any
 
 
 class Meaning(NamedTuple):
@@ -127,6 +159,30 @@ class Seen(NamedTuple):
     most: Any
     """The largest probability, and its class: where CORRECT needs them."""
     most_class: Any
+    rank: Any
+    """How many classes have a larger logit than the label: where RANK needs it."""
+
+
+class Outcome(NamedTuple):
+    """What the state of whole rows gives; what a program does not ask for is not computed."""
+
+    loss: Any
+    lse: Any
+    entropy: Any
+    factor: Any
+    """f, of exp(x - m') in the softmax"""
+    probability: Any
+    """p_k"""
+    others: Any
+    """1 - p_k"""
+    top_probability: Any
+    sum_of_r: Any
+    """R with the penalty's share"""
+    pivot_grad: Any
+    lead: Any
+    """lse - m'"""
+    entropy_at_pivot: Any
+    """What the entropy's cotangent is multiplied by in the pivot's gradient."""
 
 
 class Saved(NamedTuple):
@@ -136,3 +192,12 @@ class Saved(NamedTuple):
     factor: Any
     pivot_grad: Any
     pivot_class: Any
+    # Where there are cotangents of stats:
+    more: Any
+    """The factor of exp(x - m') for them."""
+    by_gap: Any
+    """That of exp(x - m') (m' - x)."""
+    pivot_more: Any
+    """What they add to the pivot's gradient."""
+    label_grad: Any
+    label_more: Any

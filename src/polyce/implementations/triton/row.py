@@ -17,7 +17,7 @@ With a softcap, x = cap·tanh(scale·logit): `scale` has been divided by the cap
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Numbers, State
+from polyce.implementations.triton.records import Numbers, Outcome, State
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def tile_state(x, coefficient, excluded, given, FORM: tl.constexpr):
     top = tl.max(x, 0)
     # What a program does not ask for stays 0 and is not computed.
     nothing = tl.zeros_like(top).to(tl.float64)
-    rest, excess, entropy = nothing, nothing, nothing
+    rest, excess, entropy, squares = nothing, nothing, nothing, nothing
     reference = tl.where(top == float("-inf"), 0.0, top)
     gap = difference(x, reference, given, FORM)
     p = tl.exp(gap)
@@ -195,9 +195,11 @@ def tile_state(x, coefficient, excluded, given, FORM: tl.constexpr):
         rest = tl.sum(r, 0).to(tl.float64)
         # A class of coefficient 0 has no effect, not even as 0 times infinity.
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
-    if FORM.ENTROPY:
+    if FORM.SURPRISE:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
-    return State(top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy)
+    if FORM.SQUARES:
+        squares = tl.sum(p * p, 0).to(tl.float64)
+    return State(top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy, squares)
 
 
 @triton.jit
@@ -208,14 +210,16 @@ def _carried(part, top, given, FORM: tl.constexpr):
     decay = tl.exp(gap).to(tl.float64)
     # Infinite if all classes of the part are masked; its excess is then 0 or infinite already.
     risen = difference(reference, part.top, given, FORM).to(tl.float64)
-    excess, entropy = part.excess, part.entropy
+    excess, entropy, squares = part.excess, part.entropy, part.squares
     if FORM.SPREAD:
         excess = tl.where(part.rest == 0.0, excess, excess + part.rest * risen)
-    if FORM.ENTROPY:
+    if FORM.SURPRISE:
         moved = (entropy + part.total * risen) * decay
         entropy = tl.where(part.total * decay == 0.0, 0.0, moved)
+    if FORM.SQUARES:
+        squares = tl.where(part.total == 0.0, 0.0, squares * decay * decay)
     total = tl.where(part.total == 0.0, 0.0, part.total * decay)
-    return State(top, total, part.rest, excess, entropy)
+    return State(top, total, part.rest, excess, entropy, squares)
 
 
 @triton.jit
@@ -230,6 +234,7 @@ def merge(one, other, given, FORM: tl.constexpr):
         one.rest + other.rest,
         one.excess + other.excess,
         one.entropy + other.entropy,
+        one.squares + other.squares,
     )
 
 
@@ -275,7 +280,10 @@ def _split(x):
 
 @triton.jit
 def count_label(state, x, coefficient, given, FORM: tl.constexpr):
-    """Add a label's coefficient, at logit x, to R' and q'; return the state and exp(x - m')."""
+    """Add a label's coefficient, at logit x, to R' and q'.
+
+    Return the state, exp(x - m') and m' - x.
+    """
     reference = tl.where(state.top == float("-inf"), 0.0, state.top)
     gap, error = _exact_gap(reference, x, given, FORM)
     p = exp(-gap, FORM.DTYPE)
@@ -283,15 +291,13 @@ def count_label(state, x, coefficient, given, FORM: tl.constexpr):
     added = r * gap.to(tl.float64) + r * error.to(tl.float64)
     rest = state.rest + r
     excess = state.excess + tl.where(r == 0.0, 0.0, added)
-    return State(state.top, state.total, rest, excess, state.entropy), p - p * error
+    state = State(state.top, state.total, rest, excess, state.entropy, state.squares)
+    return state, p - p * error, gap
 
 
 @triton.jit
 def finish(state, pivot, penalty, given, FORM: tl.constexpr):
-    """Compute loss, lse and entropy of whole rows, and what their gradient is made of.
-
-    That is f, p_k, R with the penalty's share, and the pivot's gradient.
-    """
+    """Compute loss, lse and entropy of whole rows, and what their gradient is made of."""
     at_pivot = pivot.coefficient
     total = state.total
     delta, error = _exact_gap(state.top, pivot.logit, given, FORM)
@@ -337,12 +343,26 @@ def finish(state, pivot, penalty, given, FORM: tl.constexpr):
         pull = 2.0 * penalty * lse
         sum_of_r += pull
         pivot_grad += pull * probability
-    entropy = state.entropy
-    if FORM.ENTROPY:
+    entropy, lead, entropy_at_pivot = state.entropy, h, h
+    if FORM.SURPRISE:
         gap_ahead = tl.where(below & (total != 0.0), opposite, 0.0)
         gap_behind = tl.where(probability == 0.0, 0.0, behind)
         # The lead may overflow where the others have no probability left.
         lacking = tl.where(others == 0.0, 0.0, others * (gap_ahead + h))
         entropy = (factor * entropy).to(FORM.DTYPE) + lacking
+        lead = gap_ahead + h
+        entropy_at_pivot = probability * ((gap_behind + h) * others - entropy)
         entropy += probability * (gap_behind + h)
-    return loss, lse, entropy.to(FORM.DTYPE), factor, probability, sum_of_r, pivot_grad
+    return Outcome(
+        loss,
+        lse,
+        entropy.to(FORM.DTYPE),
+        factor,
+        probability,
+        others,
+        1.0 / (1.0 + e),
+        sum_of_r,
+        pivot_grad,
+        lead,
+        entropy_at_pivot,
+    )

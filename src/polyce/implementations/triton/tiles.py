@@ -98,7 +98,7 @@ def choose_pivot(state, pivot, other, given, FORM: tl.constexpr):
     # the merge moves it up from -inf.
     found = tl.where(loser == float("-inf"), 0.0, 1.0).to(tl.float64)
     nothing = tl.zeros_like(state.total)
-    alone = State(loser, found, loser_r.to(tl.float64), nothing, nothing)
+    alone = State(loser, found, loser_r.to(tl.float64), nothing, nothing, found)
     state = merge(state, alone, given, FORM)
     winner = Pivot(
         tl.where(wins, other.logit, pivot.logit),
@@ -122,12 +122,14 @@ def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
     none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     zero = tl.zeros((LANES,), tl.float64)
     pivot = Pivot(lowest, tl.zeros((LANES,), DTYPE), none)
-    return Seen(State(lowest, zero, zero, zero, zero), pivot, lowest, none)
+    rank = tl.zeros((LANES,), tl.int32)
+    return Seen(State(lowest, zero, zero, zero, zero, zero), pivot, lowest, none, rank)
 
 
 @triton.jit
 def read(
-    x_ptr, target_ptr, weight_ptr, c, inside, label, classes, given, seen, FORM: tl.constexpr
+    x_ptr, target_ptr, weight_ptr, c, inside, label, label_x, classes, given, seen,
+    FORM: tl.constexpr,
 ):  # fmt: skip
     """Read a tile, once, into what is known of its rows.
 
@@ -137,7 +139,9 @@ def read(
     x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
     r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
     number = c[:, None]
-    pivot, most, most_class = seen.pivot, seen.most, seen.most_class
+    pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
+    if FORM.RANK:
+        rank += tl.sum((inside & (x > label_x)).to(tl.int32), 0)
     if FORM.LARGEST:
         new = tl.max(x, 0)
         # The largest 32-bit number stands for no class, in an empty tile.
@@ -154,7 +158,7 @@ def read(
     state = merge(seen.state, tile_state(x, r, excluded, given, FORM), given, FORM)
     if FORM.LARGEST:
         state, pivot = choose_pivot(state, pivot, Pivot(new, new_r, new_class), given, FORM)
-    return Seen(state, pivot, most, most_class)
+    return Seen(state, pivot, most, most_class, rank)
 
 
 @triton.jit
@@ -177,13 +181,12 @@ def conclude(
             leads = label == pivot.number
             pivot = Pivot(pivot.logit, tl.where(leads, label_r, pivot.coefficient), pivot.number)
             added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))
-            state, label_p = count_label(state, label_x, added, given, FORM)
+            state, label_p, label_gap = count_label(state, label_x, added, given, FORM)
         else:
             pivot = Pivot(label_x, label_r, label)
-    loss, lse, entropy, factor, probability, sum_of_r, pivot_grad = finish(
-        state, pivot, weight * z_loss.to(DTYPE), given, FORM
-    )
-    loss = tl.where(counted, loss.to(tl.float64) * sample, 0.0)
+    result = finish(state, pivot, weight * z_loss.to(DTYPE), given, FORM)
+    lse, factor, pivot_grad = result.lse, result.factor, result.pivot_grad
+    loss = tl.where(counted, result.loss.to(tl.float64) * sample, 0.0)
     loss = tl.where(invalid, float("nan"), loss)
     if FORM.REDUCED:
         place = outputs.sums + 2 * tl.program_id(0).to(tl.int64)
@@ -194,16 +197,50 @@ def conclude(
         tl.store(outputs.loss + row, loss, mask=here)
     if FORM.KEEP:
         top, saved_x, saved_class = state.top, pivot.logit, pivot.number
+        place = outputs.saved + (9 if FORM.VALUED else 4) * row
+        label_grad = pivot_grad
         if FORM.LARGEST and not FORM.PROBABILITY:
+            label_grad = result.sum_of_r * (label_p * factor) - label_r
+        if FORM.VALUED:
+            of_lse = tl.zeros_like(lse)
+            if FORM.OF_LSE:
+                of_lse = tl.load(outputs.of_lse + row, mask=here, other=0.0).to(DTYPE)
+            inner = of_lse
+            pivot_more = of_lse * result.probability
+            by_gap = tl.zeros_like(lse)
+            if FORM.OF_ENTROPY:
+                of_entropy = tl.load(outputs.of_entropy + row, mask=here, other=0.0).to(DTYPE)
+                inner = inner + of_entropy * (result.lead - result.entropy)
+                pivot_more += of_entropy * result.entropy_at_pivot
+                by_gap = factor * of_entropy
+            # The lead may overflow where the others have no probability left.
+            more = tl.where(factor == 0.0, 0.0, factor * inner)
+            pivot_more = pivot_more * slope(saved_x, given, FORM)
+            label_more = pivot_more
+            if FORM.LARGEST and not FORM.PROBABILITY:
+                label_more = label_p * (more + tl.where(label_p == 0.0, 0.0, label_gap) * by_gap)
+                label_more = tl.where(leads, pivot_more, label_more * slope(label_x, given, FORM))
+                label_grad = tl.where(leads, pivot_grad, label_grad)
+            if FORM.TRANSFORM == "softcap":
+                label_x = saved_x if FORM.PROBABILITY else label_x
+                label_grad = label_grad * slope(label_x, given, FORM)
+            else:
+                more = more * given.scale.to(DTYPE)
+                by_gap = by_gap * given.scale.to(DTYPE)
+            tl.store(place + 4, more.to(tl.float64), mask=here)
+            tl.store(place + 5, by_gap.to(tl.float64), mask=here)
+            tl.store(place + 6, pivot_more.to(tl.float64), mask=here)
+            tl.store(place + 7, label_grad.to(tl.float64), mask=here)
+            tl.store(place + 8, label_more.to(tl.float64), mask=here)
+        elif FORM.LARGEST and not FORM.PROBABILITY:
             # The backward pass does not know the stats: there the label is the pivot.
-            pivot_grad = tl.where(leads, pivot_grad, sum_of_r * (label_p * factor) - label_r)
-            factor = tl.where(leads, factor, probability)
+            pivot_grad = tl.where(leads, pivot_grad, label_grad)
+            factor = tl.where(leads, factor, result.probability)
             top = tl.where(leads, top, saved_x)
             saved_x, saved_class = label_x, label
-        factor = factor * sum_of_r
+        factor = factor * result.sum_of_r
         if FORM.TRANSFORM == "softcap":
             pivot_grad = pivot_grad * slope(saved_x, given, FORM)
-        place = outputs.saved + 4 * row
         tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(tl.float64), mask=here)
         tl.store(place + 1, factor.to(tl.float64), mask=here)
         tl.store(place + 2, pivot_grad.to(tl.float64), mask=here)
@@ -214,7 +251,8 @@ def conclude(
         if FORM.LSE:
             tl.store(outputs.lse + row, tl.where(counted, lse, float("nan")), mask=here)
         if FORM.ENTROPY:
-            tl.store(outputs.entropy + row, tl.where(counted, entropy, float("nan")), mask=here)
+            entropy = tl.where(counted, result.entropy, float("nan"))
+            tl.store(outputs.entropy + row, entropy, mask=here)
         if FORM.PREDICTION:
             found = tl.where(defined, pivot.number, -1).to(tl.int64)
             tl.store(outputs.prediction + row, found, mask=here)
@@ -222,3 +260,29 @@ def conclude(
             wanted = seen.most_class if FORM.PROBABILITY else label
             right = defined & (pivot.number == wanted) & (invalid == 0)
             tl.store(outputs.correct + row, right.to(tl.uint8), mask=here)
+        if FORM.TOP:
+            most = tl.where(defined, result.top_probability, float("nan"))
+            tl.store(outputs.top_probability + row, most, mask=here)
+        if FORM.RANK:
+            rank = tl.where(defined & (invalid == 0), seen.rank, -1).to(tl.int64)
+            tl.store(outputs.rank + row, rank, mask=here)
+        if FORM.SQUARES:
+            f = result.factor.to(tl.float64)
+            away = result.others.to(tl.float64)
+            squares = state.squares * f * f
+            score = away * away + squares
+            if FORM.LARGEST:
+                p, near = label_p.to(tl.float64) * f, result.probability.to(tl.float64)
+                beside = (1.0 - p) * (1.0 - p) + near * near + (squares - p * p)
+                score = tl.where(leads, score, beside)
+            score = tl.where(defined & (invalid == 0), score, float("nan")).to(DTYPE)
+            tl.store(outputs.brier + row, score, mask=here)
+        if FORM.DISTANT:
+            place = outputs.softmax + 5 * row
+            reference = tl.where(state.top == float("-inf"), 0.0, state.top)
+            f = tl.where(defined, result.factor, float("nan"))
+            tl.store(place, reference.to(tl.float64), mask=here)
+            tl.store(place + 1, f.to(tl.float64), mask=here)
+            tl.store(place + 2, result.probability.to(tl.float64), mask=here)
+            tl.store(place + 3, result.others.to(tl.float64), mask=here)
+            tl.store(place + 4, pivot.number.to(tl.float64), mask=here)

@@ -1,4 +1,4 @@
-// A thread's way over the classes of a row: reading them into a state, writing their gradient.
+// A thread's way over the classes of a row, and reading them into a state.
 
 // How many loads a thread has under way: enough to wait for memory together.
 #if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (WIDTH > 1 && LOGITS < FLOAT32)
@@ -99,7 +99,7 @@ DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row) {
     found.sample = load_number(targets.sample, row, call.sample_kind);
     found.counted = found.sample != 0;
   }
-#if !PROBABILITY
+#if LABELS
   const i64 label = (i64)targets.given[row];
   if (call.ignores && label == call.ignore_index) found.counted = false;
   found.invalid = found.counted && (label < 0 || label >= call.classes);
@@ -109,11 +109,23 @@ DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row) {
   return found;
 }
 
+// The same once the whole row is known, and with it whether an entry of it is out of range.
+DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row, const State& state) {
+  Meaning found = meaning_of(call, targets, row);
+#if SPARSE
+  found.invalid = found.counted && state.bad;
+#endif
+  return found;
+}
+
 DEVICE double weight_of(const Meaning& row) { return row.counted ? row.sample * row.weight : 0; }
 
 // The coefficient of a class as if it were not the label; probability is what the target says.
 DEVICE real coefficient(const Call& call, const real* weight, real probability, int c) {
-#if PROBABILITY
+#if SPARSE && !SMOOTHED
+  const real r = 0;
+  weight = 0;
+#elif PROBABILITY
   const real r = probability * call.kept + call.share;
 #else
   const real r = call.share;
@@ -160,7 +172,8 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
                    State& state) {
   int pivot = label;
 #if LARGEST
-  real pivot_logit = -infinity(), pivot_r = 0;
+  real pivot_logit = -infinity();
+  part_r pivot_r = 0;
   pivot = NONE;
 #pragma unroll
   for (int u = 0; u < U; u++)
@@ -168,13 +181,19 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
     for (int w = 0; w < W; w++) {
       if (!taken.has(u)) continue;
       const int c = taken.number(u, w);
-#if PROBABILITY && STATS
+#if PROBABILITY && PREFERS && !TEACHER
       choose_likeliest(state, taken.p[u][w], c);
 #endif
       const real x = taken.x[u][w];
+#if RANKED
+      if (x > state.label) state.rank++;
+#endif
       if (x > pivot_logit || (pivot == NONE && x == pivot_logit)) {
         pivot_logit = x;
-#if SPREAD
+#if TEACHER
+        // Its logit, until the unit is known.
+        pivot_r = taken.p[u][w];
+#elif SPREAD
         pivot_r = coefficient(call, weight, taken.probability(u, w), c);
 #endif
         pivot = c;
@@ -191,6 +210,28 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
       if (x > top) top = x;
     }
   if (top > state.top) carry(call, state, top);
+  real pivot_even = 0;
+#if TEACHER
+  real teacher_top = state.teacher_top, likeliest = teacher_top;
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      const real t = taken.has(u) ? taken.p[u][w] : -infinity();
+      if (t > teacher_top) teacher_top = t;
+#if STATS
+      if (t > likeliest || (t == likeliest && taken.number(u, w) < state.likeliest_class)) {
+        likeliest = t;
+        state.likeliest_class = taken.number(u, w);
+      }
+#endif
+    }
+  if (teacher_top > state.teacher_top) carry_teacher(call, state, teacher_top);
+  if (pivot != NONE) {
+    pivot_even = weight ? weight[pivot] : (real)1;
+    pivot_r = (double)teacher_exp(call, (real)pivot_r, state.teacher_top) * pivot_even;
+  }
+#endif
   const real reference = reference_of(state.top);
   // Four at a time, in pairs, so that equal terms add up exactly.
   enum { FEW = W < 4 ? W : 4 };
@@ -202,8 +243,17 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #if SPREAD
       real rest[FEW], excess[FEW];
 #endif
+#if TEACHER
+      real teacher[FEW];
+#endif
+#if EVEN
+      real even[FEW], even_excess[FEW];
+#endif
 #if STATS
       real entropy[FEW];
+#endif
+#if RANKED
+      real squares[FEW];
 #endif
 #pragma unroll
       for (int i = 0; i < FEW; i++) {
@@ -211,13 +261,25 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
         const bool out = !taken.has(u) || c == pivot;
         const real gap = difference(call, out ? -infinity() : taken.x[u][w], reference);
         total[i] = exp_of(gap);
-#if SPREAD
+#if TEACHER
+        const real class_weight = out || !weight ? (real)1 : weight[c];
+        teacher[i] = taken.has(u) ? teacher_exp(call, taken.p[u][w], state.teacher_top) : (real)0;
+        rest[i] = out ? (real)0 : teacher[i] * class_weight;
+        excess[i] = rest[i] == 0 ? (real)0 : rest[i] * -gap;
+#if EVEN
+        even[i] = out ? (real)0 : class_weight;
+        even_excess[i] = even[i] == 0 ? (real)0 : even[i] * -gap;
+#endif
+#elif SPREAD
         // A class of coefficient 0 takes no part, not even as 0 times infinity.
         rest[i] = out ? (real)0 : coefficient(call, weight, taken.probability(u, w), c);
         excess[i] = rest[i] == 0 ? (real)0 : rest[i] * -gap;
 #endif
 #if STATS
         entropy[i] = total[i] == 0 ? (real)0 : total[i] * -gap;
+#endif
+#if RANKED
+        squares[i] = total[i] * total[i];
 #endif
       }
 #pragma unroll
@@ -229,8 +291,18 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
           rest[i] += rest[i + half];
           excess[i] += excess[i + half];
 #endif
+#if TEACHER
+          teacher[i] += teacher[i + half];
+#endif
+#if EVEN
+          even[i] += even[i + half];
+          even_excess[i] += even_excess[i + half];
+#endif
 #if STATS
           entropy[i] += entropy[i + half];
+#endif
+#if RANKED
+          squares[i] += squares[i + half];
 #endif
         }
       state.total += total[0];
@@ -238,62 +310,23 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
       state.rest += rest[0];
       state.excess += excess[0];
 #endif
+#if TEACHER
+      state.teacher_total += teacher[0];
+#endif
+#if EVEN
+      state.even += even[0];
+      state.even_excess += even_excess[0];
+#endif
 #if STATS
       state.entropy += entropy[0];
 #endif
+#if RANKED
+      state.squares += squares[0];
+#endif
     }
 #if LARGEST
-  choose_pivot(call, state, pivot_logit, pivot_r, pivot);
+  choose_pivot(call, state, pivot_logit, pivot_r, pivot, pivot_even);
 #endif
-}
-
-// What a row's gradient is made of.
-struct Gradient {
-  real reference;  // m', or 0 for -inf
-  real factor;     // of exp(x - m')
-  real at_pivot;
-  real scale;      // what all but `at_pivot` is multiplied by
-  int pivot;       // its class
-  int rule;        // 0: as these say; 1: zeros; 2: nans
-};
-
-DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& row, real x,
-                        real probability, int c) {
-  const real p = exp_of(difference(call, x, row.reference));
-#if SPREAD
-  // Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
-  real grad = (row.factor * p - coefficient(call, weight, probability, c)) * row.scale;
-#else
-  real grad = p * (row.factor * row.scale);
-#endif
-#if SOFTCAP
-  grad *= slope(call, x);
-#endif
-  if (c == row.pivot) grad = row.at_pivot;
-  if (row.rule) grad = row.rule == 1 ? (real)0 : not_a_number();
-  return grad;
-}
-
-// Write the gradient of classes, where their logits may lie: they were read before.
-template <int U, int W>
-DEVICE void write_gradient(const Call& call, const Gradient& row, const real* weight,
-                           const Taken<U, W>& taken, logit* grad) {
-#pragma unroll
-  for (int u = 0; u < U; u++) {
-    if (!taken.has(u)) continue;
-    const i64 c = taken.number(u, 0);
-    logit result[W];
-#pragma unroll
-    for (int w = 0; w < W; w++)
-      result[w] = Stored<LOGITS>::narrow(gradient_of(
-          call, weight, row, taken.x[u][w], taken.probability(u, w), taken.number(u, w)));
-    if (W == 1 || call.g_in_step) {
-      store(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
-    } else {
-#pragma unroll
-      for (int w = 0; w < W; w++) grad[c + w] = result[w];
-    }
-  }
 }
 
 // Take the classes of a row, or of a part of it, that fall to this thread, for `use` of them.

@@ -2,221 +2,32 @@
 // classes and join what they have read. Sums are added in an order that depends on nothing but the
 // sizes of grid and block, so that they are the same bits again.
 
-// So many threads or more are to share a multiprocessor, which leaves each 64 registers, or 128.
-#define THREADS (REAL == FLOAT64 ? 512 : 1024)
+// So many threads or more are to share a multiprocessor, which leaves each 64 registers, or 128. What
+// is rarely asked for takes more, and so does a teacher beside the logits.
+#if REAL == FLOAT64 && (TEACHER || (SOFTCAP && (BESIDE || VALUED)))
+#define THREADS 256
+#elif REAL == FLOAT64 || TEACHER
+#define THREADS 512
+#elif BESIDE || SPARSE
+#define THREADS 768
+#else
+#define THREADS 1024
+#endif
 #define KERNEL_OF_BLOCKS \
   extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < THREADS ? THREADS / BLOCK : 1)
-
-// What a thread keeps of its row while it goes over the classes, which need the registers.
-struct Place {
-  i64 group;
-  Seat seat;
-  Row row;
-  union {
-    State state;
-    Gradient gradient;  // in the place of the row's first thread
-  };
-};
-
-DEVICE i64 groups_of(const Call& call) { return call.outer * call.blocks; }
-
-DEVICE void find_row(const Call& call, Place& place) {
-  const i64 outer = place.group / call.blocks, block = place.group % call.blocks;
-  place.row = row_of(call, outer, block * call.lanes + place.seat.lane);
-}
-
-// Join what the threads of each row have read, into the state of its first thread.
-template <class Places>
-DEVICE void join_team(const Call& call, Places& places) {
-  const int team = (int)call.team, thread = (int)threadIdx.x;
-  // From a thread to the next one of its row.
-  const int step = call.across ? (int)call.lanes : 1;
-  if (team > 1) __syncthreads();
-  for (int reach = team / 2; reach > 0; reach /= 2) {
-    if (places[thread].seat.member < reach)
-      merge(call, places[thread].state, places[thread + reach * step].state);
-    __syncthreads();
-  }
-}
-
-// Losses and weights of rows, added up.
-struct Sums { double loss, weight; };
-
-// Add up what the threads of a block have, into what its first thread has.
-template <class Each>
-DEVICE void add_up(Each& each) {
-  const int thread = (int)threadIdx.x;
-  __syncthreads();
-  for (int reach = BLOCK / 2; reach > 0; reach /= 2) {
-    if (thread < reach) {
-      each[thread].loss += each[thread + reach].loss;
-      each[thread].weight += each[thread + reach].weight;
-    }
-    __syncthreads();
-  }
-}
-
-// Add up sums in memory, which other blocks may just have written.
-template <class Each>
-DEVICE void add_up(Each& each, const volatile Sums* sums, i64 count) {
-  double loss = 0, weight = 0;
-#pragma unroll 1
-  for (i64 i = threadIdx.x; i < count; i += BLOCK) {
-    loss += sums[i].loss;
-    weight += sums[i].weight;
-  }
-  each[threadIdx.x] = Sums{loss, weight};
-  add_up(each);
-}
-
-// What a mean divides by: `array` or `number` where the call brings it.
-struct Divisor { const void* array; double number; };
-
-enum { BY_WEIGHTS = 1, BY_NUMBER = 2, BY_ARRAY = 3 };
-
-DEVICE double denominator(const Call& call, const Divisor& divisor, double weights) {
-  if (call.mean == BY_WEIGHTS) return weights;
-  if (call.mean == BY_ARRAY) return load_number(divisor.array, 0, call.normalizer_kind);
-  return call.mean ? divisor.number : 1;
-}
-
-// Write the loss of all rows, by one thread.
-DEVICE void store_loss(const Call& call, const Divisor& divisor, const Sums& total, void* result) {
-  if (threadIdx.x) return;
-  double loss = total.loss;
-  if (call.mean) loss /= denominator(call, divisor, total.weight);
-  store_number(result, 0, call.loss_kind, loss);
-}
-
-// Where the rows' losses and stats go; null for what nobody wants.
-struct Results {
-  void* loss;
-  real* lse;
-  real* entropy;
-  i64* prediction;
-  unsigned char* correct;
-  unsigned char* valid;
-};
-
-// Write what a whole row's state says, and add its loss and weight to the sums.
-DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const State& state,
-                        const Results& results, Sums& sums) {
-  const Outcome found = finish(call, state, row.weight, row.label);
-  double loss = row.counted ? found.loss * row.sample : 0;
-  if (row.invalid) loss = not_a_number();
-  sums.loss += loss;
-  sums.weight += weight_of(row);
-  if (results.loss) store_number(results.loss, number, call.loss_kind, loss);
-#if STATS
-#if PROBABILITY
-  const int wanted = state.likeliest_class;
-#else
-  const int wanted = row.label;
-#endif
-  const bool defined = row.counted && found.lse == found.lse;
-  const int predicted = state.pivot_class;
-  if (results.lse) results.lse[number] = row.counted ? found.lse : not_a_number();
-  if (results.entropy) results.entropy[number] = row.counted ? found.entropy : not_a_number();
-  if (results.prediction) results.prediction[number] = defined ? predicted : -1;
-  if (results.correct) results.correct[number] = defined && !row.invalid && predicted == wanted;
-  if (results.valid) results.valid[number] = row.counted;
-#endif
-  return found;
-}
-
-// The gradient of all with respect to the loss, or to a row's.
-DEVICE double cotangent_of(const Call& call, const void* array, double number, i64 row) {
-  if (!array) return number;
-  return load_number(array, call.cotangent_by_row ? row : 0, call.cotangent_kind);
-}
-
-// What a row's gradient is made of, where that of all with respect to its loss is g.
-DEVICE Gradient gradient_of_row(const Call& call, const Meaning& row, const State& state,
-                                const Outcome& found, double g) {
-  Gradient gradient;
-  gradient.reference = found.top;
-  gradient.factor = found.factor;
-  gradient.at_pivot = found.pivot_gradient;
-#if SOFTCAP && STATS && !PROBABILITY
-  gradient.at_pivot *= slope(call, state.label);
-#elif SOFTCAP
-  gradient.at_pivot *= slope(call, state.pivot);
-#else
-  g *= call.exact_scale;
-#endif
-  gradient.scale = (real)g;
-  gradient.at_pivot *= gradient.scale;
-#if PROBABILITY
-  gradient.pivot = state.pivot_class;
-#else
-  gradient.pivot = row.label;
-#endif
-  gradient.rule = row.invalid ? 2 : row.counted ? 0 : 1;
-  return gradient;
-}
-
-// Read a row, or a part of it, into the state that is kept of it.
-DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, int part,
-                      Place& place) {
-  place.state = nothing_read();
-  if (place.row.number < 0) return;
-  const Meaning meaning = meaning_of(call, targets, place.row.number);
-  if (!meaning.counted) return;
-  x += place.row.x_at;
-#if !PROBABILITY
-  // Before anything may write over it.
-  if (place.seat.member == 0 && part == 0) {
-    const real label = (real)Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
-#if STATS
-    place.state.label = label;
-#else
-    place.state.pivot = label;
-#endif
-  }
-#endif
-  const target* p = targets.given + place.row.t_at;
-  each_class(call, place.seat.member, x, p, part, [&](const auto& taken) {
-    absorb(call, meaning.label, targets.weight, taken, place.state);
-  });
-}
-
-DEVICE void write_part(const Call& call, int member, const Row& row, const logit* x,
-                       const Targets& targets, int part, const Gradient& gradient, logit* grad) {
-  const target* p = targets.given + row.t_at;
-  each_class(call, member, x + row.x_at, p, part, [&](const auto& taken) {
-    write_gradient(call, gradient, targets.weight, taken, grad + row.g_at);
-  });
-}
-
-// Join the parts of a row that several blocks have read.
-DEVICE State join_parts(const Call& call, const State* states, i64 row) {
-  State state = states[row * call.parts];
-  for (i64 part = 1; part < call.parts; part++)
-    merge(call, state, states[row * call.parts + part]);
-  return state;
-}
-
-// Conclude all rows, of which there are few, by one block.
-template <class Each>
-DEVICE void conclude_all(const Call& call, const Targets& targets, const State* states,
-                         const Results& results, Each& each) {
-  Sums& mine = each[threadIdx.x];
-  mine = Sums{0, 0};
-  for (i64 i = threadIdx.x; i < call.outer * call.inner; i += BLOCK)
-    conclude(call, meaning_of(call, targets, i), i, join_parts(call, states, i), results, mine);
-  add_up(each);
-}
 
 #if KERNEL == FORWARD
 // Read rows once. A grid with a second dimension splits them, and leaves states to be joined.
 KERNEL_OF_BLOCKS
 forward(const Call call, const logit* x, const target* given, const real* weight,
         const void* sample, State* states, Sums* sums, void* loss, real* lse, real* entropy,
-        i64* prediction, unsigned char* correct, unsigned char* valid) {
+        i64* prediction, unsigned char* correct, unsigned char* valid, real* top_probability,
+        real* brier, i64* rank, const real* probability, i64 entries, real* entry_logits) {
   SHARED(Place, places, BLOCK);
   SHARED(Sums, each, BLOCK);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   Place& place = places[threadIdx.x];
   place.seat = seat(call);
   const int part = (int)blockIdx.y;
@@ -226,12 +37,25 @@ forward(const Call call, const logit* x, const target* given, const real* weight
     find_row(call, place);
     read_part(call, x, targets, part, place);
     join_team(call, places);
+#if SPARSE
+    join_entries(call, targets, Entries{probability, entries, entry_logits}, x, places);
+#endif
+#if DISTANT
+    if (place.seat.member == 0 && place.row.number >= 0) {
+      const Meaning meaning = meaning_of(call, targets, place.row.number);
+      const Outcome found = conclude(call, meaning, place.row.number, place.state, results, mine);
+      place.gradient.distance = distance_of(meaning, place.state, found);
+    }
+    if (results.brier) look_again(call, places, x, targets, results);
+    continue;
+#endif
     if (place.seat.member || place.row.number < 0) continue;
     const i64 number = place.row.number;
     if (call.parts > 1) {
       states[number * call.parts + part] = place.state;
     } else {
-      conclude(call, meaning_of(call, targets, number), number, place.state, results, mine);
+      conclude(call, meaning_of(call, targets, number, place.state), number, place.state, results,
+               mine);
     }
   }
   if (!sums) return;
@@ -245,10 +69,12 @@ forward(const Call call, const logit* x, const target* given, const real* weight
 KERNEL_OF_BLOCKS
 join(const Call call, const target* given, const real* weight, const void* sample,
      const State* states, const void* normalizer, double number, void* result, void* loss,
-     real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid) {
+     real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid,
+     real* top_probability, real* brier, i64* rank) {
   SHARED(Sums, each, BLOCK);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   conclude_all(call, targets, states, results, each);
   if (result) store_loss(call, Divisor{normalizer, number}, each[0], result);
 }
@@ -292,14 +118,19 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
                  const void* sample, const void* cotangent, double cotangent_number,
                  const void* normalizer, double number, const Sums* weights, unsigned* finished,
                  Sums* sums, void* result, logit* grad, void* loss, real* lse, real* entropy,
-                 i64* prediction, unsigned char* correct, unsigned char* valid) {
+                 i64* prediction, unsigned char* correct, unsigned char* valid,
+                 real* top_probability, real* brier, i64* rank, const real* probability,
+                 i64 entries, real* entry_logits, const double* of_lse,
+                 const double* of_entropy) {
   SHARED(Place, places, BLOCK);
   SHARED(Sums, each, BLOCK);
   SHARED(double, divides, 1);
   SHARED(unsigned, finished_before, 1);
   const Targets targets = {given, weight, sample};
-  const Results results = {loss, lse, entropy, prediction, correct, valid};
+  const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
   const Divisor divisor = {normalizer, number};
+  const OfStats of_stats = {of_lse, of_entropy};
   Place& place = places[threadIdx.x];
   place.seat = seat(call);
   if (call.mean == BY_WEIGHTS) add_up(each, weights, call.weighed);
@@ -311,21 +142,40 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
     find_row(call, place);
     read_part(call, x, targets, 0, place);
     join_team(call, places);
+#if SPARSE
+    join_entries(call, targets, Entries{probability, entries, entry_logits}, x, places);
+#endif
     if (place.seat.member == 0 && place.row.number >= 0) {
       const i64 row = place.row.number;
-      const Meaning meaning = meaning_of(call, targets, row);
+      const Meaning meaning = meaning_of(call, targets, row, place.state);
       const Outcome found = conclude(call, meaning, row, place.state, results, mine);
       const double g = cotangent_of(call, cotangent, cotangent_number, row) * meaning.sample;
-      place.gradient =
-          gradient_of_row(call, meaning, place.state, found, call.mean ? g / divides[0] : g);
+#if DISTANT
+      const Distance distance = distance_of(meaning, place.state, found);
+#endif
+      place.gradient = gradient_of_row(call, meaning, place.state, found,
+                                       call.mean ? g / divides[0] : g, of_stats, row);
+#if DISTANT
+      place.gradient.distance = distance;
+#endif
     }
+#if DISTANT
+    if (results.brier) look_again(call, places, x, targets, results);
+#endif
     // What it keeps apart as well: all of a row is read before any of it is written.
     __syncthreads();
     if (place.row.number >= 0) {
-      const int first = call.across ? place.seat.lane : place.seat.lane * (int)call.team;
-      const Gradient& gradient = places[first].gradient;
+      const Gradient& gradient = places[first_of(call, place.seat)].gradient;
       write_part(call, place.seat.member, place.row, x, targets, 0, gradient, grad);
     }
+#if SPARSE
+    // Behind what all the row's threads write there.
+    __syncthreads();
+    if (place.row.number >= 0) {
+      const Gradient& gradient = places[first_of(call, place.seat)].gradient;
+      write_entries(call, targets, Entries{probability, entries, entry_logits}, place, gradient, grad);
+    }
+#endif
     // The next row's state takes the place of what others may still read.
     __syncthreads();
   }
@@ -352,7 +202,8 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
          const void* sample, const void* cotangent, double cotangent_number,
          const void* normalizer, double number, const State* states, void* result, logit* grad,
          void* loss, real* lse, real* entropy, i64* prediction, unsigned char* correct,
-         unsigned char* valid) {
+         unsigned char* valid, real* top_probability, real* brier, i64* rank,
+         const double* of_lse, const double* of_entropy) {
   SHARED(Sums, each, BLOCK);
   SHARED(Gradient, gradient, 1);
   const Targets targets = {given, weight, sample};
@@ -360,7 +211,8 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
   const i64 rows = call.outer * call.inner;
   if (blockIdx.x == rows) {
     if (blockIdx.y) return;
-    const Results results = {loss, lse, entropy, prediction, correct, valid};
+    const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
+                           brier, rank};
     conclude_all(call, targets, states, results, each);
     if (result) store_loss(call, divisor, each[0], result);
     return;
@@ -376,10 +228,11 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
     const double divides = denominator(call, divisor, mine.weight);
     const Meaning meaning = meaning_of(call, targets, row.number);
     const State state = join_parts(call, states, row.number);
-    const Results nowhere = {0, 0, 0, 0, 0, 0};
+    const Results nowhere = {};
     const Outcome found = conclude(call, meaning, row.number, state, nowhere, mine);
     const double g = cotangent_of(call, cotangent, cotangent_number, row.number) * meaning.sample;
-    gradient[0] = gradient_of_row(call, meaning, state, found, call.mean ? g / divides : g);
+    gradient[0] = gradient_of_row(call, meaning, state, found, call.mean ? g / divides : g,
+                                  OfStats{of_lse, of_entropy}, row.number);
   }
   __syncthreads();
   write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, gradient[0], grad);

@@ -8,9 +8,14 @@
 //   LOGITS   what logits and gradient are stored as: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64
 //   REAL     what is computed with: FLOAT32 or FLOAT64
 //   TARGET   what the target is stored as: one of these for probabilities, INT8, ... for labels
-//   SPREAD   1 if other classes than the pivot have coefficients: probabilities, smoothing
+//   SPREAD   1 if other classes than the pivot have coefficients: all but labels without smoothing
 //   SOFTCAP  1 for logits under a softcap
+//   SPARSE   1 if the target is some classes of each row, in TARGET, with a probability each
+//   TEACHER  1 if the target is the softmax of a teacher's logits, stored as TARGET
+//   SMOOTHED 1 if there is smoothing, where these two have to know
 //   STATS    1 if something besides the loss is wanted of each row
+//   BESIDE   1 if the largest probability, the Brier score or the rank are among that
+//   VALUED   1 if the gradient is also that of lse or entropy, which take STATS
 //   WIDTH    how many logits are loaded at once: more than 1 only where classes are contiguous
 //   BLOCK    how many threads a block has, a power of two
 
@@ -35,6 +40,7 @@
 #define UINT64 12
 
 #define PROBABILITY (TARGET <= FLOAT64)
+#define LABELS (!PROBABILITY && !SPARSE)
 #define DEVICE __device__ __forceinline__
 // The few float64 functions of a float32 kernel would take its registers.
 #if REAL == FLOAT64

@@ -26,7 +26,8 @@ struct Call {
   double exact_scale, exact_cap;
   real scale, cap;               // with a softcap, the scale is divided by it
   real kept, share;              // 1 - smoothing, and smoothing / classes
-  real z_loss, padding;
+  real z_loss;
+  real teacher_scale;            // of a teacher's logits
 };
 
 // The scale and the cap as what is computed with them.
@@ -107,9 +108,28 @@ typedef double Sum;
 #endif
 
 // Whether the pivot is the class of the largest logit, and not the label.
-#define LARGEST (PROBABILITY || STATS)
+#define LARGEST (!LABELS || STATS)
+// Whether a label's Brier score and its rank are summed. The score of probabilities takes another look
+// at the logits.
+#define RANKED (BESIDE && LABELS)
+#define DISTANT (BESIDE && PROBABILITY && !TEACHER)
+// Whether the target's likeliest class is looked for.
+#define PREFERS (!LABELS && STATS)
+// Whether all classes have a share of the smoothing beside a teacher's, which is known last.
+#define EVEN (TEACHER && SMOOTHED)
 // Whether the ints of a state would leave a gap.
-#define PADDED (PROBABILITY ? !STATS && REAL == FLOAT64 : STATS)
+#if TEACHER
+#define PADDED (REAL == FLOAT32 ? STATS == EVEN : !STATS)
+#else
+#define PADDED (PROBABILITY ? !STATS && REAL == FLOAT64 : STATS && !RANKED)
+#endif
+
+// The coefficient of a pivot, of a teacher in units of its largest logit's.
+#if TEACHER
+typedef double part_r;
+#else
+typedef real part_r;
+#endif
 
 // The state of some of a row's classes, less the pivot.
 struct State {
@@ -123,19 +143,40 @@ struct State {
 #if STATS
   Sum entropy;  // the sum of exp(x - m') (m' - x)
 #endif
+#if RANKED
+  Sum squares;  // the sum of exp(x - m')^2
+#endif
 #if LARGEST
-  real pivot_r;     // without what the label has beside its share of the smoothing
+  part_r pivot_r;   // without what the label has beside its share of the smoothing
   int pivot_class;  // the first with the largest logit
 #endif
-#if PROBABILITY && STATS
+#if PREFERS
   int likeliest_class;
+#if !TEACHER
   real likeliest;
+#endif
+#endif
+#if SPARSE
+  int bad;  // whether a class is out of range
+#endif
+#if TEACHER
+  real teacher_top;    // the teacher's largest logit; R' and q' are in units of its exponential
+#if EVEN
+  real pivot_even;     // the pivot's class weight
+#endif
+  Sum teacher_total;   // the sum of the teacher's exponentials
+#if EVEN
+  Sum even, even_excess;  // R' and q' of the classes' weights alone
+#endif
 #endif
 #if PADDED
   int unused;  // so that all bytes of a state in memory are written
 #endif
-#if STATS && !PROBABILITY
-  real label;  // its logit, in the state of a row's first thread
+#if RANKED
+  int rank;  // how many classes have a larger logit than the label
+#endif
+#if STATS && LABELS
+  real label;  // its logit, in the state of a row's first thread; for a rank of all
 #endif
 };
 
@@ -150,19 +191,40 @@ DEVICE State nothing_read() {
 #if STATS
   state.entropy = 0;
 #endif
+#if RANKED
+  state.squares = 0;
+  state.rank = 0;
+#endif
   state.pivot = -infinity();
 #if LARGEST
   state.pivot_r = 0;
   state.pivot_class = NONE;
 #endif
-#if PROBABILITY && STATS
+#if SPARSE && STATS
+  state.likeliest_class = -1;
+  state.likeliest = 0;
+#elif PREFERS
   state.likeliest_class = NONE;
+#if !TEACHER
   state.likeliest = -infinity();
+#endif
+#endif
+#if SPARSE
+  state.bad = 0;
+#endif
+#if TEACHER
+  state.teacher_top = -infinity();
+  state.teacher_total = 0;
+#endif
+#if EVEN
+  state.pivot_even = 0;
+  state.even = 0;
+  state.even_excess = 0;
 #endif
 #if PADDED
   state.unused = 0;
 #endif
-#if STATS && !PROBABILITY
+#if STATS && LABELS
   state.label = 0;
 #endif
   return state;
@@ -181,18 +243,42 @@ DEVICE void carry(const Call& call, State& state, real top) {
 #if SPREAD
   if (state.rest != 0) state.excess += state.rest * risen;
 #endif
+#if EVEN
+  if (state.even != 0) state.even_excess += state.even * risen;
+#endif
 #if STATS
   state.entropy += state.total * risen;
   state.entropy *= lower;
   if (state.total * lower == 0) state.entropy = 0;
 #endif
+#if RANKED
+  if (state.squares != 0) state.squares *= lower * lower;
+#endif
   if (state.total != 0) state.total *= lower;
   state.top = top;
 }
 
+#if TEACHER
+DEVICE real teacher_exp(const Call& call, real t, real top) {
+  return exp_of((t - reference_of(top)) * call.teacher_scale);
+}
+
+// Move what is in units of the teacher's largest logit to a larger one.
+DEVICE void carry_teacher(const Call& call, State& state, real top) {
+  const double lower = decay((state.teacher_top - top) * call.teacher_scale);
+  state.teacher_total *= lower;
+  state.pivot_r *= lower;
+  state.rest *= lower;
+  state.excess *= lower;
+  // What no longer has a coefficient takes no part, not even as 0 times infinity.
+  if (lower == 0) state.excess = 0;
+  state.teacher_top = top;
+}
+#endif
+
 #if LARGEST
 // Count a class in that is not the pivot after all.
-DEVICE void include(const Call& call, State& state, real x, real r, int c) {
+DEVICE void include(const Call& call, State& state, real x, part_r r, int c, real even) {
   if (c == NONE) return;
   if (x > state.top) carry(call, state, x);
   const real gap = difference(call, x, reference_of(state.top));
@@ -202,28 +288,41 @@ DEVICE void include(const Call& call, State& state, real x, real r, int c) {
   state.rest += r;
   if (r != 0) state.excess += r * -gap;
 #endif
+#if EVEN
+  state.even += even;
+  if (even != 0) state.even_excess += even * -gap;
+#endif
 #if STATS
   if (p != 0) state.entropy += p * -gap;
+#endif
+#if RANKED
+  state.squares += p * p;
 #endif
 }
 
 // Of two pivots the first with the larger logit is the pivot; the other is counted in.
-DEVICE void choose_pivot(const Call& call, State& state, real x, real r, int c) {
+DEVICE void choose_pivot(const Call& call, State& state, real x, part_r r, int c, real even) {
   if (x > state.pivot || (x == state.pivot && c < state.pivot_class)) {
-    const real loser = state.pivot, loser_r = state.pivot_r;
+    const real loser = state.pivot;
+    const part_r loser_r = state.pivot_r;
     const int loser_class = state.pivot_class;
     state.pivot = x;
     state.pivot_r = r;
     state.pivot_class = c;
+#if EVEN
+    const real loser_even = state.pivot_even;
+    state.pivot_even = even;
+    even = loser_even;
+#endif
     x = loser;
     r = loser_r;
     c = loser_class;
   }
-  include(call, state, x, r, c);
+  include(call, state, x, r, c, even);
 }
 #endif
 
-#if PROBABILITY && STATS
+#if PREFERS && !TEACHER
 DEVICE void choose_likeliest(State& state, real p, int c) {
   if (p > state.likeliest || (p == state.likeliest && c < state.likeliest_class)) {
     state.likeliest = p;
@@ -237,6 +336,23 @@ DEVICE void merge(const Call& call, State& state, State other) {
   if (other.top > state.top) carry(call, state, other.top);
   if (state.top > other.top) carry(call, other, state.top);
   state.total += other.total;
+#if TEACHER
+#if STATS
+  const bool earlier = other.likeliest_class < state.likeliest_class;
+  if (other.teacher_top > state.teacher_top || (other.teacher_top == state.teacher_top && earlier))
+    state.likeliest_class = other.likeliest_class;
+#endif
+  if (other.teacher_top > state.teacher_top) carry_teacher(call, state, other.teacher_top);
+  if (state.teacher_top > other.teacher_top) carry_teacher(call, other, state.teacher_top);
+  state.teacher_total += other.teacher_total;
+#endif
+#if EVEN
+  state.even += other.even;
+  state.even_excess += other.even_excess;
+  const real other_even = other.pivot_even;
+#else
+  const real other_even = 0;
+#endif
 #if SPREAD
   state.rest += other.rest;
   state.excess += other.excess;
@@ -244,137 +360,14 @@ DEVICE void merge(const Call& call, State& state, State other) {
 #if STATS
   state.entropy += other.entropy;
 #endif
-#if LARGEST
-  choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class);
+#if RANKED
+  state.squares += other.squares;
+  state.rank += other.rank;
 #endif
-#if PROBABILITY && STATS
+#if LARGEST
+  choose_pivot(call, state, other.pivot, other.pivot_r, other.pivot_class, other_even);
+#endif
+#if PREFERS && !TEACHER
   choose_likeliest(state, other.likeliest, other.likeliest_class);
 #endif
-}
-
-// How far a class is below the largest besides the pivot's, and what rounding took from that.
-struct Gap { real delta, error; };
-
-DEVICE Gap exact_gap(const Call& call, real top, real x) {
-  Gap gap;
-#if REAL == FLOAT32
-  const double exact = difference(call, (double)top, (double)x);
-  gap.delta = (real)exact;
-  gap.error = (real)(exact - gap.delta);
-#elif SOFTCAP
-  gap.delta = difference(call, top, x);
-  gap.error = 0;
-#else
-  // The exact rounding errors of a difference and of a product.
-  const real plain = top - x;
-  const real x_part = top - plain;
-  const real top_part = plain + x_part;
-  const real lost = (top - top_part) + (x_part - x);
-  gap.delta = plain * call.exact_scale;
-  gap.error = fma(plain, call.exact_scale, -gap.delta) + lost * call.exact_scale;
-#endif
-  // Where something is infinite or nan there is nothing to be made good.
-  if (!(gap.error == gap.error && size_of(gap.delta) < (real)1e30)) gap.error = 0;
-  return gap;
-}
-
-// What a whole row gives.
-struct Outcome {
-  real loss;
-  real lse;
-  real entropy;
-  real top;             // m', or 0 for -inf: of the label in a gradient, where there is one
-  real factor;          // of exp(x - m') in the gradient
-  real pivot_gradient;
-};
-
-// `weight` is that of the label's class; 1 for probabilities.
-DEVICE Outcome finish(const Call& call, const State& state, real weight, int label) {
-#if SPREAD
-  double others_r = state.rest;
-  const real excess = (real)state.excess;
-#elif LARGEST
-  double others_r = 0;
-  const real excess = 0;
-#endif
-#if PROBABILITY
-  const real at_pivot = state.pivot_r;
-#else
-  const real at_label = weight * (call.kept + call.share);
-#if LARGEST
-  // The label is one of the other classes, unless it is the likeliest.
-  const bool leads = label == state.pivot_class;
-  const real at_pivot = leads ? at_label : state.pivot_r;
-  const real added = leads || call.kept == 0 ? (real)0 : weight * call.kept;
-  others_r += added;
-#else
-  const real at_pivot = at_label;
-#endif
-#endif
-  const Gap gap = exact_gap(call, state.top, state.pivot);
-  const bool below = gap.delta <= 0;
-  const real opposite = -gap.delta;
-  real low = exp_of(below ? gap.delta : opposite);
-  low += low * (below ? gap.error : -gap.error);
-  // nan for a pivot at +inf: such a row has no softmax.
-  const real nothing = state.pivot - state.pivot;
-  const real e = (real)(below ? state.total * low + nothing : (state.total - 1) + low);
-  const real h = log1p_of(e);
-  const real behind = below ? (real)0 : gap.delta;
-  Outcome found;
-  found.loss = at_pivot * ((at_pivot == 0 ? (real)0 : behind) + h);
-  found.factor = (below ? low : (real)1) / (1 + e);
-  const real probability = (below ? (real)1 : low) / (1 + e);
-  const real others = (real)(state.total * found.factor);
-  real sum_of_r = at_pivot;
-#if SPREAD || LARGEST
-  const real rest = (real)others_r;
-  const real ahead = below && rest != 0 ? opposite : (real)0;
-  // The excess is nan where an infinite coefficient has met a gap of 0: the rest is enough then.
-  found.loss += (excess == excess ? excess : (real)0) + rest * (ahead + h);
-  sum_of_r += rest;
-  found.pivot_gradient = rest - sum_of_r * others;
-#else
-  found.pivot_gradient = -at_pivot * others;
-#endif
-  // Another form of the same number, which is torch's where the terms are infinite.
-  const real share = sum_of_r * probability;
-#if LARGEST
-  // The one with the smaller terms loses fewer digits.
-  const bool larger = size_of(share) + size_of(at_pivot) > size_of(rest) + size_of(sum_of_r * others);
-#else
-  const bool larger = size_of(sum_of_r) < infinity();
-#endif
-  if (!larger) found.pivot_gradient = share - at_pivot;
-  found.lse = transformed(call, below ? state.pivot : state.top) + h;
-  const real penalty = call.z_loss == 0 ? (real)0 : weight * call.z_loss;
-  if (penalty != 0) {
-    found.loss += penalty * found.lse * found.lse;
-    const real pull = 2 * penalty * found.lse;
-    sum_of_r += pull;
-    found.pivot_gradient += pull * probability;
-  }
-  found.entropy = 0;
-#if STATS
-  const real gap_ahead = below && state.total != 0 ? opposite : (real)0;
-  const real gap_behind = probability == 0 ? (real)0 : behind;
-  // The lead may be beyond the largest number where nothing is left for the others.
-  const real lacking = others == 0 ? (real)0 : others * (gap_ahead + h);
-  found.entropy = (real)(found.factor * state.entropy) + lacking + probability * (gap_behind + h);
-#endif
-  found.top = reference_of(state.top);
-#if STATS && !PROBABILITY
-  if (!leads) {
-    const Gap label_gap = exact_gap(call, found.top, state.label);
-    if (added != 0 && size_of(added) != infinity()) found.loss += added * label_gap.delta + added * label_gap.error;
-    // The gradient has the label for the pivot, as it has without stats.
-    real low_label = exp_of(-label_gap.delta);
-    low_label -= low_label * label_gap.error;
-    found.pivot_gradient = sum_of_r * (low_label * found.factor) - at_label;
-    found.top = reference_of(state.pivot);
-    found.factor = probability;
-  }
-#endif
-  found.factor *= sum_of_r;
-  return found;
 }

@@ -1,0 +1,115 @@
+// Another look at some classes of a row, once all of it is known: distances to the target, and the
+// gradient.
+
+#if DISTANT
+// What a row's Brier score is made of: softmax and target once more.
+struct Distance {
+  real reference, softmax;    // nan where there is no score
+  real probability, others;  // of the pivot, and of the other classes together
+  int pivot;
+  double sum;  // of what a thread has looked at
+};
+
+template <int U, int W>
+DEVICE void add_distance(const Call& call, const Distance& row, const Taken<U, W>& taken, double& sum) {
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      if (!taken.has(u)) continue;
+      const real t = taken.p[u][w];
+      real gap = exp_of(difference(call, taken.x[u][w], row.reference)) * row.softmax - t;
+      // What is left of 1 has more digits than a probability near it.
+      if (taken.number(u, w) == row.pivot)
+        gap = row.others < (real)0.5 ? (1 - t) - row.others : row.probability - t;
+      sum += (double)gap * gap;
+    }
+}
+#endif
+
+// What a row's gradient is made of.
+struct Gradient {
+  real reference;  // m', or 0 for -inf
+  real factor;     // of exp(x - m')
+  real at_pivot;
+  real scale;      // what all but `at_pivot` is multiplied by
+  int pivot;       // its class
+  int rule;        // 0: as these say; 1: zeros; 2: nans
+#if VALUED
+  real more;    // of exp(x - m') for lse and entropy
+  real by_gap;  // of exp(x - m') (m' - x) for the entropy
+#if LABELS
+  int label;  // NONE where it is the pivot
+  real at_label;
+#endif
+#endif
+#if TEACHER
+  real teacher_top, teacher_factor;  // of exp(t - top) in the coefficients
+#endif
+#if DISTANT
+  Distance distance;  // looked at before the gradient is written
+#endif
+};
+
+// The coefficient of a class in the gradient.
+DEVICE real whole_coefficient(const Call& call, const real* weight, const Gradient& row, real given,
+                              int c) {
+#if TEACHER
+  real r = teacher_exp(call, given, row.teacher_top) * row.teacher_factor;
+#if EVEN
+  r += call.share;
+#endif
+  return weight ? r * weight[c] : r;
+#elif SPREAD
+  return coefficient(call, weight, given, c);
+#else
+  return 0;
+#endif
+}
+
+DEVICE real gradient_of(const Call& call, const Gradient& row, real x, real r, int c) {
+  const real gap = difference(call, x, row.reference);
+  const real p = exp_of(gap);
+#if SPREAD
+  // Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
+  real grad = (row.factor * p - r) * row.scale;
+#else
+  real grad = p * (row.factor * row.scale);
+#endif
+#if VALUED
+  if (p != 0) grad += p * (row.more - gap * row.by_gap);
+#endif
+#if SOFTCAP
+  grad *= slope(call, x);
+#endif
+  if (c == row.pivot) grad = row.at_pivot;
+#if VALUED && LABELS
+  if (c == row.label) grad = row.at_label;
+#endif
+  if (row.rule) grad = row.rule == 1 ? (real)0 : not_a_number();
+  return grad;
+}
+
+// Write the gradient of classes, where their logits may lie: they were read before.
+template <int U, int W>
+DEVICE void write_gradient(const Call& call, const Gradient& row, const real* weight,
+                           const Taken<U, W>& taken, logit* grad) {
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    if (!taken.has(u)) continue;
+    const i64 c = taken.number(u, 0);
+    logit result[W];
+#pragma unroll
+    for (int w = 0; w < W; w++) {
+      const int number = taken.number(u, w);
+      const real r = whole_coefficient(call, weight, row, taken.probability(u, w), number);
+      result[w] = Stored<LOGITS>::narrow(gradient_of(call, row, taken.x[u][w], r, number));
+    }
+    if (W == 1 || call.g_in_step) {
+      store(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
+    } else {
+#pragma unroll
+      for (int w = 0; w < W; w++) grad[c + w] = result[w];
+    }
+  }
+}
