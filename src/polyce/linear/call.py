@@ -172,12 +172,15 @@ class HeadCall:
     def _scale_of_sums(self) -> Any:
         """Compute the gradient of the result by each row's loss, as one number for all rows.
 
-        It is 0 if no row counts, although the mean over nothing divides by 0.
+        It is 0 if no row counts or there are no classes, although the mean over nothing divides
+        by 0.
         """
         xp, counted = self.whole.xp, self.plan.counted
+        if self.whole.is_empty:
+            return 0.0
         scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
         if counted is None:
-            return scale if self.chunks.total else 0.0
+            return scale
         nothing = xp.sum(self._zeros())
         return xp.where(xp.any(counted), nothing + scale, nothing)
 
