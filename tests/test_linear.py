@@ -56,33 +56,32 @@ IMPLEMENTATIONS = {"numpy": (None, "reference"), "torch": (None, "reference")}
 EQUAL_CLASSES = "accuracy/margins/1000/wrong/float32"
 
 
-# Heads take no targets but arrays.
-SERVED = [group for group in GROUPS if group not in ("sparse", "teacher")]
-
-
 def libraries(backend: Backend, backend_name: str) -> list[Backend]:
     """Return the backends that a run's arrays are tried as."""
     return [get_backend(name) for name in BACKENDS.get(backend_name, ())] or [backend]
 
 
-def reason_against(case: Case, library: Backend) -> str:
+def reason_against(case: Case, library: Backend, teacher_heads: bool = False) -> str:
     """Return the reason why a case of the grid is not for a library."""
     narrow = NARROW.get(library.name, ())
     if "cuda" in str(getattr(library.asarray(np.zeros(1)), "device", "")):
         narrow = ("float16", "bfloat16")
     if library.name == "jax" and "float64" not in library.floats and case.name == EQUAL_CLASSES:
         return "XLA adds up a few rows' classes one by one, see docs/accuracy.md"
-    return unsuited(case, library.name) or leave_out(case, narrow)
+    reason = leave_out(case, narrow, teacher_heads=teacher_heads)
+    return unsuited(case, library.name) or reason
 
 
-def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
+def few(
+    group: str, library: Backend, most: int, reason_against: Callable[..., str]
+) -> Callable[[Case], str]:
     """Leave out all but a few cases of a group."""
     small = [
         case
         for case in cases([group], library.floats)
         if case.logits.size <= 500 and case.logits.dtype.name in library.floats
     ]
-    suited = [case for case in small if not reason_against(case, library)]
+    suited = [case for case in small if not reason_against(case)]
     if library.name == "cubed":
         # Cases with more take it many seconds.
         suited = [c for c in suited if len(c.options) + len(c.arrays) <= 5] or suited
@@ -90,21 +89,26 @@ def few(group: str, library: Backend, most: int) -> Callable[[Case], str]:
     return lambda case: "" if case.name in names else "not among the few that stand for its group"
 
 
+# A teacher's head is more than its logits.
+HEADS = (*(group for group in GROUPS if not (FEW and group == "teacher")), "teacher-head")
+
+
 @everywhere
-@pytest.mark.parametrize("group", SERVED)
+@pytest.mark.parametrize("group", HEADS)
 def test_grid(backend: Backend, backend_name: str, group: str) -> None:
-    most = None if FULL else MOST[backend_name]
+    most, is_head = None if FULL else MOST[backend_name], group == "teacher-head"
+    group = "teacher" if is_head else group
     for library in libraries(backend, backend_name):
-        every = partial(reason_against, library=library)
-        # The kernels do not serve the stats beside the target, for which polyce chooses.
-        on_triton = backend_name == "triton" and group != "target-stats"
+        every = partial(reason_against, library=library, teacher_heads=is_head)
+        # The kernels do not serve all targets and stats; polyce chooses for the others.
+        on_triton = backend_name == "triton" and group not in ("target-stats", "sparse", "teacher")
         report = check_implementation(
             "triton" if on_triton else None,
             library,
             groups=[group],
-            leave_out=every if most is None else few(group, library, most),
+            leave_out=every if most is None else few(group, library, most, every),
             wrap=WRAPPERS.get(library.name),
-            functions=grid_functions(chunks=3),
+            functions=grid_functions(chunks=3, teacher_heads=is_head),
         )
         print(report)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import polyce
+from polyce.testing import Case
 from polyce.testing.linear import check_linear
 from polyce.testing.linear_cases import linear_cases
 
@@ -21,9 +22,27 @@ def log_sum_exp(logits: Any) -> Any:
     return top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
 
+def probabilities(case: Case, logits: Any) -> Any:
+    """Return a case's target as probabilities of the shape of its rows' logits."""
+    if case.kind in ("probability", "teacher"):
+        soft = case.target.reshape(logits.shape)
+        if case.kind == "probability":
+            return soft
+        scaled = soft * case.options["teacher_scale"]
+        return np.exp(scaled - log_sum_exp(scaled))
+    rows, width = len(logits), 1
+    chances = np.ones((rows, width))
+    if case.target_probability is not None:
+        width = case.target.shape[-1]
+        chances = case.target_probability.reshape(rows, width)
+    classes = case.target.reshape(rows, width)
+    return (np.eye(logits.shape[-1])[classes] * chances[..., None]).sum(axis=1)
+
+
 def test_the_exact_answers_are_those_of_the_textbook() -> None:
-    """In float64, for labels and probabilities without options."""
+    """In float64, for every kind of target without options."""
     plain = [c for c in linear_cases(["float64"]) if c.of_logits.group == "sizes"]
+    assert {c.name.split("/")[-2] for c in plain} >= {"sparse", "teacher", "teacher-head"}
     plain = [c for c in plain if c.linear_weight.size]
     assert len(plain) > 8
     for case in plain:
@@ -31,8 +50,11 @@ def test_the_exact_answers_are_those_of_the_textbook() -> None:
         hidden = case.input.reshape(math.prod(case.input.shape[:-1]), features)
         bias = 0.0 if case.linear_bias is None else case.linear_bias
         logits = hidden @ case.linear_weight.T + bias
-        soft = target.reshape(logits.shape) if case.of_logits.kind == "probability" else None
-        shares = np.eye(logits.shape[-1])[target.reshape(-1)] if soft is None else soft
+        if case.teacher:
+            states, weight, *more = case.teacher
+            assert weight.shape[1] == features + 2
+            np.testing.assert_array_equal(states @ weight.T + sum(more), target)
+        shares = probabilities(case.of_logits, logits)
         logs = logits - log_sum_exp(logits)
         rows = -(shares * logs).sum(axis=-1)
         grad = shares.sum(axis=-1, keepdims=True) * np.exp(logs) - shares

@@ -53,13 +53,20 @@ def test_what_a_compiled_function_stores(
 
 @pytest.mark.slow("jax-x32")
 @pytest.mark.only(*ANY_WIDTH)
-@pytest.mark.parametrize("what", ["stats", "log_prob"])
+@pytest.mark.parametrize("what", ["stats", "log_prob", "sparse", "teacher"])
 def test_what_other_values_store(what: str) -> None:
     import jax
 
     def total(x: Any, w: Any, b: Any, target: Any) -> Any:
         if what == "log_prob":
             return polyce.linear_log_prob(x, w, target, linear_bias=b).sum()
+        if what == "sparse":
+            of_some = polyce.SparseTarget(target[:, None], jax.numpy.ones((len(target), 1)))
+            return polyce.linear_cross_entropy(x, w, of_some)
+        if what == "teacher":
+            teacher = polyce.TeacherHead(*map(jax.lax.stop_gradient, (x, w, b)), 0.5)
+            rows = polyce.linear_cross_entropy(x, w, teacher, reduction="none")
+            return polyce.linear_cross_entropy(x, w, teacher) + (rows * rows).mean()
         loss, stats = polyce.linear_cross_entropy(x, w, target, linear_bias=b, return_stats=True)
         return loss + stats.entropy.mean()
 

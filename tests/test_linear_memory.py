@@ -77,6 +77,28 @@ def test_numpy_holds_a_chunk_for_log_probabilities() -> None:
     assert growth("polyce.linear_log_prob(x, w, t)", few) < MOST
 
 
+TARGETS = pytest.mark.parametrize(
+    "target",
+    [
+        "polyce.SparseTarget(({2})[:, None], {0}[:, :1])",
+        # The teacher's chunk counts: two of them would be 96 MiB.
+        "polyce.TeacherHead({0}, {1}, scale=0.5)",
+    ],
+    ids=["sparse", "teacher"],
+)
+
+
+@pytest.mark.slow("numpy")
+@measured
+@pytest.mark.same_everywhere
+@pytest.mark.only("numpy")
+@TARGETS
+def test_numpy_holds_a_chunk_for_other_targets(target: str) -> None:
+    call = f"polyce.linear_cross_entropy_with_grad({{0}}, {{1}}, {target})"
+    few = call.format("x[:8]", "w[:99]", "t[:8] % 9")
+    assert growth(call.format("x", "w", "t"), few) < GRADIENTS + MOST
+
+
 @pytest.mark.slow("numpy")
 @measured
 @pytest.mark.same_everywhere
@@ -124,6 +146,19 @@ def test_torch_holds_a_chunk(reduction: str) -> None:
 def test_torch_holds_a_chunk_for_other_values(step: str) -> None:
     few, call = step.format("*few", "t[:8] % 9"), step.format("x, w", "t")
     assert growth(call, few, TORCH.format(cast="")) < GRADIENTS + MOST
+
+
+@pytest.mark.slow("torch")
+@measured
+@pytest.mark.same_everywhere
+@pytest.mark.only("torch")
+@TARGETS
+def test_torch_holds_a_chunk_for_other_targets(target: str) -> None:
+    step = f"polyce.linear_cross_entropy({{3}}, {{4}}, {target}).backward()"
+    few = step.format("held[0][:8]", "held[1][:99]", "t[:8] % 9", *("few[0]", "few[1]"))
+    call = step.format(*("held[0]", "held[1]", "t"), *("x", "w"))
+    prepare = TORCH.format(cast="") + "; held = [x.detach(), w.detach()]"
+    assert growth(call, few, prepare) < GRADIENTS + MOST
 
 
 @pytest.mark.slow("torch")

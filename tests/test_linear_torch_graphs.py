@@ -100,7 +100,7 @@ def test_the_operator_is_asked_for_what_is_needed(
         compare(torch, answer(torch, function, leaves), answer(torch, plain, leaves))
         with torch.no_grad():
             compare(torch, function(*leaves), plain(*leaves))
-    wants = [list(calls[0][1][10:13]) for calls in graphs.calls]
+    wants = [list(calls[0][1][13:16]) for calls in graphs.calls]
     assert wants[0] == [bool(need) and reduction != "none" for need in needed]
     assert wants[1:] == [[False] * 3] * any(needed)
 
@@ -231,10 +231,16 @@ def test_torchs_own_checks_of_operators(torch: Any) -> None:
             # torch compares nan, which an ignored row has, with nothing.
             target = target.clamp(0)
         wanted = Gradients(*(reduction != "none" and leaf is not None for leaf in leaves))
-        settings = torch_op._HeadSettings(wanted, options[:-1], leaves[0].dtype, 3, None)
+        scale, of_target = None, (None,) * 3
+        if number == 2:
+            target, of_target = torch.randint(C, (N, 2)), (torch.rand(N, 2), None, None)
+        if number == 4:
+            target, scale = torch.rand(N, 3), 0.5
+            of_target = (None, torch.rand(C, 3), torch.rand(C))
+        settings = torch_op._HeadSettings(wanted, options[:-1], leaves[0].dtype, scale, 3, None)
         weight = torch.rand(C, dtype=leaves[0].dtype) if number % 3 else None
         normalizer = torch.tensor(3.0) if reduction == "mean" and number % 2 else None
-        tensors = (*leaves, target, weight, torch.rand(N), normalizer, None, None, None)
+        tensors = (*leaves, target, weight, torch.rand(N), normalizer, *(None,) * 3, *of_target)
         close = {"rtol": 2e-2, "atol": 2e-2} if dtype == "bfloat16" else {}
         torch.library.opcheck(torch_op._operator, (*tensors, *settings.values()), **close)
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from polyce.call.target import SparseTarget, TeacherLogits
+from polyce.call.target import SparseTarget, TeacherHead, TeacherLogits
 from polyce.explain import explain, show_versions
 from polyce.formula.stats import Stats
 from polyce.functional import cross_entropy, cross_entropy_with_grad, nll_loss
@@ -21,6 +21,7 @@ __all__ = [
     "NLLLoss",
     "SparseTarget",
     "Stats",
+    "TeacherHead",
     "TeacherLogits",
     "__version__",
     "cross_entropy",

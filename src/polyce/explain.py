@@ -286,7 +286,15 @@ def _call(
 def _shown_target(problem: Problem, operands: Operands) -> list[str]:
     target = f"{problem.target_dtype} {tuple(operands.target.shape)}"
     if problem.kind == "teacher":
-        return [f"teacher {target}", f"scale {problem.teacher_scale:g}"]
+        scale = f"scale {problem.teacher_scale:g}"
+        if operands.teacher_weight is None:
+            return [f"teacher {target}", scale]
+        return [
+            f"teacher's input {dtypes.dtype_name(operands.target)} {tuple(operands.target.shape)}",
+            f"linear_weight {tuple(operands.teacher_weight.shape)}",
+            *(["linear_bias"] * (operands.teacher_bias is not None)),
+            scale,
+        ]
     if problem.kind == "sparse":
         probability = dtypes.dtype_name(operands.target_probability)
         return [f"sparse target {target} of probability {probability}"]

@@ -57,12 +57,14 @@ def _swapped(names: str, target: Any) -> str:
     return f"are {names} swapped, as target is {show(target)}?"
 
 
-def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target: Any) -> Any:
+def product_dtype(
+    library: Library, hidden: Any, weight: Any, bias: Any, target: Any = None, *, of: str = ""
+) -> Any:
     """Return the one dtype of hidden states and head: torch's autocast dtype where that is on.
 
-    As in torch's own product, none of them is promoted.
+    As in torch's own product, none of them is promoted. `of` begins their names, for a teacher.
     """
-    given = {"input": hidden, "linear_weight": weight, "linear_bias": bias}
+    given = {f"{of}input": hidden, f"{of}linear_weight": weight, f"{of}linear_bias": bias}
     first = None
     for name, array in given.items():
         if array is None:
@@ -80,42 +82,57 @@ def product_dtype(library: Library, hidden: Any, weight: Any, bias: Any, target:
             first = dtype
         elif dtype != first:
             raise TypeError(
-                f"input, linear_weight and linear_bias must have one dtype, but input is "
-                f"{dtypes.dtype_name(hidden)} and {name} is {dtypes.dtype_name(array)}; convert "
-                "one of them"
+                f"{', '.join(list(given)[:2])} and {of}linear_bias must have one dtype, but "
+                f"{of}input is {dtypes.dtype_name(hidden)} and {name} is "
+                f"{dtypes.dtype_name(array)}; convert one of them"
             )
     return first
 
 
-def product_shape(hidden: Any, weight: Any, bias: Any) -> tuple[int, ...]:
-    """Check hidden states and head; return the shape of their logits."""
-    shape, head = _known_shape("input", hidden), _known_shape("linear_weight", weight)
+def product_shape(hidden: Any, weight: Any, bias: Any, *, of: str = "") -> tuple[int, ...]:
+    """Check hidden states and head; return the shape of their logits.
+
+    `of` begins their names, for a teacher.
+    """
+    shape = _known_shape(f"{of}input", hidden)
+    head = _known_shape(f"{of}linear_weight", weight)
     if not shape:
         raise ValueError(
-            "input must have a feature axis, its last, got a 0-d array; pass hidden states of "
+            f"{of}input must have a feature axis, its last, got a 0-d array; pass hidden states of "
             "shape (N, F) or (F,)"
         )
     if len(head) != 2:
         raise ValueError(
-            f"linear_weight must be 2-D, classes by features, got shape {head}; pass the weight "
-            "of a linear layer"
+            f"{of}linear_weight must be 2-D, classes by features, got shape {head}; pass the "
+            "weight of a linear layer"
         )
     if head[1] != shape[-1]:
         raise ValueError(
-            f"input and linear_weight must have as many features, their last axis, got shapes "
-            f"{shape} and {head}; transpose linear_weight if its classes come last"
+            f"{of}input and {of}linear_weight must have as many features, their last axis, got "
+            f"shapes {shape} and {head}; transpose {of}linear_weight if its classes come last"
         )
     if bias is not None and tuple(bias.shape) != head[:1]:
         raise ValueError(
-            f"linear_bias must be 1-D with one entry for each of the {head[0]} classes, got shape "
-            f"{tuple(bias.shape)}; pass shape ({head[0]},)"
+            f"{of}linear_bias must be 1-D with one entry for each of the {head[0]} classes, got "
+            f"shape {tuple(bias.shape)}; pass shape ({head[0]},)"
         )
     if head[0] is None:
         raise ValueError(
-            f"the class axis of linear_weight must have a known length, got shape {head}; only "
+            f"the class axis of {of}linear_weight must have a known length, got shape {head}; only "
             "the number of rows may be left open"
         )
     return (*shape[:-1], head[0])
+
+
+def promoted(library: Library, *given: Any) -> Any:
+    """Promote floating dtypes; float16 with bfloat16 is float32, and other dtypes take no part."""
+    found = {dtypes.name_of(each): each for each in given}
+    for name in ("float64", "float32"):
+        if name in found:
+            return found[name]
+    if "float16" in found and "bfloat16" in found:
+        return library.float_dtype("float32")
+    return found.get("float16", found.get("bfloat16"))
 
 
 def show(array: Any) -> str:

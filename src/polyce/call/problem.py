@@ -58,6 +58,8 @@ class Problem(NamedTuple):
     """What multiplies a teacher's logits."""
     entries: int = 0
     """K, how many classes of each row a sparse target names."""
+    teacher_dtype: Any = None
+    """The dtype of a teacher's logits, if a head computes them; None for other targets."""
 
     @property
     def xp(self) -> Any:
@@ -126,7 +128,10 @@ class Operands(NamedTuple):
 
     logits: Any
     target: Any
-    """Labels, probabilities, the classes of a sparse target, or a teacher's logits."""
+    """Labels, probabilities, the classes of a sparse target, or a teacher's logits.
+
+    Where a head computes these, its hidden states stand in their place.
+    """
     weight: Any
     sample_weight: Any
     normalizer: Any
@@ -137,6 +142,10 @@ class Operands(NamedTuple):
     """The same of their entropy."""
     target_probability: Any = None
     """The probabilities of a sparse target."""
+    teacher_weight: Any = None
+    """(classes, features) of a teacher's head."""
+    teacher_bias: Any = None
+    """(classes,)"""
 
     def named(self) -> dict[str, Any]:
         """Return the operands by the caller's names for them."""
@@ -220,7 +229,9 @@ def describe_anew(
     """
     options = options.checked()
     reduction = options.reduction
-    _check_given(head, input, target)
+    if head is not None and head.weight is None:
+        raise TypeError("linear_weight must be an array, got None; pass the weight of the head")
+    of_target.check_given(input, target, is_head=head is not None)
     if normalizer is not None and reduction != "mean":
         raise ValueError(
             f"normalizer is what reduction 'mean' divides by, got reduction {reduction!r}; "
@@ -260,6 +271,7 @@ def describe_anew(
         axis = len(shape) - 1
         logits_dtype = library.product_dtype(given_dtype, logits)
     row_shape = shape[:axis] + shape[axis + 1 :]
+    own_dtype = of_target.float_dtype(library, target, held)
     kind = of_target.kind_of(
         target, held, shape, axis, logits, probabilities=probabilities, is_head=head is not None
     )
@@ -271,9 +283,12 @@ def describe_anew(
         checks.sample_weight(sample_weight, row_shape)
     if normalizer is not None:
         checks.normalizer(normalizer)
-    result_dtype = given_dtype
+    result_dtype, target_dtype, teacher_dtype = given_dtype, held[0].dtype, None
     if kind != "index":
-        result_dtype = _promote(library, given_dtype, held[-1], weight)
+        beside = () if weight is None else (weight.dtype,)
+        result_dtype = checks.promoted(library, given_dtype, own_dtype, *beside)
+        if isinstance(target, of_target.TeacherHead):
+            target_dtype = teacher_dtype = library.product_dtype(own_dtype, held[0])
     result_dtype = library.result_dtype(result_dtype, logits)
 
     problem = Problem(
@@ -284,7 +299,7 @@ def describe_anew(
         axis=axis,
         row_shape=row_shape,
         logits_dtype=logits_dtype,
-        target_dtype=dtypes.dtype_name(held[0]),
+        target_dtype=dtypes.name_of(target_dtype),
         **_dtypes(library, logits, result_dtype),
         options=options,
         is_concrete=library.are_concrete(values),
@@ -299,6 +314,7 @@ def describe_anew(
         label_name="target.index" if kind == "sparse" else "labels",
         teacher_scale=library.exact(scale) if library.is_exact else scale,
         entries=held[0].shape[axis] if kind == "sparse" else 0,
+        teacher_dtype=teacher_dtype,
     )
     if number is not None:
         if reduction == "none" and row_shape:
@@ -316,8 +332,9 @@ def describe_anew(
         if reduction == "mean" and not hasattr(cotangent, "dtype"):
             cotangent = library.xp.asarray(1.0 if cotangent is None else cotangent)
     operands = Operands(logits, held[0], weight, sample_weight, normalizer, cotangent)
-    if kind == "sparse":
-        operands = operands._replace(target_probability=held[1])
+    if len(held) > 1:
+        more = zip(of_target.more_operands(target), held[1:], strict=True)
+        operands = operands._replace(**dict(more))
     if problem.grad_stats:
         arrays = dict(zip(of_stats, parameters, strict=True))
         operands = _with_stats_cotangents(problem, operands, numbers | arrays)
@@ -335,15 +352,6 @@ def _with_stats_cotangents(
             device = {} if where is None else {"device": where}
             cotangents[name] = library.xp.full((), cotangent, dtype=problem.row_dtype, **device)
     return operands._replace(**{f"grad_{name}": array for name, array in cotangents.items()})
-
-
-def _check_given(head: Head | None, input: Any, target: Any) -> None:
-    if head is not None and head.weight is None:
-        raise TypeError("linear_weight must be an array, got None; pass the weight of the head")
-    given = {"input": input, **of_target.arrays(target)}
-    for missing in [name for name, array in given.items() if array is None]:
-        what = "the logits" if head is None else "the hidden states"
-        raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
 
 
 def describe_logits(input: Any, options: Options) -> tuple[Problem, Any]:
@@ -385,15 +393,3 @@ def _dtypes(library: Library, logits: Any, result_dtype: Any) -> dict[str, Any]:
         "arithmetic_dtype": library.float_dtype("float64" if is_double else "float32"),
         "row_dtype": library.float_dtype("float64" if wide else "float32"),
     }
-
-
-def _promote(library: Library, dtype: Any, *operands: Any) -> Any:
-    """Promote a floating dtype with those of operands; float16 with bfloat16 is float32."""
-    given = (dtype, *(array.dtype for array in operands if array is not None))
-    found = {dtypes.name_of(each): each for each in given}
-    for name in ("float64", "float32"):
-        if name in found:
-            return found[name]
-    if "float16" in found and "bfloat16" in found:
-        return library.float_dtype("float32")
-    return found.get("float16", found.get("bfloat16"))

@@ -1,4 +1,4 @@
-"""Targets that are more than one array: some classes of each row, or the logits of a teacher."""
+"""Targets that are more than one array: some classes of each row, or a teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numbers
 from typing import Any, NamedTuple
 
 from polyce.arrays import dtypes
+from polyce.arrays.library import Library
 from polyce.call import checks
 from polyce.call.options import LARGEST, SMALLEST
 
@@ -72,24 +73,90 @@ class TeacherLogits(NamedTuple):
     scale: float = 1.0
 
 
+class TeacherHead(NamedTuple):
+    """The linear head of a teacher, for the `target` of `linear_cross_entropy`.
+
+    It means what `TeacherLogits` of ``input @ linear_weight.T + linear_bias`` mean. These logits
+    are computed for some rows at a time, beside those of the student, and never held whole. Rows
+    and classes are the student's; the teacher may have any number of features, and a dtype of its
+    own. Teachers have no gradient: an error if one is asked for.
+
+    Parameters
+    ----------
+    input : array, shape (F,) or (..., F)
+        Hidden states of the teacher, one for each row of the student's, of any floating dtype.
+    linear_weight : array, shape (C, F)
+        Weight of the teacher's head, of the dtype of its hidden states.
+    linear_bias : array, shape (C,), optional
+        Bias of the teacher's head, of the same dtype.
+    scale : float, default 1.0
+        A number from 1e-15 to 1e15 that multiplies the logits: 1/T for a temperature T.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polyce
+    >>> hidden, head = np.array([[1.0, 2.0]]), np.array([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> states, weight = np.array([[1.0]]), np.array([[3.0], [1.0], [-2.0]])
+    >>> target = polyce.TeacherHead(states, weight, scale=0.5)
+    >>> print(round(polyce.linear_cross_entropy(hidden, head, target), 6))
+    1.494833
+    >>> target = polyce.TeacherLogits(states @ weight.T, scale=0.5)
+    >>> print(round(polyce.cross_entropy(hidden @ head.T, target), 6))
+    1.494833
+    """
+
+    input: Any
+    linear_weight: Any
+    linear_bias: Any = None
+    scale: float = 1.0
+
+
+Teacher = (TeacherLogits, TeacherHead)
+
+
 def arrays(target: Any) -> dict[str, Any]:
-    """Return a target's arrays by the caller's names for them."""
-    if isinstance(target, SparseTarget):
-        return {"target.index": target.index, "target.probability": target.probability}
-    if isinstance(target, TeacherLogits):
-        return {"target.logits": target.logits}
+    """Return a target's arrays by the caller's names for them; an absent bias is None."""
+    if isinstance(target, (SparseTarget, TeacherLogits, TeacherHead)):
+        given = target._asdict()
+        return {f"target.{name}": given[name] for name in given if name != "scale"}
     return {"target": target}
+
+
+def check_given(input: Any, target: Any, *, is_head: bool) -> None:
+    """Refuse None in the place of an array."""
+    given = {"input": input, **arrays(target)}
+    given.pop("target.linear_bias", None)
+    for missing in [name for name, array in given.items() if array is None]:
+        what = "the hidden states" if is_head else "the logits"
+        raise TypeError(f"{missing} must be an array, got None; pass {what} and their target")
+
+
+def more_operands(target: Any) -> tuple[str, ...]:
+    """Return the names of the operands that a target's arrays after the first become."""
+    if isinstance(target, SparseTarget):
+        return ("target_probability",)
+    return ("teacher_weight", "teacher_bias") if isinstance(target, TeacherHead) else ()
+
+
+def float_dtype(library: Library, target: Any, arrays: tuple[Any, ...]) -> Any:
+    """Return the dtype of a target's last array, or that of a teacher's head as it multiplies."""
+    if isinstance(target, TeacherHead):
+        return checks.product_dtype(library, *arrays, of="target.")
+    return arrays[-1].dtype
 
 
 def teacher_scale(target: Any) -> float:
     """Return what multiplies a teacher's logits, 1 without a teacher."""
-    if not isinstance(target, TeacherLogits):
+    if not isinstance(target, Teacher):
         return 1.0
     scale = target.scale
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        name = type(target).__name__
+        whose = "its logits" if name == "TeacherLogits" else "its input and linear_bias"
         raise TypeError(
             f"target.scale must be a real number, got {type(scale).__qualname__}; make the "
-            "TeacherLogits inside of a function that is traced, and multiply its logits by a scale "
+            f"{name} inside of a function that is traced, and multiply {whose} by a scale "
             "that is an array before the call"
         )
     if not SMALLEST <= scale <= LARGEST:
@@ -112,19 +179,22 @@ def kind_of(
 ) -> str:
     """Decide what a target holds, and check the shapes and dtypes of its arrays.
 
-    With `probabilities` being False it must be class indices; a head takes those and an array of
-    probabilities.
+    With `probabilities` being False it must be class indices.
     """
     row_shape = shape[:axis] + shape[axis + 1 :]
-    if not isinstance(target, (SparseTarget, TeacherLogits)):
+    if not isinstance(target, (SparseTarget, *Teacher)):
         return checks.target_kind(shape, row_shape, logits, arrays[0], probabilities, not is_head)
-    if is_head or not probabilities:
-        taken = "class indices or an array of probabilities" if probabilities else "class indices"
-        of = "a linear head" if is_head else "nll_loss"
+    if not probabilities:
+        other = "cross_entropy with the logits"
+        if isinstance(target, TeacherHead):
+            other = "linear_cross_entropy with the hidden states"
         raise TypeError(
-            f"the target of {of} holds {taken}, got a {type(target).__name__}; pass the logits to "
-            "cross_entropy instead"
+            f"the target of nll_loss holds class indices, got a {type(target).__name__}; call "
+            f"{other}"
         )
+    if isinstance(target, TeacherHead):
+        _check_teacher_head(arrays, shape, is_head=is_head)
+        return "teacher"
     if isinstance(target, SparseTarget):
         _check_sparse(arrays[0], arrays[1], shape, axis)
         return "sparse"
@@ -169,4 +239,20 @@ def _check_teacher(teacher: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"target.logits must have input's shape {shape}, got {tuple(teacher.shape)}; pass the "
             "teacher's logits for the same rows and classes"
+        )
+
+
+def _check_teacher_head(arrays: tuple[Any, ...], shape: tuple[int, ...], *, is_head: bool) -> None:
+    if not is_head:
+        raise TypeError(
+            "the target of a loss of logits must hold the teacher's logits, got a TeacherHead; "
+            "call linear_cross_entropy, or pass TeacherLogits of the product"
+        )
+    found = checks.product_shape(*arrays, of="target.")
+    if found != shape:
+        raise ValueError(
+            f"the target must be a teacher of the same rows and classes, whose logits have shape "
+            f"{shape}, got target.input {checks.show(arrays[0])} and target.linear_weight "
+            f"{checks.show(arrays[1])}; pass a hidden state for each row, and a weight for each "
+            "class"
         )

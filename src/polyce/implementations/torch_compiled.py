@@ -18,7 +18,7 @@ from polyce.call import checks
 from polyce.call import target as of_target
 from polyce.call.options import check_stats
 from polyce.call.problem import Operands, Problem, describe
-from polyce.call.target import SparseTarget, TeacherLogits
+from polyce.call.target import SparseTarget, TeacherHead, TeacherLogits
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations import registry, torch_ops
 from polyce.implementations.contract import Implementation
@@ -48,6 +48,8 @@ def takes(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
     """
     logits, target, weight, sample_weight, _ = arrays
     if type(target) not in _PLAIN:
+        if type(target) is TeacherHead:
+            return False  # it is refused there
         if type(target) is TeacherLogits and not _is_number(target.scale):
             return False
         if not all(type(array) in _PLAIN for array in of_target.arrays(target).values()):

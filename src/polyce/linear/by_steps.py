@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from polyce.call.problem import Operands
+from polyce.call.problem import Head, Operands
 from polyce.formula.stats import Stats
 from polyce.linear.call import Gradients, HeadCall
 
@@ -52,15 +52,16 @@ def step(
     `of_rows` is the chunk's part of `HeadCall.of_rows`. `of_weight` replaces the product of the
     logits' gradient and the hidden states, which is the chunk's part of the weight's gradient.
     """
-    xp, (weight, bias), hidden = call.whole.xp, call.head, of_rows.logits
+    xp, hidden = call.whole.xp, of_rows.logits
     if counted is not None:
         # A row that does not count may hold infinities, and 0 times these is nan.
         hidden = xp.where(counted[:, None], hidden, xp.zeros_like(hidden))
     part = call.part(hidden.shape[0])
-    logits = product(call, hidden, weight.T)
-    if bias is not None:
-        logits = logits + call.whole.library.cast(bias, logits.dtype)
+    logits = _logits(call, hidden, call.head, call.sum_dtype)
     operands = of_rows._replace(logits=logits, weight=call.operands.weight)
+    if call.teacher is not None:
+        teacher = _logits(call, of_rows.target, call.teacher, call.whole.teacher_dtype)
+        operands = operands._replace(target=teacher)
     if not any(wanted):
         losses, stats = call.implementation.cross_entropy(part, operands)
         return losses, Gradients(None, None, None), stats
@@ -70,13 +71,20 @@ def step(
         grad = call.whole.library.cast(grad, hidden.dtype)
     of_weight = of_weight or (lambda grad, hidden: product(call, grad.T, hidden))
     found = Gradients(
-        product(call, grad, weight) if wanted.input else None,
+        product(call, grad, call.head.weight) if wanted.input else None,
         of_weight(grad, hidden) if wanted.linear_weight else None,
         of_bias,
     )
     return losses, found, stats
 
 
+def _logits(call: HeadCall, hidden: Any, head: Head, dtype: Any) -> Any:
+    """Compute the logits of a head, the student's or a teacher's."""
+    library = call.whole.library
+    found = library.matmul(hidden, head.weight.T, dtype, **call.product_options(hidden))
+    return found if head.bias is None else found + library.cast(head.bias, dtype)
+
+
 def product(call: HeadCall, a: Any, b: Any) -> Any:
     """Multiply two matrices into the dtype that the gradients add up in."""
-    return call.whole.library.matmul(a, b, call.sum_dtype, **call.product_options)
+    return call.whole.library.matmul(a, b, call.sum_dtype, **call.product_options(a))

@@ -57,7 +57,9 @@ class HeadCall:
 
     def planned(self) -> HeadCall:
         """Read the target; raises IndexError for a bad label where labels are checked."""
-        return replace(self, plan=targets.plan_rows(self.whole, self.operands))
+        # Of a sparse target all is read: it is small, and may hold a bad label.
+        read = targets.plan if self.whole.kind == "sparse" else targets.plan_rows
+        return replace(self, plan=read(self.whole, self.operands))
 
     def detached(self, detach: Callable[..., Any]) -> HeadCall:
         """Return the call with its arrays cut from any graph."""
@@ -76,9 +78,15 @@ class HeadCall:
 
     @property
     def target(self) -> Any:
-        """Return the labels, (rows,), or probabilities, (rows, classes)."""
+        """Return the labels, (rows,), or what else the target holds, (rows, any number)."""
         target = self.operands.target
-        return self._flat(target, *([self.whole.classes] * (self.whole.kind == "probability")))
+        return self._flat(target, *(() if self.whole.kind == "index" else target.shape[-1:]))
+
+    @property
+    def teacher(self) -> Head | None:
+        """Return the teacher's head; None if the target is something else."""
+        weight, bias = self.operands.teacher_weight, self.operands.teacher_bias
+        return None if weight is None else Head(weight, bias)
 
     @property
     def sample_weight(self) -> Any:
@@ -105,10 +113,10 @@ class HeadCall:
             dtype = self.operands.logits.dtype
         return dtypes.name_of(dtype) in ("float16", "bfloat16")
 
-    @property
-    def product_options(self) -> Mapping[str, Any]:
-        """Return the options of the library's matrix product."""
-        return {} if self.rounds_gradient else self.whole.library.exact_products
+    def product_options(self, factor: Any) -> Mapping[str, Any]:
+        """Return the options of the library's matrix product, given a factor as it came."""
+        is_narrow = dtypes.dtype_name(factor) in ("float16", "bfloat16")
+        return {} if is_narrow else self.whole.library.exact_products
 
     @property
     def scales_sums(self) -> bool:
@@ -128,10 +136,13 @@ class HeadCall:
     def of_rows(self, cotangents: Mapping[str, Any]) -> Operands:
         """Return the operands that are cut with the rows, all rows in one axis.
 
-        The hidden states stand in the logits' place.
+        Hidden states stand in the logits' place, those of a teacher's head in its logits'.
         """
         operands = Operands(self.hidden, self.target, None, self.sample_weight, None, None)
-        return operands._replace(**cotangents)
+        probability = self.operands.target_probability
+        if probability is not None:
+            probability = self._flat(probability, self.whole.entries)
+        return operands._replace(target_probability=probability, **cotangents)
 
     def cotangents(self) -> tuple[dict[str, Any], Any]:
         """Compute the gradients by each row's loss and stats, and a factor still to be applied.
@@ -172,12 +183,15 @@ class HeadCall:
     def _scale_of_sums(self) -> Any:
         """Compute the gradient of the result by each row's loss, as one number for all rows.
 
-        It is 0 if no row counts, although the mean over nothing divides by 0.
+        It is 0 if no row counts or there are no classes, although the mean over nothing divides
+        by 0.
         """
         xp, counted = self.whole.xp, self.plan.counted
+        if self.whole.is_empty:
+            return 0.0
         scale = targets.cotangent(self.whole, self.plan, self.operands.grad_output)
         if counted is None:
-            return scale if self.chunks.total else 0.0
+            return scale
         nothing = xp.sum(self._zeros())
         return xp.where(xp.any(counted), nothing + scale, nothing)
 
@@ -242,6 +256,22 @@ def describe(
         grad_stats=grad_stats,
     )
     return HeadCall(whole, operands, head, size, implementation)
+
+
+def without_gradient(kind: str, operands: Operands) -> dict[str, Any]:
+    """Return what a head's loss has no gradient of, or its tangents, by the caller's names."""
+    of_target = {"target": operands.target}
+    if kind == "sparse":
+        of_target = {"target.probability": operands.target_probability}
+    elif operands.teacher_weight is not None:
+        of_target = {
+            "target.input": operands.target,
+            "target.linear_weight": operands.teacher_weight,
+            "target.linear_bias": operands.teacher_bias,
+        }
+    elif kind == "teacher":
+        of_target = {"target.logits": operands.target}
+    return {**of_target, "weight": operands.weight, "sample_weight": operands.sample_weight}
 
 
 def taking_stats(name: str | None) -> str | None:

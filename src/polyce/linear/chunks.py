@@ -28,7 +28,7 @@ class Limits:
     """The best sizes for a kind of device."""
 
     bytes: int
-    """Of a chunk's logits."""
+    """Of a chunk's logits, and of a teacher's beside them."""
     fewest: int
     """Rows of a chunk at least, whatever memory they take."""
     most: int
@@ -105,10 +105,10 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
         # An export with symbolic rows cannot loop over a number of chunks that may be 0.
         return Chunks(total, total, max(problem.classes, 1))
     limits = limits_of(problem)
-    itemsize = _itemsize(problem)
+    itemsize = _itemsize(problem.logits_dtype)
     rows = chunk_size
     if rows is None:
-        fits = limits.bytes // max(problem.classes * itemsize, 1)
+        fits = limits.bytes // max(_row_bytes(problem), 1)
         rows = min(max(_down(fits, limits.multiple), limits.fewest), limits.most)
         count = max(-(-total // rows), 1)
         rows = min(_up(-(-total // count), limits.multiple), rows)
@@ -131,8 +131,14 @@ def _without_rest(total: int, count: int) -> int:
     return next(equal, 0)
 
 
-def _itemsize(problem: Problem) -> int:
-    return {"float64": 8, "float32": 4}.get(dtypes.name_of(problem.logits_dtype), 2)
+def _itemsize(dtype: Any) -> int:
+    return {"float64": 8, "float32": 4}.get(dtypes.name_of(dtype), 2)
+
+
+def _row_bytes(problem: Problem) -> int:
+    """Return the bytes of a row's logits, with those that a teacher's head computes beside them."""
+    of_teacher = 0 if problem.teacher_dtype is None else _itemsize(problem.teacher_dtype)
+    return problem.classes * (_itemsize(problem.logits_dtype) + of_teacher)
 
 
 def limits_of(problem: Problem) -> Limits:
@@ -147,7 +153,7 @@ def summary(problem: Problem, cut: Chunks) -> str:
     """Describe how a call is cut, the memory it takes, and when all at once would be better."""
     if problem.backend == "dask":
         return "chunks within each of dask's blocks of rows"
-    row = problem.classes * _itemsize(problem) / 1e6
+    row = _row_bytes(problem) / 1e6
     many = "chunk" if cut.count == 1 else "chunks"
     return (
         f"{cut.count} {many} of {cut.rows} rows: {cut.rows * row:.0f} MB of logits at a time, not "

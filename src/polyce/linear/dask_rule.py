@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from polyce.arrays import dtypes
+from polyce.arrays.library import Library
 from polyce.call.problem import Head, Operands
 from polyce.formula import stats, targets
 from polyce.formula.stats import Stats
@@ -45,7 +47,7 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
         partial(_block, _bare(call), wanted, hidden.dtype),
         axes,
         *(hidden, axes),
-        *(operands.target, axes if whole.kind == "probability" else lead),
+        *(operands.target, lead if whole.kind == "index" else axes),
         *dask.paired(operands.sample_weight, lead),
         *dask.scale(whole, cotangent, hidden),
         *dask.in_one(operands.weight),
@@ -53,6 +55,9 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
         *dask.in_one(call.head.bias),
         *dask.paired(operands.grad_lse, lead),
         *dask.paired(operands.grad_entropy, lead),
+        *dask.paired(operands.target_probability, axes),
+        *dask.in_one(operands.teacher_weight),
+        *dask.in_one(operands.teacher_bias),
         adjust_chunks={axes[-1]: 1},
         align_arrays=False,
         token="polyce-linear",
@@ -90,10 +95,10 @@ def _bare(call: HeadCall) -> HeadCall:
 
 def _stats(call: HeadCall, results: Any) -> Stats | None:
     """Take the stats asked for out of the blocks' results, with a last axis of length 1."""
-    dtypes = stats.unfilled(call.whole, lambda shape, dtype: dtype)
-    if dtypes is None:
+    asked = stats.unfilled(call.whole, lambda shape, dtype: dtype)
+    if asked is None:
         return None
-    entries = enumerate(dtypes, start=4)
+    entries = enumerate(asked, start=4)
     return Stats(
         *(
             None if dtype is None else dask.take(call.whole, results, index, dtype)
@@ -106,7 +111,7 @@ def _plan(call: HeadCall, operands: Operands) -> Plan:
     """Read the target, and the mean's denominator block by block; NumPy labels are checked now."""
     whole, given = call.whole, call.operands
     # The blocks look up the class weights of their labels.
-    found = targets.plan_rows(whole, given._replace(weight=None))
+    found = replace(call, operands=given._replace(weight=None)).planned().plan
     denominator = found.denominator
     if whole.kind == "index" and whole.options.reduction == "mean" and not whole.normalized:
         denominator = dask.total_weight(whole, operands)
@@ -154,18 +159,24 @@ def _block(
     bias: Any,
     grad_lse: Any,
     grad_entropy: Any,
+    probability: Any,
+    teacher_weight: Any,
+    teacher_bias: Any,
 ) -> tuple[Any, ...]:
     """Compute a block's losses, or their sum, its parts of the gradients wanted, and the stats."""
     summed = bare.whole.options.reduction != "none"
     whole = of_chunk(bare.whole, hidden, (*hidden.shape[:-1], bare.whole.classes))
     library, xp = whole.library, whole.xp
-    # dask's arrays have one dtype, but their chunks may deviate.
-    widest = max((a for a in (hidden, weight, bias) if a is not None), key=lambda a: a.itemsize)
-    hidden, weight = (library.cast(a, widest.dtype) for a in (hidden, weight))
-    bias = bias if bias is None else library.cast(bias, widest.dtype)
-    whole, _ = with_dtypes(whole, hidden, target)
+    hidden, weight, bias = _in_one_dtype(library, hidden, weight, bias)
+    if teacher_weight is not None:
+        teacher = _in_one_dtype(library, target, teacher_weight, teacher_bias)
+        target, teacher_weight, teacher_bias = teacher
+    whole, _ = with_dtypes(whole, hidden, target, probability)
     product = library.product_dtype(hidden.dtype, hidden)
     whole = whole._replace(logits_dtype=product)
+    if teacher_weight is not None:
+        product = library.product_dtype(target.dtype, target)
+        whole = whole._replace(teacher_dtype=product, target_dtype=dtypes.name_of(product))
     if cotangent is not None:
         ones = xp.ones(whole.row_shape, dtype=whole.row_dtype)
         cotangent = ones * (cotangent[..., 0] if getattr(cotangent, "ndim", 0) else cotangent)
@@ -174,7 +185,7 @@ def _block(
         whole=whole._replace(result_dtype=whole.row_dtype),
         operands=Operands(
             *(hidden, target, class_weight, sample_weight, None, cotangent),
-            *(grad_lse, grad_entropy),
+            *(grad_lse, grad_entropy, probability, teacher_weight, teacher_bias),
         ),
         head=Head(weight, bias),
     )
@@ -195,6 +206,12 @@ def _block(
     )
     of_rows = (None if a is None else a[..., None] for a in found or ())
     return rows, of_hidden, *of_head, *of_rows
+
+
+def _in_one_dtype(library: Library, *arrays: Any) -> list[Any]:
+    """Convert factors to the widest dtype: dask's arrays have one, but their chunks may deviate."""
+    widest = max((a for a in arrays if a is not None), key=lambda a: a.itemsize)
+    return [a if a is None else library.cast(a, widest.dtype) for a in arrays]
 
 
 def _added(parts: Any, axis: Any, keepdims: Any) -> Any:

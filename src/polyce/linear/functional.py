@@ -44,9 +44,11 @@ def linear_cross_entropy(
         Hidden states, in float16, bfloat16, float32 or float64.
     linear_weight : array, shape (C, F)
         Weight of the head, of input's dtype, in the layout of torch's linear layers.
-    target : array
+    target : array, SparseTarget, TeacherLogits or TeacherHead
         Class indices in 0 to C - 1, of any integer dtype and of input's shape without the last
-        axis, or class probabilities, of any floating dtype and with the classes last.
+        axis, or class probabilities, of any floating dtype and with the classes last. Or
+        probabilities of K classes of each row, with K last; or the logits of a teacher, with the
+        classes last, or the head that computes these.
     linear_bias : array, shape (C,), optional
         Bias of the head, of input's dtype.
     weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
@@ -55,7 +57,7 @@ def linear_cross_entropy(
         As for `cross_entropy`.
     chunk_size : int, optional
         How many rows of logits to compute at a time; by default what keeps the products fast within
-        48 MiB of logits on a CPU, and at least 2048 on an accelerator.
+        48 MiB of logits on a CPU, a teacher's included, and at least 2048 on an accelerator.
     implementation : str, optional
         Name of the implementation that computes the loss of each chunk's logits; see `explain`.
 
@@ -81,6 +83,7 @@ def linear_cross_entropy(
     linear_cross_entropy_with_grad : The gradients too, without automatic differentiation.
     linear_log_prob : The log-probability of one class of each row.
     cross_entropy : The loss of logits.
+    SparseTarget, TeacherLogits, TeacherHead : Targets that are more than one array.
 
     Notes
     -----

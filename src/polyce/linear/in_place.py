@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polyce.call.problem import Operands
+from polyce.arrays.library import Library
+from polyce.call.problem import Head, Operands
 from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.linear.call import Gradients, HeadCall
+from polyce.linear.chunks import Chunks
 from polyce.linear.memory import Products, of_arrays
 
 
@@ -46,7 +48,7 @@ class _Chunk(NamedTuple):
     """Where the rows are among all rows: a slice, or row numbers."""
     hidden: Any
     operands: Operands
-    """What the losses depend on besides the logits."""
+    """What the losses depend on besides the logits; the hidden states of a teacher's head."""
 
 
 def run(
@@ -70,12 +72,17 @@ def run(
             if array is not None:
                 array[...] = stats.left_out(whole, array.dtype)
     back = _back(call, own, wanted, found, scattered=kept is not None)
-    logits = _logits(call, own)
+    logits = _logits(call, own, call.head, whole.logits_dtype)
+    teacher = None
+    if call.teacher is not None:
+        teacher = _logits(call, own, call.teacher, whole.teacher_dtype)
 
     def losses(chunk: _Chunk) -> Any:
         """Compute a chunk's losses; write their gradient over the logits and return it."""
         part = call.part(chunk.hidden.shape[0])
-        operands = chunk.operands._replace(logits=logits.of(chunk))
+        operands = chunk.operands._replace(logits=logits.of(chunk.hidden))
+        if teacher is not None:
+            operands = operands._replace(target=teacher.of(operands.target))
         if any(wanted):
             rows[chunk.places], grad, reported = implementation.cross_entropy_with_grad(
                 part, operands, operands.logits
@@ -88,26 +95,22 @@ def run(
                 array[chunk.places] = values
         return grad
 
-    def blocks() -> Iterator[tuple[slice, Any]]:
-        """Return each block of classes, and the head's weight for it."""
-        for block in cut.blocks(classes):
-            yield block, whole.library.cast(call.head.weight[block], whole.logits_dtype)
-
     chunks = _chunks(call, own, kept, cut.spans(total), cotangents)
     ahead = next(chunks, None)
     if ahead is not None:
-        for block, weight in blocks():
-            logits.fill(ahead, weight, block)
+        logits.fill(ahead.hidden)
     is_first = True
     while ahead is not None:
         chunk, ahead = ahead, next(chunks, None)
+        if teacher is not None:
+            teacher.fill(chunk.operands.target)
         grad = losses(chunk)
         if grad is not None or ahead is not None:
-            for block, weight in blocks():
+            for block, weight in logits.blocks():
                 if grad is not None:
                     back.add(chunk, grad[:, block], weight, block, first=is_first)
                 if ahead is not None:
-                    logits.fill(ahead, weight, block)
+                    logits.fill_block(ahead.hidden, weight, block)
         if grad is not None:
             back.place(chunk)
         is_first = False
@@ -136,31 +139,42 @@ class _Logits(NamedTuple):
     """The logits of one chunk after the other, in the same memory."""
 
     own: Products
+    library: Library
+    cut: Chunks
+    head: Head
+    """Its bias in the dtype of the logits."""
     buffer: Any
-    bias: Any
-    classes: int
-    by_class: bool
-    """Whether a class's logits lie together, not a row's."""
 
-    def of(self, chunk: _Chunk) -> Any:
-        """Return a chunk's logits, (rows, classes)."""
-        count = chunk.hidden.shape[0]
-        flat = self.buffer[: count * self.classes]
-        if self.by_class:
-            return flat.reshape((self.classes, count)).T
-        return flat.reshape((count, self.classes))
+    def of(self, hidden: Any) -> Any:
+        """Return the logits of a chunk, whose hidden states are given, (rows, classes)."""
+        count, classes = hidden.shape[0], self.head.weight.shape[0]
+        flat = self.buffer[: count * classes]
+        if self.cut.by_class:
+            return flat.reshape((classes, count)).T
+        return flat.reshape((count, classes))
 
-    def fill(self, chunk: _Chunk, weight: Any, block: slice) -> None:
+    def blocks(self) -> Iterator[tuple[slice, Any]]:
+        """Return each block of classes, and the head's weight for it."""
+        for block in self.cut.blocks(self.head.weight.shape[0]):
+            yield block, self.library.cast(self.head.weight[block], self.buffer.dtype)
+
+    def fill(self, hidden: Any) -> None:
+        """Write a chunk's logits."""
+        for block, weight in self.blocks():
+            self.fill_block(hidden, weight, block)
+
+    def fill_block(self, hidden: Any, weight: Any, block: slice) -> None:
         """Write a chunk's logits of a block of classes, whose weight is given."""
-        bias = None if self.bias is None else self.bias[block]
-        self.own.multiply(chunk.hidden, weight.T, bias, self.of(chunk)[:, block])
+        bias = None if self.head.bias is None else self.head.bias[block]
+        self.own.multiply(hidden, weight.T, bias, self.of(hidden)[:, block])
 
 
-def _logits(call: HeadCall, own: Products) -> _Logits:
-    whole, cut, bias = call.whole, call.chunks, call.head.bias
-    buffer = own.empty((cut.rows * whole.classes,), whole.logits_dtype, call.hidden)
-    bias = bias if bias is None else whole.library.cast(bias, whole.logits_dtype)
-    return _Logits(own, buffer, bias, whole.classes, cut.by_class)
+def _logits(call: HeadCall, own: Products, head: Head, dtype: Any) -> _Logits:
+    """Return memory for the logits of a head, the student's or a teacher's."""
+    library, cut, bias = call.whole.library, call.chunks, head.bias
+    buffer = own.empty((cut.rows * call.whole.classes,), dtype, call.hidden)
+    bias = bias if bias is None else library.cast(bias, dtype)
+    return _Logits(own, library, cut, Head(head.weight, bias), buffer)
 
 
 class _Back(NamedTuple):
@@ -239,4 +253,7 @@ def _chunks(
         states = own.packed(states)
         own_rows = (None if array is None else array[places] for array in others)
         operands = Operands(None, *own_rows)._replace(weight=call.operands.weight)
+        if call.teacher is not None:
+            target = whole.library.cast(operands.target, whole.teacher_dtype)
+            operands = operands._replace(target=own.packed(target))
         yield _Chunk(places, states, operands)

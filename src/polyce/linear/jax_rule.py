@@ -22,7 +22,7 @@ from polyce.formula import stats, targets
 from polyce.formula.stats import Stats
 from polyce.graphs import jax_rows
 from polyce.linear import compute, jax_scan, unfused
-from polyce.linear.call import NONE, Gradients, HeadCall
+from polyce.linear.call import NONE, Gradients, HeadCall, without_gradient
 
 
 def loss(call: HeadCall) -> tuple[Any, Stats | None]:
@@ -37,7 +37,7 @@ def loss(call: HeadCall) -> tuple[Any, Stats | None]:
             return jax.tree.map(lambda array: jnp.reshape(array, whole.row_shape), found)
 
         losses, found = jax_mesh.automatically(
-            rows, (of_rows, _stats_specs(call)), *_inputs(call), _constant(_rest(call))
+            rows, (of_rows, _stats_specs(call)), *_inputs(call), _constant(whole.kind, _rest(call))
         )
         return targets.reduce(whole, plan, losses[..., None]), found
 
@@ -102,7 +102,7 @@ def _total(
 def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     hidden, weight, bias, rest = primals
     *inputs, of_rest = tangents
-    _refuse(of_rest)
+    _refuse(bare.whole.kind, of_rest)
     wanted = Gradients(*(not _is_constant(tangent) for tangent in inputs))
     operands, head = rest._replace(logits=hidden), Head(weight, bias)
     rows, found, of_rows = jax_scan.traced(bare, wanted, operands, head, {})
@@ -123,13 +123,15 @@ def _total_jvp(bare: HeadCall, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return (total, of_rows), (tangent, jax.tree.map(jax_rows.no_tangent, of_rows))
 
 
-def _refuse(tangents: Operands) -> None:
-    for name, tangent in zip(tangents._fields, tangents, strict=True):
+def _refuse(kind: str, tangents: Operands) -> None:
+    for name, tangent in without_gradient(kind, tangents).items():
         if tangent is not None and not _is_constant(tangent):
+            of_logits = ", or give the logits to cross_entropy"
+            is_teacher = kind == "teacher" and name.startswith("target")
             raise TypeError(
                 "linear_cross_entropy has derivatives with respect to input, linear_weight and "
                 f"linear_bias, but {name} is being differentiated; pass {name} through "
-                "jax.lax.stop_gradient, or give the logits to cross_entropy"
+                f"jax.lax.stop_gradient{'' if is_teacher else of_logits}"
             )
 
 
@@ -138,16 +140,16 @@ def _is_constant(tangent: Any) -> bool:
     return jax_rows.is_constant(tangent) or is_float0
 
 
-@jax.custom_jvp
-def _constant(rest: Operands) -> Operands:
-    """Return arrays through which no derivative may pass."""
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _constant(kind: str, rest: Operands) -> Operands:
+    """Return arrays through which no derivative may pass, of a call with this kind of target."""
     return rest
 
 
 @partial(_constant.defjvp, symbolic_zeros=True)
-def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _constant_jvp(kind: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (rest,), (of_rest,) = primals, tangents
-    _refuse(of_rest)
+    _refuse(kind, of_rest)
     return rest, jax.tree.map(jax_rows.no_tangent, rest)
 
 
@@ -161,21 +163,23 @@ def _rows(bare: HeadCall, operands: Operands, head: Head) -> tuple[Any, Stats | 
     # The gradient is summed in the dtype of what goes into the scan.
     head = Head(*(a if a is None else call.whole.library.cast(a, call.sum_dtype) for a in head))
     of_rows = call.of_rows({})
+    names = ("weight", "teacher_weight", "teacher_bias")
+    of_classes = {name: getattr(operands, name) for name in names}
     full, tail = jax_scan.spans(call)
     size = min(call.chunks.rows, call.chunks.total)
 
     @partial(jax.checkpoint, static_argnums=(1,))
-    def step(start: Any, rows: int, of_rows: Operands, class_weight: Any, head: Head) -> Any:
-        operands = jax_scan.cut(of_rows, start, rows)._replace(weight=class_weight)
+    def step(start: Any, rows: int, of_rows: Operands, of_classes: Any, head: Head) -> Any:
+        operands = jax_scan.cut(of_rows, start, rows)._replace(**of_classes)
         part = replace(call, whole=call.part(rows), operands=operands, head=head)
         return unfused.loss(part)
 
     def one(_: None, number: Any) -> tuple[None, Any]:
-        return None, step(number * size, size, of_rows, operands.weight, head)
+        return None, step(number * size, size, of_rows, of_classes, head)
 
     _, parts = jax.lax.scan(one, None, jnp.arange(full))
     parts = jax_scan.flat(parts)
     if tail:
-        last = step(full * size, tail, of_rows, operands.weight, head)
+        last = step(full * size, tail, of_rows, of_classes, head)
         parts = jax_scan.joined(parts, last)
     return parts

@@ -29,19 +29,21 @@ def run(
 def with_plain_labels(call: HeadCall, plan: Plan) -> HeadCall:
     """Return the call with jax labels: -1 for a row that does not count, C for a bad label.
 
+    So are the classes of a sparse target, -1 where they are ignored, all C in a row with a bad one.
     The caller's may be NumPy labels, with values that jax without 64-bit types cannot hold.
     """
-    whole = call.whole
-    if whole.kind != "index":
+    whole, label, kept = call.whole, plan.label, plan.counted
+    if whole.kind == "sparse":
+        label, kept = plan.entries, plan.kept
+    if label is None:
         return call
-    label = plan.label
     if plan.invalid is not None:
         label = jnp.where(plan.invalid, whole.classes, label)
-    if plan.counted is not None:
-        label = jnp.where(plan.counted, label, -1)
+    if kept is not None:
+        label = jnp.where(kept, label, -1)
     whole = whole.with_options(ignore_index=-1)
     whole = whole._replace(target_dtype=dtypes.dtype_name(label), check_labels=False)
-    label = jnp.reshape(label, whole.row_shape)
+    label = jnp.reshape(label, whole.target_shape)
     return replace(call, whole=whole, operands=call.operands._replace(target=label))
 
 

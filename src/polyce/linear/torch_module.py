@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from polyce.call.options import shown
+from polyce.call.target import SparseTarget, TeacherHead, TeacherLogits
 from polyce.linear.functional import linear_cross_entropy
 
 LEAF = "torch.nn"
@@ -107,7 +108,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     def forward(
         self,
         input: torch.Tensor,
-        target: torch.Tensor,
+        target: torch.Tensor | SparseTarget | TeacherLogits | TeacherHead,
         *,
         sample_weight: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,

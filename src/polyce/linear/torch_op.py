@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from polyce.call.options import STATS_WITH_GRADIENT, Options
+from polyce.call.target import SparseTarget, TeacherHead, TeacherLogits
 from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls, torch_state
@@ -29,25 +30,20 @@ class _HeadSettings(NamedTuple):
     wanted: Gradients
     options: tuple[Any, ...]
     result_dtype: Any
+    teacher_scale: float | None
+    """None without a teacher."""
     chunk_size: int | None
     implementation: str | None
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> _HeadSettings:
         """Read the values, in the order of the schema."""
-        of_input, of_weight, of_bias, *options, result_dtype, chunk_size, implementation = values
-        wanted = Gradients(of_input, of_weight, of_bias)
-        return cls(wanted, tuple(options), result_dtype, chunk_size, implementation)
+        of_input, of_weight, of_bias, *options = values[:-4]
+        return cls(Gradients(of_input, of_weight, of_bias), tuple(options), *values[-4:])
 
     def values(self) -> tuple[Any, ...]:
         """Return the values that `of` reads."""
-        return (
-            *self.wanted,
-            *self.options,
-            self.result_dtype,
-            self.chunk_size,
-            self.implementation,
-        )
+        return *self.wanted, *self.options, *self[2:]
 
 
 class _Tensors(NamedTuple):
@@ -63,6 +59,9 @@ class _Tensors(NamedTuple):
     grad_output: Any
     grad_lse: Any
     grad_entropy: Any
+    target_probability: Any
+    teacher_weight: Any
+    teacher_bias: Any
 
     @property
     def differentiated(self) -> Gradients:
@@ -91,8 +90,9 @@ _SCHEMA = (
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
     "Tensor? weight, Tensor? sample_weight, Tensor? normalizer, Tensor? grad_output, "
     "Tensor? grad_lse, Tensor? grad_entropy, "
+    "Tensor? target_probability, Tensor? teacher_weight, Tensor? teacher_bias, "
     f"bool wants_input, bool wants_weight, bool wants_bias, {torch_ops.OPTIONS}, "
-    "ScalarType result_dtype, int? chunk_size, str? implementation) "
+    "ScalarType result_dtype, float? teacher_scale, int? chunk_size, str? implementation) "
     "-> (Tensor loss, Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor factor"
     f"{''.join(f', Tensor {name}' for name in Stats._fields)})"
 )
@@ -160,16 +160,21 @@ def _arguments(call: HeadCall, wanted: Gradients) -> _Arguments:
         input=factor(operands.logits),
         linear_weight=factor(call.head.weight),
         linear_bias=factor(call.head.bias),
-        target=operands.target,
+        target=operands.target if call.teacher is None else factor(operands.target),
         weight=operands.weight,
         sample_weight=operands.sample_weight,
         normalizer=_tensor(operands.normalizer, call),
         grad_output=_tensor(operands.grad_output, call),
         grad_lse=operands.grad_lse,
         grad_entropy=operands.grad_entropy,
+        target_probability=operands.target_probability,
+        teacher_weight=factor(operands.teacher_weight),
+        teacher_bias=factor(operands.teacher_bias),
     )
-    options = torch_ops.flat(whole)
-    settings = _HeadSettings(wanted, options, whole.result_dtype, call.chunk_size, call.name)
+    scale = whole.teacher_scale if whole.kind == "teacher" else None
+    settings = _HeadSettings(
+        wanted, torch_ops.flat(whole), whole.result_dtype, scale, call.chunk_size, call.name
+    )
     return _Arguments(tensors, settings)
 
 
@@ -184,7 +189,9 @@ def _tensor(number: Any, call: HeadCall) -> Any:
 def _described(arguments: _Arguments) -> HeadCall:
     """Describe the call that the operator's arguments belong to."""
     (tensors, settings), of_stats = arguments, {}
-    given = tensors._asdict()
+    given = tensors._asdict() | {"target": _target(arguments)}
+    for name in ("target_probability", "teacher_weight", "teacher_bias"):
+        del given[name]
     for name in STATS_WITH_GRADIENT:
         array = given.pop(f"grad_{name}")
         if array is not None:
@@ -197,6 +204,18 @@ def _described(arguments: _Arguments) -> HeadCall:
         grad_stats=of_stats or None,
     )
     return replace(call, whole=call.whole._replace(result_dtype=settings.result_dtype))
+
+
+def _target(arguments: _Arguments) -> Any:
+    """Return the target as the caller passed it."""
+    tensors, scale = arguments.tensors, arguments.settings.teacher_scale
+    if tensors.target_probability is not None:
+        return SparseTarget(tensors.target, tensors.target_probability)
+    if tensors.teacher_weight is not None:
+        return TeacherHead(
+            tensors.target, tensors.teacher_weight, tensors.teacher_bias, cast(float, scale)
+        )
+    return tensors.target if scale is None else TeacherLogits(tensors.target, scale)
 
 
 def _compute(*values: Any) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from polyce.call.problem import Head, Operands
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls, torch_rows, torch_state
 from polyce.linear import compute, unfused
-from polyce.linear.call import Gradients, HeadCall, taking_stats
+from polyce.linear.call import Gradients, HeadCall, taking_stats, without_gradient
 
 
 def is_needed(call: HeadCall) -> bool:
@@ -57,13 +57,14 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 
 def check(call: HeadCall) -> None:
     """Refuse tensors that require a gradient which is not computed here."""
-    operands = call.operands
-    for name in ("target", "weight", "sample_weight"):
-        tensor = getattr(operands, name)
+    kind = call.whole.kind
+    for name, tensor in without_gradient(kind, call.operands).items():
         if torch_state.needs_gradient(tensor):
+            of_logits = ", or give the logits to cross_entropy"
+            is_teacher = kind == "teacher" and name.startswith("target")
             raise TypeError(
                 "linear_cross_entropy has gradients of input, linear_weight and linear_bias, but "
-                f"{name} requires grad; pass {name}.detach(), or give the logits to cross_entropy"
+                f"{name} requires grad; pass {name}.detach(){'' if is_teacher else of_logits}"
             )
 
 
@@ -77,6 +78,7 @@ class _Loss(torch.autograd.Function):
         tensors = (
             *(input, weight, bias),
             *(operands.target, operands.weight, operands.sample_weight, divisor),
+            *(operands.target_probability, operands.teacher_weight, operands.teacher_bias),
         )
         ctx.save_for_backward(*tensors)
         ctx.kinds = torch_memory.kinds(tensors)
@@ -103,13 +105,12 @@ class _Loss(torch.autograd.Function):
             return None, None, None, None
         saved = ctx.saved_tensors
         torch_memory.check_returned(ctx.kinds, saved)
-        hidden, weight, bias, target, class_weight, sample_weight, divisor = saved
+        hidden, weight, bias, target, class_weight, sample_weight, divisor, *of_target = saved
         normalizer = ctx.number if divisor is None else divisor
-        call = replace(
-            ctx.call,
-            operands=Operands(hidden, target, class_weight, sample_weight, normalizer, cotangent),
-            head=Head(weight, bias),
-        )
+        operands = Operands(hidden, target, class_weight, sample_weight, normalizer, cotangent)
+        names = ("target_probability", "teacher_weight", "teacher_bias")
+        operands = operands._replace(**dict(zip(names, of_target, strict=True)))
+        call = replace(ctx.call, operands=operands, head=Head(weight, bias))
         flows_into_stats = of_lse is not None or of_entropy is not None
         if flows_into_stats:
             whole, operands = torch_calls.with_stats(call.whole, call.operands, of_lse, of_entropy)
@@ -132,5 +133,5 @@ class _Loss(torch.autograd.Function):
 
 
 def _differentiable(call: HeadCall, wanted: Gradients) -> Gradients:
-    operands = call.operands._replace(logits=unfused.logits(call))
-    return unfused.gradients(call, wanted, torch_calls.gradient(call.whole, operands))
+    grad = torch_calls.gradient(call.whole, unfused.with_logits(call))
+    return unfused.gradients(call, wanted, grad)

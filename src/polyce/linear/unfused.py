@@ -6,9 +6,11 @@ own: under transforms, in forward mode, for export, and to differentiate a gradi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from polyce.call.problem import Operands, Problem, describe
+from polyce.call.problem import Head, Operands, Problem, describe
+from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.formula import targets
 from polyce.formula.stats import Stats
 from polyce.implementations.registry import select
@@ -43,14 +45,14 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 
 def _described(call: HeadCall) -> tuple[Problem, Operands]:
     """Describe the call on all logits."""
-    whole, given = call.whole, call.operands
+    whole, given = call.whole, with_logits(call)
     # Whether labels are checked has been decided already.
     options = whole.options._replace(axis=-1, validate=whole.check_labels or None)
     if options.stats is None:
         options = options._replace(stats=False)
     problem, operands = describe(
-        logits(call),
-        given.target,
+        given.logits,
+        _target(whole, given),
         given.weight,
         given.sample_weight,
         given.normalizer,
@@ -61,13 +63,34 @@ def _described(call: HeadCall) -> tuple[Problem, Operands]:
     return problem._replace(label_name=whole.label_name), operands
 
 
-def logits(call: HeadCall) -> Any:
-    """Compute the logits, in the dtype of the product."""
-    xp, dtype = call.whole.xp, call.whole.logits_dtype
-    weight = call.whole.library.cast(call.head.weight, dtype)
-    product = xp.matmul(_states(call), weight.T, **call.product_options)
-    bias = call.head.bias
-    return product if bias is None else product + call.whole.library.cast(bias, dtype)
+def _target(whole: Problem, given: Operands) -> Any:
+    """Return the target as a caller with all logits would pass it."""
+    if whole.kind == "sparse":
+        return SparseTarget(given.target, given.target_probability)
+    if whole.kind == "teacher":
+        return TeacherLogits(given.target, whole.teacher_scale)
+    return given.target
+
+
+def with_logits(call: HeadCall) -> Operands:
+    """Return the operands with logits, and with those of a teacher, in place of hidden states."""
+    given, dtype = call.operands, call.whole.teacher_dtype
+    if call.teacher is not None:
+        states = call.whole.library.cast(given.target, dtype)
+        options = call.product_options(given.target)
+        teacher = _product(call, states, call.teacher, dtype, options)
+        given = given._replace(target=teacher, teacher_weight=None, teacher_bias=None)
+    options = call.product_options(given.logits)
+    logits = _product(call, _states(call), call.head, call.whole.logits_dtype, options)
+    return given._replace(logits=logits)
+
+
+def _product(
+    call: HeadCall, states: Any, head: Head, dtype: Any, options: Mapping[str, Any]
+) -> Any:
+    library = call.whole.library
+    product = call.whole.xp.matmul(states, library.cast(head.weight, dtype).T, **options)
+    return product if head.bias is None else product + library.cast(head.bias, dtype)
 
 
 def _states(call: HeadCall) -> Any:

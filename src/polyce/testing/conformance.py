@@ -315,7 +315,7 @@ def call_by_name(
     """Call a function with arrays by name; wrap it as a function of the arrays alone.
 
     With an array named target_probability the target is a `SparseTarget`, with an option named
-    teacher_scale it is `TeacherLogits`.
+    teacher_scale it is `TeacherLogits`, or with an array named teacher_weight a `TeacherHead`.
     """
     names = tuple(arrays)
 
@@ -332,8 +332,11 @@ def call_by_name(
             probability = given.pop("target_probability")
             given["target"] = _polyce().SparseTarget(given["target"], probability)
         elif "teacher_scale" in call:
-            scale = call.pop("teacher_scale")
-            given["target"] = _polyce().TeacherLogits(given["target"], scale)
+            scale, target = call.pop("teacher_scale"), given["target"]
+            given["target"] = _polyce().TeacherLogits(target, scale)
+            if "teacher_weight" in given:
+                head = given.pop("teacher_weight"), given.pop("teacher_bias", None)
+                given["target"] = _polyce().TeacherHead(target, *head, scale)
         return function(**given, **call, **more)
 
     return (wrap(of_arrays) if wrap else of_arrays)(*arrays.values())

@@ -42,17 +42,22 @@ MOST_CLASSES = 1200
 """The grid's rows with more classes would need an identity of hundreds of megabytes."""
 
 
-def grid_functions(chunks: int | None = None) -> Functions:
+def grid_functions(chunks: int | None = None, *, teacher_heads: bool = False) -> Functions:
     """Return functions that compute the grid's calls by a linear head.
 
     A case's logits are the hidden states and the weight is the identity, so that the products are
     exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. Of several
     classes of a row each takes a call of its own.
 
+    A teacher's logits are passed as such, or, with `teacher_heads`, in the same way as hidden
+    states of its head.
+
     Parameters
     ----------
     chunks : int, optional
         How many chunks to cut the rows into; by default polyce chooses.
+    teacher_heads : bool
+        Whether a `TeacherLogits` becomes a `TeacherHead`.
     """
     polyce = importlib.import_module("polyce")
 
@@ -60,10 +65,17 @@ def grid_functions(chunks: int | None = None) -> Functions:
         rows = math.prod(hidden.shape[:-1])
         return chunks and max(1, -(-rows // chunks))
 
+    def as_head(input: Any, target: Any, axis: int | None) -> Any:
+        hidden, head, target, back = _as_head(input, target, axis)
+        if teacher_heads and isinstance(target, polyce.TeacherLogits):
+            states, identity, *_ = _as_head(target.logits, target.logits, -1)
+            target = polyce.TeacherHead(states, identity, scale=target.scale)
+        return hidden, head, target, back
+
     def cross_entropy(
         input: Any, target: Any, weight: Any = None, *, axis: int | None = None, **options: Any
     ) -> Any:
-        hidden, head, moved, _ = _as_head(input, target, axis)
+        hidden, head, moved, _ = as_head(input, target, axis)
         return polyce.linear_cross_entropy(
             hidden, head, moved, weight=weight, chunk_size=size(hidden), **options
         )
@@ -71,7 +83,7 @@ def grid_functions(chunks: int | None = None) -> Functions:
     def cross_entropy_with_grad(
         input: Any, target: Any, weight: Any = None, *, axis: int | None = None, **options: Any
     ) -> Any:
-        hidden, head, moved, back = _as_head(input, target, axis)
+        hidden, head, moved, back = as_head(input, target, axis)
         loss, (grad, *rest), *stats = polyce.linear_cross_entropy_with_grad(
             hidden, head, moved, weight=weight, chunk_size=size(hidden), wrt=GRADIENTS[:1],
             **options,
@@ -115,14 +127,19 @@ def _as_head(
     head = library.cast(classes[:, None] == classes[None, :], logits.dtype)
     if at == rank - 1:
         return logits, head, target, lambda grad: grad
-    target = xp.permute_dims(target, order) if target.ndim == rank else target
+
+    def moved(part: Any) -> Any:
+        return xp.permute_dims(part, order) if getattr(part, "ndim", 0) == rank else part
+
+    # Only those beside class indices and probabilities are tuples.
+    target = type(target)(*map(moved, target)) if isinstance(target, tuple) else moved(target)
     inverse = tuple(order.index(i) for i in range(rank))
     return (
         xp.permute_dims(logits, order), head, target, lambda grad: xp.permute_dims(grad, inverse)
     )  # fmt: skip
 
 
-def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
+def leave_out(case: Case, narrow: Sequence[str] = (), *, teacher_heads: bool = False) -> str:
     """Return why a case of the grid cannot be computed by a head, or an empty string.
 
     Parameters
@@ -133,7 +150,11 @@ def leave_out(case: Case, narrow: Sequence[str] = ()) -> str:
         Names of the dtypes in which the gradient of the logits is rounded before it is multiplied.
         That of a mean or a sum is scaled afterwards and so rounded twice. The tolerances of
         `check_linear` allow for that, those of the grid do not.
+    teacher_heads : bool
+        As for `grid_functions`.
     """
+    if teacher_heads and not np.isfinite(case.target.astype(np.float64)).all():
+        return "an infinity times 0 is nan in the product that makes the teacher's logits"
     if case.logits.dtype.name in narrow and case.options.get("reduction") != "none":
         return "the gradient is rounded twice"
     rank, axis = case.logits.ndim, case.options.get("axis")

@@ -36,6 +36,9 @@ class LinearCase:
         anything.
     chunk_size : int or None
         Rows at a time.
+    teacher : tuple of ndarray
+        Hidden states, weight and bias of a teacher's head, whose logits are the target of
+        `of_logits`; empty for other targets.
     """
 
     of_logits: Case
@@ -43,6 +46,7 @@ class LinearCase:
     linear_weight: Array
     linear_bias: Array | None = None
     chunk_size: int | None = None
+    teacher: tuple[Array, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,9 +55,13 @@ class LinearCase:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """Return the arrays of the call by the names of their arguments, without absent ones."""
+        """Return the arrays of the call by the names of their arguments, without absent ones.
+
+        Those of a teacher's head are target, teacher_weight and teacher_bias.
+        """
         head = {"linear_weight": self.linear_weight, "linear_bias": self.linear_bias}
         found = self.of_logits.arrays | {"input": self.input}
+        found |= dict(zip(("target", "teacher_weight", "teacher_bias"), self.teacher, strict=False))
         return found | {name: array for name, array in head.items() if array is not None}
 
     @cached_property
@@ -155,12 +163,14 @@ UNCHECKED = np.array([1, -1, 6, 7, 2])
 """Labels of which some are no classes."""
 ROW_WEIGHTS = (0.0, 2.0, 0.5, 0.0, -0.25)
 """Exact in every dtype, and so is their sum."""
+MORE_KINDS = ("sparse", "teacher", "teacher-head")
+"""Targets that are more than one array: a teacher with its logits, and with its head."""
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.7, "logit_softcap": 5.0
 }  # fmt: skip
 _FIELDS = (
     *("weight", "grad_output", "layout", "target_layout", "sample_weight", "normalizer"),
-    *("grad_lse", "grad_entropy"),
+    *("grad_lse", "grad_entropy", "target_probability"),
 )
 
 
@@ -187,9 +197,9 @@ def linear_cases(dtypes: Sequence[str] | None = None) -> list[LinearCase]:
 
 def _size_cases(name: str) -> Iterator[LinearCase]:
     """Yield every size, with reductions and biases in turn; for most dtypes a third of them."""
-    for i, ((rows, features, classes, chunk_size), kind) in enumerate(
-        product(SIZES, ("index", "probability"))
-    ):
+    plain = list(product(SIZES, ("index", "probability")))
+    more = [(size, MORE_KINDS[i // 3 % 3]) for i, size in enumerate(SIZES)]
+    for i, ((rows, features, classes, chunk_size), kind) in enumerate(plain + more):
         if name != "float32" and (i + FLOAT_NAMES.index(name)) % 3:
             continue
         shape = "x".join(map(str, (*rows, features, classes)))
@@ -206,8 +216,8 @@ def _option_cases(name: str) -> Iterator[LinearCase]:
     kinds = ("index", "probability")
     weight, rows = draw_weight(5, 7, name), np.array(ROW_WEIGHTS).astype(dtype(name))
     left_out: dict[str, Any] = {"target": LABELS, "ignore_index": IGNORED, "silent": SILENT}
-    for reduction in REDUCTIONS:
-        for kind in kinds:
+    for reduction, one in zip(REDUCTIONS, MORE_KINDS, strict=True):
+        for kind in (*kinds, *(MORE_KINDS if name == "float32" else (one,))):
             some = left_out if kind == "index" else {"silent": SILENT}
             yield _case(
                 f"options/everything/{reduction}", name, kind=kind, reduction=reduction,
@@ -241,6 +251,12 @@ def _option_cases(name: str) -> Iterator[LinearCase]:
         soft = draw_probabilities(4, (5, 7), other, -1)
         yield _case(f"options/target/{other}", name, kind="probability", target=soft)
         yield _case(f"options/weight/{other}", name, weight=weight.astype(other))
+        yield _case(f"options/teacher/{other}", name, kind="teacher-head", teacher_dtype=other)
+    wrong = np.array([[0, 1], [2, -1], [IGNORED, 6], [7, 7], [4, 4]])
+    yield _case(
+        "options/bad-classes", name, kind="sparse", reduction="none", target=wrong, validate=False,
+        ignore_index=IGNORED,
+    )  # fmt: skip
     for integer in ("uint8", "int32"):
         yield _case(
             f"options/target/{integer}", name, **left_out | {"target": LABELS.astype(integer)}
@@ -260,6 +276,8 @@ def _stats_cases(name: str, left_out: dict[str, Any]) -> Iterator[LinearCase]:
     )  # fmt: skip
     if name != "float32":
         return
+    for kind in MORE_KINDS:
+        yield _case("options/stats/more", name, kind=kind, silent=(), **both)
     yield _case("options/stats/lse", name, return_stats=("lse",), grad_lse=of_lse, grad_output=0.0)
     for asked in (
         ("correct",),
@@ -291,23 +309,24 @@ def _case(
     kind: str = "index",
     bias: bool = True,
     silent: Sequence[int] = (),
+    teacher_dtype: str | None = None,
     **given: Any,
 ) -> LinearCase:
     """Build a case in a dtype; the other arguments are fields of its `Case`, or options."""
-    steps = STEPS[name]
-    hidden = _draw(1, (*rows, features), steps, 2.0)
-    head = _draw(2, (classes, features), steps, 1.0)
-    shift = _draw(3, (classes,), steps * steps, 2.0) if bias else None
-    logits = np.asarray(hidden @ head.T + (0.0 if shift is None else shift))
-    exact = logits.astype(dtype(name))
-    if not np.array_equal(exact.astype(np.float64), logits):
-        raise ValueError(f"the logits of {label} are not exact in {name}")
-    for place, row in enumerate(silent):
-        hidden[row] = (np.inf, np.nan)[place % 2]
-        hidden[row, 0] = -np.inf
+    hidden, head, shift, exact = _head(1, name, rows, features, classes, bias=bias, silent=silent)
     target = given.pop("target", None)
-    if target is None and kind == "probability":
-        target = draw_probabilities(4, logits.shape, name, -1)
+    teacher: tuple[Array, ...] = ()
+    if kind == "sparse":
+        target = draw_labels(4, (*rows, 2), classes) if target is None else target
+        given["target_probability"] = draw_probabilities(9, target.shape, name, -1)
+    elif kind in MORE_KINDS:
+        given["teacher_scale"] = 0.5
+        other = teacher_dtype or name
+        *own, target = _head(11, other, rows, features + 2, classes, bias=bias, silent=silent)
+        if kind == "teacher-head":
+            teacher = tuple(array for array in own if array is not None)
+    elif target is None and kind == "probability":
+        target = draw_probabilities(4, exact.shape, name, -1)
     elif target is None:
         target = draw_labels(4, rows, classes)
     fields = {
@@ -318,8 +337,35 @@ def _case(
     group, options = label.partition("/")[0], {"axis": -1, **given}
     return LinearCase(
         Case(f"{label}/{kind}/{name}", group, exact, target, options=options, **fields),
-        hidden.astype(dtype(name)),
-        head.astype(dtype(name)),
-        None if shift is None else shift.astype(dtype(name)),
+        *(hidden, head, shift),
         chunk_size,
+        teacher,
     )
+
+
+def _head(
+    seed: int,
+    name: str,
+    rows: tuple[int, ...],
+    features: int,
+    classes: int,
+    *,
+    bias: bool,
+    silent: Sequence[int],
+) -> tuple[Any, ...]:
+    """Return hidden states, weight, bias or None, and their logits, all of them exact.
+
+    The hidden states of the silent rows hold something else.
+    """
+    steps, own = STEPS[name], dtype(name)
+    hidden = _draw(seed, (*rows, features), steps, 2.0)
+    head = _draw(seed + 1, (classes, features), steps, 1.0)
+    shift = _draw(seed + 2, (classes,), steps * steps, 2.0) if bias else None
+    logits = np.asarray(hidden @ head.T + (0.0 if shift is None else shift))
+    if not np.array_equal(logits.astype(own).astype(np.float64), logits):
+        raise ValueError(f"the logits of a head of {features} features are not exact in {name}")
+    for place, row in enumerate(silent):
+        hidden[row] = (np.inf, np.nan)[place % 2]
+        hidden[row, 0] = -np.inf
+    shift = None if shift is None else shift.astype(own)
+    return hidden.astype(own), head.astype(own), shift, logits.astype(own)

@@ -304,9 +304,11 @@ def cut_beside(problem: Problem, operands: Operands, chunks: Any) -> Operands:
     row_chunks = before + after
     if problem.kind == "index" and tuple(target.shape) != problem.row_shape:
         target = target.reshape(problem.row_shape)
-    # The entries of a sparse target are in one chunk, which every part of their row reads.
-    target_chunks = {"index": row_chunks, "sparse": (*before, (problem.entries,), *after)}
-    own = target_chunks.get(problem.kind, chunks)
+    own = row_chunks if problem.kind == "index" else chunks
+    if problem.kind == "sparse" or problem.teacher_dtype is not None:
+        # The entries of a sparse target are in one chunk, which every part of their row reads; so
+        # are a teacher's hidden states.
+        own = (*before, (target.shape[problem.axis],), *after)
     if not isinstance(target, da.Array):
         target = da.from_array(target, chunks=own)
     names = ("sample_weight", "grad_lse", "grad_entropy")
