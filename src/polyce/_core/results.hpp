@@ -105,7 +105,7 @@ struct Results {
 
     // The losses. Where the pivots alone have coefficients, also what the gradients are made of.
     template <bool with_gradient, bool only_pivots>
-    void finish() const {
+    POLYCE_APART void finish() const {
         static_assert(only_pivots || !with_gradient, "compilers do not vectorise all of it in one loop");
         const double own_scale = capped ? 1.0 : job.scale, z_loss = job.z_loss;
         const Transform<capped> transform = this->transform;
