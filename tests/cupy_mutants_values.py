@@ -184,9 +184,9 @@ MUTANTS = {
     ),
     "entries-without-smoothing": wrong(
         SPARSE,
-        ENTRIES,
-        "real r = coefficient(call, targets.weight, 0, entry.number);",
-        "real r = 0;",
+        GRADIENT,
+        "coefficient(call, weight, 0, c) + given",
+        "given == 0 ? coefficient(call, weight, 0, c) : given",
     ),
     "teacher-s-rest-stays-behind": wrong(TEACHER, ROW, "state.rest *= lower;", ""),
     "teacher-s-pivot-stays-behind": wrong(TEACHER, ROW, "state.pivot_r *= lower;", ""),
@@ -323,7 +323,15 @@ MUTANTS = {
         right(LONG), LAUNCH, "(plan.blocks,), *arguments)", "(plan.blocks,), *arguments[:-1])"
     ),
     "fields-swapped": wrong(right(LONG), PLAN, "outer inner classes", "inner outer classes"),
-    "field-missing": wrong(right(LONG), PLAN, '"z_loss", "teacher_scale")', '"z_loss")'),
+    "field-missing": wrong(
+        right(LONG),
+        PLAN,
+        '"z_loss", "teacher_scale")',
+        '"z_loss")',
+        PLAN,
+        '"teacher_scale": problem.teacher_scale,',
+        "",
+    ),
     "alignment-not-in-the-key": wrong(
         two_calls({"shape": (2, 72)}, {"shape": (2, 72), "out_at": 1}),
         LAUNCH,

@@ -128,7 +128,8 @@ def told(kernel: str, macros: tuple[str, ...], architecture: int) -> str:
         for name, value in values.items()
         if name not in left_out and value != "0"
     )
-    return "-".join((kernel, *words, f"width_{values['WIDTH']}", f"sm_{architecture}"))
+    block, width = f"block_{values['BLOCK']}", f"width_{values['WIDTH']}"
+    return "-".join((kernel, *words, block, width, f"sm_{architecture}"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -210,9 +210,14 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
       if (x > top) top = x;
     }
   if (top > state.top) carry(call, state, top);
+#if LARGEST
   real pivot_even = 0;
+#endif
 #if TEACHER
-  real teacher_top = state.teacher_top, likeliest = teacher_top;
+  real teacher_top = state.teacher_top;
+#if STATS
+  real likeliest = teacher_top;
+#endif
 #pragma unroll
   for (int u = 0; u < U; u++)
 #pragma unroll

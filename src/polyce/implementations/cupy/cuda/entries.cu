@@ -109,10 +109,10 @@ DEVICE void write_entries(const Call& call, const Targets& targets, const Entrie
   for (i64 k = place.seat.member; k < entries.count; k += call.team) {
     const Entry entry = entry_at(call, targets, entries, first + k);
     if (entry.number < 0 || entry.number == gradient.pivot) continue;
-    real r = coefficient(call, targets.weight, 0, entry.number);
-    r += sum_of_class(call, targets, entries, first, entry.number,
-                      [](const Entry& other, i64) { return other.r; });
-    const real found = gradient_of(call, gradient, entries.logits[first + k], r, entry.number);
+    const real r = sum_of_class(call, targets, entries, first, entry.number,
+                                [](const Entry& other, i64) { return other.r; });
+    const real found = gradient_of(call, targets.weight, gradient, entries.logits[first + k], r,
+                                   entry.number);
     grad[place.row.g_at + entry.number * call.g_class] = Stored<LOGITS>::narrow(found);
   }
 }

@@ -51,7 +51,8 @@ struct Gradient {
 #endif
 };
 
-// The coefficient of a class in the gradient.
+// The coefficient of a class in the gradient, where the target gives a probability, a teacher's logit
+// or what entries add up to.
 DEVICE real whole_coefficient(const Call& call, const real* weight, const Gradient& row, real given,
                               int c) {
 #if TEACHER
@@ -60,19 +61,20 @@ DEVICE real whole_coefficient(const Call& call, const real* weight, const Gradie
   r += call.share;
 #endif
   return weight ? r * weight[c] : r;
-#elif SPREAD
-  return coefficient(call, weight, given, c);
+#elif SPARSE
+  return coefficient(call, weight, 0, c) + given;
 #else
-  return 0;
+  return coefficient(call, weight, given, c);
 #endif
 }
 
-DEVICE real gradient_of(const Call& call, const Gradient& row, real x, real r, int c) {
+DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& row, real x,
+                        real given, int c) {
   const real gap = difference(call, x, row.reference);
   const real p = exp_of(gap);
 #if SPREAD
   // Scaled last: an infinite scale, from a total weight of 0, must not meet itself.
-  real grad = (row.factor * p - r) * row.scale;
+  real grad = (row.factor * p - whole_coefficient(call, weight, row, given, c)) * row.scale;
 #else
   real grad = p * (row.factor * row.scale);
 #endif
@@ -100,11 +102,9 @@ DEVICE void write_gradient(const Call& call, const Gradient& row, const real* we
     const i64 c = taken.number(u, 0);
     logit result[W];
 #pragma unroll
-    for (int w = 0; w < W; w++) {
-      const int number = taken.number(u, w);
-      const real r = whole_coefficient(call, weight, row, taken.probability(u, w), number);
-      result[w] = Stored<LOGITS>::narrow(gradient_of(call, row, taken.x[u][w], r, number));
-    }
+    for (int w = 0; w < W; w++)
+      result[w] = Stored<LOGITS>::narrow(gradient_of(
+          call, weight, row, taken.x[u][w], taken.probability(u, w), taken.number(u, w)));
     if (W == 1 || call.g_in_step) {
       store(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
     } else {

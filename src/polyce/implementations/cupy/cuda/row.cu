@@ -350,7 +350,7 @@ DEVICE void merge(const Call& call, State& state, State other) {
   state.even += other.even;
   state.even_excess += other.even_excess;
   const real other_even = other.pivot_even;
-#else
+#elif LARGEST
   const real other_even = 0;
 #endif
 #if SPREAD
