@@ -79,7 +79,8 @@ class _KernelCall(NamedTuple):
 
 def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
-    logits, target, weight, sample, normalizer, cotangent, of_lse, of_entropy, chances = operands
+    logits, target, weight, sample, normalizer, cotangent, *more = operands
+    of_lse, of_entropy, chances, *_ = more
     if problem.check_labels:
         labels.read(problem, target, logits)
     dense = problem.kind in ("probability", "teacher")
