@@ -201,6 +201,19 @@ def confident() -> None:
     np.testing.assert_allclose(loss.get(), exact[0], rtol=5e-7)
 
 
+def distant_teacher() -> None:
+    """Check rows that are certain of one class, as their teacher is, to a few units."""
+    rows = np.random.default_rng(0).normal(0.0, 2.0, (64, 10)).astype(np.float32)
+    rows[:, 0] += 70
+    gaps = rows[:, :1].astype(np.float64) - rows[:, 1:]
+    others = np.exp(-gaps)
+    total = others.sum(1)
+    exact = (others * gaps).sum(1) / (1 + total) + np.log1p(total)
+    (logits,) = on_device(rows)
+    loss = polyce.cross_entropy(logits, polyce.TeacherLogits(logits), reduction="none")
+    np.testing.assert_allclose(loss.get(), exact, rtol=7e-7)
+
+
 def unlikely_labels(**table: int) -> Check:
     """Make a check of the entropy of rows whose label is not the class that leads by far."""
 

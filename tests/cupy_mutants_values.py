@@ -197,7 +197,10 @@ MUTANTS = {
         "",
     ),
     "teacher-without-scale": wrong(
-        TEACHER, ROW, "(t - reference_of(top)) * call.teacher_scale", "(t - reference_of(top))"
+        TEACHER, ROW, "const real scale = (real)call.teacher_scale,", "const real scale = 1,"
+    ),
+    "teacher-rounded": wrong(
+        cupy_checks.distant_teacher, ROW, "(error - error == 0 ? error : 0)", "0"
     ),
     "teacher-s-pivot-without-smoothing": wrong(
         TEACHER, OUTCOME, "pivot_r += (double)state.pivot_even * call.share;", ""
@@ -326,10 +329,10 @@ MUTANTS = {
     "field-missing": wrong(
         right(LONG),
         PLAN,
-        '"z_loss", "teacher_scale")',
-        '"z_loss")',
+        '"share", "z_loss")',
+        '"share")',
         PLAN,
-        '"teacher_scale": problem.teacher_scale,',
+        '"z_loss": problem.options.z_loss,',
         "",
     ),
     "alignment-not-in-the-key": wrong(

@@ -159,12 +159,12 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
         "cotangent_by_row": key.cotangent_by_row,
         "exact_scale": scale,
         "exact_cap": cap,
+        "teacher_scale": problem.teacher_scale,
         "scale": scale,
         "cap": cap,
         "kept": 1.0 - problem.options.label_smoothing,
         "share": problem.options.label_smoothing / problem.classes,
         "z_loss": problem.options.z_loss,
-        "teacher_scale": problem.teacher_scale,
     }.items():
         call[name] = value
     return LaunchPlan(
@@ -306,11 +306,9 @@ def _call_dtype(real: str) -> np.dtype[Any]:
     for name in whole.split():
         base, _, times = name.partition("*")
         fields.append((base, np.int64, (int(times),)) if times else (base, np.int64))
-    fields += [(name, np.float64) for name in ("exact_scale", "exact_cap")]
-    fields += [
-        (name, real) for name in ("scale", "cap", "kept", "share", "z_loss", "teacher_scale")
-    ]
-    return np.dtype(fields)
+    fields += [(name, np.float64) for name in ("exact_scale", "exact_cap", "teacher_scale")]
+    fields += [(name, real) for name in ("scale", "cap", "kept", "share", "z_loss")]
+    return np.dtype(fields, align=True)
 
 
 _CALL = {real: _call_dtype(real) for real in ("float32", "float64")}

@@ -24,10 +24,10 @@ struct Call {
   i64 loss_kind, sample_kind, normalizer_kind, cotangent_kind;
   i64 cotangent_by_row;
   double exact_scale, exact_cap;
+  double teacher_scale;          // of a teacher's logits
   real scale, cap;               // with a softcap, the scale is divided by it
   real kept, share;              // 1 - smoothing, and smoothing / classes
   real z_loss;
-  real teacher_scale;            // of a teacher's logits
 };
 
 // The scale and the cap as what is computed with them.
@@ -259,13 +259,21 @@ DEVICE void carry(const Call& call, State& state, real top) {
 }
 
 #if TEACHER
+// exp(scale (t - top)). What rounding takes from the exponent is multiplied back: half a unit in the
+// last place of an exponent of 80 is 64 units of the result.
 DEVICE real teacher_exp(const Call& call, real t, real top) {
-  return exp_of((t - reference_of(top)) * call.teacher_scale);
+  const real scale = (real)call.teacher_scale, scale_low = (real)(call.teacher_scale - (double)scale);
+  const real reference = reference_of(top), gap = t - reference;
+  const real kept = t - gap, exponent = gap * scale;
+  const real taken = (t - (gap + kept)) + (kept - reference);
+  const real error = taken * scale + (fma(gap, scale, -exponent) + gap * scale_low);
+  const real found = exp_of(exponent);
+  return found + found * (error - error == 0 ? error : 0);
 }
 
 // Move what is in units of the teacher's largest logit to a larger one.
 DEVICE void carry_teacher(const Call& call, State& state, real top) {
-  const double lower = decay((state.teacher_top - top) * call.teacher_scale);
+  const double lower = exp(((double)state.teacher_top - (double)top) * call.teacher_scale);
   state.teacher_total *= lower;
   state.pivot_r *= lower;
   state.rest *= lower;
