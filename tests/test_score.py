@@ -139,6 +139,9 @@ def test_class_weights_weigh_the_loss_alone(cut: None) -> None:
     residual = w * (losses - found.loss)
     error = math.sqrt((residual**2).sum() * w.size / (w.size - 1)) / w.sum()
     assert found.loss_error == pytest.approx(error)
+    masked = LOGITS.copy()
+    masked[LABELS == 0, 0] = -np.inf  # a class of weight 0
+    assert polyce.score(masked, ODD, weight=weight).loss < math.inf
 
 
 @NUMPY
@@ -175,6 +178,15 @@ def test_the_fitted_temperatures_error_is_that_of_other_samples() -> None:
         temperatures.append(found.temperature)
         errors.append(found.temperature_error)
     assert np.mean(errors) == pytest.approx(np.std(temperatures), rel=0.15)
+    larger = polyce.score(logits * 5, labels, fit_temperature=True)
+    assert larger.temperature_error == pytest.approx(errors[-1] * 5, rel=0.01)
+
+
+@NUMPY
+def test_a_confidence_that_is_an_edge_is_in_the_bin_below() -> None:
+    logits = np.array([[0.0, 0.0], [0.0, 800.0]])
+    table = polyce.score(logits, np.array([1, 1]), bins=2).reliability
+    assert table.tolist() == [(0.0, 0.5, 1, 0.5, 0.0), (0.5, 1.0, 1, 1.0, 1.0)]
 
 
 @NUMPY
@@ -301,27 +313,39 @@ def test_the_record_is_frozen_prints_and_pickles() -> None:
     assert f"loss           {found.loss:<12.6g} ± {found.loss_error:.2g}" in str(found)
 
 
-# Against others
+# Against others, on the digits as a classifier with a little regularisation sees them
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Any, Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    from polyce.demo import digits
+
+    images, labels = digits()
+    model = LogisticRegression(C=0.05).fit(images[:600], labels[:600])
+    return model.decision_function(images[600:]), labels[600:].astype(np.int64)
 
 
 @OTHERS
-def test_against_scikit_learn() -> None:
+def test_against_scikit_learn(digits: tuple[Any, Any]) -> None:
     from sklearn import calibration, metrics
 
-    p, found = softmax(LOGITS), polyce.score(LOGITS, LABELS)
-    confidence, correct = p.max(axis=1), p.argmax(axis=1) == LABELS
+    logits, labels = digits
+    p, found = softmax(logits), polyce.score(logits, labels, by_class=True)
+    confidence, guesses = p.max(axis=1), p.argmax(axis=1)
     check(
         found,
         {
-            "loss": metrics.log_loss(LABELS, p),
-            "accuracy": metrics.accuracy_score(LABELS, p.argmax(axis=1)),
-            "top5_accuracy": metrics.top_k_accuracy_score(LABELS, p, k=5),
-            "brier": metrics.brier_score_loss(LABELS, p, scale_by_half=False),
+            "loss": metrics.log_loss(labels, p),
+            "accuracy": metrics.accuracy_score(labels, guesses),
+            "top5_accuracy": metrics.top_k_accuracy_score(labels, p, k=5),
+            "brier": metrics.brier_score_loss(labels, p, scale_by_half=False),
         },
     )
     for strategy, name in (("uniform", "ece"), ("quantile", "ece_mass")):
         accuracy, mean = calibration.calibration_curve(
-            correct, confidence, n_bins=15, strategy=strategy
+            guesses == labels, confidence, n_bins=15, strategy=strategy
         )
         edges = np.linspace(0, 1, 16)
         if strategy == "quantile":
@@ -329,15 +353,18 @@ def test_against_scikit_learn() -> None:
         rows = np.bincount(np.searchsorted(edges[1:-1], confidence), minlength=15)
         rows = rows[rows > 0]
         check(found, {name: float((rows * np.abs(accuracy - mean)).sum() / rows.sum())})
+    precision, recall, _, rows = metrics.precision_recall_fscore_support(labels, guesses)
+    for name, wanted in (("precision", precision), ("accuracy", recall), ("rows", rows)):
+        np.testing.assert_allclose(found.by_class[name], wanted)
 
 
 @OTHERS
-def test_against_torchmetrics() -> None:
+def test_against_torchmetrics(digits: tuple[Any, Any]) -> None:
     import torch
     from torchmetrics import functional
 
-    logits, labels = torch.tensor(LOGITS), torch.tensor(LABELS)
-    p, of = torch.softmax(logits, 1), {"task": "multiclass", "num_classes": CLASSES}
+    logits, labels = map(torch.from_numpy, digits)
+    p, of = torch.softmax(logits, 1), {"task": "multiclass", "num_classes": 10}
     found = polyce.score(logits, labels)
     wanted = {
         "perplexity": functional.text.perplexity(logits[None], labels[None]),
@@ -347,3 +374,22 @@ def test_against_torchmetrics() -> None:
         "top5_accuracy": functional.accuracy(p, labels, average="micro", top_k=5, **of),
     }
     check(found, {name: float(value) for name, value in wanted.items()})
+
+
+@OTHERS
+def test_against_scipy(digits: tuple[Any, Any]) -> None:
+    from scipy import special, stats
+
+    logits, labels = digits
+    log_p = special.log_softmax(logits, axis=1)
+    losses = -log_p[np.arange(len(labels)), labels]
+    entropies = stats.entropy(np.exp(log_p), axis=1)
+    check(
+        polyce.score(logits, labels),
+        {
+            "loss": losses.mean(),
+            "loss_error": stats.sem(losses),
+            "entropy": entropies.mean(),
+            "entropy_error": stats.sem(entropies),
+        },
+    )

@@ -29,7 +29,7 @@ def score(
     confidence :math:`\max_c p_c` of each row, the calibration error over bins b of the N rows is
 
     .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} \,
-        \big| \mathrm{accuracy}_b - \mathrm{confidence}_b \big|
+        | \mathrm{accuracy}_b - \mathrm{confidence}_b |
 
     Parameters
     ----------

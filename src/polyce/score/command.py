@@ -25,6 +25,9 @@ def main(arguments: list[str]) -> int:
     try:
         code = _score(given)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        _say("interrupted before any logits were scored")
+        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has enough; Python would complain once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
