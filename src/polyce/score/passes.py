@@ -121,6 +121,11 @@ def describe(
 ) -> Call:
     """Check the arguments of a score, and all labels unless `validate` is False."""
     shape, axis = checks.logits_shape(logits, axis, target)
+    if None in shape:  # as in an ONNX graph
+        raise ValueError(
+            f"input must have values and a known shape to score, got shape {shape}; score it where "
+            "the model runs"
+        )
     row_shape = totals.without(shape, axis)
     checks.target_kind(shape, row_shape, logits, target, probabilities=False, takes_axis=True)
     if math.prod(row_shape) == 0 or shape[axis] == 0:
