@@ -242,6 +242,8 @@ def test_a_masked_label_makes_the_loss_infinite_and_no_figure_else() -> None:
     assert found.loss == found.perplexity == math.inf
     assert math.isnan(found.loss_error)
     assert math.isfinite(found.brier_error)
+    # A loss may be finite and its exponential not.
+    assert polyce.score(LOGITS * 1e4, LOGITS.argmin(axis=1)).perplexity == math.inf
 
 
 def test_bad_labels_are_an_error_with_the_position_or_counted(backend: Backend, cut: None) -> None:

@@ -285,8 +285,9 @@ def finish(call: Call, running: Running) -> Score:
         if name != "slope"
         for name, number in ((name, mean.value), (f"{name}_error", mean.error))
     }
-    perplexity = float(np.exp(np.float64(means.loss.value)))
-    temperature = running.temperature
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(np.float64(means.loss.value)))
+    temperature, curvature = running.temperature, running.curvature
     return Score(
         rows=found.rows,
         ignored=found.ignored,
@@ -303,7 +304,7 @@ def finish(call: Call, running: Running) -> Score:
         mce=calibration.largest_error(found.bins),
         ece_mass=calibration.expected_error(calibration.binned(confidence, correct, by_mass)),
         temperature=temperature,
-        temperature_error=temperature * means.slope.error / running.curvature,
+        temperature_error=temperature * means.slope.error / curvature if curvature else math.nan,
         reliability=calibration.reliability(found.bins, edges),
         by_class=None if found.classes is None else totals.class_table(found.classes),
     )
