@@ -56,7 +56,7 @@ def score(
         Whether the record has a table of the classes.
     fit_temperature : bool, default False
         Whether to find the temperature with the smallest loss, beginning at `temperature`; all
-        figures are those at it. It takes about six passes over the logits in place of one: the
+        figures are those at it. It takes five to ten passes over the logits in place of one: the
         derivative is exact, as the loss less the entropy, and the second derivative is the
         difference of two passes' derivatives. Not together with `logit_softcap`.
     validate : bool, optional

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--fit-temperature",
         action="store_true",
-        help="find the temperature with the smallest loss, in about six passes",
+        help="find the temperature with the smallest loss, in five to ten passes",
     )
     add("--by-class", action="store_true", help="print a table of the classes too")
     add(
