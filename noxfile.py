@@ -232,7 +232,7 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "check")
     with tempfile.TemporaryDirectory() as elsewhere:
         with session.chdir(elsewhere):
-            session.run("python", "-m", "polyce")
+            session.run("polyce")
             session.run("python", "-m", "polyce", "demo")
         # Until now the environment must hold only the wheel and what it requires.
         session.install(*nox.project.dependency_groups(PYPROJECT, "build"))
@@ -341,13 +341,15 @@ def minimums(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every example of docstrings and pages, and build the site into docs/_build/html."""
+    """Run every example, the tests of scores against others, and build docs/_build/html."""
     # Every module is imported, so the libraries that some modules need must be installed; CuPy has
     # a stand-in.
     install(session, "docs", "triton")
     env = {"PYTHONPATH": str(Path("tests/emulation").resolve())}
     doctest = ("pytest", "-n", "2", "--doctest-modules", "--pyargs", "polyce")
     session.run(*doctest, *session.posargs, env=env)
+    # Here, since no other session has what scores are read with and compared with.
+    run_tests(session, "score", "tests/test_score.py", "tests/test_score_command.py")
     build = ("sphinx-build", "-j", "2", "-W", "--keep-going", "-q", "-d", "docs/_build/doctrees")
     # -E reads all pages again, since many are made from the code.
     session.run(*build, "-E", "-b", "doctest", "docs", "docs/_build/doctest")

@@ -43,6 +43,8 @@ BACKENDS = {
     "marray": "marray",
     # The libraries whose arrays are refused.
     "refused": None,
+    # What `polyce score` reads and writes with, and the libraries whose figures it must agree with.
+    "score": "numpy",
     # Triton's kernels in its interpreter, on a CPU; and compiled for GPUs, launched on a recorder.
     "triton": "torch",
     "triton-compile": "torch",
@@ -56,6 +58,7 @@ MARKED_ONLY = (
     "cupy-compile",
     "cupy-dispatch",
     "refused",
+    "score",
     "triton",
     "triton-compile",
     *TIER_2,

@@ -322,14 +322,14 @@ def test_a_variable_that_asks_for_what_there_is_not(variable: str, value: str, r
 def test_help_is_printed_when_asked_for() -> None:
     done = run_module("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: python -m polyce [demo]\n")
+    assert done.stdout.startswith("usage: python -m polyce [demo | score LOGITS LABELS]\n")
 
 
 @pytest.mark.parametrize("arguments", ["train", "demo more", "--version"])
 def test_an_unknown_subcommand_ends_with_usage_and_exit_code_2(arguments: str) -> None:
     done = run_module(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: python -m polyce [demo]\n")
+    assert done.stderr.startswith("usage: python -m polyce [demo | score LOGITS LABELS]\n")
 
 
 def test_without_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,3 +202,11 @@ def test_explain_names_the_library(backend: Backend, backend_name: str) -> None:
     assert text.startswith(f"cross_entropy on {backend_name} / {device}: logits float32 (2, 3), ")
     assert "label_smoothing 0.1" in text.splitlines()[0]
     assert text.splitlines()[-1].split() == ["reference", "yes", "<-", "runs"]
+
+
+def test_a_score_is_that_of_numpy_arrays(backend_name: str) -> None:
+    wanted = polyce.score(X, T).as_dict()
+    for name in BACKENDS[backend_name]:
+        library = get_backend(name)
+        found = polyce.score(library.asarray(X), library.asarray(T)).as_dict()
+        assert found == pytest.approx(wanted, rel=1e-5, nan_ok=True)

@@ -12,6 +12,8 @@ from polyce.implementations.registry import use
 from polyce.linear.functional import linear_cross_entropy, linear_cross_entropy_with_grad
 from polyce.linear.values import linear_log_prob
 from polyce.loss import CrossEntropyLoss, NLLLoss
+from polyce.score import score
+from polyce.score.record import Score
 from polyce.values import entropy, log_prob, log_softmax
 from polyce.version import __version__
 
@@ -19,6 +21,7 @@ __all__ = [
     "CoreMissingWarning",
     "CrossEntropyLoss",
     "NLLLoss",
+    "Score",
     "SparseTarget",
     "Stats",
     "TeacherHead",
@@ -35,6 +38,7 @@ __all__ = [
     "log_prob",
     "log_softmax",
     "nll_loss",
+    "score",
     "set_num_threads",
     "show_versions",
     "use",

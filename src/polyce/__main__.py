@@ -1,4 +1,4 @@
-"""`python -m polyce`: what is installed; `python -m polyce demo`: a classifier trained with it."""
+"""`python -m polyce`: what is installed, a demo, and the score of logits in files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import sys
 
 from polyce.explain import show_versions
 
-USAGE = """usage: python -m polyce [demo]
+USAGE = """usage: python -m polyce [demo | score LOGITS LABELS]
 
   (nothing)  versions, array libraries and implementations found here
-  demo       a digit classifier, then digits, time and memory beside torch's or NumPy's"""
+  demo       a digit classifier, then digits, time and memory beside torch's or NumPy's
+  score      loss, accuracy and calibration of logits in a file; score --help tells more"""
 
 
-def main(arguments: list[str]) -> int:
-    """Run one of the two commands and return the exit code."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run one of the commands, by default the command line's, and return the exit code."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     if not arguments:
         show_versions()
         return 0
@@ -22,10 +25,14 @@ def main(arguments: list[str]) -> int:
 
         demo()
         return 0
+    if arguments[0] == "score":
+        from polyce.score import command
+
+        return command.main(arguments[1:])
     wanted = arguments in (["--help"], ["-h"])
     print(USAGE, file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

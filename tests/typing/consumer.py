@@ -32,6 +32,8 @@ print(polyce.NLLLoss(reduction="sum")(polyce.log_softmax(logits), labels))
 with polyce.use("reference"):
     print(polyce.explain(logits, labels))
 polyce.show_versions()
+found: polyce.Score = polyce.score(logits, labels, bins=10)
+print(found, found.loss + found.loss_error, found.as_dict()["ece"])
 
 version: str = polyce.__version__
 

@@ -38,6 +38,10 @@ class _CuPy(WithNumPyDtypes):
             return None
         return Place(array.data.ptr, array.shape, array.strides, array.itemsize)
 
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Bring the arrays to the host."""
+        return [array.get() for array in arrays]
+
     def overwrite(self, function: Any, array: Any, *others: Any) -> Any:
         """Write the result over the array."""
         return function(array, *others, out=array)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import array_api_compat.dask.array as xp
+import dask
 import dask.array as da
 import numpy as np
 from dask.array.core import elemwise
@@ -49,6 +50,14 @@ class _Dask(WithNumPyDtypes):
         if beside_logits:
             return elemwise(_is_label, classes, labels, logits, dtype=bool)
         return classes == labels
+
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Compute them together, from chunks of any library."""
+        found = []
+        for computed in dask.compute(*arrays):
+            library, (array,) = self.find(input=computed)
+            found += library.to_numpy(array)
+        return found
 
     def class_sum(self, values: Any, axis: int, dtype: Any) -> Any:
         """Sum within each chunk as the chunk's own library does."""

@@ -168,6 +168,10 @@ class Library:
     def check_memory(self, arrays: Mapping[str, Any]) -> None:
         """Refuse arrays that reach beyond their memory, by the caller's names for them."""
 
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Copy arrays into NumPy, those that are lazy computed together."""
+        return [np.asarray(array) for array in arrays]
+
     # Dtypes
 
     def float_dtype(self, name: str) -> Any:

@@ -32,6 +32,10 @@ class MArray(OnNumPy):
         dtype = getattr(self.xp, name)
         return np.dtype(dtype) if isinstance(dtype, type) else dtype
 
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Return the data, of which none is masked."""
+        return [np.asarray(array.data) for array in arrays]
+
 
 class MPArray(OnNumPy, WithNumPyDtypes):
     """mparray, whose numbers have as many digits as mpmath is set to."""
@@ -47,6 +51,10 @@ class MPArray(OnNumPy, WithNumPyDtypes):
         import mpmath
 
         return mpmath.mpf(number)
+
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Round to the dtype that an array is named after."""
+        return [np.asarray(array._data, array.dtype) for array in arrays]
 
 
 class Cubed(WithNumPyDtypes):
@@ -67,6 +75,12 @@ class Cubed(WithNumPyDtypes):
         """Make masks cut as the classes are."""
         options = {"chunks": (logits.chunks[axis],), "spec": logits.spec}
         return self.classes(labels, logits, axis, **options) == labels
+
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Compute them together."""
+        import cubed
+
+        return [np.asarray(array) for array in cubed.compute(*arrays)]
 
 
 class Ndonnx(Library):
@@ -95,6 +109,10 @@ class Ndonnx(Library):
             return super().row_count(row_shape, logits, axis, dtype)
         one_class = logits[(slice(None),) * axis + (slice(0, 1),)]
         return self.xp.sum(self.xp.ones_like(one_class, dtype=dtype))
+
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Return the values of constants."""
+        return [array.unwrap_numpy() for array in arrays]
 
 
 class MLX(Library):

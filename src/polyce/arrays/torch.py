@@ -87,6 +87,10 @@ class _Torch(Library):
 
     # Dtypes
 
+    def to_numpy(self, *arrays: Any) -> list[Any]:
+        """Detach the tensors and bring them to the CPU."""
+        return [array.detach().cpu().numpy() for array in arrays]
+
     def has_float64(self, where: Any) -> bool:
         """Tell whether the device is not Apple's, the only one without it."""
         return bool(where.device.type != "mps")
