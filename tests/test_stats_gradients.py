@@ -187,5 +187,5 @@ def test_explain_says_which_path_takes_them() -> None:
         function=polyce.cross_entropy_with_grad,
     )  # fmt: skip
     assert not told.is_kept
-    assert told.reasons["cupy"][-1] == "cotangents of stats (grad_stats) are not served"
+    assert told.reasons["dask"][-1] == "cotangents of stats (grad_stats) are not served"
     assert told.reasons["reference"] == ()
