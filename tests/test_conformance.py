@@ -16,7 +16,7 @@ from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
 # The groups that Triton's kernels serve.
-ON_TRITON = [group for group in GROUPS if group not in ("sparse", "teacher")]
+ON_TRITON = [group for group in GROUPS if group != "teacher"]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 

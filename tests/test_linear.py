@@ -101,7 +101,7 @@ def test_grid(backend: Backend, backend_name: str, group: str) -> None:
     for library in libraries(backend, backend_name):
         every = partial(reason_against, library=library, teacher_heads=is_head)
         # The kernels do not serve all targets and stats; polyce chooses for the others.
-        on_triton = backend_name == "triton" and group not in ("target-stats", "sparse", "teacher")
+        on_triton = backend_name == "triton" and group not in ("target-stats", "teacher")
         report = check_implementation(
             "triton" if on_triton else None,
             library,

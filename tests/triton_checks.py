@@ -111,6 +111,27 @@ def in_place() -> None:
             torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-7)
 
 
+def entries() -> None:
+    """Check the gradient of a sparse target over its own logits, in many programs."""
+    import torch
+
+    torch.manual_seed(0)
+    with changed(TILES | {"_ENTRIES": 2, "ENTRIES_ALONE": 4}):
+        for shape in ((2, 67), (2, 5, 3)):
+            x, memory = around(torch.randn(shape), 3)
+            index = torch.randint(-1, shape[1], (2, 3, *shape[2:]))
+            target = polyce.SparseTarget(index, torch.rand(index.shape))
+            options = {"ignore_index": -1, "label_smoothing": 0.1}
+            want = polyce.cross_entropy_with_grad(x, target, implementation="reference", **options)
+            loss, _ = polyce.cross_entropy_with_grad(
+                x, target, implementation="triton", out=x, **options
+            )
+            torch.testing.assert_close(loss, want[0])
+            torch.testing.assert_close(x, want[1], rtol=1e-4, atol=1e-7)
+            assert torch.isnan(memory[:3]).all()
+            assert torch.isnan(memory[3 + x.numel() :]).all()
+
+
 def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], None]:
     """Check rows and classes more than 2^31 elements apart."""
 
@@ -231,6 +252,9 @@ STATS = grid("stats", table=TILES)
 BESIDE = grid("target-stats", table=TILES)
 BESIDE_PARTS = grid("target-stats", table=PARTS)
 VALUED = grid("grad-stats", table=TILES)
+SPARSE = grid("sparse", table=TILES)
+SPARSE_PARTS = grid("sparse", table=PARTS)
 COMBINED = grid("combined", "transform")
 # Checks that other tests make too.
 SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, BESIDE, BESIDE_PARTS, VALUED}
+SLOW |= {SPARSE, SPARSE_PARTS}

@@ -30,6 +30,10 @@ SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 # Rows of more than LONG classes are split over programs where there are too few rows to fill a
 # large device twice; a part is long enough to be worth a second launch that joins them.
 LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
+# How many entries of a sparse target a program reads at once, one or two to a thread.
+_ENTRIES = 256
+# How many of them a program of one thread to each takes, where their gradient is computed alone.
+ENTRIES_ALONE = 128
 # About this many programs write a gradient where there are few rows.
 WRITERS = 512
 # How many sums the one program of a reduction adds at once, eight to a thread.
@@ -60,3 +64,8 @@ def tile(rows: Rows, classes: int, share: int = 1) -> Tile:
         by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)
     warps = by_class * lanes // (32 * by_thread)
     return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS))
+
+
+def entries_at_once(entries: int, lanes: int) -> int:
+    """Choose how many entries of each row of a program are read at once."""
+    return min(power_of_two(max(entries, 1)), max(_ENTRIES // lanes, 1))

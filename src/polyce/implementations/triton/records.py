@@ -19,6 +19,8 @@ class Form(NamedTuple):
     DTYPE: tl.dtype
     """What is computed in, float32 or float64."""
     PROBABILITY: bool
+    ENTRIES: int
+    """How many entries of a sparse target are read at once; 0 for other targets."""
     WEIGHTED: bool
     SAMPLED: bool
     SMOOTHED: bool
@@ -40,8 +42,10 @@ class Form(NamedTuple):
     OF_LSE: bool = False
     OF_ENTROPY: bool = False
     # What follows from these, see `completed`.
+    LABELED: bool = False
+    """Whether the target holds labels."""
     SPREAD: bool = False
-    """Whether classes besides the pivot have coefficients."""
+    """Whether classes besides the pivot have coefficients, other than those of entries."""
     LARGEST: bool = False
     """Whether the pivot is the class of the largest logit, not the label."""
     SURPRISE: bool = False
@@ -56,13 +60,11 @@ class Form(NamedTuple):
 
 def completed(form: Form) -> Form:
     """Set what follows from the rest."""
+    labeled = not (form.PROBABILITY or form.ENTRIES)
     return form._replace(
+        LABELED=labeled,
         SPREAD=form.PROBABILITY or form.SMOOTHED,
-        LARGEST=form.PROBABILITY
-        or form.ENTROPY
-        or form.OF_ENTROPY
-        or form.PREDICTION
-        or form.CORRECT,
+        LARGEST=not labeled or form.ENTROPY or form.OF_ENTROPY or form.PREDICTION or form.CORRECT,
         SURPRISE=form.ENTROPY or form.OF_ENTROPY,
         SQUARES=form.BRIER and not form.PROBABILITY,
         DISTANT=form.BRIER and form.PROBABILITY,
@@ -110,8 +112,28 @@ class Inputs(NamedTuple):
     """Where the target, the class weights and the sample weights lie."""
 
     target: Any
+    """Labels, probabilities, or the classes of a sparse target."""
     weight: Any
     sample: Any
+    chance: Any
+    """The probabilities of a sparse target."""
+    entries: Any
+    """How many entries each row has."""
+
+
+class Entries(NamedTuple):
+    """What a sparse target says at some entries."""
+
+    number: Any
+    """The class, always in range."""
+    chance: Any
+    """The probability."""
+    coefficient: Any
+    """What it adds to that of its class."""
+    used: Any
+    """Whether it takes part."""
+    bad: Any
+    """Whether the class was out of range."""
 
 
 class Outputs(NamedTuple):
@@ -157,7 +179,7 @@ class Seen(NamedTuple):
     state: Any
     pivot: Any
     most: Any
-    """The largest probability, and its class: where CORRECT needs them."""
+    """The target's largest probability, and its class: where CORRECT needs them."""
     most_class: Any
     rank: Any
     """How many classes have a larger logit than the label: where RANK needs it."""

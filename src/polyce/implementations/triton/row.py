@@ -239,7 +239,7 @@ def merge(one, other, given, FORM: tl.constexpr):
 
 
 @triton.jit
-def _exact_gap(top, x, given, FORM: tl.constexpr):
+def exact_gap(top, x, given, FORM: tl.constexpr):
     """Compute how far a class lies below the largest non-pivot class of its row, as two numbers.
 
     For the pivot that is δ. The second number is the rounding error of the first.
@@ -285,7 +285,7 @@ def count_label(state, x, coefficient, given, FORM: tl.constexpr):
     Return the state, exp(x - m') and m' - x.
     """
     reference = tl.where(state.top == float("-inf"), 0.0, state.top)
-    gap, error = _exact_gap(reference, x, given, FORM)
+    gap, error = exact_gap(reference, x, given, FORM)
     p = exp(-gap, FORM.DTYPE)
     r = coefficient.to(tl.float64)
     added = r * gap.to(tl.float64) + r * error.to(tl.float64)
@@ -296,11 +296,18 @@ def count_label(state, x, coefficient, given, FORM: tl.constexpr):
 
 
 @triton.jit
+def likelier(most, most_class, other, other_class):
+    """Return the larger of two probabilities and its class, the first class if they are equal."""
+    better = (other > most) | ((other == most) & (other_class < most_class))
+    return tl.where(better, other, most), tl.where(better, other_class, most_class)
+
+
+@triton.jit
 def finish(state, pivot, penalty, given, FORM: tl.constexpr):
     """Compute loss, lse and entropy of whole rows, and what their gradient is made of."""
     at_pivot = pivot.coefficient
     total = state.total
-    delta, error = _exact_gap(state.top, pivot.logit, given, FORM)
+    delta, error = exact_gap(state.top, pivot.logit, given, FORM)
     below = delta <= 0.0
     opposite = -delta
     decay = exp(tl.where(below, delta, opposite), FORM.DTYPE)

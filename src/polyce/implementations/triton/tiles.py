@@ -6,10 +6,12 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.entries import with_entries
 from polyce.implementations.triton.records import Meaning, Pivot, Seen, State
 from polyce.implementations.triton.row import (
     count_label,
     finish,
+    likelier,
     merge,
     narrow,
     slope,
@@ -56,7 +58,7 @@ def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
     label = tl.zeros(row.shape, tl.int32)
     weight = tl.full(row.shape, 1.0, FORM.DTYPE)
     invalid = here & (label != 0)
-    if not FORM.PROBABILITY:
+    if FORM.LABELED:
         given = tl.load(inputs.target + row, mask=here, other=0).to(tl.int64)
         if FORM.IGNORES:
             counted = counted & (given != ignore_index)
@@ -109,13 +111,6 @@ def choose_pivot(state, pivot, other, given, FORM: tl.constexpr):
 
 
 @triton.jit
-def likelier(seen, most, most_class):
-    """Return the larger of two probabilities and its class, the first class if they are equal."""
-    better = (most > seen.most) | ((most == seen.most) & (most_class < seen.most_class))
-    return tl.where(better, most, seen.most), tl.where(better, most_class, seen.most_class)
-
-
-@triton.jit
 def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
     """Return what is known before any class is read; 0x7FFFFFFF stands for no class."""
     lowest = tl.full((LANES,), float("-inf"), DTYPE)
@@ -152,7 +147,7 @@ def read(
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
-            most, most_class = likelier(seen, most, most_class)
+            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
     else:
         excluded = number == label
     state = merge(seen.state, tile_state(x, r, excluded, given, FORM), given, FORM)
@@ -169,8 +164,12 @@ def conclude(
     """Write the results of whole rows: losses or their sums, stats, what backward needs."""
     DTYPE: tl.constexpr = FORM.DTYPE
     label, weight, sample, counted, invalid = target(inputs, row, here, classes, ignore_index, FORM)
+    if FORM.ENTRIES > 0:
+        seen, invalid = with_entries(
+            x_row, inputs, row, counted, classes, x_class, ignore_index, given, seen, FORM
+        )
     state, pivot = seen.state, seen.pivot
-    if not FORM.PROBABILITY:
+    if FORM.LABELED:
         # Labels that are used are in range, so nothing outside is read.
         at = x_row + label.to(tl.int64) * x_class
         label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
@@ -198,8 +197,12 @@ def conclude(
     if FORM.KEEP:
         top, saved_x, saved_class = state.top, pivot.logit, pivot.number
         place = outputs.saved + (9 if FORM.VALUED else 4) * row
+        if FORM.ENTRIES > 0:
+            # So that a backward pass need not look for bad entries.
+            factor = tl.where(invalid, float("nan"), factor)
+            pivot_grad = tl.where(invalid, float("nan"), pivot_grad)
         label_grad = pivot_grad
-        if FORM.LARGEST and not FORM.PROBABILITY:
+        if FORM.LARGEST and FORM.LABELED:
             label_grad = result.sum_of_r * (label_p * factor) - label_r
         if FORM.VALUED:
             of_lse = tl.zeros_like(lse)
@@ -217,12 +220,12 @@ def conclude(
             more = tl.where(factor == 0.0, 0.0, factor * inner)
             pivot_more = pivot_more * slope(saved_x, given, FORM)
             label_more = pivot_more
-            if FORM.LARGEST and not FORM.PROBABILITY:
+            if FORM.LARGEST and FORM.LABELED:
                 label_more = label_p * (more + tl.where(label_p == 0.0, 0.0, label_gap) * by_gap)
                 label_more = tl.where(leads, pivot_more, label_more * slope(label_x, given, FORM))
                 label_grad = tl.where(leads, pivot_grad, label_grad)
             if FORM.TRANSFORM == "softcap":
-                label_x = saved_x if FORM.PROBABILITY else label_x
+                label_x = label_x if FORM.LABELED else saved_x
                 label_grad = label_grad * slope(label_x, given, FORM)
             else:
                 more = more * given.scale.to(DTYPE)
@@ -232,7 +235,7 @@ def conclude(
             tl.store(place + 6, pivot_more.to(tl.float64), mask=here)
             tl.store(place + 7, label_grad.to(tl.float64), mask=here)
             tl.store(place + 8, label_more.to(tl.float64), mask=here)
-        elif FORM.LARGEST and not FORM.PROBABILITY:
+        elif FORM.LARGEST and FORM.LABELED:
             # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, label_grad)
             factor = tl.where(leads, factor, result.probability)
@@ -257,7 +260,7 @@ def conclude(
             found = tl.where(defined, pivot.number, -1).to(tl.int64)
             tl.store(outputs.prediction + row, found, mask=here)
         if FORM.CORRECT:
-            wanted = seen.most_class if FORM.PROBABILITY else label
+            wanted = label if FORM.LABELED else seen.most_class
             right = defined & (pivot.number == wanted) & (invalid == 0)
             tl.store(outputs.correct + row, right.to(tl.uint8), mask=here)
         if FORM.TOP:
