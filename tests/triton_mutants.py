@@ -27,6 +27,8 @@ from triton_checks import (
     SPECIAL,
     STATS,
     STEP,
+    TEACHERS,
+    TEACHERS_PARTS,
     VALUED,
     entries,
     far,
@@ -37,13 +39,14 @@ from triton_checks import (
     masked,
     masked_in_parts,
     second_backward_pass,
+    sure_teachers,
     ties,
     unlikely_labels,
     unlikely_labels_in_parts,
     zones,
 )
 
-FILES = ("records", "row", "entries", "tiles", "gradient", "kernels")
+FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "kernels")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, TILE, GRADIENT, KERNEL = FILES
+RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -188,10 +191,10 @@ MUTANTS = {
         ROW, 'x = tl.where(excluded, float("-inf"), x)', "x = x + 0.0", EXACT
     ),
     "loser-forgotten": Mutant(
-        TILE, "State(loser, found, loser_r.to", "State(loser, 0.0 * found, loser_r.to", IN_TILES
+        TILE, "loser, found, loser_r.to", "loser, 0.0 * found, loser_r.to", IN_TILES
     ),
     "loser-without-coefficient": Mutant(
-        TILE, "State(loser, found, loser_r.to(tl.float64)", "State(loser, found, nothing", masked
+        TILE, "loser, found, loser_r.to(tl.float64)", "loser, found, nothing", masked
     ),
     "parts-of-the-first": Mutant(
         KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
@@ -365,6 +368,40 @@ MUTANTS = {
         "used = used & (number != saved.pivot_class)",
         "used = used",
         grid("sparse", only="margins/top"),
+    ),
+    # a teacher
+    "teacher-with-rounded-exponents": Mutant(
+        TEACHER, "found * tl.where(tl.abs(error) < 1.0, error, 0.0)", "0.0 * found", sure_teachers
+    ),
+    "scale-with-rounded-products": Mutant(
+        TEACHER, "(lost + low * scale_low)", "0.0 * lost", sure_teachers
+    ),
+    "coefficients-stay-behind": Mutant(
+        TEACHER,
+        "with_coefficients(state, state.rest * lower",
+        "with_coefficients(state, state.rest",
+        TEACHERS,
+    ),
+    "pivot-stays-behind": Mutant(
+        TEACHER, "pivot.coefficient * lower", "pivot.coefficient", TEACHERS
+    ),
+    "no-even-share-at-the-pivot": Mutant(
+        TEACHER, "r += pivot.even * given.share", "r += 0.0 * pivot.even", TEACHERS
+    ),
+    "no-even-share-in-the-gradient": Mutant(
+        TEACHER, "r += given.share.to(FORM.DTYPE)", "r += 0.0 * r", TEACHERS
+    ),
+    "even-share-stays-behind": Mutant(
+        ROW, "even_excess + part.even * risen", "even_excess", TEACHERS
+    ),
+    "teacher-of-the-last-part": Mutant(
+        KERNEL,
+        "tl.load(place + 13 * step, mask=here",
+        "0.0 * tl.load(place + 13 * step, mask=here",
+        TEACHERS_PARTS,
+    ),
+    "no-softmax-but-a-class": Mutant(
+        TILE, "wanted, -1)", "wanted, wanted)", grid("teacher", only="special")
     ),
 }
 

@@ -28,7 +28,7 @@ class KernelCall(NamedTuple):
     sample_weight: torch.Tensor | None
     rows: Rows
     target_rows: Rows | None
-    """How probabilities lie; None for labels and for the entries of a sparse target."""
+    """How probabilities or a teacher's logits lie; None for targets that name classes."""
     grad_rows: Rows | None
     """How the gradient lies; None if there is none, or if no kernel can write it."""
     chances: torch.Tensor | None
@@ -38,8 +38,9 @@ class KernelCall(NamedTuple):
     def tile(self) -> Tile:
         """Return what a program reads at once."""
         shares = layout.SHARES[self.logits.element_size()]
-        share = shares[transform.is_capped(self.problem)]
-        return layout.tile(self.rows, self.problem.classes, share)
+        has_teacher = self.problem.kind == "teacher"
+        share = shares[has_teacher or transform.is_capped(self.problem)]
+        return layout.tile(self.rows, self.problem.classes, share, by_two=has_teacher)
 
     @property
     def blocks(self) -> int:
@@ -142,6 +143,7 @@ def options(call: KernelCall) -> dict[str, Any]:
         "share": problem.options.label_smoothing / problem.classes,
         "scale": scale,
         "cap": cap,
+        "teacher_scale": problem.teacher_scale,
         "LANES": call.tile.lanes,
     }
 
@@ -158,7 +160,9 @@ def form(call: KernelCall, **asked: bool) -> records.Form:
     given = records.Form(
         TRANSFORM="softcap" if transform.is_capped(problem) else change,
         DTYPE=tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
-        PROBABILITY=problem.kind == "probability",
+        PROBABILITY=not problem.names_classes,
+        TEACHER=problem.kind == "teacher",
+        TEMPERED=problem.teacher_scale != 1.0,
         ENTRIES=0 if call.chances is None else layout.entries_at_once(problem.entries, lanes),
         WEIGHTED=call.weight is not None,
         SAMPLED=call.sample_weight is not None,

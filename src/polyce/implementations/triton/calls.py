@@ -78,7 +78,7 @@ def _write_gradient(
 
 
 def _saved_of_a_row(problem: Problem) -> int:
-    return 9 if problem.grad_stats else 4
+    return (9 if problem.grad_stats else 4) + (2 if problem.kind == "teacher" else 0)
 
 
 def _check_saved(problem: Problem, saved: Saved) -> None:

@@ -7,8 +7,8 @@ once the whole row has been read.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Entries, Pivot, Seen, State
-from polyce.implementations.triton.row import exact_gap, likelier
+from polyce.implementations.triton.records import Entries, Pivot, Seen
+from polyce.implementations.triton.row import exact_gap, likelier, with_coefficients
 
 
 @triton.jit
@@ -75,6 +75,6 @@ def with_entries(
             is_largest = entry.used & (together == largest[None, :])
             number = tl.min(tl.where(is_largest, entry.number, 0x7FFFFFFF), 0)
             most, most_class = likelier(most, most_class, largest, number)
-    state = State(state.top, state.total, rest, excess, state.entropy, state.squares)
-    pivot = Pivot(pivot.logit, at_pivot.to(FORM.DTYPE), pivot.number)
-    return Seen(state, pivot, most, most_class, seen.rank), bad > 0
+    state = with_coefficients(state, rest, excess)
+    pivot = Pivot(pivot.logit, at_pivot.to(FORM.DTYPE), pivot.number, pivot.even)
+    return Seen(state, pivot, most, most_class, seen.rank, seen.teacher), bad > 0

@@ -9,13 +9,21 @@ import triton.language as tl
 from polyce.implementations.triton.entries import classes_at, entries_at
 from polyce.implementations.triton.records import Inputs, Saved
 from polyce.implementations.triton.row import difference, narrow, numbers, slope
-from polyce.implementations.triton.tiles import body, coefficients, edge, lanes, target
+from polyce.implementations.triton.teacher import teacher_coefficients
+from polyce.implementations.triton.tiles import (
+    body,
+    coefficients,
+    edge,
+    lanes,
+    saved_of_a_row,
+    target,
+)
 
 
 @triton.jit
 def _saved(saved_ptr, row, here, label, FORM: tl.constexpr):
     """Read what the forward pass saved of rows."""
-    place = saved_ptr + (9 if FORM.VALUED else 4) * row
+    place = saved_ptr + row * saved_of_a_row(FORM)
     top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
     factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
     pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
@@ -30,9 +38,15 @@ def _saved(saved_ptr, row, here, label, FORM: tl.constexpr):
         pivot_more = tl.load(place + 6, mask=here, other=0.0).to(FORM.DTYPE)
         label_grad = tl.load(place + 7, mask=here, other=0.0).to(FORM.DTYPE)
         label_more = tl.load(place + 8, mask=here, other=0.0).to(FORM.DTYPE)
+    teacher_top, teacher_factor = factor, factor
+    if FORM.TEACHER:
+        behind = place + (9 if FORM.VALUED else 4)
+        teacher_top = tl.load(behind, mask=here, other=0.0).to(FORM.DTYPE)
+        teacher_factor = tl.load(behind + 1, mask=here, other=0.0).to(FORM.DTYPE)
     return Saved(
-        top, factor, pivot_grad, pivot_class, more, by_gap, pivot_more, label_grad, label_more
-    )
+        top, factor, pivot_grad, pivot_class,
+        more, by_gap, pivot_more, label_grad, label_more, teacher_top, teacher_factor,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -75,7 +89,11 @@ def _gradient(
     counted = meaning.counted
     x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
     r = x
-    if FORM.SPREAD:
+    if FORM.TEACHER:
+        r = teacher_coefficients(
+            target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, saved, FORM
+        )
+    elif FORM.SPREAD:
         r, _ = coefficients(
             x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
         )
@@ -100,6 +118,7 @@ def backward(
     x_outer, x_lane, x_class, t_outer, t_lane, t_class, g_outer, g_lane, g_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
+    teacher_scale: tl.float64,
     FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
@@ -111,7 +130,7 @@ def backward(
     outer, line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
     classes = units * UNIT
-    given = numbers(kept, share, scale, cap)
+    given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
     saved = _saved(saved_ptr, row, here, meaning.label, FORM)
@@ -176,11 +195,12 @@ def at_entries(
     x_outer, x_lane, x_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
+    teacher_scale: tl.float64,
     FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient at the classes of entries, before it may overwrite their logits."""
     place, row, here = _places(rows, entries, TILE)
-    given = numbers(kept, share, scale, cap)
+    given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
     saved = _saved(saved_ptr, row, here, meaning.label, FORM)

@@ -20,7 +20,8 @@ from polyce.implementations.strides import cdiv, cut
 from polyce.implementations.triton import arguments, kernels, layout
 from polyce.implementations.triton.arguments import KernelCall
 
-_FIELDS_OF_A_PART = 12
+# How many numbers a part of a row leaves behind, without a teacher and beside one.
+_FIELDS_OF_A_PART = (12, 17)
 
 
 class Results(NamedTuple):
@@ -31,7 +32,7 @@ class Results(NamedTuple):
     rows: torch.Tensor | None
     """(rows, 4): largest logit besides the pivot's, factor, the pivot's gradient and class.
 
-    (rows, 9) with cotangents of stats: then also what they add.
+    (rows, 9) with cotangents of stats: then also what they add. Two more numbers beside a teacher.
     """
     sums: torch.Tensor | None
     """(programs, 2): the sums of losses and row weights of each program's rows."""
@@ -125,7 +126,8 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     }
     shared["parts_ptr"] = dummy
     if parts > 1:
-        size = (_FIELDS_OF_A_PART, parts, call.row_count)
+        fields = _FIELDS_OF_A_PART[problem.kind == "teacher"]
+        size = (fields, parts, call.row_count)
         shared["parts_ptr"] = torch.empty(size, dtype=torch.float64, device=dummy.device)
     read = {
         **shared,

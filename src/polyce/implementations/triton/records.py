@@ -19,6 +19,10 @@ class Form(NamedTuple):
     DTYPE: tl.dtype
     """What is computed in, float32 or float64."""
     PROBABILITY: bool
+    """Whether the target has a number of each class: a probability, or a teacher's logit."""
+    TEACHER: bool
+    TEMPERED: bool
+    """Whether a teacher's logits are multiplied by something other than 1."""
     ENTRIES: int
     """How many entries of a sparse target are read at once; 0 for other targets."""
     WEIGHTED: bool
@@ -42,6 +46,8 @@ class Form(NamedTuple):
     OF_LSE: bool = False
     OF_ENTROPY: bool = False
     # What follows from these, see `completed`.
+    EVEN: bool = False
+    """Whether all classes have a share of the smoothing beside a teacher's, which is known last."""
     LABELED: bool = False
     """Whether the target holds labels."""
     SPREAD: bool = False
@@ -62,6 +68,7 @@ def completed(form: Form) -> Form:
     """Set what follows from the rest."""
     labeled = not (form.PROBABILITY or form.ENTRIES)
     return form._replace(
+        EVEN=form.TEACHER and form.SMOOTHED,
         LABELED=labeled,
         SPREAD=form.PROBABILITY or form.SMOOTHED,
         LARGEST=not labeled or form.ENTROPY or form.OF_ENTROPY or form.PREDICTION or form.CORRECT,
@@ -81,6 +88,7 @@ class Numbers(NamedTuple):
     """The smoothing's share of each class."""
     scale: Any
     cap: Any
+    teacher_scale: Any
 
 
 class State(NamedTuple):
@@ -97,6 +105,9 @@ class State(NamedTuple):
     entropy: Any
     squares: Any
     """The sum of exp(x - m')²."""
+    even: Any
+    """R' and q' of the class weights alone: where EVEN needs them."""
+    even_excess: Any
 
 
 class Pivot(NamedTuple):
@@ -106,6 +117,17 @@ class Pivot(NamedTuple):
     coefficient: Any
     number: Any
     """Which class it is."""
+    even: Any
+    """Its class weight: where EVEN needs it."""
+
+
+class Teacher(NamedTuple):
+    """What is known of a teacher's logits; R', q' and r_k are in units of `top`'s exponential."""
+
+    top: Any
+    """The largest of them."""
+    total: Any
+    """The sum of exp(scale (t - top)), in float64."""
 
 
 class Inputs(NamedTuple):
@@ -141,7 +163,10 @@ class Outputs(NamedTuple):
 
     loss: Any
     saved: Any
-    """What a backward pass needs of each row: four numbers, or nine with cotangents of stats."""
+    """What a backward pass needs of each row: four numbers, or nine with cotangents of stats.
+
+    Two more beside a teacher.
+    """
     sums: Any
     """For each program the sum of its rows' losses, and of their weights."""
     lse: Any
@@ -183,6 +208,7 @@ class Seen(NamedTuple):
     most_class: Any
     rank: Any
     """How many classes have a larger logit than the label: where RANK needs it."""
+    teacher: Any
 
 
 class Outcome(NamedTuple):
@@ -223,3 +249,7 @@ class Saved(NamedTuple):
     """What they add to the pivot's gradient."""
     label_grad: Any
     label_more: Any
+    # Beside a teacher:
+    teacher_top: Any
+    teacher_factor: Any
+    """What exp(scale (t - top)) is multiplied by in a class's coefficient."""
