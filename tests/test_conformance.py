@@ -15,8 +15,6 @@ from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
 
-# The groups that Triton's kernels serve.
-ON_TRITON = [group for group in GROUPS if group not in ("sparse", "teacher")]
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
 
@@ -76,7 +74,7 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 
 @pytest.mark.only("triton", "torch-cuda")
-@pytest.mark.parametrize("group", ON_TRITON)
+@pytest.mark.parametrize("group", GROUPS)
 def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
     everything = FULL or backend_name == "torch-cuda"

@@ -100,8 +100,8 @@ def test_grid(backend: Backend, backend_name: str, group: str) -> None:
     group = "teacher" if is_head else group
     for library in libraries(backend, backend_name):
         every = partial(reason_against, library=library, teacher_heads=is_head)
-        # The kernels do not serve all targets and stats; polyce chooses for the others.
-        on_triton = backend_name == "triton" and group not in ("target-stats", "sparse", "teacher")
+        # The kernels do not serve all stats; polyce chooses for the others.
+        on_triton = backend_name == "triton" and group != "target-stats"
         report = check_implementation(
             "triton" if on_triton else None,
             library,

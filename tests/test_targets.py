@@ -240,8 +240,8 @@ def test_explain_names_the_target_and_the_paths_that_serve_it(backend: Backend) 
     told = polyce.explain(X, sparse(backend), label_smoothing=0.1)
     assert told.chosen == "native"
     assert "sparse target int32 (3, 3) of probability float32" in told.call
-    assert "target sparse is not served (index, probability)" in told.reasons["triton"]
+    assert not any("target" in reason for reason in told.reasons["triton"])
     told = polyce.explain(X, teacher(backend, scale=0.5))
     assert told.chosen == "native"
     assert "teacher float32 (3, 4), scale 0.5" in told.call
-    assert "target teacher is not served (index, probability)" in told.reasons["triton"]
+    assert not any("target" in reason for reason in told.reasons["triton"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import polyce
 from conftest import FULL
 from polyce.call.options import STATS
 
@@ -42,12 +43,22 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "valued": (("grad_lse", "grad_entropy"), {"return_stats": True}),
     "valued probabilities": (("probabilities", "grad_lse", "grad_entropy"), EVERYTHING),
     "everything of probabilities": (("probabilities", "weight", "sample_weight"), EVERYTHING),
+    "entries": (("entries",), {}),
+    "everything of entries": (("entries", "weight", "sample_weight"), EVERYTHING),
+    "teacher": (("teacher",), {}),
+    "everything of a teacher": (("teacher", "weight", "sample_weight"), EVERYTHING),
 }
 # Most registers of a thread with which two programs of 8 warps share a multiprocessor's 65536. For
 # float64, for a softcap with all stats, and if a thread keeps several rows, all that there are:
 # 255, or 512 on AMD's GPUs.
 FEW, MANY = 128, {"gfx942": 512}
-HEAVY = ("everything", "everything of probabilities", "valued probabilities")
+HEAVY = (
+    "everything",
+    "everything of probabilities",
+    "valued probabilities",
+    "everything of entries",
+    "everything of a teacher",
+)
 
 
 def cases() -> list[Any]:
@@ -60,6 +71,7 @@ def cases() -> list[Any]:
         chosen += [("odd", "bfloat16", flags) for flags in FLAGS if flags != "plain"]
         chosen += [("neighbours", "float32", flags) for flags in HEAVY]
         chosen += [("short", "float64", "everything"), ("split", "float32", "probabilities")]
+        chosen += [("split", "float32", flags) for flags in ("entries", "teacher")]
         found = [(TARGETS[(i + i // 4) % 4], *case) for i, case in enumerate(chosen)]
     return [pytest.param(*case, id="-".join(case)) for case in found]
 
@@ -72,15 +84,23 @@ def test_compiled(
 
     recorder = record(target)
     shape, strides, wide = LAYOUTS[layout]
-    # With a softcap there are only registers for 8 bytes at once.
-    wide = wide and not (layout == "neighbours" and flags in HEAVY)
+    # With a softcap, and beside a teacher, there are only registers for 8 bytes at once.
+    narrow = flags in HEAVY or flags == "teacher"
+    wide = wide and not (layout == "neighbours" and narrow)
     given, options = FLAGS[flags]
     x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
     rows = (shape[0], *shape[2:])
-    labels = torch.zeros(rows, dtype=torch.int64)
+    taken: Any = torch.zeros(rows, dtype=torch.int64)
+    if "probabilities" in given:
+        taken = torch.empty_like(x)
+    elif "teacher" in given:
+        taken = polyce.TeacherLogits(torch.empty_like(x), 0.5)
+    elif "entries" in given:
+        several = torch.zeros((rows[0], 32, *rows[1:]), dtype=torch.int64)
+        taken = polyce.SparseTarget(several, several.float())
     call(
         x,
-        torch.empty_like(x) if "probabilities" in given else labels,
+        taken,
         torch.ones(shape[1]) if "weight" in given else None,
         sample_weight=torch.ones(rows) if "sample_weight" in given else None,
         normalizer=torch.ones(()) if "normalizer" in given else None,

@@ -82,6 +82,21 @@ def test_few_long_rows_are_split_and_joined(torch: Any, launched: list[Any]) -> 
     assert found["chunk"] % found["TILE"] == 0
 
 
+def entries(torch: Any, *shape: int) -> Any:
+    return polyce.SparseTarget(labels(torch, *shape), torch.ones(shape))
+
+
+def test_entries_take_two_launches_more(torch: Any, launched: list[Any]) -> None:
+    from recorder import call
+
+    call(torch.zeros(70, 1000), entries(torch, 70, 9))
+    assert names(launched) == ["forward", "reduce", "at_entries", "backward", "put_entries"]
+    assert launched[2].grid == launched[4].grid == (5, 1, 1)
+    launched.clear()
+    call(torch.zeros(3, 1000), entries(torch, 3, 0), reduction="none")
+    assert names(launched) == ["forward", "backward"]
+
+
 def test_no_launch_for_nothing(torch: Any, launched: list[Any]) -> None:
     from recorder import call
 
@@ -259,12 +274,12 @@ def test_nothing_waits_and_nothing_large_is_made(
 def test_a_look_at_the_labels_would_be_noticed(torch: Any, watched: dict[str, Any]) -> None:
     from polyce.call.options import Options
     from polyce.call.problem import describe
-    from polyce.implementations.triton import launch as triton_launch
+    from polyce.implementations.triton import arguments as triton_arguments
 
     problem, operands = describe(
         torch.zeros(3, 5), labels(torch, 3), options=Options(validate=True)
     )
-    triton_launch.call(problem, operands)
+    triton_arguments.call(problem, operands)
     assert watched["waits"]
 
 
@@ -272,6 +287,7 @@ def test_pointers_are_followed_with_64_bits(torch: Any, recorder: Any, launched:
     from recorder import binary, call
 
     call(torch.zeros(3, 5, 4), labels(torch, 3, 4), reduction="none")
+    call(torch.zeros(3, 5, 4), entries(torch, 3, 2, 4), reduction="none")
     for launch in launched:
         lines = binary(launch, recorder.device).asm["ttir"].splitlines()
         products = [line.strip() for line in lines if "arith.muli" in line]

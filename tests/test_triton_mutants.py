@@ -24,10 +24,15 @@ def names(crashes: bool) -> list[str]:
 
 @pytest.fixture
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyce.implementations.triton import arguments as triton_arguments
     from polyce.implementations.triton import launch as triton_launch
 
-    for name in ("kernels", "records"):
-        monkeypatch.setattr(triton_launch, name, getattr(triton_launch, name))
+    for user, name in (
+        (triton_arguments, "records"),
+        (triton_arguments, "kernels"),
+        (triton_launch, "kernels"),
+    ):
+        monkeypatch.setattr(user, name, getattr(user, name))
 
 
 @pytest.mark.parametrize("name", names(False))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import polyce
+from triton_checks import sure_teachers
 
 pytestmark = pytest.mark.only("triton")
 
@@ -90,3 +91,28 @@ def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> N
     assert int((got != want).sum()) <= (0 if kind == "index" else 3)
     assert torch.equal(memory[:70], torch.full((70,), 7.0))
     assert torch.equal(memory[280:], torch.full((70,), 7.0))
+
+
+def test_float32_rows_beside_a_teacher_are_within_4_ulp() -> None:
+    sure_teachers()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (3, 70), (2, 5, 3)])
+@pytest.mark.parametrize("kind", ["sparse", "teacher"])
+def test_backward_of_other_targets(torch: Any, kind: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    index = torch.randint(shape[1], (shape[0], 3, *shape[2:]))
+    shares = torch.rand(index.shape, dtype=torch.float64).requires_grad_()
+    index[:, 1], index[0, 0], index[1, 2] = index[:, 0], x[0].argmax(0), -100
+    target: Any = polyce.SparseTarget(index, shares)
+    if kind == "teacher":
+        target = polyce.TeacherLogits(torch.randn(shape), 0.7)
+    inputs = (x, shares) if kind == "sparse" else (x,)
+    weight = torch.rand(shape[1], dtype=torch.float64)
+    for options in ({}, {"label_smoothing": 0.1, "weight": weight, "return_stats": True}):
+        grads = []
+        for name in ("triton", "reference"):
+            got = polyce.cross_entropy(x, target, implementation=name, **options)
+            loss = got[0] + (got[1].entropy * got[1].lse).sum() if options else got
+            grads.append(torch.autograd.grad(loss, inputs))
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-16)

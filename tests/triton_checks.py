@@ -8,8 +8,12 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 import polyce
 from polyce.testing import Case, cases, check_implementation
+from polyce.testing.dtypes import FORMATS
+from polyce.testing.oracle import exact_answer
 from polyce.testing.selection import representative
 
 # Launch tables that make small problems take the ways of large ones.
@@ -109,6 +113,49 @@ def in_place() -> None:
             want = polyce.cross_entropy_with_grad(x, t, implementation="reference")[1]
             polyce.cross_entropy_with_grad(x, t, implementation="triton", out=x)
             torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-7)
+
+
+def entries() -> None:
+    """Check the gradient of a sparse target over its own logits, in many programs."""
+    import torch
+
+    torch.manual_seed(0)
+    with changed(TILES | {"_ENTRIES": 2, "ENTRIES_ALONE": 4}):
+        for shape in ((2, 67), (2, 5, 3)):
+            x, memory = around(torch.randn(shape), 3)
+            index = torch.randint(-1, shape[1], (2, 3, *shape[2:]))
+            target = polyce.SparseTarget(index, torch.rand(index.shape))
+            options = {"ignore_index": -1, "label_smoothing": 0.1}
+            want = polyce.cross_entropy_with_grad(x, target, implementation="reference", **options)
+            loss, _ = polyce.cross_entropy_with_grad(
+                x, target, implementation="triton", out=x, **options
+            )
+            torch.testing.assert_close(loss, want[0])
+            torch.testing.assert_close(x, want[1], rtol=1e-4, atol=1e-7)
+            assert torch.isnan(memory[:3]).all()
+            assert torch.isnan(memory[3 + x.numel() :]).all()
+
+
+def sure_teachers() -> None:
+    """Check that rows beside a teacher are right to 4 ulp, however sure it is."""
+    import torch
+
+    form, rng = FORMATS["float32"], np.random.default_rng(0)
+    random, other = rng.standard_normal((2, 6, 9))
+    ahead, sure = random.copy(), other.copy()
+    ahead[:, 0] += np.linspace(5, 85, 6)
+    sure[:, 0] += np.linspace(85, 45, 6)
+    families = ((ahead, sure), (np.roll(ahead, 1, 1), sure), (ahead + 1e4, sure - 3e4))
+    for (x, t), scale in itertools.product(families, (1.0, 0.3)):
+        logits, teacher = x.astype(np.float32), t.astype(np.float32)
+        answer = exact_answer(logits, teacher, reduction="none", teacher_scale=scale)
+        target = polyce.TeacherLogits(torch.from_numpy(teacher), scale)
+        with changed(TILES):
+            loss = polyce.cross_entropy(
+                torch.from_numpy(logits), target, reduction="none", implementation="triton"
+            )
+        ulps = np.abs(loss.double().numpy() - answer.loss) / form.spacing(answer.loss)
+        assert ulps.max() <= 4.0, (scale, ulps.max())
 
 
 def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], None]:
@@ -231,6 +278,11 @@ STATS = grid("stats", table=TILES)
 BESIDE = grid("target-stats", table=TILES)
 BESIDE_PARTS = grid("target-stats", table=PARTS)
 VALUED = grid("grad-stats", table=TILES)
+SPARSE = grid("sparse", table=TILES)
+SPARSE_PARTS = grid("sparse", table=PARTS)
+TEACHERS = grid("teacher", table=TILES)
+TEACHERS_PARTS = grid("teacher", table=PARTS)
 COMBINED = grid("combined", "transform")
 # Checks that other tests make too.
 SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, BESIDE, BESIDE_PARTS, VALUED}
+SLOW |= {SPARSE, SPARSE_PARTS, TEACHERS, TEACHERS_PARTS}

@@ -22,10 +22,15 @@ from triton_checks import (
     EXACT,
     IN_PARTS,
     IN_TILES,
+    SPARSE,
+    SPARSE_PARTS,
     SPECIAL,
     STATS,
     STEP,
+    TEACHERS,
+    TEACHERS_PARTS,
     VALUED,
+    entries,
     far,
     grid,
     ignored,
@@ -34,13 +39,14 @@ from triton_checks import (
     masked,
     masked_in_parts,
     second_backward_pass,
+    sure_teachers,
     ties,
     unlikely_labels,
     unlikely_labels_in_parts,
     zones,
 )
 
-FILES = ("records", "row", "tiles", "kernels")
+FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "kernels")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Mutant:
 def install(file: str = "", old: str = "", new: str = "") -> None:
     """Load copies of the kernels' files, one of them changed, and make the launcher use them."""
     import polyce.implementations.triton
+    from polyce.implementations.triton import arguments as triton_arguments
     from polyce.implementations.triton import launch as triton_launch
 
     source = Path(polyce.implementations.triton.__file__).parent
@@ -85,11 +92,12 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
         loaded = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = loaded
         spec.loader.exec_module(loaded)
-        if hasattr(triton_launch, name):
-            setattr(triton_launch, name, loaded)
+        for user in (triton_arguments, triton_launch):
+            if hasattr(user, name):
+                setattr(user, name, loaded)
 
 
-RECORD, ROW, TILE, KERNEL = FILES
+RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -99,7 +107,7 @@ MUTANTS = {
         zones,
     ),
     "writes-one-beyond": Mutant(
-        KERNEL, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones
+        GRADIENT, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones
     ),
     "reads-other-rows": Mutant(
         TILE,
@@ -150,7 +158,7 @@ MUTANTS = {
         True,
     ),
     "narrow-written-classes": Mutant(
-        KERNEL,
+        GRADIENT,
         "wide = step[:, None].to(tl.int64)",
         "wide = step[:, None]",
         far((2, 4, 4), (4, STEP, 1)),
@@ -183,10 +191,10 @@ MUTANTS = {
         ROW, 'x = tl.where(excluded, float("-inf"), x)', "x = x + 0.0", EXACT
     ),
     "loser-forgotten": Mutant(
-        TILE, "State(loser, found, loser_r.to", "State(loser, 0.0 * found, loser_r.to", IN_TILES
+        TILE, "loser, found, loser_r.to", "loser, 0.0 * found, loser_r.to", IN_TILES
     ),
     "loser-without-coefficient": Mutant(
-        TILE, "State(loser, found, loser_r.to(tl.float64)", "State(loser, found, nothing", masked
+        TILE, "loser, found, loser_r.to(tl.float64)", "loser, found, nothing", masked
     ),
     "parts-of-the-first": Mutant(
         KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
@@ -199,14 +207,14 @@ MUTANTS = {
     ),
     "entropy-from-the-label": Mutant(
         RECORD,
-        "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
-        "LARGEST=form.PROBABILITY",
+        "LARGEST=not labeled or form.ENTROPY or form.OF_ENTROPY or form.PREDICTION or form.CORRECT",
+        "LARGEST=not labeled",
         unlikely_labels,
     ),
     "entropy-from-the-label-of-parts": Mutant(
         RECORD,
-        "LARGEST=form.PROBABILITY or form.ENTROPY or form.PREDICTION or form.CORRECT",
-        "LARGEST=form.PROBABILITY",
+        "LARGEST=not labeled or form.ENTROPY or form.OF_ENTROPY or form.PREDICTION or form.CORRECT",
+        "LARGEST=not labeled",
         unlikely_labels_in_parts,
     ),
     # stats beside the target, and gradients of stats
@@ -225,7 +233,9 @@ MUTANTS = {
     "score-of-a-bad-label": Mutant(
         TILE, "score = tl.where(defined & (invalid == 0)", "score = tl.where(defined", BESIDE
     ),
-    "entropy-without-gaps": Mutant(KERNEL, "saved.more - gap * saved.by_gap", "saved.more", VALUED),
+    "entropy-without-gaps": Mutant(
+        GRADIENT, "saved.more - gap * saved.by_gap", "saved.more", VALUED
+    ),
     "no-entropy-at-the-pivot": Mutant(
         TILE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
     ),
@@ -252,7 +262,7 @@ MUTANTS = {
     ),
     "likeliest-saved-for-backward": Mutant(
         TILE,
-        "factor = tl.where(leads, factor, probability)",
+        "factor = tl.where(leads, factor, result.probability)",
         "factor = factor",
         grid("stats", only="margins/plain/wrong"),
     ),
@@ -279,14 +289,16 @@ MUTANTS = {
     ),
     "zero-times-infinity": Mutant(ROW, "tl.where(r == 0.0, 0.0, r * -gap)", "r * -gap", SPECIAL),
     "penalty-without-gradient": Mutant(ROW, "sum_of_r += pull", "sum_of_r += 0.0 * pull", COMBINED),
-    "slope-dropped": Mutant(KERNEL, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED),
+    "slope-dropped": Mutant(
+        GRADIENT, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED
+    ),
     "slope-dropped-at-the-pivot": Mutant(
         TILE,
         "pivot_grad = pivot_grad * slope(saved_x, given, FORM)",
         "pivot_grad = pivot_grad",
         COMBINED,
     ),
-    "scale-not-in-the-gradient": Mutant(KERNEL, "g = g * given.scale", "g = g", COMBINED),
+    "scale-not-in-the-gradient": Mutant(GRADIENT, "g = g * given.scale", "g = g", COMBINED),
     # rows, the mean, the gradient
     "bad-labels-answered": Mutant(
         TILE,
@@ -295,7 +307,7 @@ MUTANTS = {
         grid("targets", only="bad"),
     ),
     "bad-labels-have-gradients": Mutant(
-        KERNEL,
+        GRADIENT,
         'grad = tl.where(meaning.invalid, float("nan"), grad)',
         "grad = grad",
         grid("targets", only="bad"),
@@ -304,7 +316,7 @@ MUTANTS = {
         TILE, "counted = counted & (given != ignore_index)", "counted = counted", EXACT
     ),
     "ignored-rows-have-gradients": Mutant(
-        KERNEL, "grad = tl.where(counted, grad, 0.0)", "grad = grad", ignored
+        GRADIENT, "grad = tl.where(counted, grad, 0.0)", "grad = grad", ignored
     ),
     "mean-without-weight": Mutant(
         TILE, "tl.where(counted, sample * weight, 0.0)", "tl.where(counted, sample, 0.0)", EXACT
@@ -316,17 +328,80 @@ MUTANTS = {
         many_rows,
     ),
     "every-row-the-first": Mutant(
-        KERNEL, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
+        GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
     ),
-    "denominator-forgotten": Mutant(KERNEL, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
+    "denominator-forgotten": Mutant(GRADIENT, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
     "pivot-next-door": Mutant(
-        KERNEL, "c[:, None] == saved.pivot_class", "c[:, None] == saved.pivot_class + 1", EXACT
+        GRADIENT, "c[:, None] == saved.pivot_class", "c[:, None] == saved.pivot_class + 1", EXACT
     ),
     "reads-what-was-written": Mutant(
-        KERNEL,
-        "top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)\n    factor",
-        "top = tl.load(x_ptr + row * x_lane, mask=here).to(FORM.DTYPE)\n    factor",
+        GRADIENT,
+        "r = x\n",
+        "r = x\n    x += 0.01 * tl.load(x_ptr - c[:, None], mask=inside)\n",
         in_place,
+    ),
+    # the entries of a sparse target
+    "entries-without-excess": Mutant(
+        ENTRY, "tl.where(leads, 0.0, added)", "tl.where(leads, 0.0, 0.0 * added)", SPARSE
+    ),
+    "pivot-has-no-entries": Mutant(
+        ENTRY, "at_pivot += tl.sum(tl.where(leads, r, 0.0), 0)", "at_pivot += 0.0 * rest", SPARSE
+    ),
+    "ignored-entries-kept": Mutant(
+        ENTRY, "used = used & (number != ignore_index)", "used = used", SPARSE
+    ),
+    "equal-entries-apart": Mutant(
+        ENTRY, "together += tl.where(same", "together = tl.where(same", SPARSE
+    ),
+    "entries-in-no-part": Mutant(
+        ENTRY, "rest += tl.sum(tl.where(leads, 0.0, r), 0)", "rest += 0.0 * rest", SPARSE_PARTS
+    ),
+    "bad-entries-answered": Mutant(ENTRY, "bad > 0", "bad < 0", grid("sparse", only="bad-class")),
+    "entries-next-door": Mutant(
+        GRADIENT, "number.to(tl.int64) * g_class", "(number + 1).to(tl.int64) * g_class", entries
+    ),
+    "entries-have-no-gradient": Mutant(
+        GRADIENT, "other.coefficient, 0.0)", "0.0 * other.coefficient, 0.0)", entries
+    ),
+    "entries-over-the-pivot": Mutant(
+        GRADIENT,
+        "used = used & (number != saved.pivot_class)",
+        "used = used",
+        grid("sparse", only="margins/top"),
+    ),
+    # a teacher
+    "teacher-with-rounded-exponents": Mutant(
+        TEACHER, "found * tl.where(tl.abs(error) < 1.0, error, 0.0)", "0.0 * found", sure_teachers
+    ),
+    "scale-with-rounded-products": Mutant(
+        TEACHER, "(lost + low * scale_low)", "0.0 * lost", sure_teachers
+    ),
+    "coefficients-stay-behind": Mutant(
+        TEACHER,
+        "with_coefficients(state, state.rest * lower",
+        "with_coefficients(state, state.rest",
+        TEACHERS,
+    ),
+    "pivot-stays-behind": Mutant(
+        TEACHER, "pivot.coefficient * lower", "pivot.coefficient", TEACHERS
+    ),
+    "no-even-share-at-the-pivot": Mutant(
+        TEACHER, "r += pivot.even * given.share", "r += 0.0 * pivot.even", TEACHERS
+    ),
+    "no-even-share-in-the-gradient": Mutant(
+        TEACHER, "r += given.share.to(FORM.DTYPE)", "r += 0.0 * r", TEACHERS
+    ),
+    "even-share-stays-behind": Mutant(
+        ROW, "even_excess + part.even * risen", "even_excess", TEACHERS
+    ),
+    "teacher-of-the-last-part": Mutant(
+        KERNEL,
+        "tl.load(place + 13 * step, mask=here",
+        "0.0 * tl.load(place + 13 * step, mask=here",
+        TEACHERS_PARTS,
+    ),
+    "no-softmax-but-a-class": Mutant(
+        TILE, "wanted, -1)", "wanted, wanted)", grid("teacher", only="special")
     ),
 }
 

@@ -12,7 +12,7 @@ from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import REFERENCE, Kernels, Saved
-from polyce.implementations.triton import launch
+from polyce.implementations.triton import arguments, launch
 from polyce.implementations.triton.launch import Results
 
 
@@ -28,7 +28,7 @@ def forward(
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    call = launch.call(problem, operands)
+    call = arguments.call(problem, operands)
     reduced = problem.options.reduction != "none"
     divided = problem.options.reduction == "mean"
     results = Results(
@@ -64,10 +64,10 @@ def _write_gradient(
     logits = operands.logits.detach()
     _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
-    call, place = launch.call(problem, operands, grad), grad
+    call, place = arguments.call(problem, operands, grad), grad
     if call.grad_rows is None:
         place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
-        call = launch.call(problem, operands, place)
+        call = arguments.call(problem, operands, place)
     cotangent = operands.grad_output
     if not isinstance(cotangent, torch.Tensor):
         number = 1.0 if cotangent is None else cotangent
@@ -78,7 +78,7 @@ def _write_gradient(
 
 
 def _saved_of_a_row(problem: Problem) -> int:
-    return 9 if problem.grad_stats else 4
+    return (9 if problem.grad_stats else 4) + (2 if problem.kind == "teacher" else 0)
 
 
 def _check_saved(problem: Problem, saved: Saved) -> None:

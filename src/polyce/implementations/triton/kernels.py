@@ -9,32 +9,35 @@ widened before it is multiplied.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Saved, Seen, State
-from polyce.implementations.triton.row import difference, merge, narrow, numbers, slope
+from polyce.implementations.triton.gradient import at_entries, backward, put_entries
+from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Seen, State, Teacher
+from polyce.implementations.triton.row import difference, likelier, merge, narrow, numbers
+from polyce.implementations.triton.teacher import join_teachers
 from polyce.implementations.triton.tiles import (
     body,
     choose_pivot,
-    coefficients,
     conclude,
     edge,
     lanes,
-    likelier,
     nothing_read,
     read,
     target,
 )
 
+__all__ = ["at_entries", "backward", "distance", "forward", "join", "put_entries", "reduce"]
+
 
 @triton.jit
 def forward(
-    x_ptr, target_ptr, weight_ptr, sample_ptr,
+    x_ptr, target_ptr, weight_ptr, sample_ptr, chance_ptr,
     loss_ptr, saved_ptr, sums_ptr, parts_ptr,
     lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
     top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
-    units, inner, blocks, rows, chunk, lead,
+    units, inner, blocks, rows, chunk, lead, entries,
     x_outer, x_lane, x_class, t_outer, t_lane, t_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
+    teacher_scale: tl.float64,
     FORM: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -43,9 +46,9 @@ def forward(
     row = outer * inner + lane
     # This tells the compiler that 16-byte loads end with the row.
     classes = units * UNIT
-    given = numbers(kept, share, scale, cap)
+    given = numbers(kept, share, scale, cap, teacher_scale)
     z_loss = tl.full((1,), z_loss, tl.float64)
-    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
+    inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     outputs = Outputs(
         loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
         top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
@@ -58,7 +61,7 @@ def forward(
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
 
-    seen = nothing_read(LANES, FORM.DTYPE)
+    seen = nothing_read(LANES, FORM)
     label_x = seen.state.top
     if FORM.RANK:
         label_at = outer * x_outer + lane * x_lane + meaning.label.to(tl.int64) * x_class
@@ -126,6 +129,13 @@ def forward(
             tl.store(place + 10 * step, state.squares, mask=here)
         if FORM.RANK:
             tl.store(place + 11 * step, seen.rank.to(tl.float64), mask=here)
+        if FORM.TEACHER:
+            tl.store(place + 12 * step, seen.teacher.top.to(tl.float64), mask=here)
+            tl.store(place + 13 * step, seen.teacher.total, mask=here)
+        if FORM.EVEN:
+            tl.store(place + 14 * step, state.even, mask=here)
+            tl.store(place + 15 * step, state.even_excess, mask=here)
+            tl.store(place + 16 * step, pivot.even.to(tl.float64), mask=here)
     else:
         conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
@@ -135,27 +145,28 @@ def forward(
 
 @triton.jit
 def join(
-    x_ptr, target_ptr, weight_ptr, sample_ptr,
+    x_ptr, target_ptr, weight_ptr, sample_ptr, chance_ptr,
     loss_ptr, saved_ptr, sums_ptr, parts_ptr,
     lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
     top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
-    classes, inner, blocks, rows, parts,
+    classes, inner, blocks, rows, parts, entries,
     x_outer, x_lane, x_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
+    teacher_scale: tl.float64,
     FORM: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Merge, in order, the states of the parts in which `forward` has read the rows."""
     outer, _line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
-    given = numbers(kept, share, scale, cap)
+    given = numbers(kept, share, scale, cap, teacher_scale)
     z_loss = tl.full((1,), z_loss, tl.float64)
-    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
+    inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     outputs = Outputs(
         loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
         top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
     )  # fmt: skip
-    seen = nothing_read(LANES, FORM.DTYPE)
+    seen = nothing_read(LANES, FORM)
     plane = tl.full((1,), rows, tl.int64)
     step = plane * parts
     for part in range(parts):
@@ -165,6 +176,8 @@ def join(
         p_total = tl.load(place + step, mask=here, other=0.0)
         p_rest, p_excess, p_entropy = state.rest, state.excess, state.entropy
         p_squares, rank = state.squares, seen.rank
+        p_even, p_even_excess, new_even = state.even, state.even_excess, pivot.even
+        before, teacher = state, seen.teacher
         if FORM.SPREAD:
             p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
             p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
@@ -174,19 +187,35 @@ def join(
             p_squares = tl.load(place + 10 * step, mask=here, other=0.0)
         if FORM.RANK:
             rank += tl.load(place + 11 * step, mask=here, other=0.0).to(tl.int32)
-        read_here = State(p_top, p_total, p_rest, p_excess, p_entropy, p_squares)
-        state = merge(state, read_here, given, FORM)
+        if FORM.EVEN:
+            p_even = tl.load(place + 14 * step, mask=here, other=0.0)
+            p_even_excess = tl.load(place + 15 * step, mask=here, other=0.0)
+            new_even = tl.load(place + 16 * step, mask=here, other=0.0).to(FORM.DTYPE)
+        read_here = State(
+            p_top, p_total, p_rest, p_excess, p_entropy, p_squares, p_even, p_even_excess
+        )
         if FORM.LARGEST:
             new = tl.load(place + 5 * step, mask=here, other=0.0).to(FORM.DTYPE)
-            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(FORM.DTYPE)
+            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(pivot.coefficient.dtype)
             new_class = tl.load(place + 7 * step, mask=here, other=0.0).to(tl.int32)
-            state, pivot = choose_pivot(state, pivot, Pivot(new, new_r, new_class), given, FORM)
+            new_pivot = Pivot(new, new_r, new_class, new_even)
+        if FORM.TEACHER:
+            p_teacher = Teacher(
+                tl.load(place + 12 * step, mask=here, other=0.0).to(FORM.DTYPE),
+                tl.load(place + 13 * step, mask=here, other=0.0),
+            )
+            before, read_here, pivot, new_pivot, teacher = join_teachers(
+                teacher, p_teacher, before, read_here, pivot, new_pivot, given, FORM
+            )
+        state = merge(before, read_here, given, FORM)
+        if FORM.LARGEST:
+            state, pivot = choose_pivot(state, pivot, new_pivot, given, FORM)
         if FORM.PROBABILITY and FORM.CORRECT:
             most = tl.load(place + 8 * step, mask=here, other=0.0).to(FORM.DTYPE)
             most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
             # Parts are in the order of their classes, but the first also read the row's end.
-            most, most_class = likelier(seen, most, most_class)
-        seen = Seen(state, pivot, most, most_class, rank)
+            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
+        seen = Seen(state, pivot, most, most_class, rank, teacher)
     conclude(
         x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
         row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
@@ -204,7 +233,7 @@ def distance(
     """Read rows once more, and write the squared distance of their softmax to the target."""
     outer, _line, lane, here = lanes(inner, blocks, LANES)
     row = outer * inner + lane
-    given = numbers(scale, scale, scale, cap)
+    given = numbers(scale, scale, scale, cap, scale)
     place = softmax_ptr + 5 * row
     top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
     factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
@@ -253,133 +282,3 @@ def reduce(
         tl.store(denominator_ptr, denominator)
         result = result / denominator
     tl.store(result_ptr, narrow(result, result_ptr.dtype.element_ty, EMULATED))
-
-
-@triton.jit
-def _gradient(
-    x_ptr, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved,
-    FORM: tl.constexpr,
-):  # fmt: skip
-    """Write a tile of the gradient, possibly over its logits, which are read first."""
-    counted = meaning.counted
-    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
-    gap = difference(x, saved.top, given, FORM)
-    p = tl.exp(gap)
-    if FORM.SPREAD:
-        r, _ = coefficients(
-            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
-        )
-        # Scaled last: an infinite scale, from a total weight of 0, would leave inf - inf.
-        grad = (saved.factor * p - r) * g
-    else:
-        grad = p * (saved.factor * g)
-    if FORM.VALUED:
-        grad += tl.where(p == 0.0, 0.0, p * (saved.more - gap * saved.by_gap))
-    if FORM.TRANSFORM == "softcap":
-        grad = grad * slope(x, given, FORM)
-    pivot_grad = saved.pivot_grad * g
-    if FORM.VALUED:
-        pivot_grad += saved.pivot_more
-    grad = tl.where(c[:, None] == saved.pivot_class, pivot_grad, grad)
-    if FORM.VALUED and not FORM.PROBABILITY:
-        label_grad = saved.label_grad * g + saved.label_more
-        grad = tl.where(c[:, None] == meaning.label, label_grad, grad)
-    grad = tl.where(counted, grad, 0.0)
-    grad = tl.where(meaning.invalid, float("nan"), grad)
-    tl.store(grad_ptr, narrow(grad, grad_ptr.dtype.element_ty, FORM.EMULATED), mask=inside)
-
-
-@triton.jit
-def backward(
-    x_ptr, target_ptr, weight_ptr, sample_ptr, saved_ptr, denominator_ptr, cotangent_ptr, grad_ptr,
-    units, inner, blocks, chunk, lead,
-    x_outer, x_lane, x_class, t_outer, t_lane, t_class, g_outer, g_lane, g_class,
-    ignore_index: tl.int64,
-    kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
-    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
-    PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
-    UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of the classes that the program's second number selects.
-
-    What a row needs was saved, so no program reads a logit that another may have overwritten.
-    """
-    outer, line, lane, here = lanes(inner, blocks, LANES)
-    row = outer * inner + lane
-    classes = units * UNIT
-    given = numbers(kept, share, scale, cap)
-    inputs = Inputs(target_ptr, weight_ptr, sample_ptr)
-    meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    place = saved_ptr + (9 if FORM.VALUED else 4) * row
-    top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
-    factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
-    pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
-    pivot_class = meaning.label
-    if FORM.PROBABILITY or FORM.VALUED:
-        # Only compared, never an address: a number outside the row is the pivot nowhere.
-        pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
-    more, by_gap, pivot_more, label_grad, label_more = factor, factor, factor, factor, factor
-    if FORM.VALUED:
-        more = tl.load(place + 4, mask=here, other=0.0).to(FORM.DTYPE)
-        by_gap = tl.load(place + 5, mask=here, other=0.0).to(FORM.DTYPE)
-        pivot_more = tl.load(place + 6, mask=here, other=0.0).to(FORM.DTYPE)
-        label_grad = tl.load(place + 7, mask=here, other=0.0).to(FORM.DTYPE)
-        label_more = tl.load(place + 8, mask=here, other=0.0).to(FORM.DTYPE)
-    saved = Saved(
-        top, factor, pivot_grad, pivot_class, more, by_gap, pivot_more, label_grad, label_more
-    )
-    g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
-    g = g * meaning.sample
-    if MEAN:
-        g = g / tl.load(denominator_ptr)
-    if FORM.TRANSFORM == "scale":
-        g = g * given.scale
-    g = g.to(FORM.DTYPE)
-    x_at = outer * x_outer + line * x_lane
-    t_at = outer * t_outer + line * t_lane
-    g_at = outer * g_outer + line * g_lane
-    if LANES > 1:
-        others = tl.arange(0, LANES).to(tl.int64)[None, :]
-        x_at = x_at + others * x_lane
-        t_at = t_at + others * t_lane
-        g_at = g_at + others * g_lane
-
-    part = tl.program_id(1)
-    start = 0
-    stop = classes
-    if PEEL:
-        start, stop = body(x_at + lead, classes, VECTOR)
-        if part == 0:
-            c, ends = edge(start, stop, classes, VECTOR)
-            wide = c[:, None].to(tl.int64)
-            _gradient(
-                x_ptr + x_at + wide * x_class, target_ptr + t_at + wide * t_class,
-                weight_ptr, grad_ptr + g_at + wide * g_class, c, ends[:, None] & here[None, :],
-                meaning, classes, given, g, saved, FORM,
-            )  # fmt: skip
-    # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
-    # where the array itself does not begin on one.
-    x_row = x_ptr + x_at
-    t_row = target_ptr + t_at + start * t_class
-    g_row = grad_ptr + g_at + start * g_class
-    if PEEL or UNIT > 1:
-        x_row = x_ptr - lead + (x_at + lead + start) // VECTOR * VECTOR
-        x_row = tl.multiple_of(x_row, 16 if LANES == 1 else (16, 16))
-    if IN_STEP:
-        t_row = target_ptr - lead + (t_at + lead + start) // VECTOR * VECTOR
-        t_row = tl.multiple_of(t_row, 16 if LANES == 1 else (16, 16))
-    if GRAD_IN_STEP:
-        g_row = grad_ptr - lead + (g_at + lead + start) // VECTOR * VECTOR
-        g_row = tl.multiple_of(g_row, 16 if LANES == 1 else (16, 16))
-    length = stop - start
-    begin = part * chunk
-    end = tl.minimum(begin + chunk, length)
-    for done in range(begin, end, TILE):
-        step = done + tl.arange(0, TILE)
-        wide = step[:, None].to(tl.int64)
-        _gradient(
-            x_row + wide * x_class, t_row + wide * t_class,
-            weight_ptr, g_row + wide * g_class, start + step,
-            (step < length)[:, None] & here[None, :],
-            meaning, classes, given, g, saved, FORM,
-        )  # fmt: skip

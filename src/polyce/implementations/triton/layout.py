@@ -24,12 +24,16 @@ _NEIGHBOURS = 64
 _NEIGHBOURS_TILE = 1024
 _NEIGHBOURS_BY_THREAD = 8
 _MOST_WARPS = 8
-# By the size of a logit, the tile is divided by this, without a softcap and with one, which takes
-# registers. Each thread still reads 16 bytes or more.
+# By the size of a logit, the tile is divided by this, plain and with a softcap or a teacher, which
+# take registers. Each thread still reads 16 bytes or more.
 SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 # Rows of more than LONG classes are split over programs where there are too few rows to fill a
 # large device twice; a part is long enough to be worth a second launch that joins them.
 LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
+# How many entries of a sparse target a program reads at once, one or two to a thread.
+_ENTRIES = 256
+# How many of them a program of one thread to each takes, where their gradient is computed alone.
+ENTRIES_ALONE = 128
 # About this many programs write a gradient where there are few rows.
 WRITERS = 512
 # How many sums the one program of a reduction adds at once, eight to a thread.
@@ -45,18 +49,26 @@ class Tile(NamedTuple):
     """Of 32 threads."""
 
 
-def tile(rows: Rows, classes: int, share: int = 1) -> Tile:
-    """Choose what a program reads at once: its usual tile divided by `share`."""
-    power, lanes = power_of_two(classes), 1
+def tile(rows: Rows, classes: int, share: int = 1, *, by_two: bool = False) -> Tile:
+    """Choose what a program reads at once: its usual tile divided by `share`.
+
+    With `by_two`, for what takes more registers, a tile of several rows is half of that or less.
+    """
+    power, lanes, half = power_of_two(classes), 1, 2 if by_two else 1
     if rows.strides[2] != 1 and classes > 1:
-        share = min(share, 2)
+        share = 2 * share if by_two else min(share, 2)
         by_thread = _NEIGHBOURS_BY_THREAD // share
         lanes = min(power_of_two(rows.inner), _NEIGHBOURS)
-        by_class = min(power, _NEIGHBOURS_TILE // (share * lanes))
+        by_class = min(power, max(_NEIGHBOURS_TILE // (share * lanes), 1))
     elif classes <= SHORT:
-        by_thread, by_class = _SHORT_BY_THREAD, power
-        lanes = min(power_of_two(rows.inner), _SHORT_TILE // power)
+        by_thread, by_class = _SHORT_BY_THREAD // half, power
+        lanes = min(power_of_two(rows.inner), max(_SHORT_TILE // (power * half), 1))
     else:
         by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)
     warps = by_class * lanes // (32 * by_thread)
     return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS))
+
+
+def entries_at_once(entries: int, lanes: int) -> int:
+    """Choose how many entries of each row of a program are read at once."""
+    return min(power_of_two(max(entries, 1)), max(_ENTRIES // lanes, 1))

@@ -61,6 +61,8 @@ def refuses(problem: Problem) -> str | None:
         return "TRITON_INTERPRET=1 came after Triton was imported (set it before)"
     if not (problem.is_concrete or problem.is_compiling):
         return "the arrays are no memory to read now (traced, transformed or without values)"
+    if problem.is_compiling and problem.kind in ("sparse", "teacher"):
+        return f"as an operator of torch.compile the kernels take no target {problem.kind}"
     if problem.classes > _MOST_CLASSES:
         return f"more than {_MOST_CLASSES} classes are not served"
     return None
@@ -101,7 +103,6 @@ PATH = Implementation(
     backends=BACKENDS,
     devices=DEVICES,
     dtypes=DTYPES,
-    kinds=frozenset({"index", "probability"}),
     unavailable=unavailable,
     refuses=refuses,
     by_name_only=is_emulated,

@@ -19,6 +19,12 @@ class Form(NamedTuple):
     DTYPE: tl.dtype
     """What is computed in, float32 or float64."""
     PROBABILITY: bool
+    """Whether the target has a number of each class: a probability, or a teacher's logit."""
+    TEACHER: bool
+    TEMPERED: bool
+    """Whether a teacher's logits are multiplied by something other than 1."""
+    ENTRIES: int
+    """How many entries of a sparse target are read at once; 0 for other targets."""
     WEIGHTED: bool
     SAMPLED: bool
     SMOOTHED: bool
@@ -40,8 +46,12 @@ class Form(NamedTuple):
     OF_LSE: bool = False
     OF_ENTROPY: bool = False
     # What follows from these, see `completed`.
+    EVEN: bool = False
+    """Whether all classes have a share of the smoothing beside a teacher's, which is known last."""
+    LABELED: bool = False
+    """Whether the target holds labels."""
     SPREAD: bool = False
-    """Whether classes besides the pivot have coefficients."""
+    """Whether classes besides the pivot have coefficients, other than those of entries."""
     LARGEST: bool = False
     """Whether the pivot is the class of the largest logit, not the label."""
     SURPRISE: bool = False
@@ -56,13 +66,12 @@ class Form(NamedTuple):
 
 def completed(form: Form) -> Form:
     """Set what follows from the rest."""
+    labeled = not (form.PROBABILITY or form.ENTRIES)
     return form._replace(
+        EVEN=form.TEACHER and form.SMOOTHED,
+        LABELED=labeled,
         SPREAD=form.PROBABILITY or form.SMOOTHED,
-        LARGEST=form.PROBABILITY
-        or form.ENTROPY
-        or form.OF_ENTROPY
-        or form.PREDICTION
-        or form.CORRECT,
+        LARGEST=not labeled or form.ENTROPY or form.OF_ENTROPY or form.PREDICTION or form.CORRECT,
         SURPRISE=form.ENTROPY or form.OF_ENTROPY,
         SQUARES=form.BRIER and not form.PROBABILITY,
         DISTANT=form.BRIER and form.PROBABILITY,
@@ -79,6 +88,7 @@ class Numbers(NamedTuple):
     """The smoothing's share of each class."""
     scale: Any
     cap: Any
+    teacher_scale: Any
 
 
 class State(NamedTuple):
@@ -95,6 +105,9 @@ class State(NamedTuple):
     entropy: Any
     squares: Any
     """The sum of exp(x - m')²."""
+    even: Any
+    """R' and q' of the class weights alone: where EVEN needs them."""
+    even_excess: Any
 
 
 class Pivot(NamedTuple):
@@ -104,14 +117,45 @@ class Pivot(NamedTuple):
     coefficient: Any
     number: Any
     """Which class it is."""
+    even: Any
+    """Its class weight: where EVEN needs it."""
+
+
+class Teacher(NamedTuple):
+    """What is known of a teacher's logits; R', q' and r_k are in units of `top`'s exponential."""
+
+    top: Any
+    """The largest of them."""
+    total: Any
+    """The sum of exp(scale (t - top)), in float64."""
 
 
 class Inputs(NamedTuple):
     """Where the target, the class weights and the sample weights lie."""
 
     target: Any
+    """Labels, probabilities, or the classes of a sparse target."""
     weight: Any
     sample: Any
+    chance: Any
+    """The probabilities of a sparse target."""
+    entries: Any
+    """How many entries each row has."""
+
+
+class Entries(NamedTuple):
+    """What a sparse target says at some entries."""
+
+    number: Any
+    """The class, always in range."""
+    chance: Any
+    """The probability."""
+    coefficient: Any
+    """What it adds to that of its class."""
+    used: Any
+    """Whether it takes part."""
+    bad: Any
+    """Whether the class was out of range."""
 
 
 class Outputs(NamedTuple):
@@ -119,7 +163,10 @@ class Outputs(NamedTuple):
 
     loss: Any
     saved: Any
-    """What a backward pass needs of each row: four numbers, or nine with cotangents of stats."""
+    """What a backward pass needs of each row: four numbers, or nine with cotangents of stats.
+
+    Two more beside a teacher.
+    """
     sums: Any
     """For each program the sum of its rows' losses, and of their weights."""
     lse: Any
@@ -157,10 +204,11 @@ class Seen(NamedTuple):
     state: Any
     pivot: Any
     most: Any
-    """The largest probability, and its class: where CORRECT needs them."""
+    """The target's largest probability, and its class: where CORRECT needs them."""
     most_class: Any
     rank: Any
     """How many classes have a larger logit than the label: where RANK needs it."""
+    teacher: Any
 
 
 class Outcome(NamedTuple):
@@ -201,3 +249,7 @@ class Saved(NamedTuple):
     """What they add to the pivot's gradient."""
     label_grad: Any
     label_more: Any
+    # Beside a teacher:
+    teacher_top: Any
+    teacher_factor: Any
+    """What exp(scale (t - top)) is multiplied by in a class's coefficient."""

@@ -21,13 +21,14 @@ from polyce.implementations.triton.records import Numbers, Outcome, State
 
 
 @triton.jit
-def numbers(kept, share, scale, cap):
+def numbers(kept, share, scale, cap, teacher_scale):
     """Return a call's numbers."""
     return Numbers(
         tl.full((1,), kept, tl.float64),
         tl.full((1,), share, tl.float64),
         tl.full((1,), scale, tl.float64),
         tl.full((1,), cap, tl.float64),
+        tl.full((1,), teacher_scale, tl.float64),
     )
 
 
@@ -180,13 +181,14 @@ def _value(x, given, FORM: tl.constexpr):
 
 
 @triton.jit
-def tile_state(x, coefficient, excluded, given, FORM: tl.constexpr):
-    """Compute the state of a tile's classes but the excluded."""
+def tile_state(x, coefficient, weight, excluded, given, FORM: tl.constexpr):
+    """Compute the state of a tile's classes but the excluded; `weight` is those of the classes."""
     x = tl.where(excluded, float("-inf"), x)
     top = tl.max(x, 0)
     # What a program does not ask for stays 0 and is not computed.
     nothing = tl.zeros_like(top).to(tl.float64)
     rest, excess, entropy, squares = nothing, nothing, nothing, nothing
+    even, even_excess = nothing, nothing
     reference = tl.where(top == float("-inf"), 0.0, top)
     gap = difference(x, reference, given, FORM)
     p = tl.exp(gap)
@@ -195,11 +197,16 @@ def tile_state(x, coefficient, excluded, given, FORM: tl.constexpr):
         rest = tl.sum(r, 0).to(tl.float64)
         # A class of coefficient 0 has no effect, not even as 0 times infinity.
         excess = tl.sum(tl.where(r == 0.0, 0.0, r * -gap), 0).to(tl.float64)
+    if FORM.EVEN:
+        w = tl.where(excluded, 0.0, weight)
+        even = tl.sum(w, 0).to(tl.float64)
+        even_excess = tl.sum(tl.where(w == 0.0, 0.0, w * -gap), 0).to(tl.float64)
     if FORM.SURPRISE:
         entropy = tl.sum(tl.where(p == 0.0, 0.0, p * -gap), 0).to(tl.float64)
     if FORM.SQUARES:
         squares = tl.sum(p * p, 0).to(tl.float64)
-    return State(top, tl.sum(p, 0).to(tl.float64), rest, excess, entropy, squares)
+    total = tl.sum(p, 0).to(tl.float64)
+    return State(top, total, rest, excess, entropy, squares, even, even_excess)
 
 
 @triton.jit
@@ -211,15 +218,18 @@ def _carried(part, top, given, FORM: tl.constexpr):
     # Infinite if all classes of the part are masked; its excess is then 0 or infinite already.
     risen = difference(reference, part.top, given, FORM).to(tl.float64)
     excess, entropy, squares = part.excess, part.entropy, part.squares
+    even_excess = part.even_excess
     if FORM.SPREAD:
         excess = tl.where(part.rest == 0.0, excess, excess + part.rest * risen)
+    if FORM.EVEN:
+        even_excess = tl.where(part.even == 0.0, even_excess, even_excess + part.even * risen)
     if FORM.SURPRISE:
         moved = (entropy + part.total * risen) * decay
         entropy = tl.where(part.total * decay == 0.0, 0.0, moved)
     if FORM.SQUARES:
         squares = tl.where(part.total == 0.0, 0.0, squares * decay * decay)
     total = tl.where(part.total == 0.0, 0.0, part.total * decay)
-    return State(top, total, part.rest, excess, entropy, squares)
+    return State(top, total, part.rest, excess, entropy, squares, part.even, even_excess)
 
 
 @triton.jit
@@ -235,11 +245,13 @@ def merge(one, other, given, FORM: tl.constexpr):
         one.excess + other.excess,
         one.entropy + other.entropy,
         one.squares + other.squares,
+        one.even + other.even,
+        one.even_excess + other.even_excess,
     )
 
 
 @triton.jit
-def _exact_gap(top, x, given, FORM: tl.constexpr):
+def exact_gap(top, x, given, FORM: tl.constexpr):
     """Compute how far a class lies below the largest non-pivot class of its row, as two numbers.
 
     For the pivot that is δ. The second number is the rounding error of the first.
@@ -260,8 +272,8 @@ def _exact_gap(top, x, given, FORM: tl.constexpr):
         error = (top - top_part) + (x_part - x)
         if FORM.TRANSFORM == "scale":
             product = delta * given.scale
-            high, low = _split(delta)
-            scale_high, scale_low = _split(given.scale)
+            high, low = split(delta)
+            scale_high, scale_low = split(given.scale)
             lost = (high * scale_high - product) + high * scale_low + low * scale_high
             error = (lost + low * scale_low) + error * given.scale
             delta = product
@@ -271,11 +283,20 @@ def _exact_gap(top, x, given, FORM: tl.constexpr):
 
 
 @triton.jit
-def _split(x):
-    """Split a float64 into two numbers of half its digits."""
-    spread = x * 134217729.0
+def split(x):
+    """Split a number into two of half its digits."""
+    spread = x * (134217729.0 if x.dtype == tl.float64 else 4097.0)
     high = spread - (spread - x)
     return high, x - high
+
+
+@triton.jit
+def with_coefficients(state, rest, excess):
+    """Return a state with other sums of coefficients."""
+    return State(
+        state.top, state.total, rest, excess,
+        state.entropy, state.squares, state.even, state.even_excess,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -285,14 +306,20 @@ def count_label(state, x, coefficient, given, FORM: tl.constexpr):
     Return the state, exp(x - m') and m' - x.
     """
     reference = tl.where(state.top == float("-inf"), 0.0, state.top)
-    gap, error = _exact_gap(reference, x, given, FORM)
+    gap, error = exact_gap(reference, x, given, FORM)
     p = exp(-gap, FORM.DTYPE)
     r = coefficient.to(tl.float64)
     added = r * gap.to(tl.float64) + r * error.to(tl.float64)
     rest = state.rest + r
     excess = state.excess + tl.where(r == 0.0, 0.0, added)
-    state = State(state.top, state.total, rest, excess, state.entropy, state.squares)
-    return state, p - p * error, gap
+    return with_coefficients(state, rest, excess), p - p * error, gap
+
+
+@triton.jit
+def likelier(most, most_class, other, other_class):
+    """Return the larger of two probabilities and its class, the first class if they are equal."""
+    better = (other > most) | ((other == most) & (other_class < most_class))
+    return tl.where(better, other, most), tl.where(better, other_class, most_class)
 
 
 @triton.jit
@@ -300,7 +327,7 @@ def finish(state, pivot, penalty, given, FORM: tl.constexpr):
     """Compute loss, lse and entropy of whole rows, and what their gradient is made of."""
     at_pivot = pivot.coefficient
     total = state.total
-    delta, error = _exact_gap(state.top, pivot.logit, given, FORM)
+    delta, error = exact_gap(state.top, pivot.logit, given, FORM)
     below = delta <= 0.0
     opposite = -delta
     decay = exp(tl.where(below, delta, opposite), FORM.DTYPE)

@@ -6,15 +6,18 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Meaning, Pivot, Seen, State
+from polyce.implementations.triton.entries import with_entries
+from polyce.implementations.triton.records import Meaning, Pivot, Seen, State, Teacher
 from polyce.implementations.triton.row import (
     count_label,
     finish,
+    likelier,
     merge,
     narrow,
     slope,
     tile_state,
 )
+from polyce.implementations.triton.teacher import join_teachers, teacher_exp, with_teacher
 
 
 @triton.jit
@@ -56,7 +59,7 @@ def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
     label = tl.zeros(row.shape, tl.int32)
     weight = tl.full(row.shape, 1.0, FORM.DTYPE)
     invalid = here & (label != 0)
-    if not FORM.PROBABILITY:
+    if FORM.LABELED:
         given = tl.load(inputs.target + row, mask=here, other=0).to(tl.int64)
         if FORM.IGNORES:
             counted = counted & (given != ignore_index)
@@ -87,6 +90,22 @@ def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.
 
 
 @triton.jit
+def _teacher_tile(target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
+    """Read a tile of a teacher's logits; return coefficients, class weights, logits and state."""
+    t = tl.load(target_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    top = tl.max(t, 0)
+    r = teacher_exp(t, top, given, FORM)
+    total = tl.sum(r, 0).to(tl.float64)
+    weight = tl.where(inside, 1.0, tl.zeros_like(r))
+    if FORM.WEIGHTED:
+        known = (c < classes)[:, None]
+        weight = tl.load(weight_ptr + c[:, None], mask=known, other=0.0).to(FORM.DTYPE)
+        weight = tl.where(inside, weight, 0.0)
+        r = r * weight
+    return r, weight, t, Teacher(top, total)
+
+
+@triton.jit
 def choose_pivot(state, pivot, other, given, FORM: tl.constexpr):
     """Choose the larger of two pivots, the first if equal, and count the other among the rest."""
     wins = (other.logit > pivot.logit) | (
@@ -98,32 +117,34 @@ def choose_pivot(state, pivot, other, given, FORM: tl.constexpr):
     # the merge moves it up from -inf.
     found = tl.where(loser == float("-inf"), 0.0, 1.0).to(tl.float64)
     nothing = tl.zeros_like(state.total)
-    alone = State(loser, found, loser_r.to(tl.float64), nothing, nothing, found)
+    loser_even = nothing
+    if FORM.EVEN:
+        loser_even = tl.where(wins, pivot.even, other.even).to(tl.float64)
+    alone = State(
+        loser, found, loser_r.to(tl.float64), nothing, nothing, found, loser_even, nothing
+    )
     state = merge(state, alone, given, FORM)
     winner = Pivot(
         tl.where(wins, other.logit, pivot.logit),
         tl.where(wins, other.coefficient, pivot.coefficient),
         tl.where(wins, other.number, pivot.number),
+        tl.where(wins, other.even, pivot.even) if FORM.EVEN else pivot.even,
     )
     return state, winner
 
 
 @triton.jit
-def likelier(seen, most, most_class):
-    """Return the larger of two probabilities and its class, the first class if they are equal."""
-    better = (most > seen.most) | ((most == seen.most) & (most_class < seen.most_class))
-    return tl.where(better, most, seen.most), tl.where(better, most_class, seen.most_class)
-
-
-@triton.jit
-def nothing_read(LANES: tl.constexpr, DTYPE: tl.constexpr):
+def nothing_read(LANES: tl.constexpr, FORM: tl.constexpr):
     """Return what is known before any class is read; 0x7FFFFFFF stands for no class."""
-    lowest = tl.full((LANES,), float("-inf"), DTYPE)
+    lowest = tl.full((LANES,), float("-inf"), FORM.DTYPE)
     none = tl.full((LANES,), 0x7FFFFFFF, tl.int32)
     zero = tl.zeros((LANES,), tl.float64)
-    pivot = Pivot(lowest, tl.zeros((LANES,), DTYPE), none)
+    # In a teacher's units, numbers may be smaller than float32 has them.
+    nothing = tl.zeros((LANES,), tl.float64 if FORM.TEACHER else FORM.DTYPE)
+    pivot = Pivot(lowest, nothing, none, tl.zeros((LANES,), FORM.DTYPE))
     rank = tl.zeros((LANES,), tl.int32)
-    return Seen(State(lowest, zero, zero, zero, zero, zero), pivot, lowest, none, rank)
+    state = State(lowest, zero, zero, zero, zero, zero, zero, zero)
+    return Seen(state, pivot, lowest, none, rank, Teacher(lowest, zero))
 
 
 @triton.jit
@@ -137,7 +158,13 @@ def read(
     and the rest of its coefficient in `conclude`.
     """
     x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
-    r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
+    if FORM.TEACHER:
+        r, weight, probability, teacher = _teacher_tile(
+            target_ptr, weight_ptr, c, inside, classes, given, FORM
+        )
+    else:
+        r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
+        weight, teacher = r, seen.teacher
     number = c[:, None]
     pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
     if FORM.RANK:
@@ -148,17 +175,34 @@ def read(
         new_class = tl.min(tl.where((x == new) & inside, number, 0x7FFFFFFF), 0)
         excluded = number == new_class
         new_r = tl.sum(tl.where(excluded, r, 0.0), 0)
+        new_even = seen.pivot.even
+        if FORM.EVEN:
+            new_even = tl.sum(tl.where(excluded, weight, 0.0), 0)
         if FORM.PROBABILITY and FORM.CORRECT:
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
-            most, most_class = likelier(seen, most, most_class)
+            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
     else:
         excluded = number == label
-    state = merge(seen.state, tile_state(x, r, excluded, given, FORM), given, FORM)
+    before, state = seen.state, tile_state(x, r, weight, excluded, given, FORM)
     if FORM.LARGEST:
-        state, pivot = choose_pivot(state, pivot, Pivot(new, new_r, new_class), given, FORM)
-    return Seen(state, pivot, most, most_class, rank)
+        new_pivot = Pivot(new, new_r, new_class, new_even)
+    if FORM.TEACHER:
+        before, state, pivot, new_pivot, teacher = join_teachers(
+            seen.teacher, teacher, before, state, pivot, new_pivot, given, FORM
+        )
+    state = merge(before, state, given, FORM)
+    if FORM.LARGEST:
+        state, pivot = choose_pivot(state, pivot, new_pivot, given, FORM)
+    return Seen(state, pivot, most, most_class, rank, teacher)
+
+
+@triton.jit
+def saved_of_a_row(FORM: tl.constexpr):
+    """Return how many numbers are kept of a row for a backward pass."""
+    count: tl.constexpr = (9 if FORM.VALUED else 4) + (2 if FORM.TEACHER else 0)
+    return count
 
 
 @triton.jit
@@ -169,8 +213,14 @@ def conclude(
     """Write the results of whole rows: losses or their sums, stats, what backward needs."""
     DTYPE: tl.constexpr = FORM.DTYPE
     label, weight, sample, counted, invalid = target(inputs, row, here, classes, ignore_index, FORM)
+    if FORM.ENTRIES > 0:
+        seen, invalid = with_entries(
+            x_row, inputs, row, counted, classes, x_class, ignore_index, given, seen, FORM
+        )
     state, pivot = seen.state, seen.pivot
-    if not FORM.PROBABILITY:
+    if FORM.TEACHER:
+        state, pivot, unit = with_teacher(seen, given, FORM)
+    if FORM.LABELED:
         # Labels that are used are in range, so nothing outside is read.
         at = x_row + label.to(tl.int64) * x_class
         label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
@@ -179,11 +229,12 @@ def conclude(
             label_r = weight * (given.kept + given.share).to(DTYPE)
         if FORM.LARGEST:
             leads = label == pivot.number
-            pivot = Pivot(pivot.logit, tl.where(leads, label_r, pivot.coefficient), pivot.number)
+            leading_r = tl.where(leads, label_r, pivot.coefficient)
+            pivot = Pivot(pivot.logit, leading_r, pivot.number, pivot.even)
             added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))
             state, label_p, label_gap = count_label(state, label_x, added, given, FORM)
         else:
-            pivot = Pivot(label_x, label_r, label)
+            pivot = Pivot(label_x, label_r, label, pivot.even)
     result = finish(state, pivot, weight * z_loss.to(DTYPE), given, FORM)
     lse, factor, pivot_grad = result.lse, result.factor, result.pivot_grad
     loss = tl.where(counted, result.loss.to(tl.float64) * sample, 0.0)
@@ -197,9 +248,13 @@ def conclude(
         tl.store(outputs.loss + row, loss, mask=here)
     if FORM.KEEP:
         top, saved_x, saved_class = state.top, pivot.logit, pivot.number
-        place = outputs.saved + (9 if FORM.VALUED else 4) * row
+        place = outputs.saved + row * saved_of_a_row(FORM)
+        if FORM.ENTRIES > 0:
+            # So that a backward pass need not look for bad entries.
+            factor = tl.where(invalid, float("nan"), factor)
+            pivot_grad = tl.where(invalid, float("nan"), pivot_grad)
         label_grad = pivot_grad
-        if FORM.LARGEST and not FORM.PROBABILITY:
+        if FORM.LARGEST and FORM.LABELED:
             label_grad = result.sum_of_r * (label_p * factor) - label_r
         if FORM.VALUED:
             of_lse = tl.zeros_like(lse)
@@ -217,12 +272,12 @@ def conclude(
             more = tl.where(factor == 0.0, 0.0, factor * inner)
             pivot_more = pivot_more * slope(saved_x, given, FORM)
             label_more = pivot_more
-            if FORM.LARGEST and not FORM.PROBABILITY:
+            if FORM.LARGEST and FORM.LABELED:
                 label_more = label_p * (more + tl.where(label_p == 0.0, 0.0, label_gap) * by_gap)
                 label_more = tl.where(leads, pivot_more, label_more * slope(label_x, given, FORM))
                 label_grad = tl.where(leads, pivot_grad, label_grad)
             if FORM.TRANSFORM == "softcap":
-                label_x = saved_x if FORM.PROBABILITY else label_x
+                label_x = label_x if FORM.LABELED else saved_x
                 label_grad = label_grad * slope(label_x, given, FORM)
             else:
                 more = more * given.scale.to(DTYPE)
@@ -232,7 +287,7 @@ def conclude(
             tl.store(place + 6, pivot_more.to(tl.float64), mask=here)
             tl.store(place + 7, label_grad.to(tl.float64), mask=here)
             tl.store(place + 8, label_more.to(tl.float64), mask=here)
-        elif FORM.LARGEST and not FORM.PROBABILITY:
+        elif FORM.LARGEST and FORM.LABELED:
             # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, label_grad)
             factor = tl.where(leads, factor, result.probability)
@@ -245,6 +300,10 @@ def conclude(
         tl.store(place + 1, factor.to(tl.float64), mask=here)
         tl.store(place + 2, pivot_grad.to(tl.float64), mask=here)
         tl.store(place + 3, saved_class.to(tl.float64), mask=here)
+        if FORM.TEACHER:
+            behind = place + (9 if FORM.VALUED else 4)
+            tl.store(behind, seen.teacher.top.to(tl.float64), mask=here)
+            tl.store(behind + 1, unit, mask=here)
     if FORM.STATS:
         tl.store(outputs.valid + row, counted.to(tl.uint8), mask=here)
         defined = counted & (lse == lse)
@@ -257,7 +316,11 @@ def conclude(
             found = tl.where(defined, pivot.number, -1).to(tl.int64)
             tl.store(outputs.prediction + row, found, mask=here)
         if FORM.CORRECT:
-            wanted = seen.most_class if FORM.PROBABILITY else label
+            wanted = label if FORM.LABELED else seen.most_class
+            if FORM.TEACHER:
+                # Without a softmax it prefers no class.
+                total = seen.teacher.total
+                wanted = tl.where((total > 0.0) & (total < float("inf")), wanted, -1)
             right = defined & (pivot.number == wanted) & (invalid == 0)
             tl.store(outputs.correct + row, right.to(tl.uint8), mask=here)
         if FORM.TOP:

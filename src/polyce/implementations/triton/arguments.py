@@ -1,0 +1,214 @@
+"""One call laid out for the triton kernels: its arrays as rows, and the arguments that say so."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from polyce.call.problem import Operands, Problem
+from polyce.formula import labels, transform
+from polyce.implementations.strides import Rows, cdiv, rows_of
+from polyce.implementations.triton import kernels, layout, records
+from polyce.implementations.triton.layout import Tile
+
+# Whether Triton was imported under TRITON_INTERPRET=1, and runs kernels in NumPy.
+EMULATED = not isinstance(kernels.forward, JITFunction)
+
+
+class KernelCall(NamedTuple):
+    """One call, laid out for the kernels."""
+
+    problem: Problem
+    logits: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None
+    sample_weight: torch.Tensor | None
+    rows: Rows
+    target_rows: Rows | None
+    """How probabilities or a teacher's logits lie; None for targets that name classes."""
+    grad_rows: Rows | None
+    """How the gradient lies; None if there is none, or if no kernel can write it."""
+    chances: torch.Tensor | None
+    """(rows, K), the probabilities of a sparse target, beside the target's (rows, K) classes."""
+
+    @property
+    def tile(self) -> Tile:
+        """Return what a program reads at once."""
+        shares = layout.SHARES[self.logits.element_size()]
+        has_teacher = self.problem.kind == "teacher"
+        share = shares[has_teacher or transform.is_capped(self.problem)]
+        return layout.tile(self.rows, self.problem.classes, share, by_two=has_teacher)
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of programs for each outer index."""
+        return cdiv(self.rows.inner, self.tile.lanes)
+
+    @property
+    def programs(self) -> int:
+        """Return the number of programs for all rows."""
+        return self.rows.outer * self.blocks
+
+    @property
+    def row_count(self) -> int:
+        """Return the number of rows."""
+        return self.rows.outer * self.rows.inner
+
+
+def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> KernelCall:
+    """Lay out a call; copy the arrays whose layout the kernels cannot read."""
+    logits, target, weight, sample_weight, *_ = operands
+    arrays = [plain(logits)]
+    if problem.names_classes:
+        target = _labels(problem, target.detach(), check=grad is None)
+    else:
+        arrays.append(plain(target))
+    given = [] if grad is None else [grad.stride()]
+
+    def lay_out() -> tuple[Rows | None, ...]:
+        strides = (array.stride() for array in arrays)
+        return rows_of(problem.shape, problem.axis, *strides, *given)
+
+    laid = lay_out()
+    if None in laid[: len(arrays)]:
+        arrays = [a if rows else a.contiguous() for a, rows in zip(arrays, laid, strict=False)]
+        laid = lay_out()
+    rows: Any = laid[0]
+    if weight is not None:
+        weight = plain(weight).to(problem.arithmetic_dtype).contiguous()
+    if sample_weight is not None:
+        if not sample_weight.is_floating_point():
+            sample_weight = sample_weight.to(problem.row_dtype)
+        sample_weight = plain(sample_weight).contiguous()
+    return KernelCall(
+        problem=problem,
+        logits=arrays[0],
+        target=target if problem.names_classes else arrays[1],
+        weight=weight,
+        sample_weight=sample_weight,
+        rows=rows,
+        target_rows=None if problem.names_classes else laid[1],
+        grad_rows=laid[-1] if given else None,
+        chances=_chances(problem, operands.target_probability),
+    )
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without a graph, as it lies in memory."""
+    tensor = tensor.detach()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _labels(problem: Problem, target: torch.Tensor, *, check: bool) -> torch.Tensor:
+    """Return each row's label or entries, contiguous; check them if the problem asks for it too."""
+    if check and problem.check_labels:
+        labels.read(problem, target, target)
+    if problem.target_dtype in ("uint16", "uint32", "uint64"):
+        target = target.to(torch.int64)
+    if problem.kind == "sparse":
+        return _by_entry(problem, target)
+    return target.reshape(problem.row_shape).contiguous()
+
+
+def _chances(problem: Problem, probability: torch.Tensor | None) -> torch.Tensor | None:
+    if probability is None:
+        return None
+    return _by_entry(problem, plain(probability).to(problem.arithmetic_dtype))
+
+
+def _by_entry(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the entries of one row after those of the other."""
+    return tensor.movedim(problem.axis, -1).contiguous()
+
+
+def options(call: KernelCall) -> dict[str, Any]:
+    """Return the arguments that all kernels of rows have."""
+    problem = call.problem
+    scale, cap = transform.scale_and_cap(problem)
+    return {
+        "x_ptr": call.logits,
+        "target_ptr": call.target,
+        "weight_ptr": call.logits if call.weight is None else call.weight,
+        "sample_ptr": call.logits if call.sample_weight is None else call.sample_weight,
+        "chance_ptr": call.logits if call.chances is None else call.chances,
+        "entries": problem.entries,
+        "inner": call.rows.inner,
+        "blocks": call.blocks,
+        **named("x", call.rows),
+        "ignore_index": _ignored(problem) or 0,
+        "kept": 1.0 - problem.options.label_smoothing,
+        "share": problem.options.label_smoothing / problem.classes,
+        "scale": scale,
+        "cap": cap,
+        "teacher_scale": problem.teacher_scale,
+        "LANES": call.tile.lanes,
+    }
+
+
+def _ignored(problem: Problem) -> int | None:
+    return labels.ignored_as_signed(problem) if problem.names_classes else None
+
+
+def form(call: KernelCall, **asked: bool) -> records.Form:
+    """Return what the kernels are compiled for; `asked` is what a forward pass is asked for."""
+    problem = call.problem
+    scale, _ = transform.scale_and_cap(problem)
+    change, lanes = "none" if scale == 1.0 else "scale", call.tile.lanes
+    given = records.Form(
+        TRANSFORM="softcap" if transform.is_capped(problem) else change,
+        DTYPE=tl.float64 if problem.arithmetic_dtype == torch.float64 else tl.float32,
+        PROBABILITY=not problem.names_classes,
+        TEACHER=problem.kind == "teacher",
+        TEMPERED=problem.teacher_scale != 1.0,
+        ENTRIES=0 if call.chances is None else layout.entries_at_once(problem.entries, lanes),
+        WEIGHTED=call.weight is not None,
+        SAMPLED=call.sample_weight is not None,
+        SMOOTHED=problem.options.label_smoothing > 0.0,
+        IGNORES=_ignored(problem) is not None,
+        EMULATED=EMULATED,
+        **asked,
+    )
+    return records.completed(given)
+
+
+def named(name: str, rows: Rows | None) -> dict[str, int]:
+    """Return the strides of an array's rows as arguments, 0 for an absent one."""
+    places = (f"{name}_outer", f"{name}_lane", f"{name}_class")
+    return dict(zip(places, (0, 0, 0) if rows is None else rows.strides, strict=True))
+
+
+def vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any]:
+    """Return how to load and store 16 bytes at once: rows are aligned, or their ends are peeled."""
+    classes, strides = call.problem.classes, call.rows.strides
+    outer, lane, step = strides
+    size = call.logits.element_size()
+    vector, address = 16 // size, call.logits.data_ptr()
+    whole = step == 1 and not (address % 16 or classes % vector or outer % vector or lane % vector)
+    peeled = step == 1 and not whole and call.tile.lanes == 1 and classes > layout.SHORT
+
+    def in_step(other: torch.Tensor, rows: Rows | None) -> bool:
+        """Tell whether another array's rows are aligned wherever the logits' are."""
+        return (
+            (whole or peeled)
+            and rows is not None
+            and rows.strides[2] == 1
+            and other.element_size() == size
+            and (other.data_ptr() - address) % 16 == 0
+            and all((a - b) % vector == 0 for a, b in zip(rows.strides, strides, strict=True))
+        )
+
+    found = {
+        "units": classes // vector if whole else classes,
+        "lead": address % 16 // size,
+        "UNIT": vector if whole else 1,
+        "VECTOR": vector,
+        "PEEL": peeled,
+        "IN_STEP": in_step(call.target, call.target_rows),
+        "TILE": call.tile.classes,
+    }
+    if grad is not None:
+        found["GRAD_IN_STEP"] = in_step(grad, call.grad_rows)
+    return found
