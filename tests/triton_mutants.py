@@ -351,7 +351,10 @@ MUTANTS = {
         ENTRY, "used = used & (number != ignore_index)", "used = used", SPARSE
     ),
     "equal-entries-apart": Mutant(
-        ENTRY, "together += tl.where(same", "together = tl.where(same", SPARSE
+        ENTRY,
+        "together += tl.where(same",
+        "together = tl.where(same",
+        grid("sparse", only="width/12"),
     ),
     "entries-in-no-part": Mutant(
         ENTRY, "rest += tl.sum(tl.where(leads, 0.0, r), 0)", "rest += 0.0 * rest", SPARSE_PARTS
