@@ -47,8 +47,6 @@ def _exponentials(problem: Problem, teacher: Any, top: Any) -> Any:
     Half a unit in the last place of an exponent of 80 is 64 units of the result.
     """
     xp, library, scale = problem.xp, problem.library, problem.teacher_scale
-    if library.is_exact:  # and there exp(-800) is no 0
-        return xp.exp((teacher - top) * scale)
     # Numbers of each row, also the constants: XLA would store an array of each that is used twice.
     nothing = top - top
     most = nothing + LARGEST / scale
@@ -67,4 +65,7 @@ def _exponentials(problem: Problem, teacher: Any, top: Any) -> Any:
         gap = library.overwrite(xp.multiply, gap, factor.number)
     found = library.overwrite(xp.exp, gap)
     # Not found + found·error, of which XLA would store what is found.
-    return library.overwrite(xp.multiply, found, 1.0 + error)
+    found = library.overwrite(xp.multiply, found, 1.0 + error)
+    if library.is_exact:  # where exp(-800) is no 0
+        found = xp.where((teacher == -math.inf) & (top > -math.inf), 0.0, found)
+    return found
