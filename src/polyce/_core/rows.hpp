@@ -15,7 +15,7 @@ constexpr int width = 128;
 
 // Byte offsets of `count` rows from `first` on, at most `width`, in C order of the row axes. Computed
 // for the last two axes at once, as the last one may be short.
-inline void row_offsets(
+POLYCE_APART inline void row_offsets(
     const Job& job, const std::int64_t* strides, std::int64_t first, int count, std::int64_t* offsets
 ) {
     offsets[0] = 0;
