@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyce.call.problem import Problem
 
 
 def _available() -> str | None:
     return None
+
+
+class OfParts(NamedTuple):
+    """How a path computes rows whose classes lie in several parts, as `formula.parts` does."""
+
+    read: Callable[..., Any]
+    """(problem, operands, start, teacher) -> Part"""
+    gradient: Callable[..., Any]
+    """(problem, operands, start, whole, cotangent, of_stats, teacher) -> a part's gradient"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Implementation:
     """() -> the `torch_calls.Kernels` that torch.compile may put into its graph"""
     takes_grad_stats: bool = False
     """Whether the gradient takes the cotangents of stats, which a new path need not have."""
+    of_parts: OfParts | None = None
     log_softmax: Callable[..., Any] | None = None
     """(problem, logits) -> log(softmax(logits))"""
 

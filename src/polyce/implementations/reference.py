@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from polyce.call.problem import Operands, Problem
-from polyce.formula import rows, whole
+from polyce.formula import parts, rows, whole
 from polyce.formula.stats import Stats
 from polyce.graphs import rules
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
 
 
 def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
@@ -27,5 +27,6 @@ PATH = Implementation(
     cross_entropy=cross_entropy,
     cross_entropy_with_grad=whole.cross_entropy_with_grad,
     takes_grad_stats=True,
+    of_parts=OfParts(parts.read, parts.gradient),
     log_softmax=rows.log_softmax,
 )

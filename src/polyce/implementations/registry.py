@@ -16,7 +16,7 @@ from polyce.arrays.plain import is_compiling
 from polyce.call.problem import Problem
 from polyce.formula import rows
 from polyce.implementations import reference
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
 from polyce.implementations.cupy import path as cupy
 from polyce.implementations.dask import path as dask
 from polyce.implementations.native import path as native
@@ -31,8 +31,18 @@ def select_within(problem: Problem) -> Implementation:
     return _unforced(problem, preference())
 
 
+def select_of_parts(problem: Problem) -> OfParts:
+    """Choose what computes rows whose classes lie in several parts, each as this problem says."""
+    preferred = preference()
+    named = () if preferred is None else (preferred,)
+    for path in (*named, *TABLE):
+        if path.of_parts is not None and path.serves(problem):
+            return path.of_parts
+    raise ValueError("no implementation can read parts of these rows; see polyce.explain")
+
+
 TABLE: tuple[Implementation, ...] = (
-    dask.path(select_within),
+    dask.path(dask.Select(select_within, select_of_parts)),
     native.PATH,
     triton.PATH,
     cupy.PATH,

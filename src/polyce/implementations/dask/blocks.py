@@ -14,6 +14,7 @@ from polyce.arrays import dtypes, find
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, targets
+from polyce.formula.stats import RowStats
 from polyce.implementations.contract import Implementation
 
 
@@ -64,7 +65,8 @@ def whole_rows(
         losses = expand(losses, axis)
         if summed:
             losses = xp.reshape(problem.library.total(losses), (1,) * logits.ndim)
-    return losses, grad, {name: expand(getattr(found, name), axis) for name in names}
+    of_rows = {name: expand(getattr(found, name), axis) for name in names}
+    return losses, grad, RowStats(**dict.fromkeys(RowStats._fields) | of_rows)
 
 
 def _by_row(problem: Problem, cotangent: Any) -> Any:
@@ -82,7 +84,7 @@ def itself(block: Any, axis: Any = None, keepdims: Any = None) -> Any:
 
 def take(what: int | str, results: Any, *after: Any) -> Any:
     """Take one of a block's results, once those in `after` are there; by its name, a stat."""
-    return results[-1][what] if isinstance(what, str) else results[what]
+    return getattr(results[-1], what) if isinstance(what, str) else results[what]
 
 
 def of_chunk(problem: Problem, chunk: Any, shape: Any) -> Problem:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyce.arrays import find
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rowstats, stats, targets
 from polyce.formula.stats import RowStats, Stats
 from polyce.formula.targets import Plan
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
 from polyce.implementations.dask import blocks, parts
 
 FAN_IN = 16
@@ -30,8 +30,15 @@ def unavailable() -> str | None:
     return None if find.installed("dask") else "dask is not installed (pip install dask[array])"
 
 
-def path(select: Callable[[Problem], Implementation]) -> Implementation:
-    """Return the dask path; `select` chooses the path of each block from the same table."""
+class Select(NamedTuple):
+    """How the path of a block is chosen from the same table."""
+
+    whole_rows: Callable[[Problem], Implementation]
+    of_parts: Callable[[Problem], OfParts]
+
+
+def path(select: Select) -> Implementation:
+    """Return the dask path; `select` chooses the path of each block."""
     return Implementation(
         name="dask",
         cross_entropy=partial(cross_entropy, select),
@@ -41,9 +48,7 @@ def path(select: Callable[[Problem], Implementation]) -> Implementation:
     )
 
 
-def cross_entropy(
-    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands
-) -> tuple[Any, Stats | None]:
+def cross_entropy(select: Select, problem: Problem, operands: Operands) -> tuple[Any, Stats | None]:
     """Compute the loss and the stats, all of them lazy."""
     with problem.library.quiet():
         pieces, plan = _read(problem, operands)
@@ -52,7 +57,7 @@ def cross_entropy(
 
 
 def cross_entropy_with_grad(
-    select: Callable[[Problem], Implementation], problem: Problem, operands: Operands, out: None
+    select: Select, problem: Problem, operands: Operands, out: None
 ) -> tuple[Any, Any, Stats | None]:
     """Compute the loss, the gradient, cut as the logits are, and the stats, all of them lazy."""
     with problem.library.quiet():
@@ -85,7 +90,7 @@ def _finish(
 
 
 def _run(
-    select: Callable[[Problem], Implementation],
+    select: Select,
     problem: Problem,
     pieces: Operands,
     cotangent: Any,
@@ -93,7 +98,7 @@ def _run(
     """Compute losses, gradient (None without a cotangent) and stats."""
     if pieces.logits.numblocks[problem.axis] == 1:
         return _whole_rows(select, problem, pieces, cotangent)
-    return _parts(problem, pieces, cotangent)
+    return _parts(select.of_parts, problem, pieces, cotangent)
 
 
 def _cuts(problem: Problem, logits: Any) -> tuple[tuple[int, ...], ...]:
@@ -111,14 +116,14 @@ def _recut(array: Any, chunks: Any) -> Any:
 
 
 def _whole_rows(
-    select: Callable[[Problem], Implementation],
+    select: Select,
     problem: Problem,
     operands: Operands,
     cotangent: Any,
 ) -> tuple[Any, Any, RowStats | None]:
     axes, axis, logits = _axes(problem), problem.axis, operands.logits
     results = _blockwise(
-        partial(blocks.whole_rows, select),
+        partial(blocks.whole_rows, select.whole_rows),
         problem,
         axes,
         *_inputs(problem, operands),
@@ -142,7 +147,7 @@ def _whole_rows(
 
 
 def _parts(
-    problem: Problem, operands: Operands, cotangent: Any
+    select: Callable[[Problem], OfParts], problem: Problem, operands: Operands, cotangent: Any
 ) -> tuple[Any, Any, RowStats | None]:
     import dask.array as da
 
@@ -151,13 +156,18 @@ def _parts(
     starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
     inputs = (*_inputs(problem, operands), *_teacher(problem, operands), starts, (axis,))
     read = _blockwise(
-        parts.part, problem, axes, *inputs, adjust_chunks={axis: 1}, meta=logits._meta
+        partial(parts.read, select),
+        problem,
+        axes,
+        *inputs,
+        adjust_chunks={axis: 1},
+        meta=logits._meta,
     )
     joined = _join(problem, parts.join, read)
     grad = None
     if cotangent is not None:
         grad = _blockwise(
-            parts.part_gradient,
+            partial(parts.gradient, select),
             problem,
             axes,
             *inputs,
@@ -170,7 +180,7 @@ def _parts(
         if not rowstats.looks_again(problem, name):
             return _stat(problem, joined, name)
         counts = _blockwise(
-            parts.part_rank if name == "rank" else parts.part_brier,
+            parts.rank if name == "rank" else parts.brier,
             problem,
             axes,
             *inputs,
@@ -190,7 +200,7 @@ def _teacher(problem: Problem, operands: Operands) -> tuple[Any, Any]:
         return None, None
     axes, teacher = _axes(problem), operands.target
     read = _blockwise(
-        parts.teacher_part,
+        parts.read_teacher,
         problem,
         axes,
         *(teacher, axes),
