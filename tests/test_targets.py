@@ -57,6 +57,21 @@ def test_a_row_of_ignored_classes_adds_nothing_but_counts(backend: Backend) -> N
     near(backend, polyce.cross_entropy(x, target), rows.sum() / 3)
 
 
+@pytest.mark.parametrize("shares", [(0.5, 1.0, -0.5), (0.5, 1.0, -0.25), (-0.25, 1.0, 0.5)])
+def test_shares_of_one_class_add_up_before_they_meet_an_infinite_logit(
+    backend: Backend, shares: tuple[float, ...]
+) -> None:
+    x = np.array([[1.0, -np.inf, 2.0, 0.5]], np.float32)
+    index, share = np.array([[1, 3, 1]], np.int32), np.array([shares], np.float32)
+    loss, grad = polyce.cross_entropy_with_grad(backend.asarray(x), sparse(backend, index, share))
+    rest = share.sum() - 1.0
+    lse = np.log(np.exp(x.astype(float)).sum())
+    want = lse - 0.5 if rest == 0.0 else np.inf
+    near(backend, loss, want)
+    dense = np.array([[0.0, rest, 0.0, 1.0]])
+    near(backend, grad, share.sum() * np.exp(x - lse) - dense)
+
+
 def test_without_classes_in_the_target_the_loss_is_0(backend: Backend) -> None:
     nothing = sparse(backend, np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32))
     loss, grad = polyce.cross_entropy_with_grad(backend.asarray(X), nothing)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rowgradient, rowstate, rowstats, targets, transform
 from polyce.formula import teacher as teacher_softmax
+from polyce.formula.entries import coefficient_at, with_entries
 from polyce.formula.rowgradient import NO_STATS, StatsCotangents
 from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
@@ -79,7 +80,7 @@ def read(
         pivot_logit = library.pick(logits, pivot, logits, axis)
         at_pivot = targets.share_at(problem, coefficients, pivot, logits)
         if entries is not None:
-            at_pivot = at_pivot + rowstate.coefficient_at(problem, entries, pivot)
+            at_pivot = at_pivot + coefficient_at(problem, entries, pivot)
         pivot = pivot + start
     else:
         pivot = plan.label
@@ -95,7 +96,7 @@ def read(
     state, _ = rowstate.from_logits(problem, logits, excluded, pivot_logit, at_pivot, coefficients)
     if entries is not None:
         chosen = library.pick(logits, entries.classes, logits, axis)
-        state = rowstate.with_entries(problem, state, entries, pivot - start, chosen)
+        state = with_entries(problem, state, entries, pivot - start, chosen)
     if state.rest_first is not None:
         state = state._replace(rest_first=state.rest_first + start)
     nothing = dict.fromkeys(("class_weight", "probabilities", "entries", "kept", "teacher"))

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from polyce.call.problem import Problem
 from polyce.formula import rowstate, transform
-from polyce.formula.rowstate import Entries, RowState
+from polyce.formula.entries import Entries
+from polyce.formula.rowstate import RowState
 
 
 class StatsCotangents(NamedTuple):

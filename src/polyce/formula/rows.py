@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rowgradient, rowstate, rowstats, targets, transform
+from polyce.formula.entries import Entries, coefficient_at, with_entries
 from polyce.formula.rowgradient import NO_STATS, StatsCotangents
-from polyce.formula.rowstate import Entries, RowState
+from polyce.formula.rowstate import RowState
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 
@@ -178,7 +179,7 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
         at_pivot = coefficients = None
     elif entries is not None:
         _, coefficients = targets.coefficients(problem, plan)
-        at_pivot = rowstate.coefficient_at(problem, entries, pivot)
+        at_pivot = coefficient_at(problem, entries, pivot)
         at_pivot = at_pivot + targets.share_at(problem, coefficients, pivot, logits)
     elif plan.teacher is not None and library.fuses(logits):
         from polyce.formula import xla
@@ -204,7 +205,7 @@ def _read(problem: Problem, plan: Plan, logits: Any, leads: bool, *, of_loss: bo
         coefficients = coefficients(state.rest_sum)
     if entries is not None:
         chosen = library.pick(logits, entries.classes, logits, axis)
-        state = rowstate.with_entries(problem, state, entries, pivot, chosen)
+        state = with_entries(problem, state, entries, pivot, chosen)
     return _Read(logits, pivot, leads, excluded, state, rest_exp, coefficients, entries)
 
 

@@ -70,18 +70,6 @@ class RowState(NamedTuple):
     """Q, the sum of exp(x_c - m')² besides the pivot's; None if not asked for."""
 
 
-class Entries(NamedTuple):
-    """Coefficients at some classes of each row, beside those that every class has.
-
-    The arrays have the logits' shape with any number of entries along the class axis. Those of one
-    class add up.
-    """
-
-    classes: Any
-    coefficients: Any
-    """In the arithmetic dtype."""
-
-
 def from_logits(
     problem: Problem,
     logits: Any,
@@ -149,33 +137,6 @@ def from_logits(
 def needs_squares(problem: Problem) -> bool:
     """Tell whether the state has the sum that a label's Brier score is made of."""
     return problem.kind == "index" and problem.asks("brier")
-
-
-def coefficient_at(problem: Problem, entries: Entries, pivot: Any) -> Any:
-    """Compute what the entries add to r_k of each row, for a pivot of class `pivot`."""
-    at_pivot = problem.xp.where(entries.classes == pivot, entries.coefficients, 0.0)
-    return problem.library.class_sum(at_pivot, axis=problem.axis, dtype=problem.row_dtype)
-
-
-def with_entries(
-    problem: Problem, state: RowState, entries: Entries, pivot: Any, logits: Any
-) -> RowState:
-    """Add to the state of a part of each row what entries at the other classes of it add.
-
-    `logits` are those at the entries' classes, in the arithmetic dtype.
-    """
-    xp, library, axis, row_dtype = problem.xp, problem.library, problem.axis, problem.row_dtype
-    others = xp.where(entries.classes == pivot, 0.0, entries.coefficients)
-    top = library.cast(state.rest_max, problem.arithmetic_dtype)
-    top = xp.where(top == -math.inf, 0.0, top)
-    gaps = transform.difference(problem, logits, top)
-    # As in `from_logits`.
-    skipped = (others == 0.0) & xp.isinf(gaps)
-    excess = library.class_sum(others * xp.where(skipped, 0.0, -gaps), axis=axis, dtype=row_dtype)
-    coefficient = library.class_sum(others, axis=axis, dtype=row_dtype)
-    if state.rest_coefficient is not None:
-        excess, coefficient = excess + state.rest_excess, coefficient + state.rest_coefficient
-    return state._replace(rest_coefficient=coefficient, rest_excess=excess)
 
 
 def merge(problem: Problem, one: RowState, other: RowState) -> RowState:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from polyce.arrays.library import along_axis, columns, expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, teacher
-from polyce.formula.rowstate import Entries
+from polyce.formula.entries import Entries, together
 
 
 class Plan(NamedTuple):
@@ -246,13 +246,9 @@ def label_of(problem: Problem, plan: Plan) -> Any:
         return xp.where(xp.isfinite(top), library.argmax(plan.teacher, axis), -1)
     if plan.entries is None:
         return library.argmax(plan.probabilities, axis)
-    classes, given = columns(plan.entries, axis), columns(plan.probabilities, axis)
-    # Those of one class add up.
-    together = xp.zeros_like(plan.probabilities)
-    for own, probability in zip(classes, given, strict=True):
-        together = together + xp.where(plan.entries == own, probability, 0.0)
+    sizes = together(problem, plan.entries, plan.probabilities)
     best, label = 0.0, -1
-    for own, size in zip(classes, columns(together, axis), strict=True):
+    for own, size in zip(columns(plan.entries, axis), columns(sizes, axis), strict=True):
         is_better = (size > best) | ((size == best) & (own < label))
         label = xp.where(is_better, own, label)
         best = xp.where(is_better, size, best)

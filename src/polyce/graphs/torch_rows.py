@@ -19,8 +19,8 @@ from polyce.arrays import torch_memory
 from polyce.call.options import STATS_WITH_GRADIENT
 from polyce.call.problem import Operands, Problem
 from polyce.formula import rows, stats, targets
+from polyce.formula.entries import Entries
 from polyce.formula.rowgradient import StatsCotangents
-from polyce.formula.rowstate import Entries
 from polyce.formula.stats import RowStats
 from polyce.formula.targets import Plan
 from polyce.graphs import torch_entries, torch_state
