@@ -1,12 +1,13 @@
 """Error of the row losses and of the label's gradient, in units in the last place.
 
-`python -m benchmarks.cpu.accuracy` prints the table of docs/accuracy.md: the native path on each
-instruction set of this machine, the reference on NumPy and under jax's jit, and torch's function,
-against the exact answers of polyce.testing.
+`python -m benchmarks.cpu.accuracy` prints the tables of docs/accuracy.md: the native path on
+each instruction set of this machine, the reference on NumPy and under jax's jit, and torch's
+function, against the exact answers of polyce.testing.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ import polyce
 from polyce.implementations.native import core as native
 from polyce.testing.dtypes import FORMATS
 from polyce.testing.oracle import exact_answer
+
+from ..tables import print_table
 
 ROWS = 24
 # How far the label's logit is ahead of all others; what is added to all logits.
@@ -84,32 +87,45 @@ CONTENDERS = {
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table for each dtype."""
     rng = np.random.default_rng(0)
-    print("| dtype | C | rows |", " | ".join(CONTENDERS), "|")
-    print("|---" * (3 + len(CONTENDERS)), "|", sep="")
     labels = np.zeros(ROWS, dtype=np.int64)
     for name, (dtype, families) in DTYPES.items():
-        for classes in (10, 1000):
-            for family in families:
-                ahead, offset = FAMILIES[family]
-                logits = rng.standard_normal((ROWS, classes))
-                if ahead is not None:
-                    logits[:, 0] = logits[:, 1:].max(axis=1) + ahead
-                logits = (logits + offset).astype(dtype)
-                exact = exact_answer(logits, labels, reduction="none")
-                cells = []
-                for run in CONTENDERS.values():
-                    with jax.enable_x64(name == "float64"):
-                        loss, grad = run(logits, labels)
-                    pairs = ((loss, exact.loss), (grad[:, 0], exact.grad[:, 0]))
-                    errors = (
-                        np.abs(np.asarray(got).astype(np.float64) - want)
-                        / FORMATS[name].spacing(want)
-                        for got, want in pairs
-                    )
-                    cells.append(" / ".join(f"{error.max():.2g}" for error in errors))
-                print(f"| {name} | {classes} | {family} |", " | ".join(cells), "|")
+        rows = list(itertools.product((10, 1000), families))
+        columns: dict[str, list[str]] = {contender: [] for contender in CONTENDERS}
+        for classes, family in rows:
+            ahead, offset = FAMILIES[family]
+            logits = rng.standard_normal((ROWS, classes))
+            if ahead is not None:
+                logits[:, 0] = logits[:, 1:].max(axis=1) + ahead
+            logits = (logits + offset).astype(dtype)
+            exact = exact_answer(logits, labels, reduction="none")
+            for contender, run in CONTENDERS.items():
+                with jax.enable_x64(name == "float64"):
+                    loss, grad = run(logits, labels)
+                pairs = ((loss, exact.loss), (grad[:, 0], exact.grad[:, 0]))
+                errors = (
+                    np.abs(np.asarray(got).astype(np.float64) - want) / FORMATS[name].spacing(want)
+                    for got, want in pairs
+                )
+                columns[contender].append(" / ".join(f"{error.max():.2g}" for error in errors))
+        print(f"{name}:\n")
+        titles, cells = zip(*joined(columns).items(), strict=True)
+        lines = [[str(n), family, *line] for (n, family), *line in zip(rows, *cells, strict=True)]
+        print_table(["C", "rows", *titles], lines)
+
+
+def joined(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the columns, neighbours that are the same as one."""
+    found: dict[str, list[str]] = {}
+    for title, cells in columns.items():
+        last = next(reversed(found), None)
+        if last is not None and found[last] == cells:
+            del found[last]
+            found[f"{last} = {title.removeprefix('native, ')}"] = cells
+        else:
+            found[title] = cells
+    return found
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Rules that every page must keep; each violation is a warning, which ends the build.
 
-Each page says in its first sentence who it is for and links to the API it is about, code that
-looks like Python is code that is run, and the reference has every public name.
+Each page says in its first sentence who it is for and links to the API it is about, no page is
+longer than one reads in a sitting, code that looks like Python is code that is run, and the
+reference has every public name.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from docutils import nodes
 from sphinx import addnodes
@@ -17,6 +20,7 @@ import polyce.testing
 
 logger = logging.getLogger(__name__)
 PYTHON = {"python", "py", "pycon", "python3", "default"}
+MOST_WORDS = 1500
 
 
 def setup(app: Sphinx) -> None:
@@ -34,6 +38,9 @@ def check_page(app: Sphinx, doctree: nodes.document) -> None:
     links = [ref for ref in doctree.findall(addnodes.pending_xref) if ref["refdomain"] == "py"]
     if not links and not list(doctree.findall(addnodes.desc)):
         logger.warning("no link to the API", location=page)
+    words = Path(app.env.doc2path(page)).read_text(encoding="utf-8").split()
+    if len(words) > MOST_WORDS and not page.startswith("reference/"):
+        logger.warning("%d words, more than %d", len(words), MOST_WORDS, location=page)
     for block in doctree.findall(nodes.literal_block):
         # Included files are run elsewhere, and `testcode` blocks are marked by their kind.
         is_run = "testnodetype" in block or "source" in block
