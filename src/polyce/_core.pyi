@@ -8,11 +8,16 @@ from collections.abc import Sequence
 class Call:
     """What calls of one shape, one set of dtypes and options share."""
 
-    def __init__(self, shape: Sequence[int], axis: int, logits_dtype: str, target_dtype: str, kind: str, entries: int, teacher_scale: float, wide: bool, result_dtype: str, reduction: str, ignored: int | None, check_labels: bool, smoothing: float, z_loss: float, scale: float, cap: float, normalized: bool) -> None: ...
+    def __init__(self, shape: Sequence[int], axis: int, logits_dtype: str, target_dtype: str, kind: str, entries: int, teacher_scale: float, wide: bool, result_dtype: str, reduction: str, ignored: int | None, check_labels: bool, smoothing: float, z_loss: float, scale: float, cap: float, normalized: bool, all_classes: int | None = None) -> None: ...
 
     def run(self, logits: object, target: object, target_probability: object | None, weight: object | None, sample_weight: object | None, normalizer: object, losses: object | None, stats: object | None, saved: object | None, cotangent: object, by_row: bool, grad_lse: object | None, grad_entropy: object | None, grad: object | None, fresh: bool, backward: bool) -> int | None:
         """
         Compute, and write what has a place; arrays have the buffer protocol, or are torch tensors on a CPU. Gives the place of the first bad label, where labels are checked; then nothing was written. A gradient is `fresh` where its memory is dense and has never been written.
+        """
+
+    def run_part(self, logits: object, target: object, target_probability: object | None, weight: object | None, sample_weight: object | None, start: int, teacher: object | None, rows: object, entropy: bool, first: bool, squares: bool, cotangent: object, by_row: bool, grad_lse: object | None, grad_entropy: object | None, grad: object | None) -> None:
+        """
+        Read some of `all_classes` classes, from `start` on, into `rows`: of each number that a row's parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written.
         """
 
     def log_softmax(self, logits: object, out: object) -> None:

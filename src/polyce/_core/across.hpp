@@ -36,7 +36,7 @@ struct Across : Pivots<T> {
         } else if (job.probabilities.data) {
             fill(job.probabilities, start, count, coefficients);
         }
-        const T* weights = static_cast<const T*>(job.class_weight);
+        const T* weights = weights_of<T>(job);
         const T kept = this->kept, share = this->share;
         for (int c = 0; c < count; ++c) {
             const T weight = weights ? weights[start + c] : T(1);
@@ -59,7 +59,7 @@ struct Across : Pivots<T> {
 
     // The teacher's probabilities of some classes. If these are all, the exponentials are there still.
     POLYCE_APART void fill_softmax(std::int64_t start, int count) const {
-        if (job.classes > chunk) {
+        if (job.classes > chunk || job.part.teacher) {
             fill(job.probabilities, start, count, coefficients);
             teach(count, lane.teacher_top);
         }
@@ -263,7 +263,13 @@ struct Across : Pivots<T> {
         each_label(start, count, [&](int i, std::int64_t at) { lane.label_logit[i] = logits[at]; });
     }
 
+    void take_whole() {
+        results.take_whole();
+        refer_to(lane.rest_max);
+    }
+
     void sum() {
+        if (results.at_top) this->find_largest();
         results.begin_sums();
         if (job.stats.rank && job.classes > chunk) {
             // The first classes are compared with labels that come later.
@@ -278,7 +284,7 @@ struct Across : Pivots<T> {
             if (job.stats.rank) this->count_larger(count);
             find_pivots(start, count);
             this->set_apart(count);
-            if (job.stats.prediction || job.stats.correct) this->find_first(start, count);
+            if (needs_first(job)) this->find_first(start, count);
             if (start) raise_to_top();
             each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = lane.top[i]; });
             refer_to(lane.rest_max);
@@ -299,9 +305,10 @@ struct Across : Pivots<T> {
 
     void write_gradient() {
         each_chunk([&](std::int64_t start, int count) {
-            if (job.classes > chunk || results.distances) {
+            if (job.classes > chunk || results.distances || job.part.rows) {
                 // What the sums were made of has given way to something else.
                 fill(job.logits, start, count, logits);
+                if (results.apart) read_label_logits(start, count);
                 find_pivots(start, count);
                 read_gaps(count);
                 exponentials(count);
@@ -370,7 +377,7 @@ struct Across : Pivots<T> {
 
     bool has_few() const {
         const bool plain = !capped && results.plain && !results.valued && job.scale == 1.0;
-        return sizeof(T) == 4 && plain && job.classes > 0 && job.classes <= few;
+        return sizeof(T) == 4 && plain && !job.part.rows && job.classes > 0 && job.classes <= few;
     }
 
     // The sum of the losses of one tile of rows.
@@ -382,9 +389,9 @@ struct Across : Pivots<T> {
             if (job.stats.valid) sum();
             if constexpr (sizeof(T) == 4) finish_few(*this);
         } else {
-            if (results.at_top) this->find_largest();
-            if (job.teacher) read_teachers();
-            sum();
+            if (job.teacher && !job.part.teacher) read_teachers();
+            writes_part(job) ? take_whole() : sum();
+            if (reads_part(job)) return results.write_part();
             results.finish();
             if (results.distances) sum_distances();
             if (job.grad.data) write_gradient();

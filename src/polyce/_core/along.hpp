@@ -57,15 +57,20 @@ struct Along : Sums<T, capped> {
         return true;
     }
 
+    // The labels, whose place the pivots may take, and their logits.
+    void keep_labels() {
+        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
+            lane.label[i] = lane.pivot[i];
+            const bool reads = is_counted(i) && !out_of_range(lane.label[i], job.classes);
+            lane.label_logit[i] = reads ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
+        }
+    }
+
     void sum() {
         results.begin_sums();
         if (!job.classes) return results.end_sums();
         const bool saved = has_saved(job);
-        for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
-            lane.label[i] = lane.pivot[i];
-            lane.label_logit[i] = is_counted(i) ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
-        }
-        if (is_short(job) && is_simple(job) && !results.at_top && !saved) {
+        if (is_short(job) && is_simple(job) && !results.at_top && !saved && !job.part.rows) {
             sum_short();
         } else {
             for (int i = 0; i < rows; ++i) {
@@ -119,8 +124,8 @@ struct Along : Sums<T, capped> {
                 narrow_run(out.dtype, to, count, place, out.class_stride);
             }
         }
-        write_one(grad, lane.pivot[i], lane.at_pivot[i]);
-        if (results.apart && is_counted(i) && lane.label[i] != lane.pivot[i]) {
+        if (is_here(lane.pivot[i])) write_one(grad, lane.pivot[i], lane.at_pivot[i]);
+        if (results.apart && is_counted(i) && lane.label[i] != lane.pivot[i] && is_here(lane.label[i])) {
             write_one(grad, lane.label[i], results.at_label(i, T(0)));
         }
     }
@@ -264,6 +269,8 @@ struct Along : Sums<T, capped> {
         }
     }
 
+    bool is_here(std::int64_t c) const { return !out_of_range(c, job.classes); }
+
     void write_one(char* grad, std::int64_t c, T value) const {
         narrow_run(job.grad.dtype, &value, 1, grad + c * job.grad.class_stride, job.grad.class_stride);
     }
@@ -272,7 +279,9 @@ struct Along : Sums<T, capped> {
     double run(std::int64_t first, int count) {
         this->begin(first, count);
         this->read_targets();
-        sum();
+        keep_labels();
+        writes_part(job) ? results.take_whole() : sum();
+        if (reads_part(job)) return results.write_part();
         if (job.saved && !job.backward_only) results.save_rows();
         results.finish();
         // Before the gradient, which may be over the logits.

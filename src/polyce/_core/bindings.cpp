@@ -39,12 +39,13 @@ NB_MODULE(_core, m) {
     nb::class_<Call>(m, "Call", "What calls of one shape, one set of dtypes and options share.")
         .def(nb::init<Shape, int, const std::string&, const std::string&, const std::string&, std::int64_t, double,
                       bool, const std::string&, const std::string&, std::optional<std::int64_t>, bool, double,
-                      double, double, double, bool>(),
+                      double, double, double, bool, std::optional<std::int64_t>>(),
              nb::arg("shape"), nb::arg("axis"), nb::arg("logits_dtype"), nb::arg("target_dtype"),
              nb::arg("kind"), nb::arg("entries"), nb::arg("teacher_scale"), nb::arg("wide"),
              nb::arg("result_dtype"), nb::arg("reduction"),
              nb::arg("ignored").none(), nb::arg("check_labels"), nb::arg("smoothing"),
-             nb::arg("z_loss"), nb::arg("scale"), nb::arg("cap"), nb::arg("normalized"))
+             nb::arg("z_loss"), nb::arg("scale"), nb::arg("cap"), nb::arg("normalized"),
+             nb::arg("all_classes") = nb::none())
         .def("run", &Call::run, nb::arg("logits"), nb::arg("target"), nb::arg("target_probability").none(), nb::arg("weight").none(),
              nb::arg("sample_weight").none(), nb::arg("normalizer"), nb::arg("losses").none(),
              nb::arg("stats").none(), nb::arg("saved").none(), nb::arg("cotangent"),
@@ -54,6 +55,12 @@ NB_MODULE(_core, m) {
              "tensors on a CPU. Gives the place of the first bad label, where labels are checked; "
              "then nothing was written. A gradient is `fresh` where its memory is "
              "dense and has never been written.")
+        .def("run_part", &Call::run_part, nb::arg("logits"), nb::arg("target"), nb::arg("target_probability").none(),
+             nb::arg("weight").none(), nb::arg("sample_weight").none(), nb::arg("start"), nb::arg("teacher").none(),
+             nb::arg("rows"), nb::arg("entropy"), nb::arg("first"), nb::arg("squares"), nb::arg("cotangent"),
+             nb::arg("by_row"), nb::arg("grad_lse").none(), nb::arg("grad_entropy").none(), nb::arg("grad").none(),
+             "Read some of `all_classes` classes, from `start` on, into `rows`: of each number that a row's "
+             "parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written.")
         .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),
              "Write log(softmax(logits)) into out.")
         .def_prop_ro("saves_rows", &Call::saves_rows,

@@ -138,7 +138,7 @@ struct Blocks : Group<T> {
         } else if (probabilities) {
             read_probabilities(probabilities, start, count);
         }
-        const T* weights = static_cast<const T*>(job.class_weight);
+        const T* weights = weights_of<T>(job);
         const T kept = this->kept, share = this->share;
         T* const r = coefficients;
         store(r + count, filled(T(0)));

@@ -80,7 +80,8 @@ Call::Call(
     Shape shape, int axis, const std::string& logits_dtype, const std::string& target_dtype,
     const std::string& kind, std::int64_t entries, double teacher_scale, bool wide,
     const std::string& result_dtype, const std::string& reduction, std::optional<std::int64_t> ignored,
-    bool check_labels, double smoothing, double z_loss, double scale, double cap, bool normalized
+    bool check_labels, double smoothing, double z_loss, double scale, double cap, bool normalized,
+    std::optional<std::int64_t> all_classes
 )
     : shape_(std::move(shape)), axis_(axis), probabilities_(kind == "probability" || kind == "teacher") {
     if (int(shape_.size()) > max_axes || axis < 0 || axis >= int(shape_.size())) {
@@ -92,6 +93,7 @@ Call::Call(
         job_.rows *= shape_[std::size_t(a)];
     }
     job_.classes = shape_[std::size_t(axis)];
+    all_classes_ = all_classes.value_or(job_.classes);
     job_.logits.dtype = job_.grad.dtype = float_named(logits_dtype);
     if (probabilities_) {
         job_.probabilities.dtype = float_named(target_dtype);
@@ -118,59 +120,60 @@ Call::Call(
     job_.normalized = normalized;
 }
 
-std::optional<std::int64_t> Call::run(
-    nb::handle logits, nb::handle target, nb::handle target_probability, nb::handle weight, nb::handle sample_weight,
-    nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
-    bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad, bool fresh, bool backward
-) const {
-    Job job = job_;
-    Array x, t, g, others[16];
-    const char* const wide = job.wide ? "float64" : "float32";
-    const int wide_size = job.wide ? 8 : 4;
-    x.open(logits, matrix("input", job.logits.dtype));
-    job.on_torch = x.is_tensor();
-    if (probabilities_) {
-        t.open(target, matrix("target", job.probabilities.dtype));
-    } else {
-        job.labels = t.open_contiguous(
-            target, {"target", target_shape(), label_dtype_.c_str(), size_of(job.label_dtype)});
-    }
-    if (!grad.is_none()) g.open(grad, matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
-    place(job, x.view(), probabilities_ ? &t.view() : nullptr, grad.is_none() ? nullptr : &g.view());
-
+// The arrays of a call, which are open while it runs, and where they are put.
+struct Call::Arrays {
+    const Call& call;
+    Job& job;
+    const char* wide = job.wide ? "float64" : "float32";
+    int wide_size = job.wide ? 8 : 4;
+    Array logits, target, grad, others[16];
     Array* next = others;
-    const auto rows = [&](const char* name, nb::handle array, const char* dtype, int itemsize, bool is_result) -> void* {
-        if (array.is_none()) return nullptr;
-        return (next++)->open_contiguous(array, {name, row_shape_, dtype, itemsize, is_result, is_result});
-    };
-    if (job.sparse) {
-        job.entry_probabilities =
-            (next++)->open_contiguous(target_probability, {"target.probability", target_shape(), wide, wide_size});
+
+    void* open(const char* name, nb::handle array, const Shape& shape, const char* dtype, int itemsize, bool is_result = false) {
+        return (next++)->open_contiguous(array, {name, shape, dtype, itemsize, is_result, is_result});
     }
-    if (!weight.is_none()) {
-        job.class_weight = (next++)->open_contiguous(weight, {"weight", {job.classes}, wide, wide_size});
+    void* rows(const char* name, nb::handle array, const char* dtype, int itemsize, bool is_result) {
+        return array.is_none() ? nullptr : open(name, array, call.row_shape_, dtype, itemsize, is_result);
     }
-    job.sample_weight = static_cast<const double*>(rows("sample_weight", sample_weight, "float64", 8, false));
-    job.normalizer = number_of("normalizer", normalizer);
-    const char* const result = name_of(job.result_dtype);
-    if (job.reduction == Reduction::none) {
-        job.losses = rows("the loss", losses, result, size_of(job.result_dtype), true);
-    } else if (!losses.is_none()) {
-        job.reduced = (next++)->open_contiguous(losses, {"the loss", {}, result, size_of(job.result_dtype), true, true});
+    const double* doubles(const char* name, nb::handle array) {
+        return static_cast<const double*>(rows(name, array, "float64", 8, false));
     }
-    if (!saved.is_none()) {
-        void* place = (next++)->open_contiguous(saved, {"what was saved of the rows", {job.rows, numbers_saved(job)}, "float64", 8, !backward, !backward});
-        job.saved = static_cast<SavedRow*>(place);
+
+    void open_matrices(nb::handle of_logits, nb::handle of_target, nb::handle of_grad, bool fresh) {
+        const bool probabilities = call.probabilities_;
+        logits.open(of_logits, call.matrix("input", job.logits.dtype));
+        job.on_torch = logits.is_tensor();
+        if (probabilities) {
+            target.open(of_target, call.matrix("target", job.probabilities.dtype));
+        } else {
+            job.labels = target.open_contiguous(
+                of_target, {"target", call.target_shape(), call.label_dtype_.c_str(), size_of(job.label_dtype)});
+        }
+        const bool has_grad = !of_grad.is_none();
+        if (has_grad) grad.open(of_grad, call.matrix(fresh ? "the gradient" : "out", job.grad.dtype, true, fresh));
+        job.fresh = fresh;
+        call.place(job, logits.view(), probabilities ? &target.view() : nullptr, has_grad ? &grad.view() : nullptr);
     }
-    if (by_row) {
-        job.cotangents = static_cast<const double*>(rows("grad_output", cotangent, "float64", 8, false));
-    } else {
-        job.cotangent = number_of("grad_output", cotangent);
+
+    void open_weights(nb::handle target_probability, nb::handle weight, nb::handle sample_weight) {
+        if (job.sparse) {
+            job.entry_probabilities = open("target.probability", target_probability, call.target_shape(), wide, wide_size);
+        }
+        if (!weight.is_none()) job.class_weight = open("weight", weight, {call.all_classes_}, wide, wide_size);
+        job.sample_weight = doubles("sample_weight", sample_weight);
     }
-    job.grad_lse = static_cast<const double*>(rows("grad_lse", grad_lse, "float64", 8, false));
-    job.grad_entropy = static_cast<const double*>(rows("grad_entropy", grad_entropy, "float64", 8, false));
-    if (!stats.is_none()) {
-        const nb::tuple given = nb::cast<nb::tuple>(stats);
+
+    void open_cotangents(nb::handle cotangent, bool by_row, nb::handle grad_lse, nb::handle grad_entropy) {
+        if (by_row) {
+            job.cotangents = doubles("grad_output", cotangent);
+        } else {
+            job.cotangent = number_of("grad_output", cotangent);
+        }
+        job.grad_lse = doubles("grad_lse", grad_lse);
+        job.grad_entropy = doubles("grad_entropy", grad_entropy);
+    }
+
+    void open_stats(const nb::tuple& given) {
         std::size_t at = 0;
         const auto floats = [&](const char* name) { return rows(name, given[at++], wide, wide_size, true); };
         const auto integers = [&](const char* name) {
@@ -186,11 +189,58 @@ std::optional<std::int64_t> Call::run(
         job.stats.rank = integers("rank");
         job.stats.valid = flags("valid");
     }
+};
+
+std::optional<std::int64_t> Call::run(
+    nb::handle logits, nb::handle target, nb::handle target_probability, nb::handle weight, nb::handle sample_weight,
+    nb::handle normalizer, nb::handle losses, nb::handle stats, nb::handle saved, nb::handle cotangent,
+    bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad, bool fresh, bool backward
+) const {
+    Job job = job_;
+    Arrays arrays{*this, job};
+    arrays.open_matrices(logits, target, grad, fresh);
+    arrays.open_weights(target_probability, weight, sample_weight);
+    job.normalizer = number_of("normalizer", normalizer);
+    const char* const result = name_of(job.result_dtype);
+    if (job.reduction == Reduction::none) {
+        job.losses = arrays.rows("the loss", losses, result, size_of(job.result_dtype), true);
+    } else if (!losses.is_none()) {
+        job.reduced = arrays.open("the loss", losses, {}, result, size_of(job.result_dtype), true);
+    }
+    if (!saved.is_none()) {
+        const Shape shape{job.rows, numbers_saved(job)};
+        job.saved = static_cast<SavedRow*>(arrays.open("what was saved of the rows", saved, shape, "float64", 8, !backward));
+    }
+    arrays.open_cotangents(cotangent, by_row, grad_lse, grad_entropy);
+    if (!stats.is_none()) arrays.open_stats(nb::cast<nb::tuple>(stats));
     job.backward_only = backward;
-    job.fresh = fresh;
     compute(job);
     if (job.bad_label >= 0) return job.bad_label;
     return {};
+}
+
+void Call::run_part(
+    nb::handle logits, nb::handle target, nb::handle target_probability, nb::handle weight, nb::handle sample_weight,
+    std::int64_t start, nb::handle teacher, nb::handle rows, bool entropy, bool first, bool squares,
+    nb::handle cotangent, bool by_row, nb::handle grad_lse, nb::handle grad_entropy, nb::handle grad
+) const {
+    if (start < 0 || start + job_.classes > all_classes_) throw nb::value_error("a part's classes must be some of all");
+    Job job = job_;
+    Arrays arrays{*this, job};
+    arrays.open_matrices(logits, target, grad, !grad.is_none());
+    arrays.open_weights(target_probability, weight, sample_weight);
+    arrays.open_cotangents(cotangent, by_row, grad_lse, grad_entropy);
+    const auto of_each_row = [&](std::int64_t numbers) {
+        Shape shape = row_shape_;
+        shape.insert(shape.begin(), numbers);
+        return shape;
+    };
+    void* const place = arrays.open("what is known of the rows", rows, of_each_row(Part::numbers), "float64", 8, grad.is_none());
+    job.part = {start, all_classes_, static_cast<double*>(place), entropy, first, squares};
+    if (job.teacher) {
+        job.part.teacher = static_cast<const double*>(arrays.open("a teacher's rows", teacher, of_each_row(2), "float64", 8));
+    }
+    compute(job);
 }
 
 void Call::log_softmax(nb::handle logits, nb::handle out) const {

@@ -12,7 +12,7 @@ struct Entries {
     const Group<T>& group;
     const Job& job;
     Lanes<T>& lane;
-    // Scratch, of each row: the classes, -1 for those that take no part; their logits, which the
+    // Scratch, of each row: the classes, -1 for those that take no part or lie in another; their logits, which the
     // gradient may overwrite; and their coefficients.
     std::int64_t* classes;
     double* coefficients;
@@ -41,17 +41,18 @@ struct Entries {
             for (std::int64_t k = 0; k < job.entries; ++k) {
                 const std::int64_t label = label_at(job, first + k);
                 const bool ignored = job.has_ignored && label == job.ignored;
-                classes[at + k] = ignored || out_of_range(label, job.classes) ? -1 : label;
+                const std::int64_t c = label - job.part.start;
+                classes[at + k] = ignored || out_of_range(c, job.classes) ? -1 : c;
                 if (classes[at + k] < 0) continue;
-                coefficients[at + k] = double(probabilities[first + k]) * kept * (kept == 0.0 ? 1.0 : weight_of(label));
+                coefficients[at + k] = double(probabilities[first + k]) * kept * (kept == 0.0 ? 1.0 : weight_of(c));
                 const char* const row = job.logits.data + logits_at[i];
-                widen_run(job.logits.dtype, row + label * job.logits.class_stride, 0, 1, logits + at + k);
+                widen_run(job.logits.dtype, row + c * job.logits.class_stride, 0, 1, logits + at + k);
             }
         });
     }
 
     double weight_of(std::int64_t c) const {
-        return job.class_weight ? double(static_cast<const T*>(job.class_weight)[c]) : 1.0;
+        return job.class_weight ? double(weights_of<T>(job)[c]) : 1.0;
     }
 
     void add_to(const Transform<capped>& transform, int i, std::int64_t at, RowState& s) const {

@@ -79,7 +79,7 @@ struct Group {
     bool is_counted(int i) const { return lane.counted[i] != 0.0; }
 
     // What the targets say of the rows before their logits are looked at. Rows that are not there
-    // are not counted.
+    // are not counted. Labels are counted from the first class that is here.
     void read_targets() {
         for (int i = 0; i < rows; ++i) lane.weight[i] = job.sample_weight ? job.sample_weight[number(i)] : 1.0;
         for (int i = rows; i < used; ++i) lane.weight[i] = 0.0;
@@ -95,6 +95,7 @@ struct Group {
             });
         }
         if (job.sparse && !job.check_labels) spoil_rows();
+        if (job.part.teacher) read_teachers();
         if (job.grad.data) read_factors();
     }
 
@@ -104,6 +105,16 @@ private:
         for (int i = 0; i < rows; ++i) {
             if (!is_counted(i) || first_bad_label(job, number(i) * job.entries, job.entries) < 0) continue;
             lane.weight[i] = std::numeric_limits<double>::quiet_NaN();
+        }
+    }
+
+    // What the softmax of each row's teacher is made of, whose parts have been joined.
+    void read_teachers() {
+        const double *const tops = job.part.teacher, *const sums = tops + job.rows;
+        for (int i = 0; i < used; ++i) {
+            const double top = i < rows ? tops[number(i)] : 0.0;
+            lane.teacher_top[i] = T(top == -infinity<double> ? 0.0 : top);
+            lane.teacher_sum[i] = i < rows ? sums[number(i)] : 1.0;
         }
     }
 
@@ -123,7 +134,7 @@ private:
         });
         for (int i = rows; i < used; ++i) lane.pivot[i] = 0;
         const double nan = std::numeric_limits<double>::quiet_NaN();
-        const std::int64_t ignored = job.ignored, classes = job.classes;
+        const std::int64_t ignored = job.ignored, classes = all_classes(job);
         const bool has_ignored = job.has_ignored;
         each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             const std::int64_t label = lane.pivot[i];
@@ -136,7 +147,11 @@ private:
             lane.label_weight[i] = 1.0;
             lane.pivot[i] = bad ? 0 : label;
         });
-        if (!job.class_weight || !job.classes) return;
+        if (job.class_weight && classes) read_label_weights();
+        if (const std::int64_t start = job.part.start) each_lane([&](int i) POLYCE_INLINE_LAMBDA { lane.pivot[i] -= start; });
+    }
+
+    void read_label_weights() {
         const T* weights = static_cast<const T*>(job.class_weight);
         for (int i = 0; i < rows; ++i) {
             const bool valid = is_counted(i) && lane.weight[i] == lane.weight[i];

@@ -49,6 +49,23 @@ struct SavedTeacher {
 
 enum class Reduction : std::uint8_t { none, sum, mean };
 
+// Where a call has some of each row's classes: which these are, and what is known of each row, as
+// formula/parts.py says.
+struct Part {
+    // What `rows` holds: of each of these numbers those of all rows, as doubles.
+    enum Number {
+        rest_max, rest_sum, pivot_logit, pivot_coefficient, rest_coefficient, rest_excess, rest_entropy,
+        rest_first, rest_squares, pivot, label_logit,
+        numbers
+    };
+    std::int64_t start = 0, classes = 0;  // the first of these classes; how many the whole row has
+    // Written where the logits are read; where a gradient is wanted, that of whole rows. Null for
+    // calls with all classes.
+    double* rows = nullptr;
+    bool needs_entropy = false, needs_first = false, needs_squares = false;
+    const double* teacher = nullptr;  // of whole rows: their largest logits, then their sums
+};
+
 struct Job {
     // The rows' axes, of which neighbours are joined where strides allow.
     std::int64_t rows = 1, classes = 0;
@@ -96,6 +113,7 @@ struct Job {
     bool streams = false;         // the gradient goes past the caches
     bool on_torch = false;        // the arrays are torch's, whose threads may help
     Stats stats;
+    Part part;
 
     // Found on the way.
     double denominator = 1, total = 0;
@@ -111,6 +129,13 @@ inline SavedTeacher* saved_teachers(const Job& job) { return reinterpret_cast<Sa
 
 // Whether a backward pass has what a forward pass has left, which knows of no entropy.
 inline bool has_saved(const Job& job) { return job.backward_only && job.saved && !job.grad_entropy; }
+
+// How many classes a whole row has. Labels and class weights are of those.
+inline std::int64_t all_classes(const Job& job) { return job.part.rows ? job.part.classes : job.classes; }
+
+// Whether a part of the classes is read for what it adds to its rows, or written from whole ones.
+inline bool reads_part(const Job& job) { return job.part.rows && !job.grad.data; }
+inline bool writes_part(const Job& job) { return job.part.rows && job.grad.data; }
 
 // What the labels of some rows tell together.
 struct LabelSummary {

@@ -80,7 +80,7 @@ LabelSummary count_labels(const Job& job, std::int64_t first, std::int64_t count
     const char* labels = static_cast<const char*>(job.labels) + first * std::int64_t(sizeof(L));
     std::int64_t ignored = 0, bad = 0;
     const std::int64_t marker = job.ignored, has_marker = job.has_ignored;
-    const std::uint64_t classes = std::uint64_t(job.classes);
+    const std::uint64_t classes = std::uint64_t(all_classes(job));
     POLYCE_SIMD_SUM(ignored, bad)
     for (std::int64_t i = 0; i < count; ++i) {
         const std::int64_t label = std::int64_t(fetch<L>(labels + i * std::int64_t(sizeof(L))));

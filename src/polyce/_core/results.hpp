@@ -27,11 +27,11 @@ struct Results {
           spread(has_coefficients(job)), at_top(pivots_on_largest(job)), apart(at_top && group.by_labels),
           plain(!spread && !apart && !job.sparse && job.z_loss == 0.0),
           valued(job.grad.data && (job.grad_lse || job.grad_entropy)),
-          multiplies(!spread && !capped && !job.grad_entropy), squares(job.stats.brier && group.by_labels),
+          multiplies(!spread && !capped && !job.grad_entropy), squares(needs_squares(job)),
           distances(job.stats.brier && !group.by_labels) {}
 
     // Whether the sums of coefficients and the entropy's are looked at.
-    bool needs_all_sums() const { return !plain || valued || job.stats.valid || job.saved; }
+    bool needs_all_sums() const { return !plain || valued || job.stats.valid || job.saved || job.part.rows; }
 
     void begin_sums() const {
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
@@ -46,7 +46,7 @@ struct Results {
             lane.rest_coefficient[i] = lane.rest_excess[i] = lane.rest_entropy[i] = 0.0;
             lane.lost_coefficient[i] = lane.lost_excess[i] = lane.lost_entropy[i] = 0.0;
         });
-        if (!job.stats.brier && !job.stats.rank) return;
+        if (!job.stats.brier && !job.stats.rank && !squares) return;
         group.each_lane([&](int i) POLYCE_INLINE_LAMBDA {
             lane.squares[i] = lane.lost_squares[i] = lane.pivot_target[i] = 0.0;
             lane.rank[i] = 0;
@@ -71,7 +71,7 @@ struct Results {
         for (int i = 0; i < group.rows; ++i) {
             if (lane.label[i] == lane.pivot[i]) {
                 lane.pivot_coefficient[i] = label_coefficient(job, lane.label_weight[i]);
-            } else {
+            } else if (!out_of_range(lane.label[i], job.classes)) {
                 RowState s = state(i);
                 count_label(job, transform, s, lane.label_weight[i], double(lane.label_logit[i]));
                 lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
@@ -89,6 +89,40 @@ struct Results {
             if (is_saved(i)) return;
             lane.rest_coefficient[i] = s.rest_coefficient, lane.rest_excess[i] = s.rest_excess;
         });
+    }
+
+    // Of a part of the classes: the sums of each row, where it counts. Without the pivot, which lies in
+    // another part then, there is none of its numbers.
+    POLYCE_APART double write_part() const {
+        for (int i = 0; i < group.rows; ++i) {
+            const RowState s = group.is_counted(i) ? state(i) : RowState{-infinity<double>, 0, 0, 0, 0, 0, 0};
+            const bool here = group.is_counted(i) && !out_of_range(lane.pivot[i], job.classes);
+            double* place = job.part.rows + group.number(i);
+            const auto put = [&](double value) {
+                *place = value;
+                place += job.rows;
+            };
+            put(s.rest_max), put(s.rest_sum);
+            put(here ? s.pivot_logit : at_top ? -infinity<double> : 0.0), put(here ? s.pivot_coefficient : 0.0);
+            put(s.rest_coefficient), put(s.rest_excess), put(s.rest_entropy);
+            put(double(job.part.start + lane.first[i])), put(squares && group.is_counted(i) ? lane.squares[i] : 0.0);
+            put(double(job.part.start + lane.pivot[i])), put(apart ? double(lane.label_logit[i]) : 0.0);
+        }
+        return 0.0;
+    }
+
+    // Of whole rows: what their parts have joined to, for the gradient of one of them.
+    POLYCE_APART void take_whole() const {
+        begin_sums();
+        for (int i = 0; i < group.rows; ++i) {
+            const double* const row = job.part.rows + group.number(i);
+            const auto found = [&](Part::Number number) { return row[number * job.rows]; };
+            lane.rest_max[i] = T(found(Part::rest_max)), lane.rest_sum[i] = found(Part::rest_sum);
+            lane.pivot_logit[i] = T(found(Part::pivot_logit)), lane.pivot_coefficient[i] = found(Part::pivot_coefficient);
+            lane.rest_coefficient[i] = found(Part::rest_coefficient), lane.rest_entropy[i] = found(Part::rest_entropy);
+            if (at_top) lane.pivot[i] = std::int64_t(found(Part::pivot)) - job.part.start;
+        }
+        if (job.sparse) entries.read();
     }
 
     // Whether a row's sums are what a forward pass has left of it, and not of its logits.

@@ -70,7 +70,7 @@ inline std::int64_t first_bad_label(const Job& job, std::int64_t first, std::int
     for (std::int64_t at = first; at < first + count; ++at) {
         const std::int64_t label = label_at(job, at);
         const bool ignored = job.has_ignored && label == job.ignored;
-        if (!ignored && out_of_range(label, job.classes)) return at;
+        if (!ignored && out_of_range(label, all_classes(job))) return at;
     }
     return -1;
 }
@@ -98,7 +98,7 @@ POLYCE_INLINE RowTarget read_target(const Job& job, std::int64_t row) {
     const std::int64_t label = label_at(job, row);
     if (job.has_ignored && label == job.ignored) {
         target.counted = false;
-    } else if (out_of_range(label, job.classes)) {
+    } else if (out_of_range(label, all_classes(job))) {
         target.invalid = target.counted;
         if (target.invalid) target.weight = std::numeric_limits<double>::quiet_NaN();
     } else {
@@ -110,7 +110,8 @@ POLYCE_INLINE RowTarget read_target(const Job& job, std::int64_t row) {
 
 // The coefficient of every class that a label gives by smoothing, per unit of class weight.
 POLYCE_INLINE double smoothing_share(const Job& job) {
-    return job.smoothing / double(job.classes > 0 ? job.classes : 1);
+    const std::int64_t classes = all_classes(job);
+    return job.smoothing / double(classes > 0 ? classes : 1);
 }
 
 POLYCE_INLINE double label_coefficient(const Job& job, double label_weight) {
@@ -130,8 +131,27 @@ POLYCE_INLINE T coefficient(const Job& job, T probability, T weight, T kept, T s
     return even * weight;
 }
 
+// The class weights from the first class on that is here, or null.
+template <class T>
+POLYCE_INLINE const T* weights_of(const Job& job) {
+    const T* const weights = static_cast<const T*>(job.class_weight);
+    return weights ? weights + job.part.start : nullptr;
+}
+
 // Whether rows are summed for their entropy: it is asked for, or has a cotangent.
-POLYCE_INLINE bool needs_entropy(const Job& job) { return job.stats.entropy || job.grad_entropy; }
+POLYCE_INLINE bool needs_entropy(const Job& job) {
+    return job.stats.entropy || job.grad_entropy || job.part.needs_entropy;
+}
+
+// Whether the first class with the largest logit is looked for.
+POLYCE_INLINE bool needs_first(const Job& job) {
+    return job.stats.prediction || job.stats.correct || job.part.needs_first;
+}
+
+// Whether the exponentials' squares are summed, for a label's Brier score.
+POLYCE_INLINE bool needs_squares(const Job& job) {
+    return (job.stats.brier && has_labels(job)) || job.part.needs_squares;
+}
 
 // Whether the class of the largest logit is the pivot. It is where there are no labels, and wherever
 // the entropy is needed: with another class as pivot the sum over the rest holds the largest's 1, in

@@ -77,13 +77,14 @@ struct Sums : Blocks<T> {
 
     // More is made of each of them than their sum.
     static bool needs_exponentials(const Job& job) {
-        return needs_entropy(job) || (job.stats.brier && !job.probabilities.data);
+        return needs_entropy(job) || needs_squares(job) || (job.stats.brier && job.sparse);
     }
 
     // Where a gradient's entries are made of them, they are kept, not computed again.
     static bool keeps_exponentials(const Job& job) {
         const bool combines = has_coefficients(job) && (job.grad_lse || job.grad_entropy);
-        return job.grad.data && !has_saved(job) && !capped && !combines && job.classes <= most_kept;
+        const bool reads = !has_saved(job) && !job.part.rows;
+        return job.grad.data && reads && !capped && !combines && job.classes <= most_kept;
     }
 
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
@@ -158,8 +159,6 @@ struct Sums : Blocks<T> {
 
     static T reference(T m) { return m == -infinity<T> ? T(0) : m; }
 
-    bool wants_first() const { return job.stats.prediction || job.stats.correct; }
-
     // Short rows, some at a time: so that what is written to a row is long there when it is read, and
     // one row's lanes become one number while others are on their way.
     void sum_short() {
@@ -182,7 +181,7 @@ struct Sums : Blocks<T> {
             });
             each([&](int i, T* x) POLYCE_INLINE_LAMBDA { store(tops + (i - begin) * pack_size, largest_lanes(x, full)); });
             each([&](int i, T*) POLYCE_INLINE_LAMBDA { lane.rest_max[i] = largest_of(load(tops + (i - begin) * pack_size)); });
-            if (wants_first()) {
+            if (needs_first(job)) {
                 each([&](int i, T* x) POLYCE_INLINE_LAMBDA { lane.first[i] = first_equal(x, count, lane.rest_max[i]); });
             }
             if (job.stats.rank) {
@@ -217,7 +216,7 @@ struct Sums : Blocks<T> {
     void sum_row(int i) {
         const char* const row = logits_of(i);
         const bool finds = results.at_top;
-        if (job.teacher) this->teacher.read(i, probabilities_of(i), copy);
+        if (job.teacher && !job.part.teacher) this->teacher.read(i, probabilities_of(i), copy);
         std::int64_t pivot = lane.pivot[i];
         RowState s{-infinity<double>, 0, 0, 0, 0, 0, 0};
         const bool coefficients_too = results.spread;
@@ -240,7 +239,7 @@ struct Sums : Blocks<T> {
                 if (start) add_class(s, before.pivot_logit, before.pivot_coefficient);
             } else if (double(most) > s.rest_max) {
                 raise(s, double(most));
-                if (wants_first()) lane.first[i] = start + first_equal(x, count, most);
+                if (needs_first(job)) lane.first[i] = start + first_equal(x, count, most);
             }
             const T m = reference(T(s.rest_max));
             if (keeps) references[i * blocks + start / block] = m, missing[i * blocks + start / block] = T(-1);
@@ -278,7 +277,7 @@ struct Sums : Blocks<T> {
             if (coefficients_too) add_coefficients(s, full, r);
         }
         if (finds) lane.pivot[i] = pivot, lane.first[i] = job.classes;
-        lane.pivot_logit[i] = read_one(job.logits, row, pivot);
+        if (!out_of_range(pivot, job.classes)) lane.pivot_logit[i] = read_one(job.logits, row, pivot);
         set_state(i, s);
     }
 

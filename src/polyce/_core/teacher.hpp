@@ -47,7 +47,9 @@ struct Teacher {
           references(scratch + (keeps_exponentials(job) ? most_rows * padded(job.classes) : 0)), pitch(padded(job.classes)),
           blocks(blocks_of(job)), keeps(keeps_exponentials(job)), direct(direct) {}
 
-    static bool keeps_exponentials(const Job& job) { return job.teacher && !has_saved(job) && job.classes <= most_kept; }
+    static bool keeps_exponentials(const Job& job) {
+        return job.teacher && !job.part.teacher && !has_saved(job) && job.classes <= most_kept;
+    }
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
 
     static std::int64_t numbers_in_scratch(const Job& job, std::int64_t most_rows) {

@@ -55,7 +55,10 @@ class Whole(NamedTuple):
 
 
 def read_teacher(problem: Problem, teacher: Any) -> TeacherState:
-    """Read a part of a teacher's classes."""
+    """Read a part of a teacher's classes; there may be none."""
+    if not teacher.shape[problem.axis]:
+        top = _of_no_class(problem, teacher, problem.arithmetic_dtype) - math.inf
+        return TeacherState(top, _of_no_class(problem, teacher, problem.row_dtype))
     return TeacherState(*teacher_softmax.state(problem, teacher))
 
 
@@ -70,7 +73,12 @@ def join_teacher(problem: Problem, parts: list[TeacherState]) -> TeacherState:
 def read(
     problem: Problem, operands: Operands, start: int, teacher: TeacherState | None = None
 ) -> Part:
-    """Read a part of the classes; a teacher comes with what its whole rows have joined to."""
+    """Read a part of the classes; a teacher comes with what its whole rows have joined to.
+
+    There may be no class in a part.
+    """
+    if not operands.logits.shape[problem.axis]:
+        return _read_nothing(problem, operands, start)
     part = _open(problem, operands, start, teacher)
     plan, logits, coefficients = part.plan, part.logits, part.coefficients
     entries = targets.entries(problem, plan)
@@ -85,7 +93,10 @@ def read(
     else:
         pivot = plan.label
         here, pivot_logit = _pick(problem, logits, plan.label - start)
-        at_pivot = xp.where(here, 1.0 if part.at_label is None else part.at_label, 0.0)
+        at_label = 1.0 if part.at_label is None else part.at_label
+        # Not the number itself, which would have the library's own dtype.
+        at_label = at_label + xp.zeros_like(library.cast(pivot_logit, problem.row_dtype))
+        at_pivot = xp.where(here, at_label, 0.0)
     label_logit = None
     if rowstats.needs_label_logit(problem):
         _, label_logit = _pick(problem, logits, plan.label - start)
@@ -99,8 +110,43 @@ def read(
         state = with_entries(problem, state, entries, pivot - start, chosen)
     if state.rest_first is not None:
         state = state._replace(rest_first=state.rest_first + start)
-    nothing = dict.fromkeys(("class_weight", "probabilities", "entries", "kept", "teacher"))
-    return Part(state, pivot, plan._replace(**nothing), label_logit)
+    return Part(state, pivot, of_rows(plan), label_logit)
+
+
+def of_rows(plan: Plan) -> Plan:
+    """Leave out of a plan what is of every class or entry."""
+    return plan._replace(
+        class_weight=None, probabilities=None, entries=None, kept=None, teacher=None
+    )
+
+
+def _read_nothing(problem: Problem, operands: Operands, start: int) -> Part:
+    """Return what a part without classes reports, to which `join` adds nothing."""
+    library, leads = problem.library, targets.pivot_leads(problem)
+    plan = of_rows(targets.plan(problem, operands))
+    zero = _of_no_class(problem, operands.logits, problem.row_dtype)
+    first = library.cast(zero, library.label_dtype(zero)) + start
+    has_coefficients = leads or problem.options.label_smoothing
+    state = RowState(
+        rest_max=zero - math.inf,
+        rest_sum=zero,
+        # Any other class is likelier.
+        pivot_logit=zero - math.inf if leads else zero,
+        pivot_coefficient=zero,
+        rest_coefficient=zero if has_coefficients else None,
+        rest_excess=zero if has_coefficients else None,
+        rest_entropy=zero if problem.asks("entropy") else None,
+        rest_first=first if problem.asks("prediction", "correct") else None,
+        rest_squares=zero if rowstate.needs_squares(problem) else None,
+    )
+    label_logit = zero if rowstats.needs_label_logit(problem) else None
+    return Part(state, first if leads else plan.label, plan, label_logit)
+
+
+def _of_no_class(problem: Problem, logits: Any, dtype: Any) -> Any:
+    """Return 0 for each row of logits without classes."""
+    xp = problem.xp
+    return xp.sum(problem.library.cast(logits, dtype), axis=problem.axis, keepdims=True)
 
 
 def join(problem: Problem, parts: list[Part]) -> Whole:
@@ -135,6 +181,8 @@ def gradient(
     teacher: TeacherState | None = None,
 ) -> Any:
     """Compute a part's gradient, in the arithmetic dtype, for the cotangents of its rows."""
+    if not operands.logits.shape[problem.axis]:
+        return problem.library.cast(operands.logits, problem.arithmetic_dtype)
     part = _open(problem, operands, start, teacher)
     plan, xp = part.plan, problem.xp
     excluded = _excluded(problem, plan, part.logits, whole.pivot - start)
@@ -163,6 +211,8 @@ def rank(problem: Problem, operands: Operands, label_logit: Any) -> Any:
 
 def brier(problem: Problem, operands: Operands, start: int, whole: Whole) -> Any:
     """Compute what a part of the classes adds to the Brier score of probabilities."""
+    if not operands.logits.shape[problem.axis]:
+        return _of_no_class(problem, operands.logits, problem.row_dtype)
     part = _open(problem, operands, start, None)
     excluded = _excluded(problem, part.plan, part.logits, whole.pivot - start)
     rest = _exponentials(problem, part.logits, excluded, whole.state)

@@ -19,7 +19,10 @@ class OfParts(NamedTuple):
     read: Callable[..., Any]
     """(problem, operands, start, teacher) -> Part"""
     gradient: Callable[..., Any]
-    """(problem, operands, start, whole, cotangent, of_stats, teacher) -> a part's gradient"""
+    """(problem, operands, start, whole, cotangent, of_stats, teacher) -> a part's gradient
+
+    It is in the logits' dtype, or in the arithmetic one.
+    """
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from typing import Any
 
 from polyce.arrays import dtypes
 from polyce.call.problem import Operands, Problem
+from polyce.formula.parts import Part
 from polyce.formula.stats import Stats
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
+from polyce.implementations.native import parts
 from polyce.implementations.native.core import unavailable
 from polyce.implementations.native.run import NUMPY, ArrayAccess, kernel, run
 
@@ -98,6 +100,16 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
     return result
 
 
+def read_part(problem: Problem, *part: Any, **more: Any) -> Part:
+    """Read a part of the classes of each row."""
+    return parts.read(access(problem.backend), problem, *part, **more)
+
+
+def part_gradient(problem: Problem, *part: Any, **more: Any) -> Any:
+    """Compute the gradient of a part of the classes of each row, from the whole."""
+    return parts.gradient(access(problem.backend), problem, *part, **more)
+
+
 PATH = Implementation(
     name="native",
     cross_entropy=cross_entropy,
@@ -109,6 +121,7 @@ PATH = Implementation(
     by_name_only=is_left_to_the_compiler,
     torch_kernels=torch_kernels,
     takes_grad_stats=True,
+    of_parts=OfParts(read_part, part_gradient),
     log_softmax=log_softmax,
 )
 

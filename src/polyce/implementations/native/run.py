@@ -86,7 +86,7 @@ def run(
     found = None
     if options.stats is not None:
         found = stats.unfilled(problem, lambda shape, dtype: empty(shape, dtype=dtype))
-    given = _readable(own, problem, operands)
+    given = readable(own, problem, operands)
     bad_label = kernel(problem).run(
         **given, losses=losses, stats=found, saved=saved, grad=grad, fresh=fresh, backward=False
     )
@@ -99,7 +99,7 @@ def run_backward(
     own: ArrayAccess, problem: Problem, operands: Operands, saved: Any, grad: Any, *, fresh: bool
 ) -> None:
     """Write the gradient, from what a forward pass has `saved` of the rows, if it has."""
-    given = _readable(own, problem, operands)
+    given = readable(own, problem, operands)
     if saved is not None:
         saved = own.dense("what was saved of the rows", saved, None)
     bad_label = kernel(problem).run(
@@ -109,7 +109,7 @@ def run_backward(
         raise _bad_label(problem, given["target"], bad_label)
 
 
-def _readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[str, Any]:
+def readable(own: ArrayAccess, problem: Problem, operands: Operands) -> dict[str, Any]:
     """Return the operands as the kernels read them, and whether each row has a cotangent."""
     logits, target, weight, sample_weight, normalizer, cotangent, of_lse, of_entropy, *_ = operands
     probability = operands.target_probability
@@ -167,20 +167,31 @@ def _bad_label(problem: Problem, target: Any, place: int) -> IndexError:
     return labels.bad_label(problem, value, place)
 
 
-_kernels: dict[Problem, Any] = {}
+_kernels: dict[tuple[Problem, int | None], Any] = {}
 
 
-def kernel(problem: Problem) -> Any:
-    """Return what the kernels prepare from a problem before they see an array."""
-    found = _kernels.get(problem)
+def kernel(problem: Problem, width: int | None = None) -> Any:
+    """Return what the kernels prepare from a problem before they see an array.
+
+    With a `width` they see so many of the problem's classes, and results of each row alone.
+    """
+    key = problem, width
+    found = _kernels.get(key)
     if found is None:
         if len(_kernels) >= _MOST_KERNELS:
             _kernels.clear()
-        found = _kernels[problem] = _kernel(problem)
+        found = _kernels[key] = _kernel(problem) if width is None else _of_part(problem, width)
     return found
 
 
-def _kernel(problem: Problem) -> Any:
+def _of_part(problem: Problem, width: int) -> Any:
+    """Prepare what sees a part of the classes; the labels have been checked."""
+    shape = (*problem.shape[: problem.axis], width, *problem.shape[problem.axis + 1 :])
+    own = problem.with_options(reduction="none")._replace(shape=shape, check_labels=False)
+    return _kernel(own, problem.classes)
+
+
+def _kernel(problem: Problem, all_classes: int | None = None) -> Any:
     return core().Call(
         shape=problem.shape,
         axis=problem.axis,
@@ -199,4 +210,5 @@ def _kernel(problem: Problem) -> Any:
         scale=transform.scale_of(problem),
         cap=problem.options.logit_softcap or 0.0,
         normalized=problem.normalized,
+        all_classes=all_classes,
     )
