@@ -224,6 +224,7 @@ FLOORS = (
     {"formula"},
     {"graphs"},
     {"implementations"},
+    {"sharded"},
     {"functional", "linear"},
     {"loss", "torch", "values"},
     {"explain", "score"},

@@ -1,0 +1,12 @@
+"""For torch only: modules, classes over processes, and a backward pass without memory of its own.
+
+``import polyce.torch`` imports torch, which ``import polyce`` does not.
+"""
+
+from __future__ import annotations
+
+from polyce.linear.torch_module import LinearCrossEntropyLoss
+from polyce.torch.functional import cross_entropy
+from polyce.torch.modules import CrossEntropyLoss, NLLLoss
+
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entropy"]
