@@ -115,6 +115,20 @@ class Sharded:
         grad = whole_gradient(own, input, axis, self.calls)
         return (loss, grad) if stats is None else (loss, grad, stats)
 
+    def log_prob(self, input: Any, index: Any, *, axis: int | None = None, **more: Any) -> Any:
+        self.calls += 1
+        shard, where = shard_of(input, axis, self.calls)
+        found = polyce.torch.log_prob(shard, index, axis=axis, **where, **more)
+        same_everywhere(found)
+        return found
+
+    def entropy(self, input: Any, *, axis: int | None = None, **more: Any) -> Any:
+        self.calls += 1
+        shard, where = shard_of(input, axis, self.calls)
+        found = polyce.torch.entropy(shard, axis=axis, **where, **more)
+        same_everywhere(found)
+        return found
+
 
 def left_out(chosen: set[str]) -> Callable[[Case], str]:
     return lambda case: "" if case.name in chosen else "not among the chosen"
@@ -123,7 +137,7 @@ def left_out(chosen: set[str]) -> Callable[[Case], str]:
 def grid(most: int | None, groups: list[str] | None = None) -> None:
     chosen = {case.name for case in representative(cases(groups), most)}
     own = Sharded()
-    functions = Functions(own.cross_entropy, own.with_grad)
+    functions = Functions(own.cross_entropy, own.with_grad, own.log_prob, own.entropy)
     report = check_implementation(
         None, "torch", groups=groups, functions=functions, leave_out=left_out(chosen)
     )
@@ -257,6 +271,56 @@ def unlooked_at() -> None:
     losses.sum().backward()
     assert losses.isnan().tolist() == [True, False, True]
     assert (leaf.grad[1] == 0.0).all()
+
+
+def values() -> None:
+    """Gradients of log-probabilities and of the entropy, and rows of which nothing is asked."""
+    group, rank, count = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = 10.0 * torch.randn(2, 4 * count, 5, dtype=torch.float64)
+    whole[0, 0, 0] += 60.0
+    whole[1, 0, 4] = torch.inf
+    some = torch.randint(0, whole.shape[1], (2, 3, 5))
+    some[0, :, 0], some[1, :, 1], some[1, :, 4] = torch.tensor([0, 3, 0]), -100, -100
+    own, leaf = slice(4 * rank, 4 * rank + 4), whole.clone().requires_grad_()
+    shard = whole[:, own].clone().requires_grad_()
+    given: dict[str, list[tuple[Any, ...]]] = {
+        "log_prob": [(some,), (some[:, 0],), (some[:, :0],)],
+        "entropy": [()],
+    }
+    for name, calls in given.items():
+        for more in calls:
+            want = getattr(polyce, name)(leaf, *more)
+            found = getattr(polyce.torch, name)(shard, *more, group=group)
+            torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-40, equal_nan=True)
+            same_everywhere(found)
+            cotangent = torch.randn(want.shape, dtype=torch.float64)
+            dist.broadcast(cotangent, 0)
+            if not want.numel():
+                continue
+            (expected,) = torch.autograd.grad(want, leaf, cotangent)
+            (grad,) = torch.autograd.grad(found, shard, cotangent)
+            torch.testing.assert_close(
+                grad, expected[:, own], rtol=1e-12, atol=1e-35, equal_nan=True
+            )
+    for bad in (torch.tensor([[4 * count]]), torch.tensor([4 * count])):
+        flat = torch.zeros(1, 4)
+        with pytest.raises(IndexError, match="index must lie in 0 to"):
+            polyce.torch.log_prob(flat, bad, group=group)
+        with pytest.raises(ValueError, match="overlap"):
+            polyce.torch.log_prob(flat, bad, group=group, class_start=0, num_classes=4 * count)
+        assert polyce.torch.log_prob(flat, bad, group=group, validate=False).isnan().all()
+    with pytest.raises(ValueError, match="index must have the shape"):
+        polyce.torch.log_prob(flat, torch.zeros(2, 2, dtype=torch.int64), group=group)
+
+
+def module() -> None:
+    """The module keeps group and range."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    shard, labels = torch.zeros(2, 4), torch.tensor([0, 1])
+    where = {"group": group, "class_start": 4 * rank, "num_classes": 4 * dist.get_world_size()}
+    loss = polyce.torch.CrossEntropyLoss(z_loss=0.1, **where)(shard, labels)
+    assert loss == polyce.torch.cross_entropy(shard, labels, z_loss=0.1, **where)
 
 
 def citizen() -> None:

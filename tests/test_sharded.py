@@ -41,7 +41,8 @@ def test_the_grid(processes: Processes, group: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", ["one_collective", "bytes_of_a_row", "bad_calls", "unlooked_at", "citizen"]
+    "check",
+    ["one_collective", "bytes_of_a_row", "bad_calls", "unlooked_at", "values", "module", "citizen"],
 )
 def test_of_every_process(processes: Processes, check: str) -> None:
     processes.run(check)

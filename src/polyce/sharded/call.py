@@ -51,6 +51,10 @@ class ShardCall:
         )
         return replace(self, problem=problem, operands=self.operands._replace(normalizer=None))
 
+    def without_arrays(self) -> ShardCall:
+        """Return the call without its arrays."""
+        return replace(self, operands=Operands(*(None,) * 6))
+
 
 def describe(
     input: Any,
@@ -72,12 +76,12 @@ def describe(
     of_target.check_given(input, target, is_head=False)
     find.of(input=input, **of_target.arrays(target))
     shape, axis = checks.logits_shape(input, options.axis, target)
-    start, classes = _range(group, shape[axis], class_start, num_classes)
+    start, classes = place(group, shape[axis], class_start, num_classes)
     whole = (*shape[:axis], classes, *shape[axis + 1 :])
     stand_in, kept = _whole_target(target, shape, whole)
     # Whole rows exist nowhere, so the problem is that of tensors of their shape without memory.
     problem, operands = calls.describe(
-        _of_shape(input, whole), stand_in, weight, sample_weight, normalizer, options
+        of_shape(input, whole), stand_in, weight, sample_weight, normalizer, options
     )
     operands = operands._replace(logits=input)
     if kept is not None:
@@ -100,10 +104,10 @@ def check_group(group: Any) -> None:
         )
 
 
-def _range(
+def place(
     group: Any, width: int, class_start: int | None, num_classes: int | None
 ) -> tuple[int, int]:
-    """Return the shard's first class and the number of all classes."""
+    """Return a shard's first class and the number of all classes."""
     if class_start is None and num_classes is None:
         return group.rank() * width, group.size() * width
     if class_start is None or num_classes is None:
@@ -122,7 +126,7 @@ def _range(
     return int(class_start), int(num_classes)
 
 
-def _of_shape(like: Any, shape: tuple[int, ...]) -> Any:
+def of_shape(like: Any, shape: tuple[int, ...]) -> Any:
     """Return a tensor of a shape that has next to no memory, and values that nobody reads."""
     return like.detach().new_empty(()).expand(shape)
 
@@ -131,13 +135,13 @@ def _whole_target(target: Any, shape: tuple[int, ...], whole: tuple[int, ...]) -
     """Return a target of whole rows, and what its shard is if it is sharded as the logits are."""
     if isinstance(target, TeacherLogits):
         _check_sharded("target.logits", target.logits, shape)
-        return target._replace(logits=_of_shape(target.logits, whole)), target.logits
+        return target._replace(logits=of_shape(target.logits, whole)), target.logits
     if isinstance(target, SparseTarget) or not isinstance(target, torch.Tensor):
         return target, None
     if dtypes.dtype_name(target) not in dtypes.FLOATS:
         return target, None
     _check_sharded("target", target, shape)
-    return _of_shape(target, whole), target
+    return of_shape(target, whole), target
 
 
 def _check_sharded(name: str, given: Any, shape: tuple[int, ...]) -> None:
@@ -163,8 +167,22 @@ def _check_gradients(problem: Problem, operands: Operands) -> None:
                 "a loss of classes over processes has a gradient of input alone, but "
                 f"{own} requires grad; pass {own}.detach()"
             )
+    check_untransformed()
+
+
+def check_untransformed() -> None:
+    """Refuse transforms of torch.func and forward mode, for which there are no rules."""
     if torch_state.is_transformed():
         raise ValueError(
             "a loss of classes over processes has a backward pass only, but a torch.func transform "
             "or forward mode is on; call it outside of them, or gather the classes"
+        )
+
+
+def check_once(*cotangents: Any) -> None:
+    """Refuse a backward pass whose result would be differentiated again, or is batched."""
+    if not torch.compiler.is_compiling() and any(map(torch_state.needs_operations, cotangents)):
+        raise RuntimeError(
+            "a loss of classes over processes has one gradient, without a graph, but "
+            "create_graph, is_grads_batched or a transform is on; gather the classes for that"
         )

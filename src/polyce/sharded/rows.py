@@ -14,7 +14,7 @@ import torch
 
 from polyce.arrays import torch_memory
 from polyce.call.problem import Operands
-from polyce.formula import parts, rows, rowstats, targets
+from polyce.formula import parts, rowstats, targets
 from polyce.formula.parts import TeacherState, Whole
 from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.rowstate import RowState
@@ -23,7 +23,7 @@ from polyce.formula.targets import Plan
 from polyce.graphs import torch_rows, torch_state
 from polyce.implementations.contract import OfParts
 from polyce.sharded import exchange, states
-from polyce.sharded.call import ShardCall
+from polyce.sharded.call import ShardCall, check_once
 
 
 def plan_of(call: ShardCall) -> Plan:
@@ -40,11 +40,8 @@ def plan_of(call: ShardCall) -> Plan:
 def compute(call: ShardCall, plan: Plan, of_parts: OfParts) -> tuple[Any, RowStats | None, Plan]:
     """Compute the rows' losses and stats, and complete the plan by what only all processes know.
 
-    The call has no reduction.
+    The call has no reduction, but it has rows and classes.
     """
-    if call.problem.is_empty:
-        exchange.gather_with_ranges(call, states.nothing(call))
-        return *rows.forward(call.problem, plan, call.operands.logits), plan
     if not torch_state.needs_gradient(call.operands.logits):
         whole, plan, _ = _forward(call, plan, of_parts)
         return whole.losses, whole.stats, plan
@@ -127,7 +124,7 @@ class _Rows(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved)
         ctx.kinds = torch_memory.kinds(saved)
-        ctx.call = replace(call, operands=Operands(*(None,) * 6)), of_parts
+        ctx.call = call.without_arrays(), of_parts
         if whole.stats is None:
             return (whole.losses,)
         torch_state.mark_stats(ctx, whole.stats)
@@ -140,11 +137,7 @@ class _Rows(torch.autograd.Function):
         given = [array for array in (of_losses, of_lse, of_entropy) if array is not None]
         if not given:
             return (None,) * 5
-        if not torch.compiler.is_compiling() and any(map(torch_state.needs_operations, given)):
-            raise RuntimeError(
-                "a loss of classes over processes has one gradient, without a graph, but "
-                "create_graph, is_grads_batched or a transform is on; gather the classes for that"
-            )
+        check_once(*given)
         saved = ctx.saved_tensors
         torch_memory.check_returned(ctx.kinds, saved)
         logits, target, weight, sample_weight, probability, *kept = saved

@@ -8,5 +8,13 @@ from __future__ import annotations
 from polyce.linear.torch_module import LinearCrossEntropyLoss
 from polyce.torch.functional import cross_entropy
 from polyce.torch.modules import CrossEntropyLoss, NLLLoss
+from polyce.torch.values import entropy, log_prob
 
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entropy"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "NLLLoss",
+    "cross_entropy",
+    "entropy",
+    "log_prob",
+]

@@ -28,6 +28,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         As for `polyce.cross_entropy`.
     inplace_backward
         As for `cross_entropy`, which says when the logits may be read.
+    group, class_start, num_classes
+        As for `cross_entropy`: this process's shard of the classes.
 
     Attributes
     ----------
@@ -35,7 +37,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         Weight of each class, a buffer: it moves and is cast with the module.
     ignore_index, reduction, label_smoothing, axis, z_loss, logit_scale, logit_softcap
         As given; they may be assigned.
-    return_stats, validate, implementation, inplace_backward
+    return_stats, validate, implementation, inplace_backward, group, class_start, num_classes
         As given; they may be assigned.
 
     See Also
@@ -58,7 +60,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __constants__ = [  # noqa: RUF012 - as torch's own
         *torch.nn.CrossEntropyLoss.__constants__,
         *("axis", "z_loss", "logit_scale", "logit_softcap", "return_stats"),
-        *("validate", "implementation", "inplace_backward"),
+        *("validate", "implementation", "inplace_backward", "class_start", "num_classes"),
     ]
 
     def __init__(
@@ -79,6 +81,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         implementation: str | None = None,
         dim: None = None,
         inplace_backward: bool = False,
+        group: Any = None,
+        class_start: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         if dim is not None:
             raise refuse_dim()
@@ -93,6 +98,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.validate = validate
         self.implementation = implementation
         self.inplace_backward = inplace_backward
+        self.group = group
+        self.class_start = class_start
+        self.num_classes = num_classes
 
     def forward(
         self,
@@ -120,6 +128,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             validate=self.validate,
             implementation=self.implementation,
             inplace_backward=self.inplace_backward,
+            group=self.group,
+            class_start=self.class_start,
+            num_classes=self.num_classes,
         )
 
     def extra_repr(self) -> str:
