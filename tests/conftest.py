@@ -222,5 +222,5 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Count the calls that go the whole way."""
     from door_calls import Ways
 
-    for_torch = sys.modules.get("polyce.torch")
+    for_torch = sys.modules.get("polyce.torch.functional")
     return Ways(monkeypatch, *([] if for_torch is None else [for_torch]))

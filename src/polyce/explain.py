@@ -150,6 +150,12 @@ def explain(
     bound = inspect.signature(call).bind(*arguments, **options)
     bound.apply_defaults()
     given = bound.arguments
+    if given.get("group") is not None:
+        raise ValueError(
+            "explain tells what computes whole rows, got a group; leave it out, and pass whole rows"
+        )
+    for name in ("group", "class_start", "num_classes"):
+        given.pop(name, None)
     values = tuple(given.values())
     if given.pop("dim", None) is not None:
         raise refuse_dim()

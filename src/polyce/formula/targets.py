@@ -193,12 +193,19 @@ def coefficients(problem: Problem, plan: Plan) -> tuple[Any, Any]:
         if plan.class_weight is not None:
             everywhere = everywhere * plan.class_weight
         return None, everywhere
-    at_label = plan.label_weight
     if not smoothing:
-        return at_label, None
-    if plan.class_weight is None:
-        return 1.0 - smoothing + share, share
-    return at_label * (1.0 - smoothing + share), plan.class_weight * share
+        return at_label(problem, plan), None
+    weight = plan.class_weight
+    return at_label(problem, plan), share if weight is None else weight * share
+
+
+def at_label(problem: Problem, plan: Plan) -> Any:
+    """Compute r of each row at its label; None for 1, a number where it is that of all rows."""
+    smoothing = problem.options.label_smoothing
+    if not smoothing:
+        return plan.label_weight
+    own = 1.0 - smoothing + smoothing / max(problem.classes, 1)
+    return own if plan.label_weight is None else plan.label_weight * own
 
 
 def entries(problem: Problem, plan: Plan) -> Entries | None:

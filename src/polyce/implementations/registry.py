@@ -147,17 +147,42 @@ def select(problem: Problem, name: str | None = None) -> Implementation:
     """
     preferred = preference()
     if name is None:
-        name = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+        name = _forced_for(problem)
     if name is None:
         return _unforced(problem, preferred)
     chosen = find(name)
-    reasons = chosen.reasons(problem)
-    if reasons:
-        raise ValueError(
-            f"implementation {name!r} cannot serve this call: {'; '.join(reasons)}; "
-            "leave implementation at None to run one that can"
-        )
+    _check(chosen, chosen.reasons(problem))
     return chosen
+
+
+def select_of_shard(problem: Problem, name: str | None = None) -> OfParts:
+    """Choose what computes the part of the rows that a process holds; who decides is as above."""
+    if name is None:
+        name = _forced_for(problem)
+    if name is None:
+        return select_of_parts(problem)
+    chosen = find(name)
+    _check(chosen, chosen.reasons(problem))
+    if chosen.of_parts is None:
+        raise _refusal(chosen, "it reads whole rows only")
+    return chosen.of_parts
+
+
+def _forced_for(problem: Problem) -> str | None:
+    """Return the choice of the innermost `use`."""
+    return _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+
+
+def _check(chosen: Implementation, reasons: tuple[str, ...]) -> None:
+    if reasons:
+        raise _refusal(chosen, *reasons)
+
+
+def _refusal(chosen: Implementation, *reasons: str) -> ValueError:
+    return ValueError(
+        f"implementation {chosen.name!r} cannot serve this call: {'; '.join(reasons)}; "
+        "leave implementation at None to run one that can"
+    )
 
 
 def select_log_softmax(problem: Problem) -> Callable[..., Any]:
@@ -166,7 +191,7 @@ def select_log_softmax(problem: Problem) -> Callable[..., Any]:
     A path that `use` or the environment variable names comes before the others.
     """
     preferred = preference()
-    wanted = _forced.get() if problem.is_concrete else _forced_while_tracing(problem)
+    wanted = _forced_for(problem)
     if wanted is None and preferred is not None:
         wanted = preferred.name
     named = [path for path in TABLE if path.name == wanted]

@@ -1,7 +1,4 @@
-"""For torch only: the losses as modules, and a backward pass that needs no memory of its own.
-
-``import polyce.torch`` imports torch, which ``import polyce`` does not.
-"""
+"""The losses as modules, which keep their options."""
 
 from __future__ import annotations
 
@@ -11,153 +8,10 @@ from typing import Any
 import torch
 
 from polyce import functional
-from polyce.arrays.plain import is_traced
-from polyce.call import outputs
-from polyce.call.options import Options, current_reduction, refuse_dim, shown
-from polyce.call.problem import describe
+from polyce.call.options import refuse_dim, shown
 from polyce.call.target import SparseTarget, TeacherLogits
-from polyce.implementations import door
-from polyce.implementations.registry import select
-from polyce.linear.torch_module import LEAF, LinearCrossEntropyLoss
-
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "NLLLoss", "cross_entropy"]
-
-
-def cross_entropy(
-    input: torch.Tensor,
-    target: torch.Tensor | SparseTarget | TeacherLogits,
-    weight: torch.Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    axis: int | None = None,
-    sample_weight: torch.Tensor | None = None,
-    normalizer: float | torch.Tensor | None = None,
-    z_loss: float = 0.0,
-    logit_scale: float | None = None,
-    logit_softcap: float | None = None,
-    return_stats: bool | str | Sequence[str] = False,
-    validate: bool | None = None,
-    implementation: str | None = None,
-    inplace_backward: bool = False,
-    dim: None = None,
-) -> Any:
-    """Compute the softmax cross-entropy of torch tensors, in nats, with a backward pass in place.
-
-    Without `inplace_backward` this is `polyce.cross_entropy`.
-
-    Parameters
-    ----------
-    input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        As for `polyce.cross_entropy`.
-    axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap, return_stats
-        As for `polyce.cross_entropy`.
-    validate, implementation, dim
-        As for `polyce.cross_entropy`.
-    inplace_backward : bool, default False
-        Whether the backward pass writes the gradient of `input` over `input`, which saves a tensor
-        of its size. The notes say when this is safe.
-
-    Returns
-    -------
-    torch.Tensor
-        The loss, as `polyce.cross_entropy` returns it; with `return_stats`, the pair of it and a
-        `polyce.Stats`.
-
-    Raises
-    ------
-    TypeError, ValueError, IndexError
-        As `polyce.cross_entropy` does; a TypeError for arrays that are not torch tensors. With
-        `inplace_backward` a ValueError for an `input` that is traced, overlaps itself (as an
-        expanded tensor does), shares memory with another argument or with its own ``.grad``.
-
-    Notes
-    -----
-    With `inplace_backward` the logits keep their values until the backward pass; after it their
-    memory holds the gradient, and so does that part of any tensor that they are a view of. Nothing
-    is written if no gradient of the logits is asked for, as under ``torch.no_grad``.
-
-    - Code that needs the logits' values, such as an accuracy, must read them before the backward
-      pass, or use `return_stats`. A tensor detached from them before holds the gradient afterwards.
-    - A second backward pass through this loss raises a RuntimeError, and so does one through
-      another operation that saved the logits, unless it came first. ``create_graph=True`` and
-      ``is_grads_batched=True`` raise one before anything is written.
-    - Logits that are a leaf share their memory with their ``.grad`` from then on. It has to be
-      None again before the next call.
-    - If ``torch.autograd.graph.saved_tensors_hooks`` return a copy of the logits, the gradient is a
-      new tensor and nothing is overwritten.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import polyce.torch
-    >>> features = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    >>> logits = features * 0.0
-    >>> loss = polyce.torch.cross_entropy(logits, torch.tensor([0]), inplace_backward=True)
-    >>> loss.backward()
-    >>> logits.detach()
-    tensor([[-0.5000,  0.5000]])
-    """
-    if dim is not None:
-        raise refuse_dim()
-    _check(input)
-    reduction = current_reduction(size_average, reduce, reduction)
-    if not inplace_backward:
-        return functional.cross_entropy(
-            input,
-            target,
-            weight,
-            None,
-            ignore_index,
-            None,
-            reduction,
-            label_smoothing,
-            axis=axis,
-            sample_weight=sample_weight,
-            normalizer=normalizer,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            return_stats=return_stats,
-            validate=validate,
-            implementation=implementation,
-        )
-    given = (
-        input, target, weight, None, ignore_index, None, reduction, label_smoothing,
-        axis, sample_weight, normalizer, z_loss, logit_scale, logit_softcap,
-        return_stats, validate, implementation, None,
-    )  # fmt: skip
-    if not is_traced() and (answer := door.cross_entropy_in_place(given)) is not None:
-        return answer
-    asked = Options(
-        axis,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        logit_softcap,
-        return_stats,
-        validate,
-    )
-    problem, operands = describe(input, target, weight, sample_weight, normalizer, asked)
-    outputs.check_inplace(problem, operands)
-    problem = problem._replace(inplace_backward=True)
-    chosen = select(problem, implementation)
-    loss, stats = chosen.cross_entropy(problem, operands)
-    door.keep(given, problem, chosen)
-    return loss if stats is None else (loss, stats)
-
-
-def _check(input: Any) -> None:
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(
-            f"polyce.torch takes torch tensors, but input is {type(input).__qualname__}; convert "
-            "it with torch.as_tensor, or call the function of that name in polyce"
-        )
+from polyce.linear.torch_module import LEAF
+from polyce.torch.functional import check_tensor, cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -174,6 +28,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         As for `polyce.cross_entropy`.
     inplace_backward
         As for `cross_entropy`, which says when the logits may be read.
+    group, class_start, num_classes
+        As for `cross_entropy`: this process's shard of the classes.
 
     Attributes
     ----------
@@ -181,7 +37,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         Weight of each class, a buffer: it moves and is cast with the module.
     ignore_index, reduction, label_smoothing, axis, z_loss, logit_scale, logit_softcap
         As given; they may be assigned.
-    return_stats, validate, implementation, inplace_backward
+    return_stats, validate, implementation, inplace_backward, group, class_start, num_classes
         As given; they may be assigned.
 
     See Also
@@ -204,7 +60,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __constants__ = [  # noqa: RUF012 - as torch's own
         *torch.nn.CrossEntropyLoss.__constants__,
         *("axis", "z_loss", "logit_scale", "logit_softcap", "return_stats"),
-        *("validate", "implementation", "inplace_backward"),
+        *("validate", "implementation", "inplace_backward", "class_start", "num_classes"),
     ]
 
     def __init__(
@@ -225,6 +81,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         implementation: str | None = None,
         dim: None = None,
         inplace_backward: bool = False,
+        group: Any = None,
+        class_start: int | None = None,
+        num_classes: int | None = None,
     ) -> None:
         if dim is not None:
             raise refuse_dim()
@@ -239,6 +98,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.validate = validate
         self.implementation = implementation
         self.inplace_backward = inplace_backward
+        self.group = group
+        self.class_start = class_start
+        self.num_classes = num_classes
 
     def forward(
         self,
@@ -266,6 +128,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             validate=self.validate,
             implementation=self.implementation,
             inplace_backward=self.inplace_backward,
+            group=self.group,
+            class_start=self.class_start,
+            num_classes=self.num_classes,
         )
 
     def extra_repr(self) -> str:
@@ -337,7 +202,7 @@ class NLLLoss(torch.nn.NLLLoss):
         normalizer: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the loss of log-probabilities against labels, as `polyce.nll_loss` does."""
-        _check(input)
+        check_tensor(input)
         return functional.nll_loss(
             input,
             target,

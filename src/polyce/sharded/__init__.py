@@ -1,0 +1,1 @@
+"""Classes over torch's processes: each holds a shard of every row, and they exchange row states."""

@@ -1,0 +1,161 @@
+"""The losses and stats of rows whose classes lie in several processes, on torch's graph.
+
+A forward pass reads the shard, exchanges states and joins them; a backward pass has all it needs in
+the joined state, and exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from polyce.arrays import torch_memory
+from polyce.call.problem import Operands
+from polyce.formula import parts, rowstats, targets
+from polyce.formula.parts import TeacherState, Whole
+from polyce.formula.rowgradient import StatsCotangents
+from polyce.formula.rowstate import RowState
+from polyce.formula.stats import RowStats
+from polyce.formula.targets import Plan
+from polyce.graphs import torch_rows, torch_state
+from polyce.implementations.contract import OfParts
+from polyce.sharded import exchange, states
+from polyce.sharded.call import ShardCall, check_once
+
+
+def plan_of(call: ShardCall) -> Plan:
+    """Read what the target means, but for what is sharded; raises IndexError for a bad label."""
+    read = targets.plan if call.problem.kind == "sparse" else targets.plan_rows
+    try:
+        return read(call.problem, call.operands)
+    except IndexError:
+        # The others wait for this process. If the ranges are wrong, a label may be so for that.
+        exchange.gather_with_ranges(call, states.nothing(call))
+        raise
+
+
+def compute(call: ShardCall, plan: Plan, of_parts: OfParts) -> tuple[Any, RowStats | None, Plan]:
+    """Compute the rows' losses and stats, and complete the plan by what only all processes know.
+
+    The call has no reduction, but it has rows and classes.
+    """
+    if not torch_state.needs_gradient(call.operands.logits):
+        whole, plan, _ = _forward(call, plan, of_parts)
+        return whole.losses, whole.stats, plan
+    plans: list[Plan] = []
+    losses, *found = _Rows.apply(call.operands.logits, call, plan, of_parts, plans)
+    return losses, RowStats(*found) if found else None, plans[0]
+
+
+def _forward(
+    call: ShardCall, plan: Plan, of_parts: OfParts
+) -> tuple[Whole, Plan, TeacherState | None]:
+    problem, operands = call.problem, call.operands
+    is_read = call.fits and call.width > 0
+    teacher = _teacher(call) if problem.kind == "teacher" else None
+    pivot = torch.full((), -1, device=operands.logits.device)
+    if is_read:
+        part = of_parts.read(problem, operands, call.start, teacher)
+        pivot, words = part.pivot, states.encode(call, part)
+    else:
+        words = states.nothing(call)
+    gathered = exchange.gather_with_ranges(call, words)
+    found, plan = states.decode(problem, plan, gathered.words, call.group.rank(), pivot)
+    if gathered.is_torn is not None:
+        first = found[0].state
+        spoilt = torch.where(gathered.is_torn, math.nan, first.rest_sum)
+        found[0] = found[0]._replace(state=first._replace(rest_sum=spoilt))
+    whole = parts.join(problem, found)
+    return _looking_again(call, whole, is_read=is_read), plan, teacher
+
+
+def _teacher(call: ShardCall) -> TeacherState:
+    """Join the softmax of a teacher's rows, in a collective of its own: the states depend on it."""
+    problem, target = call.problem, call.operands.target
+    if call.width:
+        own = parts.read_teacher(problem, target)
+    else:
+        shape = list(problem.shape)
+        shape[problem.axis] = 1
+        zeros = torch.zeros(shape, dtype=problem.arithmetic_dtype, device=target.device)
+        own = TeacherState(zeros - math.inf, zeros)
+    words = exchange.gather(call, states.encode_teacher(problem, own))
+    return parts.join_teacher(problem, states.decode_teacher(problem, words))
+
+
+def _looking_again(call: ShardCall, whole: Whole, *, is_read: bool) -> Whole:
+    """Add the stats that look at the logits once the state is known, in one more collective."""
+    problem, operands, found = call.problem, call.operands, whole.stats
+    for name in problem.options.stats or ():
+        if found is None or not rowstats.looks_again(problem, name):
+            continue
+        if not is_read:
+            own = torch.zeros_like(whole.state.rest_max)
+        elif name == "rank":
+            own = parts.rank(problem, operands, whole.label_logit)
+        else:
+            own = parts.brier(problem, operands, call.start, whole)
+        # No all-reduce: every process adds in the same order.
+        words = exchange.gather(call, states.pack(problem, [own]))
+        each = [states.unpack(problem, line, (name,))[name] for line in words]
+        found = found._replace(**{name: sum(each[1:], each[0])})
+    return whole._replace(stats=found)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Any,
+        call: ShardCall,
+        plan: Plan,
+        of_parts: OfParts,
+        plans: list[Plan],
+    ) -> tuple[Any, ...]:
+        whole, plan, teacher = _forward(call, plan, of_parts)
+        plans.append(plan)
+        operands = call.operands
+        saved = (
+            *(logits, operands.target, operands.weight, operands.sample_weight),
+            *(operands.target_probability, *(teacher or (None, None)), whole.pivot, *whole.state),
+        )
+        ctx.save_for_backward(*saved)
+        ctx.kinds = torch_memory.kinds(saved)
+        ctx.call = call.without_arrays(), of_parts
+        if whole.stats is None:
+            return (whole.losses,)
+        torch_state.mark_stats(ctx, whole.stats)
+        return whole.losses, *whole.stats
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_losses: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
+    ) -> tuple[Any, ...]:
+        given = [array for array in (of_losses, of_lse, of_entropy) if array is not None]
+        if not given:
+            return (None,) * 5
+        check_once(*given)
+        saved = ctx.saved_tensors
+        torch_memory.check_returned(ctx.kinds, saved)
+        logits, target, weight, sample_weight, probability, *kept = saved
+        top, total, pivot, *state = kept
+        operands = Operands(logits, target, weight, sample_weight, None, None)
+        operands = operands._replace(target_probability=probability)
+        call, of_parts = ctx.call
+        call, problem = replace(call, operands=operands), call.problem
+        if not call.width:
+            return torch.zeros_like(logits), None, None, None, None
+        whole = Whole(None, RowState(*state), pivot, None, None)
+        grad = of_parts.gradient(
+            problem,
+            torch_rows.detach(operands),
+            call.start,
+            whole,
+            0.0 if of_losses is None else of_losses,
+            StatsCotangents(of_lse, of_entropy),
+            None if top is None else TeacherState(top, total),
+        )
+        return problem.library.cast(grad, problem.logits_dtype), None, None, None, None
