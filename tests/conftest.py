@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import on_devices
 import polyce
 from polyce.testing.backends import Backend, get_backend
 
@@ -29,6 +30,7 @@ BACKENDS = {
     "torch-cuda": "torch",
     "jax-x32": "jax",
     "jax-x64": "jax",
+    "jax-gpu": "jax",
     "dask": "dask-rows",
     "cupy": "cupy",
     # CuPy's kernels on an emulated CuPy, on a CPU; and compiled for GPUs.
@@ -86,20 +88,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="with",
         help="whether to run the tests that take long on the library, of those that it has",
     )
+    parser.addoption(
+        "--stand-in",
+        action="store_true",
+        help="run a GPU's backend on a CPU that takes its place; see tests/on_devices.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(*backends): leave the test out of other runs")
     config.addinivalue_line("markers", "slow(*backends): it takes long there; on all without any")
     config.addinivalue_line("markers", "tests_of_tests: leave the test out of runs with few cases")
+    config.addinivalue_line("markers", "labels_read: leave the test out where labels are not")
     config.addinivalue_line("markers", "same_everywhere: likewise, the core does not see Python")
-    if config.getoption("--backend") == "triton":
+    name, stand_in = config.getoption("--backend"), config.getoption("--stand-in")
+    if name == "triton":
         # Read when Triton is first imported; so interpreter and compiler need a process each.
         os.environ["TRITON_INTERPRET"] = "1"
-        add_tiles_up_by_halves()
-    if config.getoption("--backend") == "cupy-emulated":
+    if name == "cupy-emulated":
         sys.path.insert(0, str(Path(__file__).with_name("emulation")))
-    if config.getoption("--backend").startswith("jax"):
+    if name.startswith("jax"):
         # Before jax starts: a mesh needs several devices, and a CPU can pose as them.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
@@ -109,7 +117,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("PJRT_NPROC", "16")
         import jax
 
-        jax.config.update("jax_enable_x64", config.getoption("--backend") == "jax-x64")
+        jax.config.update("jax_enable_x64", name == "jax-x64")
+    if name in on_devices.DEVICES:
+        on_devices.begin(name, stand_in)
+    elif stand_in:
+        names = ", ".join(on_devices.DEVICES)
+        raise pytest.UsageError(f"--stand-in is for the backends of GPUs ({names}), not {name}")
+    if os.environ.get("TRITON_INTERPRET") == "1" and name in ("triton", "torch-cuda"):
+        add_tiles_up_by_halves()
 
 
 def add_tiles_up_by_halves() -> None:
@@ -128,6 +143,7 @@ def add_tiles_up_by_halves() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     name, part = config.getoption("--backend"), config.getoption("--slow")
+    names = {name, on_devices.DEVICES.get(name)}
     marked_only = MARKED_ONLY if FULL else (*MARKED_ONLY, "jax-x64")
     kept, left_out = [], []
     for item in items:
@@ -135,18 +151,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.append(item)
             continue
         marker = item.get_closest_marker("only")
-        wanted = name not in marked_only if marker is None else name in marker.args
+        wanted = name not in marked_only if marker is None else names & {*marker.args}
+        if item.get_closest_marker("labels_read") is not None:
+            wanted = wanted and name not in on_devices.DEVICES
         if part != "with":
-            wanted = wanted and is_slow(item, name) == (part == "only")
+            wanted = wanted and is_slow(item, names) == (part == "only")
         (kept if wanted else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 
 
-def is_slow(item: pytest.Item, name: str) -> bool:
+def is_slow(item: pytest.Item, names: set[str | None]) -> bool:
     """Tell whether a test is marked as taking long on a library."""
     marks = item.iter_markers("slow")
-    return any(not mark.args or name in mark.args for mark in marks)
+    return any(not mark.args or names & {*mark.args} for mark in marks)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    on_devices.begin_test()
+    try:
+        return (yield)
+    finally:
+        if item.config.getoption("--backend") in on_devices.DEVICES:
+            on_devices.end_test(item)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--backend") in on_devices.DEVICES:
+        on_devices.summarize(terminalreporter)
 
 
 @pytest.fixture(scope="session")
@@ -156,14 +189,21 @@ def backend_name(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def backend(backend_name: str) -> Backend:
+def stands_in(pytestconfig: pytest.Config) -> bool:
+    """Whether a CPU takes the place of the backend's GPU."""
+    return bool(pytestconfig.getoption("--stand-in"))
+
+
+@pytest.fixture(scope="session")
+def backend(backend_name: str, stands_in: bool) -> Backend:
     """The converters of the library under test."""
     found = get_backend(str(BACKENDS[backend_name]))
-    if backend_name == "torch-cuda":
+    if backend_name == "torch-cuda" and not stands_in:
         from_numpy = found.asarray
 
         def on_device(array: Any) -> Any:
             # Copied with the memory between the elements: .cuda() alone would close the gaps.
+            # Not on the default device, which is the GPU's: it is copied there with its gaps.
             tensor = from_numpy(array)
             size = tensor.untyped_storage().nbytes() // tensor.element_size()
             memory = tensor.as_strided((size,), (1,), 0).cuda()
@@ -189,6 +229,12 @@ def forgetful(jax_backend: Backend) -> Backend:
         return jax_backend.asarray(array)
 
     return dataclasses.replace(jax_backend, asarray=asarray)
+
+
+@pytest.fixture(scope="session")
+def looks_at_labels(backend_name: str) -> bool:
+    """Whether labels are looked at unasked: those of plain arrays on a CPU are."""
+    return not (backend_name in on_devices.DEVICES or backend_name in ("dask", "cupy-emulated"))
 
 
 @pytest.fixture(autouse=True)

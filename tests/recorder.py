@@ -92,14 +92,21 @@ class Recorder:
 
 
 # A compiled kernel keeps the recorder that it was first launched through.
-_RECORDERS = {
+RECORDERS = {
     name: Recorder(target, device) for device, (name, target) in enumerate(TARGETS.items())
 }
 
 
 def record(name: str) -> Recorder:
-    """Make Triton compile for a target from now on, and return the recorder of launches."""
-    recorder = _RECORDERS[name]
+    """Make Triton compile for a target from now on, and return the recorder of launches.
+
+    Beside the names in TARGETS there are those of other architectures, such as "sm_86".
+    """
+    if name not in RECORDERS:
+        is_cuda = name.startswith("sm_")
+        target = GPUTarget("cuda", int(name[3:]), 32) if is_cuda else GPUTarget("hip", name, 64)
+        RECORDERS[name] = Recorder(target, len(RECORDERS))
+    recorder = RECORDERS[name]
     recorder.launched.clear()
     driver.set_active(recorder)
     return recorder

@@ -11,9 +11,11 @@ import pytest
 
 import polyce
 from conftest import FEW, FULL
+from cupy_calls import settings
 from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
+from triton_checks import PARTS, changed
 
 # The backends with an implementation of their own.
 OWN = {"cupy": "cupy", "dask-rows": "dask", "numpy": "native", "torch": "native"}
@@ -75,11 +77,19 @@ def test_grid_under_another_default_device(backend: Backend, group: str, name: s
 
 @pytest.mark.only("triton", "torch-cuda")
 @pytest.mark.parametrize("group", GROUPS)
-def test_grid_on_triton(backend: Backend, backend_name: str, group: str) -> None:
+def test_grid_on_triton(backend: Backend, backend_name: str, stands_in: bool, group: str) -> None:
     # The interpreter takes tens of milliseconds for each case, and seconds for long rows.
-    everything = FULL or backend_name == "torch-cuda"
+    everything = FULL or (backend_name == "torch-cuda" and not stands_in)
     leave_out = None if everything else few(group, backend.floats, largest=10_000)
     print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
+
+
+@pytest.mark.only("torch-cuda")
+@pytest.mark.parametrize("group", GROUPS)
+def test_grid_on_triton_with_rows_in_parts(backend: Backend, group: str) -> None:
+    leave_out = few(group, backend.floats, 10, largest=10_000)
+    with changed(PARTS):
+        print(check_implementation("triton", backend, groups=[group], leave_out=leave_out))
 
 
 EMULATED = pytest.mark.slow("cupy-emulated")
@@ -102,6 +112,19 @@ def test_grid_on_cupy(
     everything = most != FEWEST and (FULL or backend_name == "cupy")
     leave_out = None if everything else few(group, backend.floats, most)
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
+
+
+# Rows of a few hundred classes are split over blocks, which keep whole warps.
+SPLIT = {"BLOCK": 32, "LONG": 32, "FEW_ROWS": 64, "PART": 16, "MOST_PARTS": 3}
+
+
+@EMULATED
+@pytest.mark.only("cupy", "cupy-emulated")
+@pytest.mark.parametrize("group", ["shapes", "accuracy"])
+def test_grid_on_cupy_with_rows_in_parts(backend: Backend, group: str) -> None:
+    leave_out = few(group, backend.floats, FEWEST, largest=10_000)
+    with settings(**SPLIT):
+        print(check_implementation("cupy", backend, groups=[group], leave_out=leave_out))
 
 
 CHUNKS = ("dask", "dask-rows", "dask-classes")

@@ -173,6 +173,7 @@ OUT_OF_RANGE = table(
 )
 
 
+@pytest.mark.labels_read
 @pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64")
 @table(
     bad(
@@ -184,6 +185,7 @@ def test_labels_of_a_binary_loss(backend: Backend, call: Bad, name: str) -> None
     check(backend, call, name)
 
 
+@pytest.mark.labels_read
 @pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64")
 @OUT_OF_RANGE
 def test_labels(backend: Backend, call: Bad, name: str) -> None:

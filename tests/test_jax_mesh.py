@@ -22,6 +22,14 @@ COLLECTIVES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def four_devices() -> None:
+    import jax
+
+    if jax.device_count() < 4:
+        pytest.skip(f"needs four devices, there are {jax.device_count()}")
+
+
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request: pytest.FixtureRequest) -> Iterator[Any]:
     import jax

@@ -228,6 +228,7 @@ LABELS = (
 )  # fmt: skip
 
 
+@pytest.mark.labels_read
 @pytest.mark.only("numpy", "strict", "torch", "jax-x32", "jax-x64")
 @rows(*LABELS)
 @pytest.mark.parametrize("chunk_size", [1, None])

@@ -120,8 +120,8 @@ def test_unvalidated_labels_give_nan(backend: Backend) -> None:
     check_nan_rows(backend, call)
 
 
-@pytest.mark.only("dask")
-def test_labels_not_computed_yet_give_nan(backend: Backend) -> None:
+@pytest.mark.only("dask", "torch-cuda", "cupy", "jax-gpu")
+def test_labels_not_computed_yet_or_on_a_gpu_give_nan(backend: Backend) -> None:
     check_nan_rows(backend, unlooked)
 
 
@@ -135,6 +135,7 @@ def test_traced_labels_give_nan(backend: Backend) -> None:
     check_nan_rows(backend, call)
 
 
+@pytest.mark.labels_read
 @pytest.mark.only("jax-x32", "jax-x64")
 @pytest.mark.parametrize(
     "function", [polyce.cross_entropy, polyce.cross_entropy_with_grad, polyce.nll_loss]

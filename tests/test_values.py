@@ -113,6 +113,7 @@ def test_confident_rows_keep_their_digits(backend: Backend) -> None:
     np.testing.assert_allclose(got[:, 0], -np.exp(-margins.astype(float)), rtol=4e-7)
 
 
+@pytest.mark.labels_read
 @pytest.mark.only("numpy", "strict", "torch", "jax-x32")
 def test_an_index_out_of_range(backend: Backend) -> None:
     x = backend.asarray(ROWS)

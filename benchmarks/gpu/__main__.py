@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from gpu.device import LIBRARIES, Device, NotHereError, find
+from gpu.ledger import WRONG, attempt
 
 from ..measure import Row, say
 from . import tables
 from .first_calls import first_calls, here
 from .header import header, power, told
 from .times import all_times, copy_bandwidth
-from .timing import FULL, QUICK, REHEARSAL, WRONG, Size, attempt
+from .timing import FULL, QUICK, REHEARSAL, Size
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -40,7 +40,15 @@ class Contender(NamedTuple):
 
 def contenders(device: Device) -> dict[str, Contender]:
     """Return polyce's contenders and its peers, for the arrays of a device."""
-    return for_cupy() if device.library == "cupy" else for_torch(device)
+    return for_cupy(device) if device.library == "cupy" else for_torch(device)
+
+
+def named(device: Device) -> dict[str, str]:
+    """Return the option that names the path: a stand-in's is not chosen by itself.
+
+    A device's is, and naming it takes the host longer.
+    """
+    return {"implementation": device.path} if device.rehearses else {}
 
 
 def for_torch(device: Device) -> dict[str, Contender]:
@@ -49,10 +57,8 @@ def for_torch(device: Device) -> dict[str, Contender]:
 
     import polyce.torch
 
-    ours = functools.partial(polyce.cross_entropy, implementation=device.path)
-    in_place = functools.partial(
-        polyce.torch.cross_entropy, implementation=device.path, inplace_backward=True
-    )
+    ours = functools.partial(polyce.cross_entropy, **named(device))
+    in_place = functools.partial(polyce.torch.cross_entropy, inplace_backward=True, **named(device))
     whole = ("forward", "backward", "forward and backward")
     written = ("in-place backward",)
     liger = functools.partial(found, "liger_kernel.transformers", "liger-kernel")
@@ -134,14 +140,14 @@ def graph_way(loss: Loss, what: str, writes: bool) -> Way:
     return way
 
 
-def for_cupy() -> dict[str, Contender]:
+def for_cupy(device: Device) -> dict[str, Contender]:
     """Return the contenders for CuPy arrays."""
     ours, reference = (
         [
-            functools.partial(function, implementation=name)
+            functools.partial(function, **option)
             for function in (polyce.cross_entropy, polyce.cross_entropy_with_grad)
         ]
-        for name in ("cupy", "reference")
+        for option in (named(device), {"implementation": "reference"})
     )
     return {
         "polyce": Contender(lambda: of_two(*ours)),

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from gpu.arrays import problem
 from gpu.device import Device
+from gpu.ledger import attempt
 
 from ..measure import Row
-from .timing import attempt
 
 _ROOT = Path(__file__).parents[2]
 _MINUTES = 30

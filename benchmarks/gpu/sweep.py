@@ -13,12 +13,13 @@ from typing import Any
 from gpu.arrays import case_problem, exact_mean
 from gpu.cases import Case
 from gpu.device import Device, Timed
+from gpu.ledger import NOT_HERE, RIGHT, attempt
 from polyce.implementations.triton import layout as triton_layout
 from polyce.implementations.triton.layout import Tile
 
 from ..measure import Row, loss_of
 from .contenders import contenders
-from .timing import NOT_HERE, RIGHT, Size, attempt, in_turn
+from .timing import Size, in_turn
 
 # What Triton raises if a program needs more of the device than it has; no error of polyce's.
 TOO_LARGE = ("OutOfResources", "PTXASError")

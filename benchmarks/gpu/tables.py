@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from gpu.ledger import NOT_HERE, RIGHT, WRONG
+
 from ..measure import Row
 from ..tables import print_table, text
-from .timing import NOT_HERE, PASSES, RIGHT, TARGET, TARGET_CLASSES, WRONG
+from .timing import PASSES, TARGET, TARGET_CLASSES
 
 PEERS = (
     *("torch eager", "torch compiled", "liger", "quack"),

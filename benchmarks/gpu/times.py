@@ -4,26 +4,68 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from gpu.arrays import case_problem, exact_mean
 from gpu.cases import Case
 from gpu.device import Device, NotHereError, Timed
+from gpu.ledger import NOT_HERE, RIGHT, Step, attempt
 
 from ..measure import Row, loss_of, sample
 from .contenders import Contender, Made, contenders
-from .timing import (
-    NOT_HERE,
-    PASSES,
-    RIGHT,
-    WHOLE,
-    Size,
-    at_most_a_note,
-    attempt,
-    summary,
-    time_what,
+from .header import header
+from .timing import PASSES, REHEARSAL, SHORT, WHOLE, Size, at_most_a_note, summary, time_what
+
+# What a short run times, first what most depends on: losses of language models, then rows with few
+# classes, images, and few rows.
+SESSION = (
+    ((4096, 32000), "bfloat16"),
+    ((4096, 32000), "float32"),
+    ((1_048_576, 2), "bfloat16"),
+    ((4096, 50257), "bfloat16"),
+    ((4096, 1000), "float32"),
+    ((8, 19, 1024, 2048), "bfloat16"),
+    ((8, 128256), "bfloat16"),
+    ((4096, 128256), "bfloat16"),
+    ((65536, 10), "float32"),
+    ((131072, 1000), "bfloat16"),
 )
+# These take seconds to compile for every shape, so they are timed apart, at the end.
+COMPILED = "torch compiled"
+# By estimate, what the contenders of one case take.
+_SECONDS, _SECONDS_COMPILED = 3.0, 15.0
+
+
+def session_cases(device: Device) -> list[Case]:
+    """Return what a short run times."""
+    if device.rehearses:
+        return [Case(dims, name) for dims in REHEARSAL.shapes for name in REHEARSAL.dtypes]
+    return [Case(dims, name, scales=True) for dims, name in SESSION]
+
+
+def steps(device: Device) -> Iterator[Step]:
+    """Yield the steps of a short run: the device, each case, the host's time, compiled peers."""
+    size = REHEARSAL if device.rehearses else SHORT
+    copy = functools.cache(lambda: copy_bandwidth(device, size))
+
+    def of_case(case: Case, names: Collection[str]) -> Iterator[Row]:
+        yield from time_case(device, size, case, copy()["gb_per_s"], names)
+
+    def facts() -> Iterator[Row]:
+        yield {"check": "header", "status": RIGHT, **header(device), "copy": copy()}
+
+    yield Step("the device", _SECONDS, facts)
+    names = contenders(device).keys() - {COMPILED}
+    found = session_cases(device)
+    for case in found:
+        yield Step(case.name, _SECONDS, functools.partial(of_case, case, names))
+    yield Step("the host", _SECONDS, functools.partial(host, device, size, names))
+    if COMPILED in contenders(device):
+        for case in found[:2]:
+            both = ("polyce", COMPILED)
+            run = functools.partial(of_case, case, both)
+            yield Step(f"{case.name}, compiled", _SECONDS_COMPILED, run)
 
 
 def copy_bandwidth(device: Device, size: Size) -> Row:
@@ -54,8 +96,10 @@ def all_times(device: Device, size: Size, copy: float) -> Iterator[Row]:
     yield from host(device, size)
 
 
-def time_case(device: Device, size: Size, case: Case, copy: float) -> Iterator[Row]:
-    """Time the contenders of one case in turn, once their losses have been compared."""
+def time_case(
+    device: Device, size: Size, case: Case, copy: float, names: Collection[str] | None = None
+) -> Iterator[Row]:
+    """Time contenders of one case in turn, by default all, once their losses have been compared."""
     facts: Row = {"dims": case.dims, "dtype": case.dtype, "layout": case.layout}
     try:
         logits, labels = case_problem(device, case)
@@ -65,7 +109,7 @@ def time_case(device: Device, size: Size, case: Case, copy: float) -> Iterator[R
     facts["dims"] = tuple(logits.shape)
     want = exact_mean(device, logits, labels)
     made: dict[str, Made] = {}
-    for name, contender in contenders(device).items():
+    for name, contender in chosen(device, names).items():
         row = attempt(
             "agrees with float64",
             functools.partial(agrees, device, name, contender, made, (logits, labels), want),
@@ -110,10 +154,16 @@ def agrees(
     return {"loss": got, "note": differs}
 
 
-def host(device: Device, size: Size) -> Iterator[Row]:
+def chosen(device: Device, names: Collection[str] | None) -> dict[str, Contender]:
+    """Return the contenders of these names, or all."""
+    found = contenders(device)
+    return {name: each for name, each in found.items() if names is None or name in names}
+
+
+def host(device: Device, size: Size, names: Collection[str] | None = None) -> Iterator[Row]:
     """Time what the host does for a call: one row of ten classes, without waiting."""
     given = case_problem(device, Case((1, 10), "float32"))
-    for name, contender in contenders(device).items():
+    for name, contender in chosen(device, names).items():
         if contender.spoils:
             continue
         made = attempt("host", lambda contender=contender: {"ways": contender.make().ways})

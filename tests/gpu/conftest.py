@@ -19,10 +19,10 @@ MEASURED = ("loss_ulp", "label_ulp", "entry_ulp", "loss_of_allowed", "grad_of_al
 
 
 @pytest.fixture(scope="session")
-def device(backend_name: str) -> Device:
+def device(backend_name: str, pytestconfig: pytest.Config) -> Device:
     """The device, through the library under test; a missing one is a failure, not a skip."""
     try:
-        return find(*BACKENDS[backend_name])
+        return find(BACKENDS[backend_name][0], rehearses(pytestconfig))
     except NotHereError as reason:
         missing = str(reason)
     pytest.fail(f"{missing}; --backend=triton and --backend=cupy-emulated do without", False)
@@ -34,10 +34,15 @@ def size(device: Device) -> Size:
     return REHEARSAL if device.rehearses else FULL
 
 
+def rehearses(config: pytest.Config) -> bool:
+    """Tell whether a stand-in takes the device's place."""
+    _, stands_in = BACKENDS.get(config.getoption("--backend"), ("", True))
+    return stands_in or bool(config.getoption("--stand-in"))
+
+
 def planned(config: pytest.Config) -> Size:
     """Return how much will be compared, before there is a device."""
-    _, rehearses = BACKENDS.get(config.getoption("--backend"), ("", True))
-    return REHEARSAL if rehearses else FULL
+    return REHEARSAL if rehearses(config) else FULL
 
 
 @pytest.hookimpl(wrapper=True)
@@ -55,7 +60,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the largest errors that a device made, by dtype."""
-    if BACKENDS.get(config.getoption("--backend"), ("", True))[1]:
+    if rehearses(config):
         return
     largest: dict[str, dict[str, float]] = {}
     for report in terminalreporter.getreports("passed"):

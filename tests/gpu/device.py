@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polyce.testing import Backend
+if TYPE_CHECKING:
+    from polyce.testing import Backend
 
 EMULATION = Path(__file__).parents[1] / "emulation"
 LIBRARIES = ("torch", "cupy")
@@ -74,7 +75,11 @@ class Device:
     synchronize : callable
         Waits until everything has run, which is when errors of the device are raised.
     seconds : callable
-        Times one call on the device, with cold caches.
+        Times one call on the device, with cold caches, without what the host takes to launch it.
+    whole_seconds : callable
+        Times one call from an idle device to an idle device, the host's part included.
+    graph_seconds : callable
+        Times a call, some number of times, as a graph that has been captured before.
     free_bytes : callable
         Free memory, counting what the library keeps for later.
     extra_bytes : callable
@@ -113,6 +118,8 @@ class Device:
     loss_and_grad: Callable[..., tuple[Any, Any]]
     synchronize: Callable[[], None]
     seconds: Callable[[Timed], float]
+    whole_seconds: Callable[[Timed], float]
+    graph_seconds: Callable[[Timed, int], list[float]]
     free_bytes: Callable[[], int]
     extra_bytes: Callable[[Timed], int | None]
     launches: Callable[[Timed], list[str] | None]
@@ -146,6 +153,19 @@ def find(library: str, rehearse: bool) -> Device:
     from . import on_cupy
 
     return on_cupy.rehearsal() if rehearse else on_cupy.device()
+
+
+def is_lost() -> bool:
+    """Tell whether an error of the device, such as a bad address, has ended its use here."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if cupy is not None and cupy.cuda.is_available():
+            cupy.cuda.Device().synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def lacking(what: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ extern "C" __global__ void spin(long long ticks) {
 }
 """
 _TICKS = 100_000_000
+# So many, about two milliseconds, are more than the host takes for a call.
+_AHEAD = 4_000_000
 
 
 def device() -> Device:
@@ -65,6 +68,8 @@ def device() -> Device:
         is_rocm=bool(cupy.cuda.runtime.is_hip),
         synchronize=current.synchronize,
         seconds=_seconds,
+        whole_seconds=_whole_seconds,
+        graph_seconds=_graph_seconds,
         free_bytes=_free_bytes,
         extra_bytes=_extra_bytes,
         launches=_launches,
@@ -96,6 +101,8 @@ def rehearsal() -> Device:
         # An emulated device has run everything when a call returns.
         synchronize=lambda: None,
         seconds=host_seconds,
+        whole_seconds=host_seconds,
+        graph_seconds=lacking("CUDA graphs"),
         free_bytes=lambda: REHEARSED_BYTES,
         extra_bytes=_allocated,
         launches=_emulated,
@@ -157,15 +164,46 @@ def _loss_and_grad(
 
 
 def _seconds(timed: Timed) -> float:
+    """Time a call behind a kernel that runs until the host has launched it."""
     state = timed.prepare()
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
     _flushed().fill(0)
+    _keep_busy(_AHEAD)
+    return _between_events(lambda: timed.call(state))
+
+
+def _between_events(call: Call) -> float:
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
     start.record()
-    result = timed.call(state)
+    result = call()
     end.record()
     end.synchronize()
     del result
     return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
+
+
+def _whole_seconds(timed: Timed) -> float:
+    state = timed.prepare()
+    _flushed().fill(0)
+    cupy.cuda.Device().synchronize()
+    start = time.perf_counter()
+    result = timed.call(state)
+    cupy.cuda.Device().synchronize()
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def _graph_seconds(timed: Timed, count: int) -> list[float]:
+    state = timed.prepare()
+    # The results live as long as the graph that writes them.
+    graph, side, _results = _graph(lambda: timed.call(state))
+    taken = []
+    with side:
+        for _ in range(count):
+            _flushed().fill(0)
+            _keep_busy(_AHEAD)
+            taken.append(_between_events(lambda: graph.launch(side)))
+    return taken
 
 
 @functools.cache
@@ -245,8 +283,8 @@ def _side_stream() -> Iterator[None]:
     side.synchronize()
 
 
-def _keep_busy() -> None:
-    cupy.RawKernel(_SPIN, "spin")((1,), (1,), (_TICKS,))
+def _keep_busy(ticks: int = _TICKS) -> None:
+    cupy.RawKernel(_SPIN, "spin")((1,), (1,), (ticks,))
 
 
 def _without_waiting(call: Call) -> None:
@@ -271,6 +309,17 @@ def _without_synchronizing(call: Call) -> None:
 
 
 def _captured(call: Call) -> tuple[Any, Call]:
+    graph, side, results = _graph(call)
+
+    def replay() -> None:
+        graph.launch(side)
+        side.synchronize()
+
+    return results, replay
+
+
+def _graph(call: Call) -> tuple[Any, Any, Any]:
+    """Capture a call; return the graph, the stream to launch it on, and the results."""
     cupy.cuda.Device().synchronize()
     with cupy.cuda.Stream(non_blocking=True) as side:
         # Memory freed by this call is reused on this stream, so that the driver is not called.
@@ -279,12 +328,7 @@ def _captured(call: Call) -> tuple[Any, Call]:
         side.begin_capture()
         results = call()
         graph = side.end_capture()
-
-    def replay() -> None:
-        graph.launch(side)
-        side.synchronize()
-
-    return results, replay
+    return graph, side, results
 
 
 def _moved(array: Any, number: int) -> Any:

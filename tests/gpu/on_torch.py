@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,18 +24,27 @@ from .device import REHEARSED_BYTES, Call, Device, NotHereError, Timed, host_sec
 # than any device's cache holds.
 _FLUSHED_BYTES = 2**29
 _TICKS = 10_000_000
+# So many ticks, about two milliseconds, are more than the host takes for a call.
+_AHEAD = 4_000_000
 _CPU = torch.device("cpu")
 
 
 def device() -> Device:
     """Return torch's current device."""
-    if not torch.cuda.is_available():
-        raise NotHereError(f"torch {torch.__version__} finds no CUDA or ROCm device")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        is_there = torch.cuda.is_available()
+    if not is_there:
+        # A driver that is too old for this torch is only warned about.
+        why = "".join(f": {str(each.message).splitlines()[0]}" for each in told)
+        raise NotHereError(f"torch {torch.__version__} finds no CUDA or ROCm device{why}")
     place = torch.device("cuda", torch.cuda.current_device())
     return dataclasses.replace(
         _on(place),
         synchronize=functools.partial(torch.cuda.synchronize, place),
         seconds=functools.partial(_seconds, place),
+        whole_seconds=functools.partial(_whole_seconds, place),
+        graph_seconds=functools.partial(_graph_seconds, place),
         free_bytes=functools.partial(_free_bytes, place),
         extra_bytes=functools.partial(_extra_bytes, place),
         launches=_launches,
@@ -78,6 +88,8 @@ def _on(place: torch.device) -> Device:
         # A CPU has run everything when a call returns.
         synchronize=lambda: None,
         seconds=host_seconds,
+        whole_seconds=host_seconds,
+        graph_seconds=lacking("CUDA graphs"),
         free_bytes=lambda: REHEARSED_BYTES,
         extra_bytes=_uncounted,
         launches=_interpreted,
@@ -149,15 +161,45 @@ def _loss_and_grad(
 
 
 def _seconds(place: torch.device, timed: Timed) -> float:
+    """Time a call behind a sleep of the device, which lasts until the host has launched it."""
     state = timed.prepare()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flushed(place).zero_()
+    torch.cuda._sleep(_AHEAD)
+    return _between_events(lambda: timed.call(state))
+
+
+def _between_events(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    result = timed.call(state)
+    result = call()
     end.record()
     end.synchronize()
     del result
     return float(start.elapsed_time(end)) / 1e3
+
+
+def _whole_seconds(place: torch.device, timed: Timed) -> float:
+    state = timed.prepare()
+    _flushed(place).zero_()
+    torch.cuda.synchronize(place)
+    start = time.perf_counter()
+    result = timed.call(state)
+    torch.cuda.synchronize(place)
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def _graph_seconds(place: torch.device, timed: Timed, count: int) -> list[float]:
+    state = timed.prepare()
+    # The results live as long as the graph that writes them.
+    graph, _results = _graph(lambda: timed.call(state))
+    taken = []
+    for _ in range(count):
+        _flushed(place).zero_()
+        torch.cuda._sleep(_AHEAD)
+        taken.append(_between_events(graph.replay))
+    return taken
 
 
 @functools.cache
@@ -231,6 +273,17 @@ def _without_waiting(call: Call) -> None:
 
 
 def _captured(call: Call) -> tuple[Any, Call]:
+    graph, results = _graph(call)
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return results, replay
+
+
+def _graph(call: Call) -> tuple[Any, Any]:
+    """Capture a call, and return the graph and the results that it will write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -239,12 +292,7 @@ def _captured(call: Call) -> tuple[Any, Call]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return results, replay
+    return graph, results
 
 
 def _facts(place: torch.device) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import pytest
 from .arrays import problem
 from .backends import REHEARSED, SLOW
 from .cases import DTYPES, Case, Size
+from .compared import compared, results
 from .device import Device, NotHereError, find
 from .test_behaviour import SHAPES, check_repeats
-from .test_values import compared, results
 
 pytestmark = [REHEARSED, SLOW, pytest.mark.tests_of_tests]
 
