@@ -179,7 +179,7 @@ MUTANTS: dict[str, tuple[str, str, Swap]] = {
     "labels-in-every-part": (
         "reference",
         "options",
-        swap(parts, "_pick", lambda true, *a: (np.True_, true(*a)[1])),
+        swap(parts, "pick", lambda true, *a: (np.True_, true(*a)[1])),
     ),
     "labels-in-no-part": (
         "native",

@@ -91,14 +91,14 @@ def read(
         pivot = pivot + start
     else:
         pivot = plan.label
-        here, pivot_logit = _pick(problem, logits, plan.label - start)
+        here, pivot_logit = pick(problem, logits, plan.label - start)
         at_label = 1.0 if part.at_label is None else part.at_label
         # Not the number itself, which would have the library's own dtype.
         at_label = at_label + xp.zeros_like(library.cast(pivot_logit, problem.row_dtype))
         at_pivot = xp.where(here, at_label, 0.0)
     label_logit = None
     if rowstats.needs_label_logit(problem):
-        _, label_logit = _pick(problem, logits, plan.label - start)
+        _, label_logit = pick(problem, logits, plan.label - start)
         label_logit = library.cast(label_logit, problem.row_dtype)
     excluded = _excluded(problem, plan, logits, pivot - start)
     if isinstance(coefficients, float):
@@ -217,7 +217,7 @@ def brier(problem: Problem, operands: Operands, start: int, whole: Whole) -> Any
     rest = _exponentials(problem, part.logits, excluded, whole.state)
     probabilities = part.plan.probabilities
     others = rowstats.distance_of_rest(problem, whole.state, rest, excluded, probabilities)
-    here, at_pivot = _pick(problem, probabilities, whole.pivot - start)
+    here, at_pivot = pick(problem, probabilities, whole.pivot - start)
     at_pivot = rowstats.distance_at_pivot(problem, whole.state, at_pivot)
     return others + problem.xp.where(here, at_pivot, 0.0)
 
@@ -256,7 +256,7 @@ def _open(problem: Problem, operands: Operands, start: int, teacher: TeacherStat
     return _Open(plan, logits, at_label, coefficients)
 
 
-def _pick(problem: Problem, values: Any, local: Any) -> tuple[Any, Any]:
+def pick(problem: Problem, values: Any, local: Any) -> tuple[Any, Any]:
     """Take each row's value at a class, counted from the part's first; 0 if it is in another."""
     xp, axis = problem.xp, problem.axis
     here = (local >= 0) & (local < values.shape[axis])
