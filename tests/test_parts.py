@@ -129,6 +129,7 @@ def few(group: str, floats: tuple[str, ...]) -> Callable[[Case], str]:
     return lambda case: "" if case.name in chosen else "not among the few"
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("numpy", "torch")
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["native", "reference"])
@@ -219,6 +220,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
