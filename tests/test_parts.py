@@ -40,7 +40,9 @@ class Cut(NamedTuple):
     teacher: parts.TeacherState | None
 
     @classmethod
-    def of(cls, problem: Problem, operands: Operands, rng: np.random.Generator) -> Cut:
+    def of(
+        cls, path: OfParts, problem: Problem, operands: Operands, rng: np.random.Generator
+    ) -> Cut:
         classes = problem.classes
         # Parts without classes, of one class, and uneven ones.
         inner = sorted(rng.integers(0, classes + 1, rng.integers(0, 5)))
@@ -54,7 +56,7 @@ class Cut(NamedTuple):
             pieces.append((operands._replace(**own), start))
         teacher = None
         if problem.kind == "teacher":
-            read = [parts.read_teacher(problem, piece.target) for piece, _ in pieces]
+            read = [path.read_teacher(problem, piece.target) for piece, _ in pieces]
             teacher = parts.join_teacher(problem, read)
         return cls(problem, pieces, teacher)
 
@@ -101,7 +103,7 @@ def cut_functions(path: OfParts) -> Functions:
             return function(**whole_call)
         with problem.library.computing(operands.named()):
             plan = targets.plan(problem, operands)
-            cut = Cut.of(problem, operands, rng)
+            cut = Cut.of(path, problem, operands, rng)
             whole = cut.whole(path)
             results = [targets.reduce(problem, plan, whole.losses)]
             if with_grad:
@@ -127,6 +129,7 @@ def few(group: str, floats: tuple[str, ...]) -> Callable[[Case], str]:
     return lambda case: "" if case.name in chosen else "not among the few"
 
 
+@pytest.mark.slow("torch")
 @pytest.mark.only("numpy", "torch")
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["native", "reference"])
@@ -217,6 +220,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.same_everywhere
 @pytest.mark.only("numpy")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -17,7 +17,7 @@ class Call:
 
     def run_part(self, logits: object, target: object, target_probability: object | None, weight: object | None, sample_weight: object | None, start: int, teacher: object | None, rows: object, entropy: bool, first: bool, squares: bool, cotangent: object, by_row: bool, grad_lse: object | None, grad_entropy: object | None, grad: object | None) -> None:
         """
-        Read some of `all_classes` classes, from `start` on, into `rows`: of each number that a row's parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written.
+        Read some of `all_classes` classes, from `start` on, into `rows`: of each number that a row's parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written. A teacher's logits are read for its rows, and whole ones are taken as `teacher`.
         """
 
     def log_softmax(self, logits: object, out: object) -> None:

@@ -390,6 +390,7 @@ struct Across : Pivots<T> {
             if constexpr (sizeof(T) == 4) finish_few(*this);
         } else {
             if (job.teacher && !job.part.teacher) read_teachers();
+            if (reads_teacher(job)) return results.write_teachers();
             writes_part(job) ? take_whole() : sum();
             if (reads_part(job)) return results.write_part();
             results.finish();

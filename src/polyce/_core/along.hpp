@@ -279,6 +279,10 @@ struct Along : Sums<T, capped> {
     double run(std::int64_t first, int count) {
         this->begin(first, count);
         this->read_targets();
+        if (reads_teacher(job)) {
+            for (int i = 0; i < rows; ++i) this->teacher.read(i, probabilities_of(i), copy);
+            return results.write_teachers();
+        }
         keep_labels();
         writes_part(job) ? results.take_whole() : sum();
         if (reads_part(job)) return results.write_part();

@@ -60,7 +60,8 @@ NB_MODULE(_core, m) {
              nb::arg("rows"), nb::arg("entropy"), nb::arg("first"), nb::arg("squares"), nb::arg("cotangent"),
              nb::arg("by_row"), nb::arg("grad_lse").none(), nb::arg("grad_entropy").none(), nb::arg("grad").none(),
              "Read some of `all_classes` classes, from `start` on, into `rows`: of each number that a row's "
-             "parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written.")
+             "parts are joined by those of all rows. With a gradient, `rows` are of the whole, and it is written. "
+             "A teacher's logits are read for its rows, and whole ones are taken as `teacher`.")
         .def("log_softmax", &Call::log_softmax, nb::arg("logits"), nb::arg("out"),
              "Write log(softmax(logits)) into out.")
         .def_prop_ro("saves_rows", &Call::saves_rows,

@@ -235,9 +235,11 @@ void Call::run_part(
         shape.insert(shape.begin(), numbers);
         return shape;
     };
-    void* const place = arrays.open("what is known of the rows", rows, of_each_row(Part::numbers), "float64", 8, grad.is_none());
+    const bool of_teacher = job.teacher && teacher.is_none();
+    const Shape known = of_each_row(of_teacher ? 2 : Part::numbers);
+    void* const place = arrays.open("what is known of the rows", rows, known, "float64", 8, grad.is_none());
     job.part = {start, all_classes_, static_cast<double*>(place), entropy, first, squares};
-    if (job.teacher) {
+    if (job.teacher && !of_teacher) {
         job.part.teacher = static_cast<const double*>(arrays.open("a teacher's rows", teacher, of_each_row(2), "float64", 8));
     }
     compute(job);

@@ -59,11 +59,11 @@ struct Part {
         numbers
     };
     std::int64_t start = 0, classes = 0;  // the first of these classes; how many the whole row has
-    // Written where the logits are read; where a gradient is wanted, that of whole rows. Null for
-    // calls with all classes.
+    // Written where the logits are read; where a gradient is wanted, that of whole rows. Of a teacher's
+    // part its largest logits, then its sums. Null for calls with all classes.
     double* rows = nullptr;
     bool needs_entropy = false, needs_first = false, needs_squares = false;
-    const double* teacher = nullptr;  // of whole rows: their largest logits, then their sums
+    const double* teacher = nullptr;  // the same of whole rows of the teacher
 };
 
 struct Job {
@@ -132,6 +132,9 @@ inline bool has_saved(const Job& job) { return job.backward_only && job.saved &&
 
 // How many classes a whole row has. Labels and class weights are of those.
 inline std::int64_t all_classes(const Job& job) { return job.part.rows ? job.part.classes : job.classes; }
+
+// Whether a part of a teacher's classes is read for what it adds to the softmax of its rows.
+inline bool reads_teacher(const Job& job) { return job.part.rows && job.teacher && !job.part.teacher; }
 
 // Whether a part of the classes is read for what it adds to its rows, or written from whole ones.
 inline bool reads_part(const Job& job) { return job.part.rows && !job.grad.data; }

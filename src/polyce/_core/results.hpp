@@ -111,6 +111,17 @@ struct Results {
         return 0.0;
     }
 
+    POLYCE_APART double write_teachers() const {
+        for (int i = 0; i < group.rows; ++i) {
+            // Without a class of any probability there is no exponential either.
+            const double sum = lane.teacher_sum[i];
+            double* const place = job.part.rows + group.number(i);
+            place[0] = sum == 0.0 ? -infinity<double> : double(lane.teacher_top[i]);
+            place[job.rows] = sum;
+        }
+        return 0.0;
+    }
+
     // Of whole rows: what their parts have joined to, for the gradient of one of them.
     POLYCE_APART void take_whole() const {
         begin_sums();

@@ -48,7 +48,7 @@ struct Teacher {
           blocks(blocks_of(job)), keeps(keeps_exponentials(job)), direct(direct) {}
 
     static bool keeps_exponentials(const Job& job) {
-        return job.teacher && !job.part.teacher && !has_saved(job) && job.classes <= most_kept;
+        return job.teacher && !job.part.rows && !has_saved(job) && job.classes <= most_kept;
     }
     static std::int64_t blocks_of(const Job& job) { return (job.classes + block - 1) / block; }
 

@@ -23,6 +23,8 @@ class OfParts(NamedTuple):
 
     It is in the logits' dtype, or in the arithmetic one.
     """
+    read_teacher: Callable[..., Any]
+    """(problem, a part of a teacher's logits) -> TeacherState"""
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,8 @@ def loss_and_gradients(call: HeadCall, wanted: Gradients) -> tuple[Any, Gradient
 
 def _bare(call: HeadCall) -> HeadCall:
     """Return the call without its arrays; only the reference is named, for blocks too."""
-    whole = call.whole
-    # A block's path may take cotangents of stats, which that of the whole call does not.
-    bare = replace(call, whole=whole._replace(grad_stats=())).without_arrays()
-    name = bare.name if bare.name == "reference" else None
-    return replace(bare, whole=whole, name=name)
+    bare = call.without_arrays()
+    return replace(bare, name=bare.name if bare.name == "reference" else None)
 
 
 def _stats(call: HeadCall, results: Any) -> Stats | None:

@@ -40,6 +40,8 @@ def whole_rows(
     sample_weight: Any,
     probability: Any,
     cotangent: Any,
+    grad_lse: Any,
+    grad_entropy: Any,
 ) -> tuple[Any, ...]:
     """Run the call on a block of whole rows, by the path that `select` chooses for its arrays.
 
@@ -54,7 +56,9 @@ def whole_rows(
     problem = problem.with_options(stats=names or None)
     xp, grad = problem.xp, None
     operands = Operands(logits, target, weight, sample_weight, None, _by_row(problem, cotangent))
-    operands = operands._replace(target_probability=probability)
+    operands = operands._replace(
+        target_probability=probability, grad_lse=grad_lse, grad_entropy=grad_entropy
+    )
     chosen = select(problem)
     with problem.library.quiet():
         if cotangent is None:

@@ -9,20 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 from polyce.call.problem import Operands, Problem
-from polyce.formula import parts
+from polyce.formula import parts, rows
 from polyce.formula.parts import Part, TeacherState, Whole
-from polyce.formula.rowgradient import NO_STATS
 from polyce.implementations.contract import OfParts
 from polyce.implementations.dask.blocks import of_chunk, with_dtypes
 
 Select = Callable[[Problem], OfParts]
 
 
-def read_teacher(problem: Problem, teacher: Any) -> TeacherState:
-    """Read a block with some of a teacher's classes."""
-    problem = of_chunk(problem, teacher, teacher.shape)
+def read_teacher(select: Select, problem: Problem, teacher: Any) -> TeacherState:
+    """Read a block with some of a teacher's classes, as `read` does."""
+    problem = of_chunk(problem, teacher, _whole_shape(problem, teacher))
     with problem.library.quiet():
-        return parts.read_teacher(problem, teacher)
+        return select(problem).read_teacher(problem, teacher)
 
 
 def join_teacher(problem: Problem, found: list[TeacherState]) -> TeacherState:
@@ -44,8 +43,8 @@ def read(select: Select, problem: Problem, *inputs: Any) -> Part:
 
 def join(problem: Problem, found: list[Part]) -> Whole:
     """Join the blocks of each row, in the order of the classes, and compute the losses."""
-    rows = found[0].state.rest_max
-    problem = of_chunk(problem, rows, rows.shape)
+    top = found[0].state.rest_max
+    problem = of_chunk(problem, top, top.shape)
     with problem.library.quiet():
         return parts.join(problem, found)
 
@@ -68,12 +67,14 @@ def brier(problem: Problem, *inputs_and_whole: Any) -> Any:
 
 def gradient(select: Select, problem: Problem, *inputs_and_more: Any) -> Any:
     """Compute the gradient of a block with some of the classes, for the cotangent of its rows."""
-    *inputs, cotangent, whole = inputs_and_more
+    *inputs, cotangent, grad_lse, grad_entropy, whole = inputs_and_more
     dtype = problem.logits_dtype
     problem, operands, teacher, start = _open(problem, *inputs)
+    operands = operands._replace(grad_lse=grad_lse, grad_entropy=grad_entropy)
     with problem.library.quiet():
+        of_stats = rows.stats_cotangents(problem, operands)
         of_parts = select(problem)
-        grad = of_parts.gradient(problem, operands, start, whole, cotangent, NO_STATS, teacher)
+        grad = of_parts.gradient(problem, operands, start, whole, cotangent, of_stats, teacher)
         return problem.library.cast(grad, dtype)
 
 
@@ -88,9 +89,14 @@ def _open(
     first_class: Any,
 ) -> tuple[Problem, Operands, TeacherState | None, int]:
     """Return a block's problem, its operands, what its teacher's rows have joined to, its start."""
-    shape = list(logits.shape)
-    shape[problem.axis] = problem.classes
-    problem, logits = with_dtypes(of_chunk(problem, logits, shape), logits, target, probability)
+    problem = of_chunk(problem, logits, _whole_shape(problem, logits))
+    problem, logits = with_dtypes(problem, logits, target, probability)
     operands = Operands(logits, target, weight, sample_weight, None, None)
     operands = operands._replace(target_probability=probability)
     return problem, operands, teacher, int(first_class[0])
+
+
+def _whole_shape(problem: Problem, part: Any) -> tuple[int, ...]:
+    shape = list(part.shape)
+    shape[problem.axis] = problem.classes
+    return tuple(shape)

@@ -44,6 +44,7 @@ def path(select: Select) -> Implementation:
         cross_entropy=partial(cross_entropy, select),
         cross_entropy_with_grad=partial(cross_entropy_with_grad, select),
         backends=frozenset({"dask"}),
+        takes_grad_stats=True,
         unavailable=unavailable,
     )
 
@@ -128,6 +129,7 @@ def _whole_rows(
         axes,
         *_inputs(problem, operands),
         *scale(problem, cotangent, logits),
+        *_of_stats(problem, operands),
         adjust_chunks={axis: 1},
         meta=logits._meta,
     )
@@ -154,7 +156,7 @@ def _parts(
     axes, axis, logits = _axes(problem), problem.axis, operands.logits
     sizes = logits.chunks[axis]
     starts = da.from_array([sum(sizes[:i]) for i in range(len(sizes))], chunks=1)
-    inputs = (*_inputs(problem, operands), *_teacher(problem, operands), starts, (axis,))
+    inputs = (*_inputs(problem, operands), *_teacher(select, problem, operands), starts, (axis,))
     read = _blockwise(
         partial(parts.read, select),
         problem,
@@ -172,6 +174,7 @@ def _parts(
             axes,
             *inputs,
             *scale(problem, cotangent, logits),
+            *_of_stats(problem, operands),
             *(joined, axes),
             meta=logits._meta,
         )
@@ -194,13 +197,15 @@ def _parts(
     return losses, grad, _stats(problem, {name: stat(name) for name in stats.needed(problem)})
 
 
-def _teacher(problem: Problem, operands: Operands) -> tuple[Any, Any]:
+def _teacher(
+    select: Callable[[Problem], OfParts], problem: Problem, operands: Operands
+) -> tuple[Any, Any]:
     """Pair what the softmax of a teacher's whole rows needs, if there is one, with its axes."""
     if problem.kind != "teacher":
         return None, None
     axes, teacher = _axes(problem), operands.target
     read = _blockwise(
-        parts.read_teacher,
+        partial(parts.read_teacher, select),
         problem,
         axes,
         *(teacher, axes),
@@ -367,6 +372,12 @@ def scale(problem: Problem, cotangent: Any, logits: Any) -> tuple[Any, Any]:
     if not cotangent.ndim:
         return cotangent, ()
     return problem.library.align(cotangent, logits), _axes(problem)
+
+
+def _of_stats(problem: Problem, operands: Operands) -> tuple[Any, ...]:
+    """Pair the cotangents of lse and entropy, if there are any, with their axes."""
+    given = (operands.grad_lse, operands.grad_entropy)
+    return tuple(item for array in given for item in paired(array, _row_axes(problem)))
 
 
 def total_weight(problem: Problem, operands: Operands) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from polyce.arrays import dtypes
 from polyce.arrays.library import expand
 from polyce.call.problem import Operands, Problem
 from polyce.formula import parts, rowstate, rowstats, targets
@@ -19,6 +20,21 @@ from polyce.implementations.native.run import ArrayAccess, kernel, readable
 _PIVOT = len(RowState._fields)
 _LABEL_LOGIT = _PIVOT + 1
 _NUMBERS = _LABEL_LOGIT + 1
+
+
+def read_teacher(own: ArrayAccess, problem: Problem, teacher: Any) -> TeacherState:
+    """Read a part of a teacher's classes."""
+    if not teacher.shape[problem.axis]:
+        return parts.read_teacher(problem, teacher)
+    teacher = own.in_order(teacher)
+    name = dtypes.name_of(teacher.dtype)
+    problem = problem._replace(logits_dtype=teacher.dtype, target_dtype=name)
+    rows = own.empty((len(TeacherState._fields), *problem.row_shape), problem.row_dtype)
+    # It stands in the logits' place too, which are not read.
+    operands = Operands(teacher, teacher, None, None, None, None)
+    _run(own, problem, operands, 0, None, rows)
+    top, total = (expand(rows[number, ...], problem.axis) for number in range(len(rows)))
+    return TeacherState(problem.library.cast(top, problem.arithmetic_dtype), total)
 
 
 def read(

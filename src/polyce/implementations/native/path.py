@@ -12,7 +12,7 @@ from typing import Any
 
 from polyce.arrays import dtypes
 from polyce.call.problem import Operands, Problem
-from polyce.formula.parts import Part
+from polyce.formula.parts import Part, TeacherState
 from polyce.formula.stats import Stats
 from polyce.implementations.contract import Implementation, OfParts
 from polyce.implementations.native import parts
@@ -110,6 +110,11 @@ def part_gradient(problem: Problem, *part: Any, **more: Any) -> Any:
     return parts.gradient(access(problem.backend), problem, *part, **more)
 
 
+def read_teacher_part(problem: Problem, teacher: Any) -> TeacherState:
+    """Read a part of the classes of each of a teacher's rows."""
+    return parts.read_teacher(access(problem.backend), problem, teacher)
+
+
 PATH = Implementation(
     name="native",
     cross_entropy=cross_entropy,
@@ -121,7 +126,7 @@ PATH = Implementation(
     by_name_only=is_left_to_the_compiler,
     torch_kernels=torch_kernels,
     takes_grad_stats=True,
-    of_parts=OfParts(read_part, part_gradient),
+    of_parts=OfParts(read_part, part_gradient, read_teacher_part),
     log_softmax=log_softmax,
 )
 
