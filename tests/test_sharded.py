@@ -53,3 +53,8 @@ def test_of_every_process(processes: Processes, check: str) -> None:
 )
 def test_meshes(processes: Processes, check: str) -> None:
     processes.run(f"sharded_mesh_checks.{check}")
+
+
+@pytest.mark.parametrize("check", ["losses", "values", "bad_calls"])
+def test_heads(processes: Processes, check: str) -> None:
+    processes.run(f"sharded_head_checks.{check}")

@@ -206,7 +206,8 @@ def _described(layout: Layout, arrays: tuple[Any, ...], options: Options) -> Sha
     where = layout.shard
     if where is not None:
         return describe(*given, **where)
-    return ShardCall(*calls.describe(*given), None, 0)
+    problem, operands = calls.describe(*given)
+    return ShardCall(problem, operands, None, 0, problem.classes)
 
 
 def _of_rows_here(call: ShardCall, implementation: str | None) -> tuple[Any, Any]:
