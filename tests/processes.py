@@ -1,4 +1,4 @@
-"""Processes of torch.distributed on one machine, which run the functions of a file side by side."""
+"""Processes of torch.distributed on one machine, which run functions of the tests together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 60
 class Processes:
     """Some processes of one group, which wait to be told what to run."""
 
-    def __init__(self, count: int, checks: str, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path) -> None:
         here = Path(__file__).parent
         paths = [str(here), *(p for p in sys.path if p)]
         environment = os.environ | {
@@ -31,7 +31,7 @@ class Processes:
         }
         self.workers = [
             subprocess.Popen(
-                [sys.executable, __file__, checks, str(rank), str(count), str(folder / "store")],
+                [sys.executable, __file__, str(rank), str(count), str(folder / "store")],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -69,7 +69,7 @@ def answer(function: Callable[..., None], arguments: dict[str, Any]) -> str:
     return ""
 
 
-def main(checks: str, rank: str, count: str, store: str) -> None:
+def main(rank: str, count: str, store: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -83,10 +83,11 @@ def main(checks: str, rank: str, count: str, store: str) -> None:
         world_size=int(count),
         timeout=datetime.timedelta(seconds=SECONDS // 3),
     )
-    module = importlib.import_module(checks)
     for line in sys.stdin:
         check, arguments = json.loads(line)
-        print(json.dumps(answer(getattr(module, check), arguments)), file=answers, flush=True)
+        module, _, name = check.partition(".")
+        found = getattr(importlib.import_module(module), name)
+        print(json.dumps(answer(found, arguments)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "validate": None,
         "implementation": None,
         "inplace_backward": False,
+        "group": None,
+        "class_start": None,
+        "num_classes": None,
     },
     "NLLLoss": {"axis": None, "validate": None},
 }
@@ -118,7 +121,8 @@ def test_the_extras_are_those_of_the_class_for_any_library() -> None:
     for name in NAMES:
         parameters = inspect.signature(getattr(polyce, name)).parameters
         own = inspect.signature(ours(name)).parameters
-        assert list(own) == [*parameters, *(["inplace_backward"] if name[0] == "C" else [])]
+        beyond = ["inplace_backward", "group", "class_start", "num_classes"]
+        assert list(own) == [*parameters, *(beyond if name[0] == "C" else [])]
 
 
 @BOTH

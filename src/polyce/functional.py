@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from polyce.arrays import find
 from polyce.arrays.plain import is_compiling, is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
@@ -156,6 +157,12 @@ def cross_entropy(
         axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
         z_loss, logit_scale, logit_softcap, return_stats, validate,
     )  # fmt: skip
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        arrays = input, target, weight, sample_weight, normalizer
+        loss, stats = dtensors.cross_entropy(*arrays, Options(*options), implementation)
+        return loss if stats is None else (loss, stats)
     if is_compiling():
         from polyce.implementations import torch_compiled
 

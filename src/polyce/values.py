@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, TypeVar
 
+from polyce.arrays import find
 from polyce.arrays.library import expand
 from polyce.call.index import describe_index, has_many, of_entries
 from polyce.call.options import Options, refuse_dim
@@ -79,13 +80,18 @@ def log_prob(
     [[-4.00000000e+01 -1.57965784e-17]
      [-1.09861229e+00 -1.09861229e+00]]
     """
-    options = Options(
-        axis,
-        ignore_index,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        validate=validate,
-    )
+    given: dict[str, Any] = {
+        "axis": axis,
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+        "validate": validate,
+    }
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        return dtensors.log_prob(log_prob, input, index, given, implementation)
+    options = Options(**given)
     problem, logits, own = describe_index(input, index, options)
     with problem.library.computing({"input": logits, "index": own}):
         if not has_many(problem, own):
@@ -142,8 +148,16 @@ def entropy(
     >>> print(polyce.entropy(np.array([[0.0, 0.0], [0.0, 40.0]])))
     [6.93147181e-01 1.74182524e-16]
     """
-    options = Options(axis, logit_scale=logit_scale, logit_softcap=logit_softcap)
-    problem, logits = describe_logits(input, options)
+    given: dict[str, Any] = {
+        "axis": axis,
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+    }
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        return dtensors.entropy(entropy, input, given, implementation)
+    problem, logits = describe_logits(input, Options(**given))
     library = problem.library
     with library.computing({"input": logits}):
         anything = any_labels(problem, logits)

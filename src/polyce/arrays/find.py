@@ -133,8 +133,7 @@ def _find(name: str, value: Any) -> Library:
     # is not loaded has made no array.
     loaded = sys.modules
     if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
-        sharded = loaded.get("torch.distributed.tensor")
-        if sharded is not None and isinstance(value, sharded.DTensor):
+        if is_dtensor(value):
             by_rows = ""
             if name.partition(".")[0] in _OF_ROWS:
                 by_rows = (
@@ -142,8 +141,8 @@ def _find(name: str, value: Any) -> Library:
                     "normalizer= what the mean over all processes divides by: these losses add up"
                 )
             raise TypeError(
-                f"{name} must be a tensor of one process, got a DTensor, which polyce does not "
-                f"reduce across processes yet; pass {name}.full_tensor(){by_rows}"
+                f"{name} must be a tensor of one process, got a DTensor, which is taken where "
+                f"input is one, and not by every function; pass {name}.full_tensor(){by_rows}"
             )
         masked = loaded.get("torch.masked")
         if masked is not None and isinstance(value, masked.MaskedTensor):
@@ -228,6 +227,12 @@ def _kind(value: Any) -> str:
     kind = type(value)
     module = kind.__module__
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def is_dtensor(array: Any) -> bool:
+    """Tell whether an array is one of torch's that lie on a mesh of processes."""
+    sharded = sys.modules.get("torch.distributed.tensor")
+    return sharded is not None and isinstance(array, sharded.DTensor)
 
 
 def installed(module: str) -> bool:

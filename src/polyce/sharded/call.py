@@ -31,16 +31,13 @@ class ShardCall:
     """The processes that hold the classes of the same rows."""
     start: int
     """The shard's first class."""
+    width: int
+    """How many classes it has."""
 
     @property
-    def width(self) -> int:
-        """Return how many classes the shard has."""
-        return int(self.operands.logits.shape[self.problem.axis])
-
-    @property
-    def fits(self) -> bool:
-        """Tell whether the shard's classes are among those of the whole rows."""
-        return self.start >= 0 and self.start + self.width <= self.problem.classes
+    def is_read(self) -> bool:
+        """Tell whether the shard has classes, and all are among those of the whole rows."""
+        return self.start >= 0 and 0 < self.width <= self.problem.classes - self.start
 
     @property
     def by_row(self) -> ShardCall:
@@ -78,7 +75,7 @@ def describe(
     shape, axis = checks.logits_shape(input, options.axis, target)
     start, classes = place(group, shape[axis], class_start, num_classes)
     whole = (*shape[:axis], classes, *shape[axis + 1 :])
-    stand_in, kept = _whole_target(target, shape, whole)
+    stand_in, kept = whole_target(target, shape, whole)
     # Whole rows exist nowhere, so the problem is that of tensors of their shape without memory.
     problem, operands = calls.describe(
         of_shape(input, whole), stand_in, weight, sample_weight, normalizer, options
@@ -87,7 +84,7 @@ def describe(
     if kept is not None:
         operands = operands._replace(target=kept)
     _check_gradients(problem, operands)
-    return ShardCall(problem, operands, group, start)
+    return ShardCall(problem, operands, group, start, shape[axis])
 
 
 def check_group(group: Any) -> None:
@@ -131,7 +128,7 @@ def of_shape(like: Any, shape: tuple[int, ...]) -> Any:
     return like.detach().new_empty(()).expand(shape)
 
 
-def _whole_target(target: Any, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Any, Any]:
+def whole_target(target: Any, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[Any, Any]:
     """Return a target of whole rows, and what its shard is if it is sharded as the logits are."""
     if isinstance(target, TeacherLogits):
         _check_sharded("target.logits", target.logits, shape)

@@ -48,6 +48,12 @@ def gather_with_ranges(call: ShardCall, words: Any) -> Gathered:
     return Gathered(words, _is_torn(ranges))
 
 
+def total(call: ShardCall, tensor: Any) -> Any:
+    """Return the sum of what each process of the group passes here."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(tensor, "sum", call.group.group_name))
+
+
 def check_ranges(ranges: list[list[int]]) -> None:
     """Refuse shards that are not a partition of the classes; each is (start, width, classes)."""
     numbers = {classes for _, _, classes in ranges}

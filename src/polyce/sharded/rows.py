@@ -54,25 +54,32 @@ def _forward(
     call: ShardCall, plan: Plan, of_parts: OfParts
 ) -> tuple[Whole, Plan, TeacherState | None]:
     problem, operands = call.problem, call.operands
-    is_read = call.fits and call.width > 0
-    teacher = _teacher(call) if problem.kind == "teacher" else None
-    pivot = torch.full((), -1, device=operands.logits.device)
-    if is_read:
+    teacher = teacher_of(call) if problem.kind == "teacher" else None
+    if call.is_read:
         part = of_parts.read(problem, operands, call.start, teacher)
-        pivot, words = part.pivot, states.encode(call, part)
+        whole, plan = join(call, plan, states.encode(call, part), part.pivot)
     else:
-        words = states.nothing(call)
+        whole, plan = join(call, plan, states.nothing(call), None)
+    return _looking_again(call, whole), plan, teacher
+
+
+def join(call: ShardCall, plan: Plan, words: Any, pivot: Any) -> tuple[Whole, Plan]:
+    """Send what this process has read of its shard, and join it with what the others send.
+
+    `pivot` is that of its own part, None if it has none.
+    """
     gathered = exchange.gather_with_ranges(call, words)
-    found, plan = states.decode(problem, plan, gathered.words, call.group.rank(), pivot)
+    if pivot is None:
+        pivot = torch.full((), -1, device=words.device)
+    found, plan = states.decode(call.problem, plan, gathered.words, call.group.rank(), pivot)
     if gathered.is_torn is not None:
         first = found[0].state
         spoilt = torch.where(gathered.is_torn, math.nan, first.rest_sum)
         found[0] = found[0]._replace(state=first._replace(rest_sum=spoilt))
-    whole = parts.join(problem, found)
-    return _looking_again(call, whole, is_read=is_read), plan, teacher
+    return parts.join(call.problem, found), plan
 
 
-def _teacher(call: ShardCall) -> TeacherState:
+def teacher_of(call: ShardCall) -> TeacherState:
     """Join the softmax of a teacher's rows, in a collective of its own: the states depend on it."""
     problem, target = call.problem, call.operands.target
     if call.width:
@@ -86,13 +93,13 @@ def _teacher(call: ShardCall) -> TeacherState:
     return parts.join_teacher(problem, states.decode_teacher(problem, words))
 
 
-def _looking_again(call: ShardCall, whole: Whole, *, is_read: bool) -> Whole:
+def _looking_again(call: ShardCall, whole: Whole) -> Whole:
     """Add the stats that look at the logits once the state is known, in one more collective."""
     problem, operands, found = call.problem, call.operands, whole.stats
     for name in problem.options.stats or ():
         if found is None or not rowstats.looks_again(problem, name):
             continue
-        if not is_read:
+        if not call.is_read:
             own = torch.zeros_like(whole.state.rest_max)
         elif name == "rank":
             own = parts.rank(problem, operands, whole.label_logit)

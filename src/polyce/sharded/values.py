@@ -84,7 +84,7 @@ def log_prob(
     check_untransformed()
     start, _ = place(group, shape[axis], class_start, num_classes)
     operands = Operands(input, own, None, None, None, None)
-    call = ShardCall(problem, operands, group, start)
+    call = ShardCall(problem, operands, group, start, shape[axis])
     with problem.library.computing({"input": input, "index": own}):
         return _of_many(call, implementation)
 
@@ -157,7 +157,7 @@ def _forward(call: ShardCall, chosen: _Chosen, of_parts: OfParts) -> tuple[Any, 
     """Compute the values, in the row dtype, and the joined state."""
     problem, operands = call.problem, call.operands
     words = _nothing(call)
-    if call.fits and call.width > 0:
+    if call.is_read:
         zeros = torch.zeros_like(chosen.classes, dtype=problem.arithmetic_dtype)
         part = of_parts.read(problem, _with_probabilities(call, zeros), call.start, None)
         _, logits = parts.pick(problem, operands.logits, chosen.classes - call.start)

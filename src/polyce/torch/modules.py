@@ -60,7 +60,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     __constants__ = [  # noqa: RUF012 - as torch's own
         *torch.nn.CrossEntropyLoss.__constants__,
         *("axis", "z_loss", "logit_scale", "logit_softcap", "return_stats"),
-        *("validate", "implementation", "inplace_backward", "class_start", "num_classes"),
+        *("validate", "implementation", "inplace_backward"),
+        *("group", "class_start", "num_classes"),
     ]
 
     def __init__(
