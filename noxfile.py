@@ -41,6 +41,7 @@ BACKENDS: dict[str, tuple[str, dict[str, str]]] = {
     # jax compiles each case anew, so it takes only the few cases that stand for the grid.
     "jax-x32": ("jax", {"JAX_ENABLE_X64": "0", "POLYCE_FEW": "1"}),
     "jax-x64": ("jax", {"JAX_ENABLE_X64": "1", "POLYCE_FEW": "1"}),
+    "jax-compile": ("jax-compile", {}),
     "dask": ("dask", {}),
     "cupy-emulated": ("numpy", {}),
     "cupy-compile": ("cupy-compile", {}),

@@ -31,6 +31,8 @@ BACKENDS = {
     "jax-x32": "jax",
     "jax-x64": "jax",
     "jax-gpu": "jax",
+    # jax's calls compiled for a GPU, by the plugin that runs them there.
+    "jax-compile": "jax",
     "dask": "dask-rows",
     "cupy": "cupy",
     # CuPy's kernels on an emulated CuPy, on a CPU; and compiled for GPUs.
@@ -59,6 +61,7 @@ MARKED_ONLY = (
     "cupy-emulated",
     "cupy-compile",
     "cupy-dispatch",
+    "jax-compile",
     "refused",
     "score",
     "triton",
@@ -115,6 +118,10 @@ def pytest_configure(config: pytest.Config) -> None:
         # there are devices or cores. If the next call's tasks take some of them, calls outside of
         # jit may wait for ever.
         os.environ.setdefault("PJRT_NPROC", "16")
+        if name == "jax-compile":
+            os.environ["JAX_PLATFORMS"] = "cpu"
+            # It would try kernels on the GPU, which is not there.
+            os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
         import jax
 
         jax.config.update("jax_enable_x64", name == "jax-x64")

@@ -11,7 +11,7 @@ import pytest
 
 import polyce
 from conftest import FEW, FULL
-from cupy_calls import settings
+from cupy_calls import SPLIT, settings
 from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend, get_backend
 from polyce.testing.selection import representative
@@ -114,15 +114,10 @@ def test_grid_on_cupy(
     print(check_implementation(name, backend, groups=[group], leave_out=leave_out))
 
 
-# Rows of a few hundred classes are split over blocks, which keep whole warps.
-SPLIT = {"BLOCK": 32, "LONG": 32, "FEW_ROWS": 64, "PART": 16, "MOST_PARTS": 3}
-
-
-@EMULATED
-@pytest.mark.only("cupy", "cupy-emulated")
-@pytest.mark.parametrize("group", ["shapes", "accuracy"])
+@pytest.mark.only("cupy")
+@pytest.mark.parametrize("group", GROUPS)
 def test_grid_on_cupy_with_rows_in_parts(backend: Backend, group: str) -> None:
-    leave_out = few(group, backend.floats, FEWEST, largest=10_000)
+    leave_out = few(group, backend.floats, 10, largest=10_000)
     with settings(**SPLIT):
         print(check_implementation("cupy", backend, groups=[group], leave_out=leave_out))
 
