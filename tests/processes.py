@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60
-"""For how long a process may take over one function."""
+SECONDS = 300
+"""For how long a process may take over one function, its start included."""
 
 
 class Processes:
@@ -81,7 +81,7 @@ def main(rank: str, count: str, store: str) -> None:
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(count),
-        timeout=datetime.timedelta(seconds=SECONDS // 3),
+        timeout=datetime.timedelta(seconds=SECONDS // 5),
     )
     for line in sys.stdin:
         check, arguments = json.loads(line)

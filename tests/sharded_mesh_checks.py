@@ -182,3 +182,86 @@ def against_loss_parallel() -> None:
     torch.testing.assert_close(found.full_tensor(), want.full_tensor())
     torch.testing.assert_close(leaf.grad.full_tensor(), grad)
     assert (ours.get_total_counts(), theirs.get_total_counts()) == (1, 3)
+
+
+def compiled() -> None:
+    """In one graph, with the collectives in it."""
+    from sharded_checks import shard_of
+
+    given = tensors()
+    labels, logits = given["labels"], given["logits"]
+    whole = logits.clone().requires_grad_()
+    shard, where = shard_of(whole, 1, 1)
+    want = polyce.cross_entropy(whole, labels, label_smoothing=0.1)
+    want.backward()
+
+    def of_shard(x: Any) -> Any:
+        return polyce.torch.cross_entropy(x, labels, label_smoothing=0.1, **where)
+
+    def of_mesh(x: Any) -> Any:
+        return polyce.cross_entropy(x, labels, label_smoothing=0.1)
+
+    leaf = shard.detach().clone().requires_grad_()
+    found = torch.compile(of_shard, fullgraph=True, backend="aot_eager")(leaf)
+    found.backward()
+    same(found, want)
+    same(leaf.grad, shard_of(whole.grad, 1, 1)[0])
+    mesh, placements, _ = meshes()[-2]
+    leaf = distribute_tensor(logits, mesh, placements).requires_grad_()
+    found = torch.compile(of_mesh, fullgraph=True, backend="aot_eager")(leaf)
+    found.backward()
+    same(found.full_tensor(), want)
+    same(leaf.grad.full_tensor(), whole.grad)
+
+
+def model() -> None:
+    """A small model with FSDP and tensor parallel takes the steps that one process takes."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    count = dist.get_world_size()
+    if count % 2:
+        return
+    mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("dp", "tp"))
+    features, classes, rows = 6, 10, 8
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(rows, features), torch.randint(0, classes, (rows,))
+    labels[1] = labels[2] = -100  # so that the halves' denominators differ
+
+    def build() -> Any:
+        torch.manual_seed(1)
+        return torch.nn.Sequential(
+            torch.nn.Linear(features, features),
+            torch.nn.Tanh(),
+            torch.nn.Linear(features, classes),
+        )
+
+    def train(model: Any, loss: Any) -> Any:
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(2):
+            optimiser.zero_grad()
+            value = loss(model)
+            value.backward()
+            optimiser.step()
+        return value
+
+    single = build()
+    want = train(single, lambda model: polyce.cross_entropy(model(inputs), labels))
+    sharded = build()
+    column = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    parallelize_module(sharded, mesh["tp"], {"2": column})
+    fully_shard(sharded, mesh=mesh["dp"])
+    half = rows // 2
+    own = slice(half * mesh.get_local_rank("dp"), half * (mesh.get_local_rank("dp") + 1))
+    total = (labels != -100).sum()
+
+    def loss(model: Any) -> Any:
+        logits = model(inputs[own])
+        # FSDP takes the mean of the gradients of its processes.
+        return polyce.cross_entropy(logits, labels[own], normalizer=total / 2)
+
+    found = train(sharded, loss).full_tensor()
+    dist.all_reduce(found)
+    torch.testing.assert_close(found / count, want)
+    for one, other in zip(sharded.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(one.full_tensor(), other)

@@ -58,3 +58,9 @@ def test_meshes(processes: Processes, check: str) -> None:
 @pytest.mark.parametrize("check", ["losses", "values", "bad_calls"])
 def test_heads(processes: Processes, check: str) -> None:
     processes.run(f"sharded_head_checks.{check}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["compiled", "model"])
+def test_what_goes_with_meshes(processes: Processes, check: str) -> None:
+    processes.run(f"sharded_mesh_checks.{check}")

@@ -66,7 +66,7 @@ class Layout(NamedTuple):
     def shard(self) -> dict[str, Any] | None:
         """Return the arguments that say which classes are here; None if all are."""
         for i, placement in enumerate(self.placements):
-            if placement == Shard(self.axis):
+            if placement.is_shard(self.axis):
                 classes = self.shape[self.axis]
                 width = -(-classes // self.mesh.size(i))
                 start = min(width * self.mesh.get_local_rank(i), classes)
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
         return None
 
     def _shards_rows(self, placement: Any) -> bool:
-        return isinstance(placement, Shard) and placement.dim != self.axis
+        return placement.is_shard() and not placement.is_shard(self.axis)
 
     def local(self, name: str, tensor: Any, placements: tuple[Any, ...]) -> Any:
         """Return this process's part of an argument that is to have these placements.
@@ -142,7 +142,7 @@ def layout_of(input: Any, axis: int | None) -> Layout:
     axis = class_axis(shape, axis)
     _check_placements("input", input)
     placements = tuple(input.placements)
-    if placements.count(Shard(axis)) > 1:
+    if sum(placement.is_shard(axis) for placement in placements) > 1:
         raise ValueError(
             "the classes of input must be sharded over one axis of a mesh, got placements "
             f"{input.placements}; redistribute it"
@@ -152,7 +152,8 @@ def layout_of(input: Any, axis: int | None) -> Layout:
 
 def _check_placements(name: str, tensor: Any) -> None:
     for placement in tensor.placements:
-        if type(placement) not in (Shard, Replicate):
+        # Not what FSDP cuts parameters into, which is a Shard by its base in some versions.
+        if type(placement) is not Shard and not placement.is_replicate():
             raise ValueError(
                 f"{name} must be sharded or replicated on each axis of its mesh, got placements "
                 f"{tensor.placements}; redistribute it"

@@ -60,9 +60,10 @@ def check_ranges(ranges: list[list[int]]) -> None:
     shown = ", ".join(f"{start} to {start + width}" for start, width, _ in ranges)
     advice = "pass class_start= and num_classes= as the logits are cut"
     if len(numbers) > 1:
+        given = ", ".join(str(classes) for _, _, classes in ranges)
         raise ValueError(
             "the shards must be of equal width, or name the same num_classes in every process, got "
-            f"classes {shown} of {', '.join(str(classes) for _, _, classes in ranges)}; {advice}"
+            f"classes {shown} of {given}; {advice}"
         )
     (classes,) = numbers
     for start, width, _ in ranges:

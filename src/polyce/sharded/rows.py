@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from polyce.arrays import torch_memory
+from polyce.call.options import STATS_WITH_GRADIENT
 from polyce.call.problem import Operands
 from polyce.formula import parts, rowstats, targets
 from polyce.formula.parts import TeacherState, Whole
@@ -42,12 +43,25 @@ def compute(call: ShardCall, plan: Plan, of_parts: OfParts) -> tuple[Any, RowSta
 
     The call has no reduction, but it has rows and classes.
     """
-    if not torch_state.needs_gradient(call.operands.logits):
-        whole, plan, _ = _forward(call, plan, of_parts)
-        return whole.losses, whole.stats, plan
-    plans: list[Plan] = []
-    losses, *found = _Rows.apply(call.operands.logits, call, plan, of_parts, plans)
-    return losses, RowStats(*found) if found else None, plans[0]
+    logits = call.operands.logits
+    call = replace(call, operands=torch_rows.detach(call.operands))
+    whole, plan, teacher = _forward(call, plan, of_parts)
+    found = whole.stats
+    if not torch_state.needs_gradient(logits):
+        return whole.losses, found, plan
+    operands = call.operands
+    values = {"losses": whole.losses}
+    if found is not None:
+        with_gradient = ((name, getattr(found, name)) for name in STATS_WITH_GRADIENT)
+        values |= {name: array for name, array in with_gradient if array is not None}
+    results = _Rows.apply(
+        *(logits, call.without_arrays(), of_parts, tuple(values), *values.values()),
+        *(operands.target, operands.weight, operands.sample_weight, operands.target_probability),
+        *(*(teacher or (None, None)), whole.pivot, *whole.state),
+    )
+    on_graph = dict(zip(values, results, strict=True))
+    losses = on_graph.pop("losses")
+    return losses, None if found is None else found._replace(**on_graph), plan
 
 
 def _forward(
@@ -113,56 +127,50 @@ def _looking_again(call: ShardCall, whole: Whole) -> Whole:
 
 
 class _Rows(torch.autograd.Function):
+    """Puts what has been computed on the graph.
+
+    All tensors are arguments of their own, as torch.compile needs them.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         logits: Any,
         call: ShardCall,
-        plan: Plan,
         of_parts: OfParts,
-        plans: list[Plan],
+        names: tuple[str, ...],
+        *tensors: Any,
     ) -> tuple[Any, ...]:
-        whole, plan, teacher = _forward(call, plan, of_parts)
-        plans.append(plan)
-        operands = call.operands
-        saved = (
-            *(logits, operands.target, operands.weight, operands.sample_weight),
-            *(operands.target_probability, *(teacher or (None, None)), whole.pivot, *whole.state),
-        )
+        count = len(names)
+        saved = (logits, *tensors[count:])
         ctx.save_for_backward(*saved)
         ctx.kinds = torch_memory.kinds(saved)
-        ctx.call = call.without_arrays(), of_parts
-        if whole.stats is None:
-            return (whole.losses,)
-        torch_state.mark_stats(ctx, whole.stats)
-        return whole.losses, *whole.stats
+        ctx.call, ctx.of_parts, ctx.names = call, of_parts, names
+        ctx.absent = (None,) * (3 + len(tensors))
+        ctx.set_materialize_grads(False)
+        # A result that is an argument would be taken for one that was changed.
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
-    def backward(
-        ctx: Any, of_losses: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
-    ) -> tuple[Any, ...]:
-        given = [array for array in (of_losses, of_lse, of_entropy) if array is not None]
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        passed = dict(zip(ctx.names, cotangents, strict=True))
+        given = [array for array in cotangents if array is not None]
         if not given:
-            return (None,) * 5
+            return None, *ctx.absent
         check_once(*given)
         saved = ctx.saved_tensors
         torch_memory.check_returned(ctx.kinds, saved)
-        logits, target, weight, sample_weight, probability, *kept = saved
-        top, total, pivot, *state = kept
-        operands = Operands(logits, target, weight, sample_weight, None, None)
+        logits, target, weight, sample_weight, probability, top, total, pivot, *state = saved
+        if not ctx.call.width:
+            return torch.zeros_like(logits), *ctx.absent
+        operands = Operands(logits.detach(), target, weight, sample_weight, None, None)
         operands = operands._replace(target_probability=probability)
-        call, of_parts = ctx.call
-        call, problem = replace(call, operands=operands), call.problem
-        if not call.width:
-            return torch.zeros_like(logits), None, None, None, None
-        whole = Whole(None, RowState(*state), pivot, None, None)
-        grad = of_parts.gradient(
-            problem,
-            torch_rows.detach(operands),
-            call.start,
-            whole,
+        of_losses = passed["losses"]
+        grad = ctx.of_parts.gradient(
+            *(ctx.call.problem, operands, ctx.call.start),
+            Whole(None, RowState(*state), pivot, None, None),
             0.0 if of_losses is None else of_losses,
-            StatsCotangents(of_lse, of_entropy),
+            StatsCotangents(passed.get("lse"), passed.get("entropy")),
             None if top is None else TeacherState(top, total),
         )
-        return problem.library.cast(grad, problem.logits_dtype), None, None, None, None
+        return grad.to(ctx.call.problem.logits_dtype), *ctx.absent
