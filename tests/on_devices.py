@@ -43,7 +43,7 @@ def _begin_torch(stand_in: bool) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
         from polyce.arrays.torch import LIBRARY
 
-        _pose_as(LIBRARY, "cuda")
+        pose_as(LIBRARY, "cuda")
         return
     import torch
 
@@ -61,12 +61,12 @@ def _begin_jax(stand_in: bool) -> None:
     if stand_in:
         from polyce.arrays.jax import LIBRARY
 
-        _pose_as(LIBRARY, "gpu")
+        pose_as(LIBRARY, "gpu")
     elif jax.default_backend() == "cpu":
         raise pytest.UsageError(f"jax {jax.__version__} finds no GPU; --stand-in does without")
 
 
-def _pose_as(library: Any, kind: str) -> None:
+def pose_as(library: Any, kind: str) -> None:
     """Tell polyce that a library's arrays on a CPU lie on another kind of device."""
     real = library.device_kind
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300
+SECONDS = 600
 """For how long a process may take over one function, its start included."""
 
 

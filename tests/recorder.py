@@ -20,6 +20,7 @@ from polyce.call.options import Options
 from polyce.call.problem import describe
 from polyce.implementations.triton import calls as triton_torch
 from polyce.implementations.triton import kernels as triton_kernels
+from polyce.implementations.triton import plans
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -108,6 +109,7 @@ def record(name: str) -> Recorder:
         RECORDERS[name] = Recorder(target, len(RECORDERS))
     recorder = RECORDERS[name]
     recorder.launched.clear()
+    plans.forget()
     driver.set_active(recorder)
     return recorder
 

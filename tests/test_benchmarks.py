@@ -206,3 +206,8 @@ def test_a_gpu_that_is_missing_ends_the_benchmark(backend_name: str) -> None:
 @pytest.mark.only("cupy-dispatch")
 def test_benchmark_of_the_host_s_part_on_cupy_runs() -> None:
     assert "with gradient" in printed("gpu.cupy_host", "--calls", "3")
+
+
+@pytest.mark.only("triton-compile")
+def test_benchmark_of_the_host_s_part_on_triton_runs() -> None:
+    assert "with gradient" in printed("gpu.triton_host", "--calls", "1")

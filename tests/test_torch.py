@@ -156,3 +156,24 @@ def test_changed_operands_are_noticed(torch: Any, name: str) -> None:
     arrays[name].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.only("torch")
+def test_calls_on_a_gpu_are_recognised_by_device_and_autocast(
+    torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from polyce.arrays import plain
+
+    with FakeTensorMode():
+        first, second = (torch.empty(2, 3, device=f"cuda:{number}") for number in range(2))
+    # Tensors without memory stand in for those of a GPU.
+    probes = plain._probes_of(torch)._replace(tensor=FakeTensor)
+    monkeypatch.setattr(plain, "_probes", [probes])
+    keys = {plain.plain_key(first), plain.plain_key(second), plain.plain_key(first.to("cpu"))}
+    assert len(keys) == 3
+    assert None not in keys
+    monkeypatch.setattr(plain, "_probes", [probes._replace(autocast=lambda kind: kind == "cuda")])
+    assert plain.plain_key(first) is None
+    assert plain.plain_key(first.to("cpu")) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,17 @@ pytestmark = pytest.mark.only("triton")
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from polyce.implementations.triton import layout as triton_layout
+    from polyce.implementations.triton import plans
 
     def change(values: dict[str, int]) -> None:
+        plans.forget()
         for name, value in values.items():
             monkeypatch.setattr(triton_layout, name, value)
 
-    return change
+    yield change
+    plans.forget()
 
 
 def chosen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ def names(crashes: bool) -> list[str]:
 
 
 @pytest.fixture
-def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from polyce.implementations.triton import arguments as triton_arguments
     from polyce.implementations.triton import launch as triton_launch
+    from polyce.implementations.triton import plans
 
     for user, name in (
         (triton_arguments, "records"),
@@ -33,6 +35,8 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         (triton_launch, "kernels"),
     ):
         monkeypatch.setattr(user, name, getattr(user, name))
+    yield
+    plans.forget()
 
 
 @pytest.mark.parametrize("name", names(False))

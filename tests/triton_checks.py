@@ -63,11 +63,16 @@ class changed:
         self.before = {name: getattr(triton_layout, name) for name in values}
 
     def __enter__(self) -> None:
-        for name, value in self.values.items():
-            setattr(self.module, name, value)
+        self.set(self.values)
 
     def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
+        self.set(self.before)
+
+    def set(self, values: dict[str, int]) -> None:
+        from polyce.implementations.triton import plans
+
+        plans.forget()
+        for name, value in values.items():
             setattr(self.module, name, value)
 
 

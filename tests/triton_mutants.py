@@ -70,7 +70,9 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
     import polyce.implementations.triton
     from polyce.implementations.triton import arguments as triton_arguments
     from polyce.implementations.triton import launch as triton_launch
+    from polyce.implementations.triton import plans
 
+    plans.forget()
     source = Path(polyce.implementations.triton.__file__).parent
     folder = Path(tempfile.mkdtemp())
     # Deleted only at exit: Triton reads a kernel's source when it is first called.
@@ -329,6 +331,9 @@ MUTANTS = {
     ),
     "every-row-the-first": Mutant(
         GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
+    ),
+    "number-as-cotangent-dropped": Mutant(
+        GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")
     ),
     "denominator-forgotten": Mutant(GRADIENT, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
     "pivot-next-door": Mutant(

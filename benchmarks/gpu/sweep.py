@@ -15,6 +15,7 @@ from gpu.cases import Case
 from gpu.device import Device, Timed
 from gpu.ledger import NOT_HERE, RIGHT, attempt
 from polyce.implementations.triton import layout as triton_layout
+from polyce.implementations.triton import plans
 from polyce.implementations.triton.layout import Tile
 
 from ..measure import Row, loss_of
@@ -30,11 +31,13 @@ WHATS = ("forward", "backward")
 def launched_with(tile: Tile) -> Iterator[None]:
     """Make every program take this tile, whatever the table says."""
     before = triton_layout.tile
+    plans.forget()
     triton_layout.tile = lambda *_, **__: tile
     try:
         yield
     finally:
         triton_layout.tile = before
+        plans.forget()
 
 
 def sweep(device: Device, size: Size) -> Iterator[Row]:

@@ -115,5 +115,6 @@ def test_a_missing_device_fails_with_a_reason(device: Device) -> None:
     command += ["-p", "no:cacheprovider", str(Path(__file__).with_name("test_streams.py"))]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "device; --backend=triton and --backend=cupy-emulated do without" in done.stdout
+    assert done.returncode in (1, 4), done.stderr
+    without = "--backend=triton and --backend=cupy-emulated do", "--stand-in does"
+    assert f"device; {without[device.library == 'torch']} without" in done.stdout + done.stderr

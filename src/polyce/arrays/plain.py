@@ -54,7 +54,7 @@ def is_traced() -> bool:
 def plain_key(*arrays: Any) -> tuple[Any, ...] | None:
     """Return shape and dtype of each array if a call's description depends on nothing else.
 
-    That is true of NumPy's own arrays, of CuPy's with their devices, and of torch's own on a CPU
+    That is true of NumPy's own arrays, of CuPy's and torch's own with their devices, and of torch's
     while nothing but its autograd is active; else return None. An absent array is None in the key.
     """
     kind = type(arrays[0])
@@ -92,20 +92,24 @@ def _plain_torch_key(arrays: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None
     ask = _probes_of(torch)
     key: list[Any] = []
+    # A call's arrays lie on one device.
+    kind = "cpu"
     for array in arrays:
         if array is None:
             key.append(None)
         elif (
             type(array) is ask.tensor
-            and array.is_cpu
+            and (array.is_cpu or array.is_cuda)
             and array.layout is ask.strided
             and not array.is_nested
         ):
-            key.append((array.shape, array.dtype))
+            device = None if array.is_cpu else array.device
+            kind = "cpu" if device is None else "cuda"
+            key.append((array.shape, array.dtype, device))
         else:
             return None
     if ask.modes() or ask.tracing() is not None or ask.transformed():
         return None
-    if ask.forward_mode._current_level >= 0 or ask.autocast("cpu"):
+    if ask.forward_mode._current_level >= 0 or ask.autocast(kind):
         return None
     return tuple(key)

@@ -18,21 +18,32 @@ from polyce.implementations.triton.layout import Tile
 EMULATED = not isinstance(kernels.forward, JITFunction)
 
 
-class KernelCall(NamedTuple):
-    """One call, laid out for the kernels."""
+class Arrays(NamedTuple):
+    """What the kernels of rows read."""
 
-    problem: Problem
     logits: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor | None
     sample_weight: torch.Tensor | None
+    chances: torch.Tensor | None
+    """(rows, K), the probabilities of a sparse target, beside the target's (rows, K) classes."""
+
+
+class KernelCall(NamedTuple):
+    """One call, laid out for the kernels."""
+
+    problem: Problem
+    arrays: Arrays
     rows: Rows
     target_rows: Rows | None
     """How probabilities or a teacher's logits lie; None for targets that name classes."""
     grad_rows: Rows | None
     """How the gradient lies; None if there is none, or if no kernel can write it."""
-    chances: torch.Tensor | None
-    """(rows, K), the probabilities of a sparse target, beside the target's (rows, K) classes."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Return the logits."""
+        return self.arrays.logits
 
     @property
     def tile(self) -> Tile:
@@ -85,14 +96,16 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
         sample_weight = plain(sample_weight).contiguous()
     return KernelCall(
         problem=problem,
-        logits=arrays[0],
-        target=target if problem.names_classes else arrays[1],
-        weight=weight,
-        sample_weight=sample_weight,
+        arrays=Arrays(
+            logits=arrays[0],
+            target=target if problem.names_classes else arrays[1],
+            weight=weight,
+            sample_weight=sample_weight,
+            chances=_chances(problem, operands.target_probability),
+        ),
         rows=rows,
         target_rows=None if problem.names_classes else laid[1],
         grad_rows=laid[-1] if given else None,
-        chances=_chances(problem, operands.target_probability),
     )
 
 
@@ -125,15 +138,10 @@ def _by_entry(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def options(call: KernelCall) -> dict[str, Any]:
-    """Return the arguments that all kernels of rows have."""
+    """Return the arguments that all kernels of rows have, besides the arrays."""
     problem = call.problem
     scale, cap = transform.scale_and_cap(problem)
     return {
-        "x_ptr": call.logits,
-        "target_ptr": call.target,
-        "weight_ptr": call.logits if call.weight is None else call.weight,
-        "sample_ptr": call.logits if call.sample_weight is None else call.sample_weight,
-        "chance_ptr": call.logits if call.chances is None else call.chances,
         "entries": problem.entries,
         "inner": call.rows.inner,
         "blocks": call.blocks,
@@ -146,6 +154,19 @@ def options(call: KernelCall) -> dict[str, Any]:
         "teacher_scale": problem.teacher_scale,
         "LANES": call.tile.lanes,
     }
+
+
+def read(arrays: Arrays) -> dict[str, Any]:
+    """Return the arrays that all kernels of rows read, as arguments, without absent ones."""
+    logits, target, weight, sample_weight, chances = arrays
+    found = {"x_ptr": logits, "target_ptr": target}
+    if weight is not None:
+        found["weight_ptr"] = weight
+    if sample_weight is not None:
+        found["sample_ptr"] = sample_weight
+    if chances is not None:
+        found["chance_ptr"] = chances
+    return found
 
 
 def _ignored(problem: Problem) -> int | None:
@@ -163,15 +184,33 @@ def form(call: KernelCall, **asked: bool) -> records.Form:
         PROBABILITY=not problem.names_classes,
         TEACHER=problem.kind == "teacher",
         TEMPERED=problem.teacher_scale != 1.0,
-        ENTRIES=0 if call.chances is None else layout.entries_at_once(problem.entries, lanes),
-        WEIGHTED=call.weight is not None,
-        SAMPLED=call.sample_weight is not None,
+        ENTRIES=0
+        if call.arrays.chances is None
+        else layout.entries_at_once(problem.entries, lanes),
+        WEIGHTED=call.arrays.weight is not None,
+        SAMPLED=call.arrays.sample_weight is not None,
         SMOOTHED=problem.options.label_smoothing > 0.0,
         IGNORES=_ignored(problem) is not None,
         EMULATED=EMULATED,
         **asked,
     )
     return records.completed(given)
+
+
+def cotangent(given: Any) -> Any:
+    """Return a cotangent as kernels read it: a number, one for all rows, or one after the other."""
+    if not isinstance(given, torch.Tensor):
+        return 1.0 if given is None else given
+    given = plain(given)
+    return given.contiguous() if is_by_row(given) else given
+
+
+def is_by_row(cotangent: Any) -> bool:
+    """Tell whether a cotangent has a number of its own for each row."""
+    if not isinstance(cotangent, torch.Tensor):
+        return False
+    pairs = zip(cotangent.stride(), cotangent.shape, strict=True)
+    return any(step for step, size in pairs if size > 1)
 
 
 def named(name: str, rows: Rows | None) -> dict[str, int]:
@@ -206,7 +245,7 @@ def vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any
         "UNIT": vector if whole else 1,
         "VECTOR": vector,
         "PEEL": peeled,
-        "IN_STEP": in_step(call.target, call.target_rows),
+        "IN_STEP": in_step(call.arrays.target, call.target_rows),
         "TILE": call.tile.classes,
     }
     if grad is not None:

@@ -12,8 +12,10 @@ from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import REFERENCE, Kernels, Saved
-from polyce.implementations.triton import arguments, launch
-from polyce.implementations.triton.launch import Results
+from polyce.implementations.triton import arguments, launch, plans
+from polyce.implementations.triton.arguments import Arrays
+from polyce.implementations.triton.launch import Results, Sizes
+from polyce.implementations.triton.plans import Key
 
 
 def forward(
@@ -22,27 +24,62 @@ def forward(
     """Compute the loss, the stats, and what a backward pass needs if there will be one."""
     if problem.is_empty:
         return REFERENCE.forward(problem, operands, keep)
-    torch_memory.check_storages(**operands.named())
+    # Looking at labels is no launch.
+    key = None if problem.check_labels else plans.key(problem, keep, tensors=operands)
+    plan = plans.find(key, operands)
+    if plan is not None:
+        results = _results(problem, operands, plan.sizes)
+        values = launch.of_forward(_as_given(operands), results)
+        plans.run(plan.launches, values, operands.logits)
+    else:
+        torch_memory.check_storages(**operands.named())
+        call = arguments.call(problem, operands)
+        sizes = launch.sizes(call, keep)
+        results = _results(problem, operands, sizes)
+        values = launch.of_forward(call.arrays, results)
+        launches = launch.run(launch.forward(call, results), values, operands.logits)
+        if key is not None and _are_as_given(call.arrays, operands):
+            plans.keep(key, operands, launches, sizes)
+    saved = Saved(results.rows, results.denominator) if keep else Saved()
+    return results.loss, results.stats, saved
+
+
+def _results(problem: Problem, operands: Operands, sizes: Sizes) -> Results:
+    """Allocate what a forward pass writes."""
     device = operands.logits.device
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    call = arguments.call(problem, operands)
-    reduced = problem.options.reduction != "none"
-    divided = problem.options.reduction == "mean"
-    results = Results(
-        loss=empty(() if reduced else problem.row_shape, problem.result_dtype),
+    def wide(shape: tuple[int, ...] | None) -> torch.Tensor | None:
+        return None if shape is None else empty(shape, torch.float64)
+
+    reduction = problem.options.reduction
+    return Results(
+        loss=empty(() if reduction != "none" else problem.row_shape, problem.result_dtype),
         stats=stats.unfilled(problem, empty),
-        rows=empty((call.row_count, _saved_of_a_row(problem)), torch.float64) if keep else None,
-        sums=empty((call.programs, 2), torch.float64) if reduced else None,
-        denominator=empty((), torch.float64) if divided else None,
+        rows=wide(sizes.rows),
+        sums=wide(sizes.sums),
+        softmax=wide(sizes.softmax),
+        parts=wide(sizes.parts),
+        denominator=wide(() if reduction == "mean" else None),
         normalizer=operands.normalizer,
         of_stats=(operands.grad_lse, operands.grad_entropy),
     )
-    launch.run(launch.forward(call, results), operands.logits)
-    saved = Saved(results.rows, results.denominator) if keep else Saved()
-    return results.loss, results.stats, saved
+
+
+def _as_given(operands: Operands) -> Arrays:
+    """Return the arrays that kernels read, of a call that needs no copies of them."""
+    logits, target, weight, sample_weight, *_ = operands
+    return Arrays(logits, target, weight, sample_weight, operands.target_probability)
+
+
+def _are_as_given(arrays: Arrays, operands: Operands) -> bool:
+    """Tell whether the kernels read the operands' own memory."""
+    return all(
+        array is None or (array.data_ptr() == given.data_ptr() and array.dtype == given.dtype)
+        for array, given in zip(arrays, _as_given(operands), strict=True)
+    )
 
 
 def backward(
@@ -51,16 +88,32 @@ def backward(
     """Compute the gradient, in `out` if that is given; it may be the logits."""
     if problem.is_empty:
         return REFERENCE.backward(problem, operands, saved, out)
+    tensors = (*operands, *saved, out)
+    key: Key | None = plans.key(problem, tensors=tensors)
+    plan = plans.find(key, tensors)
+    if plan is not None:
+        grad = torch.empty_like(operands.logits) if out is None else out
+        found = _of_entries(problem, grad)
+        given = arguments.cotangent(operands.grad_output)
+        values = launch.of_backward(_as_given(operands), saved, given, grad, found)
+        plans.run(plan.launches, values, operands.logits)
+        return grad
     torch_calls.check_operands(problem, operands)
     if saved.rows is None or problem.grad_stats:
         # What the cotangents of stats are multiplied by was not saved: the rows are read again.
         _, _, saved = forward(problem, operands, keep=True)
-    return _write_gradient(problem, operands, saved, out)
+        key = None
+    return _write_gradient(problem, operands, saved, out, key)
 
 
 def _write_gradient(
-    problem: Problem, operands: Operands, saved: Saved, out: torch.Tensor | None
+    problem: Problem,
+    operands: Operands,
+    saved: Saved,
+    out: torch.Tensor | None,
+    key: Key | None,
 ) -> torch.Tensor:
+    """Lay the backward pass out, and keep its launches by the key, if there is one."""
     logits = operands.logits.detach()
     _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
@@ -68,22 +121,25 @@ def _write_gradient(
     if call.grad_rows is None:
         place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
         call = arguments.call(problem, operands, place)
-    cotangent = operands.grad_output
-    if not isinstance(cotangent, torch.Tensor):
-        number = 1.0 if cotangent is None else cotangent
-        cotangent = torch.full((), number, dtype=torch.float64, device=logits.device)
-    launches = launch.backward(call, saved.rows, saved.denominator, cotangent, place)
-    launch.run(launches, logits)
+    cotangent = arguments.cotangent(operands.grad_output)
+    values = launch.of_backward(call.arrays, saved, cotangent, place, _of_entries(problem, place))
+    launches = launch.run(launch.backward(call, cotangent, place), values, logits)
+    if key is not None and place is grad and _are_as_given(call.arrays, operands):
+        plans.keep(key, (*operands, *saved, out), launches)
     return grad if place is grad else grad.copy_(place)
 
 
-def _saved_of_a_row(problem: Problem) -> int:
-    return (9 if problem.grad_stats else 4) + (2 if problem.kind == "teacher" else 0)
+def _of_entries(problem: Problem, grad: torch.Tensor) -> torch.Tensor | None:
+    """Allocate memory for the gradient at the entries of a sparse target."""
+    if not problem.entries:
+        return None
+    count = math.prod(problem.row_shape) * problem.entries
+    return torch.empty(count, dtype=grad.dtype, device=grad.device)
 
 
 def _check_saved(problem: Problem, saved: Saved) -> None:
     """Refuse tensors that no forward pass of this call has saved."""
-    size = torch.Size((math.prod(problem.row_shape), _saved_of_a_row(problem)))
+    size = torch.Size((math.prod(problem.row_shape), launch.saved_of_a_row(problem)))
     rows = (size, torch.float64)
     denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
     torch_memory.check_returned((rows, denominator), saved)
@@ -94,9 +150,10 @@ def cross_entropy_with_grad(
 ) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
     """Compute the loss, the gradient, in `out` if that is given, and the stats."""
     loss, found, saved = forward(problem, operands, keep=True)
-    if problem.is_empty:
-        return loss, backward(problem, operands, saved, out), found
-    return loss, _write_gradient(problem, operands, saved, out), found
+    if problem.grad_stats and not problem.is_empty:
+        # The forward pass has just saved what their cotangents are multiplied by.
+        return loss, _write_gradient(problem, operands, saved, out, None), found
+    return loss, backward(problem, operands, saved, out), found
 
 
 def keeps(problem: Problem) -> Saved:

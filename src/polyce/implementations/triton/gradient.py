@@ -51,11 +51,14 @@ def _saved(saved_ptr, row, here, label, FORM: tl.constexpr):
 
 @triton.jit
 def _cotangent(
-    cotangent_ptr, denominator_ptr, row, here, sample, given,
-    MEAN: tl.constexpr, BY_ROW: tl.constexpr, FORM: tl.constexpr,
+    cotangent_ptr, cotangent, denominator_ptr, row, here, sample, given,
+    MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Compute what the gradients of rows are multiplied by."""
-    g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
+    if NUMBER:
+        g = tl.full((1,), cotangent, tl.float64)
+    else:
+        g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
     g = g * sample
     if MEAN:
         g = g / tl.load(denominator_ptr)
@@ -118,8 +121,8 @@ def backward(
     x_outer, x_lane, x_class, t_outer, t_lane, t_class, g_outer, g_lane, g_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
-    teacher_scale: tl.float64,
-    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
+    teacher_scale: tl.float64, cotangent: tl.float64,
+    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr,
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -135,8 +138,9 @@ def backward(
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
     saved = _saved(saved_ptr, row, here, meaning.label, FORM)
     g = _cotangent(
-        cotangent_ptr, denominator_ptr, row, here, meaning.sample, given, MEAN, BY_ROW, FORM
-    )
+        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+        MEAN, BY_ROW, NUMBER, FORM,
+    )  # fmt: skip
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     g_at = outer * g_outer + line * g_lane
@@ -195,8 +199,9 @@ def at_entries(
     x_outer, x_lane, x_class,
     ignore_index: tl.int64,
     kept: tl.float64, share: tl.float64, scale: tl.float64, cap: tl.float64,
-    teacher_scale: tl.float64,
-    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, TILE: tl.constexpr,
+    teacher_scale: tl.float64, cotangent: tl.float64,
+    FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient at the classes of entries, before it may overwrite their logits."""
     place, row, here = _places(rows, entries, TILE)
@@ -205,8 +210,9 @@ def at_entries(
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
     saved = _saved(saved_ptr, row, here, meaning.label, FORM)
     g = _cotangent(
-        cotangent_ptr, denominator_ptr, row, here, meaning.sample, given, MEAN, BY_ROW, FORM
-    )
+        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+        MEAN, BY_ROW, NUMBER, FORM,
+    )  # fmt: skip
     counted = meaning.counted
     own = entries_at(inputs, place, counted, classes, ignore_index, given, FORM)
     x_at = row // inner * x_outer + row % inner * x_lane + own.number.to(tl.int64) * x_class

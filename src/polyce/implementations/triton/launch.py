@@ -6,22 +6,39 @@ host.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from triton.runtime import driver
 
 from polyce.call.problem import Problem
 from polyce.formula.stats import Stats
+from polyce.graphs.torch_calls import Saved
 from polyce.implementations.strides import cdiv, cut
-from polyce.implementations.triton import arguments, kernels, layout
-from polyce.implementations.triton.arguments import KernelCall
+from polyce.implementations.triton import arguments, kernels, layout, plans
+from polyce.implementations.triton.arguments import Arrays, KernelCall
+from polyce.implementations.triton.plans import Kept
 
 # How many numbers a part of a row leaves behind, without a teacher and beside one.
 _FIELDS_OF_A_PART = (12, 17)
+# What the kernels call their memory.
+_MEMORY = {
+    "rows": "saved_ptr",
+    "sums": "sums_ptr",
+    "softmax": "softmax_ptr",
+    "parts": "parts_ptr",
+    "denominator": "denominator_ptr",
+}
+
+
+class Sizes(NamedTuple):
+    """The shapes of the float64 memory of a forward pass; None for what it does not need."""
+
+    rows: tuple[int, int] | None
+    sums: tuple[int, int] | None
+    softmax: tuple[int, int] | None
+    parts: tuple[int, int, int] | None
 
 
 class Results(NamedTuple):
@@ -36,6 +53,10 @@ class Results(NamedTuple):
     """
     sums: torch.Tensor | None
     """(programs, 2): the sums of losses and row weights of each program's rows."""
+    softmax: torch.Tensor | None
+    """(rows, 5): what another look at the rows needs of each."""
+    parts: torch.Tensor | None
+    """(numbers, parts, rows): the states of parts of rows."""
     denominator: torch.Tensor | None
     normalizer: Any
     of_stats: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -43,69 +64,114 @@ class Results(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, its grid and its arguments."""
+    """A kernel, its grid, and those of its arguments that all calls like this one share."""
 
     kernel: str
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     arguments: dict[str, Any]
     warps: int
 
 
-def run(launches: Sequence[Launch], logits: torch.Tensor) -> None:
-    """Launch kernels one after the other, on the current stream of the logits' device."""
+def run(
+    launches: Sequence[Launch], values: Mapping[str, Any], logits: torch.Tensor
+) -> tuple[Kept, ...]:
+    """Launch kernels one after the other, on the current stream of the logits' device.
+
+    `values` are their other arguments by name; the logits stand in the places of arrays that there
+    are not, which are neither read nor written. What is returned launches the kernels again, by
+    `plans.run`, for other values of the same kinds.
+    """
+    kept = []
     for launch in launches:
-        kernel = getattr(kernels, launch.kernel)[launch.grid]
+        jitted = getattr(kernels, launch.kernel)
+        kernel = jitted[launch.grid]
+        others = [name for name in jitted.arg_names if name not in launch.arguments]
+        given = launch.arguments | {name: values.get(name, logits) for name in others}
         # A product fused with a sum is not rounded, and the kernels compute the exact rounding
         # errors of both.
         options = {"num_warps": launch.warps, "enable_fp_fusion": False}
         if arguments.EMULATED:
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                # NumPy warns about rows that are nan; a kernel on a device does not.
-                warnings.simplefilter("ignore", RuntimeWarning)
-                kernel(**launch.arguments, **options)
-            continue
-        with torch.cuda.device_of(logits):
-            # AMD's larger GPUs have warps of 64.
-            size = driver.active.get_current_target().warp_size
-            options["num_warps"] = max(1, 32 * launch.warps // size)
-            kernel(**launch.arguments, **options)
+            plans.interpret(kernel, **given, **options)
+            start = plans.interpreted(kernel, jitted.arg_names)
+        else:
+            with torch.cuda.device_of(logits):
+                # AMD's larger GPUs have warps of 64.
+                size = driver.active.get_current_target().warp_size
+                options["num_warps"] = max(1, 32 * launch.warps // size)
+                start = kernel(**given, **options)[launch.grid]
+        places = ((i, name) for i, name in enumerate(jitted.arg_names) if name in others)
+        kept.append(
+            Kept(
+                start,
+                tuple(map(launch.arguments.get, jitted.arg_names)),
+                tuple((i, name) for i, name in places if name in values),
+            )
+        )
+    return tuple(kept)
+
+
+def sizes(call: KernelCall, keep: bool) -> Sizes:
+    """Return what memory the launches of a forward pass need."""
+    problem, rows, parts = call.problem, call.row_count, _parts(call)[0]
+    reduced = problem.options.reduction != "none"
+    looks_again = problem.kind == "probability" and problem.asks("brier")
+    return Sizes(
+        rows=(rows, saved_of_a_row(problem)) if keep else None,
+        sums=(call.programs, 2) if reduced else None,
+        softmax=(rows, 5) if looks_again else None,
+        parts=(_FIELDS_OF_A_PART[problem.kind == "teacher"], parts, rows) if parts > 1 else None,
+    )
+
+
+def saved_of_a_row(problem: Problem) -> int:
+    """Return how many numbers are saved of a row."""
+    return (9 if problem.grad_stats else 4) + (2 if problem.kind == "teacher" else 0)
+
+
+def _parts(call: KernelCall) -> tuple[int, int]:
+    """Return into how many parts rows are cut, and how many classes a part has."""
+    programs, classes = call.programs, call.problem.classes
+    if classes <= layout.LONG or programs >= layout.FEW_PROGRAMS:
+        return 1, classes
+    wanted = min(classes // layout.PART, cdiv(2 * layout.FEW_PROGRAMS, programs))
+    return cut(classes, call.tile.classes, wanted)
+
+
+def of_forward(arrays: Arrays, results: Results) -> dict[str, Any]:
+    """Return the arguments of a forward pass that differ from call to call, without absent ones."""
+    number = results.normalizer
+    values = {
+        **arguments.read(arrays),
+        "loss_ptr": results.loss,
+        "result_ptr": results.loss,
+        "normalizer": 1.0,
+    }
+    if isinstance(number, float):
+        values["normalizer"] = number
+    elif number is not None:
+        values["normalizer_ptr"] = number
+    for name in ("rows", "sums", "softmax", "parts", "denominator"):
+        if (memory := getattr(results, name)) is not None:
+            values[_MEMORY[name]] = memory
+    if results.stats is not None:
+        for name, entry in zip(Stats._fields, results.stats, strict=True):
+            if entry is not None:
+                # Kernels write bytes.
+                is_bool = entry.dtype == torch.bool
+                values[f"{name}_ptr"] = entry.view(torch.uint8) if is_bool else entry
+    for name, cotangent in zip(("of_lse_ptr", "of_entropy_ptr"), results.of_stats, strict=True):
+        if cotangent is not None:
+            values[name] = arguments.plain(cotangent).contiguous()
+    return values
 
 
 def forward(call: KernelCall, results: Results) -> list[Launch]:
     """Plan the launches that read the rows once and reduce their losses."""
     problem, asked = call.problem, call.problem.options.stats or ()
     programs, classes = call.programs, problem.classes
-    parts, chunk = 1, classes
-    if classes > layout.LONG and programs < layout.FEW_PROGRAMS:
-        wanted = min(classes // layout.PART, cdiv(2 * layout.FEW_PROGRAMS, programs))
-        parts, chunk = cut(classes, call.tile.classes, wanted)
-    dummy = call.logits
-    found = results.stats
-    of_lse, of_entropy = (_by_row(cotangent) for cotangent in results.of_stats)
-    looks_again = problem.kind == "probability" and "brier" in asked
-    softmax = None
-    if looks_again:
-        softmax = torch.empty((call.row_count, 5), dtype=torch.float64, device=dummy.device)
-
-    def place(tensor: torch.Tensor | None) -> torch.Tensor:
-        return dummy if tensor is None else tensor
-
+    parts, chunk = _parts(call)
     shared = {
         **arguments.options(call),
-        "loss_ptr": results.loss,
-        "saved_ptr": place(results.rows),
-        "sums_ptr": place(results.sums),
-        "lse_ptr": dummy if found is None else place(found.lse),
-        "entropy_ptr": dummy if found is None else place(found.entropy),
-        "prediction_ptr": dummy if found is None else place(found.prediction),
-        "correct_ptr": dummy if found is None else place(_bytes(found.correct)),
-        "valid_ptr": dummy if found is None else place(_bytes(found.valid)),
-        "top_probability_ptr": dummy if found is None else place(found.top_probability),
-        "brier_ptr": dummy if found is None else place(found.brier),
-        "rank_ptr": dummy if found is None else place(found.rank),
-        "softmax_ptr": place(softmax),
-        "of_lse_ptr": place(of_lse),
-        "of_entropy_ptr": place(of_entropy),
         "rows": call.row_count,
         "z_loss": problem.options.z_loss,
         "FORM": arguments.form(
@@ -113,7 +179,7 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
             PENALTY=problem.options.z_loss > 0.0,
             REDUCED=results.sums is not None,
             KEEP=results.rows is not None,
-            STATS=found is not None,
+            STATS=results.stats is not None,
             LSE="lse" in asked,
             ENTROPY="entropy" in asked,
             PREDICTION="prediction" in asked,
@@ -124,11 +190,6 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
             **_of_stats(problem),
         ),
     }
-    shared["parts_ptr"] = dummy
-    if parts > 1:
-        fields = _FIELDS_OF_A_PART[problem.kind == "teacher"]
-        size = (fields, parts, call.row_count)
-        shared["parts_ptr"] = torch.empty(size, dtype=torch.float64, device=dummy.device)
     read = {
         **shared,
         **arguments.named("t", call.target_rows),
@@ -136,39 +197,28 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
         "chunk": chunk,
         "SPLIT": parts > 1,
     }
-    launches = [Launch("forward", (programs, parts), read, call.tile.warps)]
+    launches = [Launch("forward", (programs, parts, 1), read, call.tile.warps)]
     if parts > 1:
         joined = {**shared, "classes": classes, "parts": parts}
-        launches.append(Launch("join", (programs,), joined, 1))
-    if looks_again:
-        names = ("x_ptr", "target_ptr", "softmax_ptr", "brier_ptr", "inner", "blocks")
-        again = {name: shared[name] for name in (*names, "scale", "cap", "FORM", "LANES")}
+        launches.append(Launch("join", (programs, 1, 1), joined, 1))
+    if results.softmax is not None:
+        again = {
+            name: shared[name] for name in ("inner", "blocks", "scale", "cap", "FORM", "LANES")
+        }
         again |= {**arguments.named("x", call.rows), **arguments.named("t", call.target_rows)}
         again |= {"classes": classes, "TILE": call.tile.classes}
-        launches.append(Launch("distance", (programs,), again, call.tile.warps))
+        launches.append(Launch("distance", (programs, 1, 1), again, call.tile.warps))
     if results.sums is not None:
         normalizer = results.normalizer
         is_number = isinstance(normalizer, float)
-        given = "none" if normalizer is None else "number" if is_number else "tensor"
-        launches.append(
-            Launch(
-                "reduce",
-                (1,),
-                {
-                    "sums_ptr": results.sums,
-                    "result_ptr": results.loss,
-                    "denominator_ptr": place(results.denominator),
-                    "normalizer_ptr": dummy if is_number or normalizer is None else normalizer,
-                    "programs": programs,
-                    "normalizer": normalizer if is_number else 1.0,
-                    "MEAN": problem.options.reduction == "mean",
-                    "NORMALIZER": given,
-                    "TILE": layout.SUMS,
-                    "EMULATED": arguments.EMULATED,
-                },
-                4,
-            )
-        )
+        reduced = {
+            "programs": programs,
+            "MEAN": problem.options.reduction == "mean",
+            "NORMALIZER": "none" if normalizer is None else "number" if is_number else "tensor",
+            "TILE": layout.SUMS,
+            "EMULATED": arguments.EMULATED,
+        }
+        launches.append(Launch("reduce", (1, 1, 1), reduced, 4))
     return launches
 
 
@@ -177,44 +227,45 @@ def _of_stats(problem: Problem) -> dict[str, bool]:
     return {f"OF_{name.upper()}": name in problem.grad_stats for name in ("lse", "entropy")}
 
 
-def _by_row(cotangent: torch.Tensor | None) -> torch.Tensor | None:
-    return None if cotangent is None else arguments.plain(cotangent).contiguous()
+def of_backward(
+    arrays: Arrays, saved: Saved, cotangent: Any, grad: torch.Tensor, found: torch.Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments of a backward pass that differ from call to call.
+
+    `found` is memory for the gradient at the entries of a sparse target.
+    """
+    is_number = not isinstance(cotangent, torch.Tensor)
+    values = {**arguments.read(arrays), "saved_ptr": saved.rows, "grad_ptr": grad}
+    values["cotangent"] = cotangent if is_number else 1.0
+    if not is_number:
+        values["cotangent_ptr"] = cotangent
+    if saved.denominator is not None:
+        values["denominator_ptr"] = saved.denominator
+    if found is not None:
+        values["found_ptr"] = found
+    return values
 
 
-def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.view(torch.uint8)
+def backward(call: KernelCall, cotangent: Any, grad: torch.Tensor) -> list[Launch]:
+    """Plan the launches that read the logits once more and write the gradient once.
 
-
-def backward(
-    call: KernelCall,
-    saved: torch.Tensor,
-    denominator: torch.Tensor,
-    cotangent: Any,
-    grad: torch.Tensor,
-) -> list[Launch]:
-    """Plan the launches that read the logits once more and write the gradient once."""
-    problem, cotangent = call.problem, arguments.plain(cotangent)
+    The cotangent is a number, or a tensor that `arguments.cotangent` has returned.
+    """
     wanted = cdiv(layout.WRITERS, call.programs)
-    parts, chunk = cut(problem.classes, call.tile.classes, wanted)
-    by_row = any(
-        step for step, size in zip(cotangent.stride(), cotangent.shape, strict=True) if size > 1
-    )
+    parts, chunk = cut(call.problem.classes, call.tile.classes, wanted)
     given = {
         **arguments.options(call),
         **arguments.vectors(call, grad),
         **arguments.named("t", call.target_rows),
         **arguments.named("g", call.grad_rows),
-        "saved_ptr": saved,
-        "denominator_ptr": denominator,
-        "cotangent_ptr": cotangent.contiguous() if by_row else cotangent,
-        "grad_ptr": grad,
         "chunk": chunk,
-        "FORM": arguments.form(call, **_of_stats(problem)),
-        "MEAN": problem.options.reduction == "mean",
-        "BY_ROW": by_row,
+        "FORM": arguments.form(call, **_of_stats(call.problem)),
+        "MEAN": call.problem.options.reduction == "mean",
+        "BY_ROW": arguments.is_by_row(cotangent),
+        "NUMBER": not isinstance(cotangent, torch.Tensor),
     }
-    whole = Launch("backward", (call.programs, parts), given, call.tile.warps)
-    if not problem.entries:
+    whole = Launch("backward", (call.programs, parts, 1), given, call.tile.warps)
+    if not call.problem.entries:
         return [whole]
     before, behind = _of_entries(call, given)
     return [before, whole, behind]
@@ -222,18 +273,17 @@ def backward(
 
 def _of_entries(call: KernelCall, given: dict[str, Any]) -> tuple[Launch, Launch]:
     """Plan the launches that compute, and that put in its place, the gradient at the entries."""
-    count = call.row_count * call.problem.entries
-    grad = given["grad_ptr"]
     alone = {
         **given,
-        "found_ptr": torch.empty(count, dtype=grad.dtype, device=grad.device),
         "classes": call.problem.classes,
         "rows": call.row_count,
         "TILE": layout.ENTRIES_ALONE,
     }
+    programs = cdiv(call.row_count * call.problem.entries, layout.ENTRIES_ALONE)
 
     def launch(name: str) -> Launch:
-        taken = {name: alone[name] for name in getattr(kernels, name).arg_names}
-        return Launch(name, (cdiv(count, layout.ENTRIES_ALONE),), taken, 4)
+        names = getattr(kernels, name).arg_names
+        taken = {name: alone[name] for name in names if name in alone}
+        return Launch(name, (programs, 1, 1), taken, 4)
 
     return launch("at_entries"), launch("put_entries")
