@@ -41,7 +41,7 @@ void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory
 
 namespace {
 
-enum class Gradient : std::uint8_t { absent, apart, in_place, from_saved };
+enum class Gradient : std::uint8_t { absent, apart, in_place, from_saved, from_parts };
 
 struct Way {
     std::string name;
@@ -64,6 +64,37 @@ void place_rows(Job& job, const Shape& rows) {
 void read_and_run(Job& job) {
     read_target(job);
     run(job);
+}
+
+// Reads the classes in two parts, for which memory lies where it should, and then as one part, from
+// which the gradient is written.
+void run_as_parts(Job job, const Placed& grad, int axis) {
+    std::vector<double> rows(std::size_t(Part::numbers * job.rows)), teacher(std::size_t(2 * job.rows));
+    const bool squares = job.stats.brier && has_labels(job);
+    job.part = {0, job.classes, rows.data(), job.stats.entropy || job.grad_entropy, true, squares};
+    job.losses = job.reduced = nullptr;
+    job.stats = {};
+    const auto run_part = [&](std::int64_t start, std::int64_t classes, double* place) {
+        Job part = job;
+        part.classes = classes;
+        part.part.start = start;
+        part.part.rows = place;
+        for (Matrix* matrix : {&part.logits, &part.probabilities, &part.grad}) {
+            if (matrix->data) matrix->data += start * matrix->class_stride;
+        }
+        read_and_run(part);
+    };
+    if (job.teacher) {
+        run_part(0, job.classes, teacher.data());
+        job.part.teacher = teacher.data();
+    }
+    const std::int64_t half = job.classes / 2;
+    run_part(0, half, rows.data());
+    run_part(half, job.classes - half, rows.data());
+    run_part(0, job.classes, rows.data());
+    grad.describe(job.grad, axis);
+    run_part(0, half, rows.data());
+    run_part(half, job.classes - half, rows.data());
 }
 
 Results run_case(const Case& c, const Way& way) {
@@ -132,6 +163,7 @@ Results run_case(const Case& c, const Way& way) {
         second.stats = {};
         read_and_run(second);
     }
+    if (way.gradient == Gradient::from_parts) run_as_parts(second, grad, c.axis);
     return {loss.elements(),       grad.elements(),    lse.elements(),  entropy.elements(),
             prediction.elements(), correct.elements(), top_probability.elements(), brier.elements(),
             rank.elements(),       valid.elements()};
@@ -223,6 +255,9 @@ void check_case(const Case& c) {
         {"backwards, every second", backwards},
         {"from what was saved", {}, Gradient::from_saved},
         {"from what was saved, transposed", transposed, Gradient::from_saved},
+        {"from parts", {}, Gradient::from_parts},
+        {"from parts, transposed", transposed, Gradient::from_parts, 2},
+        {"from parts, without entropy", odd, Gradient::from_parts, 1, true, false, false, false},
         {"without entropy", {}, Gradient::apart, 1, true, false, false, false},
         {"without entropy, transposed", transposed, Gradient::in_place, 1, true, false, false, false},
         {"without stats", {}, Gradient::apart, 1, false},

@@ -61,7 +61,7 @@ struct Along : Sums<T, capped> {
     void keep_labels() {
         for (int i = 0; i < rows && (results.apart || job.stats.rank); ++i) {
             lane.label[i] = lane.pivot[i];
-            const bool reads = is_counted(i) && !out_of_range(lane.label[i], job.classes);
+            const bool reads = is_counted(i) && is_here(lane.label[i]);
             lane.label_logit[i] = reads ? read_one(job.logits, logits_of(i), lane.label[i]) : T(0);
         }
     }
