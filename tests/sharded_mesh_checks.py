@@ -121,6 +121,47 @@ def values() -> None:
         same(leaf.grad.full_tensor(), whole.grad)
 
 
+def heads() -> None:
+    """Linear heads: rows as the hidden states lie, classes as the weight does."""
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, MORE, 4, dtype=torch.float64)
+    weight, bias = (torch.randn(CLASSES, *s, dtype=torch.float64) for s in ((4,), ()))
+    given = tensors()
+    count = dist.get_world_size()
+    line = init_device_mesh("cpu", (count,))
+    places = [(line, (R,), (Shard(0),)), (line, (Shard(1),), (R,))]
+    if count % 2 == 0:
+        plane = init_device_mesh("cpu", (2, count // 2))
+        places += [(plane, (Shard(0), R), (R, Shard(0))), (plane, (R, Shard(0)), (Shard(0), R))]
+    for mesh, of_hidden, of_weight in places:
+        for options in ({"return_stats": True}, {"reduction": "sum"}, {"reduction": "none"}):
+            whole = [a.clone().requires_grad_() for a in (hidden, weight, bias)]
+            own = [
+                distribute_tensor(a, mesh, where).requires_grad_()
+                for a, where in ((hidden, of_hidden), (weight, of_weight), (bias, of_weight))
+            ]
+            want, found = (
+                polyce.linear_cross_entropy(
+                    *arrays[:2], given["labels"], linear_bias=arrays[2], **options
+                )
+                for arrays in (whole, own)
+            )
+            if "return_stats" in options:
+                same(found[1].entropy.full_tensor(), want[1].entropy)
+                want, found = want[0], found[0]
+            same(found.full_tensor(), want)
+            want.sum().backward()
+            found.sum().backward()
+            for leaf, expected in zip(own, whole, strict=True):
+                assert leaf.grad.placements == leaf.placements
+                same(leaf.grad.full_tensor(), expected.grad)
+        found = polyce.linear_log_prob(*own[:2], given["labels"])
+        same(found.full_tensor(), polyce.linear_log_prob(*whole[:2], given["labels"]))
+    both = [distribute_tensor(a, line, [Shard(0)]) for a in (hidden, weight)]
+    with pytest.raises(ValueError, match="rows of input or classes of linear_weight"):
+        polyce.linear_cross_entropy(*both, given["labels"])
+
+
 def collectives() -> None:
     """One for classes, one for a mean over each axis of rows; none backward."""
     given = tensors()

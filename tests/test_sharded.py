@@ -49,7 +49,7 @@ def test_of_every_process(processes: Processes, check: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", ["losses", "values", "collectives", "bad_calls", "against_loss_parallel"]
+    "check", ["losses", "values", "heads", "collectives", "bad_calls", "against_loss_parallel"]
 )
 def test_meshes(processes: Processes, check: str) -> None:
     processes.run(f"sharded_mesh_checks.{check}")

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from polyce.arrays import find
 from polyce.call.options import Options
+from polyce.formula.stats import Stats
 from polyce.graphs import rules as derivatives
 from polyce.linear import compute, unfused
 from polyce.linear.call import HeadCall, check_wrt, describe
@@ -122,21 +124,28 @@ def linear_cross_entropy(
         stats=return_stats,
         validate=validate,
     )
-    call = describe(
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=weight,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        options=options,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
-    check(call)
-    loss, stats = rules(call).loss(call)
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "normalizer": normalizer,
+        "options": options,
+        "chunk_size": chunk_size,
+        "implementation": implementation,
+    }
+    if find.is_dtensor(input) or find.is_dtensor(linear_weight):
+        from polyce.linear import torch_mesh
+
+        loss, stats = torch_mesh.loss(run, input, linear_weight, target, **given)
+    else:
+        loss, stats = run(describe(input, linear_weight, target, **given))
     return loss if stats is None else (loss, stats)
+
+
+def run(call: HeadCall) -> tuple[Any, Stats | None]:
+    """Compute the loss of a call, and the stats."""
+    check(call)
+    return rules(call).loss(call)
 
 
 def linear_cross_entropy_with_grad(

@@ -52,6 +52,8 @@ class ShardedHead:
     """The call on the whole head; its head and what is sharded beside are this process's."""
     shard: ShardCall
     """All rows in one axis, without a reduction; hidden states stand in the logits' place."""
+    name: str | None
+    """Name of the implementation, if the caller chooses."""
     reduces: bool
     """Whether the gradient of the hidden states is summed over the processes."""
 
@@ -81,7 +83,7 @@ class ShardedHead:
             yield span, hidden, own
 
 
-def loss(
+def describe(
     input: Any,
     linear_weight: Any,
     target: Any,
@@ -96,10 +98,10 @@ def loss(
     group: Any,
     class_start: int | None,
     num_classes: int | None,
-    reduce_input_grad: bool,
+    reduce_input_grad: bool = True,
     label_name: str = "labels",
-) -> tuple[Any, Stats | None]:
-    """Compute the loss of a shard of a head, and the stats, the same in every process."""
+) -> ShardedHead:
+    """Check the arguments of a call on a shard of a head, and describe it."""
     check_group(group)
     if isinstance(target, TeacherHead):
         raise TypeError(
@@ -124,16 +126,22 @@ def loss(
         implementation=implementation,
     )
     operands = call.operands if kept is None else call.operands._replace(target=kept)
-    whole = call.whole._replace(label_name=label_name) if label_name != "labels" else call.whole
+    whole = call.whole
+    if label_name != "labels":
+        whole = whole._replace(label_name=label_name)
     call = replace(call, whole=whole, operands=operands, head=Head(linear_weight, linear_bias))
     torch_rule.check(call)
     check_untransformed()
     _check_stats(whole)
     flat = call.of_rows({})._replace(weight=weight)
     shard = ShardCall(call.part(call.chunks.total), flat, group, start, width)
-    head = ShardedHead(call, shard, reduce_input_grad)
-    with whole.library.multiplying(call.operands.named()):
-        return _loss(head, implementation)
+    return ShardedHead(call, shard, implementation, reduce_input_grad)
+
+
+def run(head: ShardedHead) -> tuple[Any, Stats | None]:
+    """Compute the loss of a shard of a head, and the stats, the same in every process."""
+    with head.call.whole.library.multiplying(head.call.operands.named()):
+        return _loss(head)
 
 
 def _check_stats(problem: Problem) -> None:
@@ -145,18 +153,18 @@ def _check_stats(problem: Problem) -> None:
             )
 
 
-def _loss(head: ShardedHead, implementation: str | None) -> tuple[Any, Stats | None]:
+def _loss(head: ShardedHead) -> tuple[Any, Stats | None]:
     call, whole, shard = head.call, head.call.whole, head.shard
     if whole.is_empty:
         logits = torch.nn.functional.linear(call.operands.logits, *call.head)
         operands = call.operands._replace(logits=logits)
-        return functional.run(replace(shard, problem=whole, operands=operands), implementation)
+        return functional.run(replace(shard, problem=whole, operands=operands), head.name)
     try:
         call = call.planned()
     except IndexError:
         exchange.gather_with_ranges(shard, states.nothing(shard))
         raise
-    of_parts = select_of_shard(shard.problem, implementation)
+    of_parts = select_of_shard(shard.problem, head.name)
     plan = rows.plan_of(shard)
     arrays = (call.operands.logits, *call.head)
     if any(map(torch_state.needs_gradient, arrays)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from polyce.arrays import find
 from polyce.call.index import check_index_of_head
 from polyce.call.options import Options
 from polyce.linear.call import HeadCall, describe
-from polyce.linear.functional import check, rules
+from polyce.linear.functional import run
 
 
 def linear_log_prob(
@@ -81,17 +82,22 @@ def linear_log_prob(
         logit_softcap=logit_softcap,
         validate=validate,
     )
-    call = describe_log_prob(
-        input,
-        linear_weight,
-        index,
-        linear_bias=linear_bias,
-        options=options,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
-    check(call)
-    losses, _ = rules(call).loss(call)
+    given: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "options": options,
+        "chunk_size": chunk_size,
+        "implementation": implementation,
+    }
+    if find.is_dtensor(input) or find.is_dtensor(linear_weight):
+        from polyce.linear import torch_mesh
+
+        for name in ("weight", "sample_weight", "normalizer"):
+            given[name] = None
+        given["options"] = options._replace(reduction="none")
+        losses, _ = torch_mesh.loss(run, input, linear_weight, index, **given, label_name="index")
+        return 0.0 - losses
+    call = describe_log_prob(input, linear_weight, index, **given)
+    losses, _ = run(call)
     with call.whole.library.quiet():
         return call.whole.library.cast(0.0 - losses, losses.dtype)
 

@@ -104,7 +104,7 @@ def linear_cross_entropy(
             validate=validate,
             implementation=implementation,
         )
-    loss, stats = torch_sharded.loss(
+    head = torch_sharded.describe(
         input,
         linear_weight,
         target,
@@ -129,6 +129,7 @@ def linear_cross_entropy(
         num_classes=num_classes,
         reduce_input_grad=reduce_input_grad,
     )
+    loss, stats = torch_sharded.run(head)
     return loss if stats is None else (loss, stats)
 
 
@@ -196,7 +197,7 @@ def linear_log_prob(
             implementation=implementation,
         )
     check_index_of_head(input, index, validate)
-    losses, _ = torch_sharded.loss(
+    head = torch_sharded.describe(
         input,
         linear_weight,
         index,
@@ -219,4 +220,4 @@ def linear_log_prob(
         reduce_input_grad=reduce_input_grad,
         label_name="index",
     )
-    return 0.0 - losses
+    return 0.0 - torch_sharded.run(head)[0]
