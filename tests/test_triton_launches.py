@@ -82,6 +82,18 @@ def test_few_long_rows_are_split_and_joined(torch: Any, launched: list[Any]) -> 
     assert found["chunk"] % found["TILE"] == 0
 
 
+def test_the_sums_of_many_programs_are_added_in_two_steps(torch: Any, launched: list[Any]) -> None:
+    from recorder import call
+
+    x = torch.empty(10_000, 100, dtype=torch.float16)
+    call(x[:8192], labels(torch, 8192), backward=False)
+    assert names(launched) == ["forward", "reduce"]
+    launched.clear()
+    call(x, labels(torch, 10_000), backward=False)
+    assert names(launched) == ["forward", "add_up", "reduce"]
+    assert [launch.grid[0] for launch in launched] == [10_000, 3, 1]
+
+
 def entries(torch: Any, *shape: int) -> Any:
     return polyce.SparseTarget(labels(torch, *shape), torch.ones(shape))
 

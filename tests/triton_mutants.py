@@ -323,12 +323,16 @@ MUTANTS = {
     "mean-without-weight": Mutant(
         TILE, "tl.where(counted, sample * weight, 0.0)", "tl.where(counted, sample, 0.0)", EXACT
     ),
-    "first-programs-alone": Mutant(
+    "last-programs-alone": Mutant(
         KERNEL,
-        "for done in range(0, programs, TILE):\n        step = done +",
-        "for done in range(0, 1, TILE):\n        step = done +",
+        "loss += tl.load(place, mask=step < end",
+        "loss = tl.load(place, mask=step < end",
         many_rows,
     ),
+    "sums-beyond-the-chunk": Mutant(
+        KERNEL, "tl.minimum(begin + chunk, programs)", "begin + 2 * chunk", many_rows
+    ),
+    "only-the-first-chunk": Mutant(KERNEL, "program * chunk", "0 * chunk", many_rows),
     "every-row-the-first": Mutant(
         GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
     ),

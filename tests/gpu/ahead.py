@@ -91,7 +91,9 @@ def _target() -> str:
 
     find("torch", False)
     if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties().gcnArchName).split(":")[0]
+        return str(torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName).split(
+            ":"
+        )[0]
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
 

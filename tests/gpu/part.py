@@ -55,6 +55,10 @@ def steps(given: argparse.Namespace) -> Iterable[Step]:
         from . import ahead
 
         return ahead.steps(given.library, given.rehearse, given.turn)
+    if given.library == "jax":
+        from . import on_jax
+
+        return on_jax.steps(given.rehearse)
     device = find(given.library, given.rehearse)
     if given.what == "times":
         from benchmarks.gpu import times

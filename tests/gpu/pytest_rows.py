@@ -1,7 +1,7 @@
 """pytest's plugin for a run on a GPU: a row for each test, and none begins for which time lacks.
 
-The tests come in a random order, always the same, so that those for which there is time are of
-every kind.
+Where there are many tests, they come in a random order, always the same, so that those for which
+there is time are of every kind.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .ledger import AGAIN, NO_TIME, NOT_HERE, RIGHT, WRONG, Ledger
 
 _ledger = Ledger.of_this_process()
 _SHOWN = 1500
+_MANY = 100
 # The outcome of the test that runs.
 _now: dict[str, Any] = {}
 
@@ -23,7 +24,8 @@ _now: dict[str, Any] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     known = set() if _ledger is None else _ledger.known()
     items[:] = [item for item in items if item.nodeid not in known]
-    random.Random(0).shuffle(items)
+    if len(items) > _MANY:
+        random.Random(0).shuffle(items)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -56,19 +56,20 @@ def _by_pytest(share: float, library: str, *files: str) -> Part:
 _BEHAVIOUR = ("test_behaviour.py", "test_streams.py")
 # In the order of what is learnt.
 PARTS = {
-    "compile": _by_steps(30, "compile", "torch"),
-    "smoke": _by_steps(22, "smoke", "torch"),
-    "times": _by_steps(53, "times", "torch"),
+    "compile": _by_steps(28, "compile", "torch"),
+    "smoke": _by_steps(20, "smoke", "torch"),
+    "times": _by_steps(48, "times", "torch"),
     "cupy-compile": _by_steps(12, "compile", "cupy"),
-    "cupy-smoke": _by_steps(14, "smoke", "cupy"),
-    "cupy-times": _by_steps(20, "times", "cupy"),
-    "behaviour": _by_pytest(20, "torch", *_BEHAVIOUR, "test_torch.py"),
-    "cupy-behaviour": _by_pytest(12, "cupy", *_BEHAVIOUR),
+    "cupy-smoke": _by_steps(12, "smoke", "cupy"),
+    "cupy-times": _by_steps(18, "times", "cupy"),
+    "behaviour": _by_pytest(18, "torch", *_BEHAVIOUR, "test_torch.py"),
+    "cupy-behaviour": _by_pytest(10, "cupy", *_BEHAVIOUR),
     "heads": _by_steps(12, "heads", "torch"),
     "cupy-heads": _by_steps(8, "heads", "cupy"),
     "jax-heads": _by_steps(12, "heads", "jax"),
-    "values": _by_pytest(15, "torch", "test_values.py"),
-    "sanitizer": _by_pytest(10, "torch", "test_sanitizer.py"),
+    "jax-times": _by_steps(12, "times", "jax"),
+    "values": _by_pytest(12, "torch", "test_values.py"),
+    "sanitizer": _by_pytest(18, "torch", "test_sanitizer.py"),
 }
 
 

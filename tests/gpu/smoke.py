@@ -58,12 +58,17 @@ def _compared(device: Device, case: Case) -> Iterator[Row]:
     yield {"status": RIGHT, **compared(device, case, 2**16)}
 
 
+def few(group: str, dtypes: list[str]) -> list[GridCase]:
+    """Choose a few cases of a group of the conformance grid."""
+    small = [case for case in cases([group], dtypes) if case.logits.size <= LARGEST]
+    return representative(small, EACH)
+
+
 def on_grid(device: Device, group: str, *, in_parts: bool = False) -> None:
     """Run a few cases of a group of the conformance grid."""
     dtypes = ["float32", "float64"] if group == "special" else ["bfloat16", "float32"]
     dtypes = [name for name in dtypes if name in device.backend.floats]
-    small = [case for case in cases([group], dtypes) if case.logits.size <= LARGEST]
-    chosen = {case.name for case in representative(small, EACH)}
+    chosen = {case.name for case in few(group, dtypes)}
 
     def leave_out(case: GridCase) -> str:
         return "" if case.name in chosen else "not one of the few"

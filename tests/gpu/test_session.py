@@ -134,7 +134,7 @@ def test_without_a_device_each_part_says_what_is_missing(backend_name: str, tmp_
 REHEARSED = {
     "triton": ("compile", "smoke", "times", "behaviour", "heads", "sanitizer"),
     "cupy-emulated": ("cupy-smoke", "cupy-times", "cupy-heads"),
-    "jax-x32": ("jax-heads",),
+    "jax-x32": ("jax-heads", "jax-times"),
 }
 
 
@@ -142,7 +142,7 @@ REHEARSED = {
 @pytest.mark.only(*REHEARSED)
 def test_every_part_is_rehearsed(backend_name: str, tmp_path: Path) -> None:
     parts = REHEARSED[backend_name]
-    seconds = 8.0 * len(parts)
+    seconds = 6.0 * len(parts)
     given = [f"--seconds={seconds}", *(f"--part={name}" for name in parts), "--rehearse"]
     done, rows = started(tmp_path, *given)
     assert done.returncode == 0, done.stdout

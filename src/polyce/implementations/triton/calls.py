@@ -60,6 +60,7 @@ def _results(problem: Problem, operands: Operands, sizes: Sizes) -> Results:
         stats=stats.unfilled(problem, empty),
         rows=wide(sizes.rows),
         sums=wide(sizes.sums),
+        added=wide(sizes.added),
         softmax=wide(sizes.softmax),
         parts=wide(sizes.parts),
         denominator=wide(() if reduction == "mean" else None),

@@ -24,7 +24,16 @@ from polyce.implementations.triton.tiles import (
     target,
 )
 
-__all__ = ["at_entries", "backward", "distance", "forward", "join", "put_entries", "reduce"]
+__all__ = [
+    "add_up",
+    "at_entries",
+    "backward",
+    "distance",
+    "forward",
+    "join",
+    "put_entries",
+    "reduce",
+]
 
 
 @triton.jit
@@ -260,21 +269,38 @@ def distance(
 
 
 @triton.jit
-def reduce(
-    sums_ptr, result_ptr, denominator_ptr, normalizer_ptr, programs, normalizer: tl.float64,
-    MEAN: tl.constexpr, NORMALIZER: tl.constexpr, TILE: tl.constexpr, EMULATED: tl.constexpr,
-):  # fmt: skip
-    """Add up the programs' sums of losses and of row weights in one program, in a fixed order."""
+def _added(sums_ptr, begin, end, TILE: tl.constexpr):
+    """Add up the sums of losses and of row weights of some programs, in a fixed order."""
     loss = tl.zeros((TILE,), tl.float64)
     weight = tl.zeros((TILE,), tl.float64)
-    for done in range(0, programs, TILE):
+    for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         place = sums_ptr + 2 * step.to(tl.int64)
-        loss += tl.load(place, mask=step < programs, other=0.0)
-        weight += tl.load(place + 1, mask=step < programs, other=0.0)
-    result = tl.sum(loss, 0)
+        loss += tl.load(place, mask=step < end, other=0.0)
+        weight += tl.load(place + 1, mask=step < end, other=0.0)
+    return tl.sum(loss, 0), tl.sum(weight, 0)
+
+
+@triton.jit
+def add_up(sums_ptr, added_ptr, programs, chunk, TILE: tl.constexpr):
+    """Add up the sums of a chunk of the programs: where there are too many for one program."""
+    program = tl.program_id(0)
+    begin = program * chunk
+    loss, weight = _added(sums_ptr, begin, tl.minimum(begin + chunk, programs), TILE)
+    place = added_ptr + 2 * program.to(tl.int64)
+    tl.store(place, loss)
+    tl.store(place + 1, weight)
+
+
+@triton.jit
+def reduce(
+    added_ptr, result_ptr, denominator_ptr, normalizer_ptr, programs, normalizer: tl.float64,
+    MEAN: tl.constexpr, NORMALIZER: tl.constexpr, TILE: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """Add up what is left of the programs' sums in one program, and divide."""
+    result, weight = _added(added_ptr, 0, programs, TILE)
     if MEAN:
-        denominator = tl.sum(weight, 0)
+        denominator = weight
         if NORMALIZER == "number":
             denominator = tl.sum(tl.full((1,), normalizer, tl.float64), 0)
         elif NORMALIZER == "tensor":

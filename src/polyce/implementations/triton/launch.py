@@ -26,6 +26,7 @@ _FIELDS_OF_A_PART = (12, 17)
 _MEMORY = {
     "rows": "saved_ptr",
     "sums": "sums_ptr",
+    "added": "added_ptr",
     "softmax": "softmax_ptr",
     "parts": "parts_ptr",
     "denominator": "denominator_ptr",
@@ -37,6 +38,7 @@ class Sizes(NamedTuple):
 
     rows: tuple[int, int] | None
     sums: tuple[int, int] | None
+    added: tuple[int, int] | None
     softmax: tuple[int, int] | None
     parts: tuple[int, int, int] | None
 
@@ -53,6 +55,8 @@ class Results(NamedTuple):
     """
     sums: torch.Tensor | None
     """(programs, 2): the sums of losses and row weights of each program's rows."""
+    added: torch.Tensor | None
+    """(chunks, 2): the sums of chunks of these, where there are many."""
     softmax: torch.Tensor | None
     """(rows, 5): what another look at the rows needs of each."""
     parts: torch.Tensor | None
@@ -118,6 +122,7 @@ def sizes(call: KernelCall, keep: bool) -> Sizes:
     return Sizes(
         rows=(rows, saved_of_a_row(problem)) if keep else None,
         sums=(call.programs, 2) if reduced else None,
+        added=(_chunks(call.programs), 2) if reduced and _chunks(call.programs) else None,
         softmax=(rows, 5) if looks_again else None,
         parts=(_FIELDS_OF_A_PART[problem.kind == "teacher"], parts, rows) if parts > 1 else None,
     )
@@ -126,6 +131,11 @@ def sizes(call: KernelCall, keep: bool) -> Sizes:
 def saved_of_a_row(problem: Problem) -> int:
     """Return how many numbers are saved of a row."""
     return (9 if problem.grad_stats else 4) + (2 if problem.kind == "teacher" else 0)
+
+
+def _chunks(programs: int) -> int:
+    """Return how many programs first add up the sums of the others; 0 if one adds them alone."""
+    return 0 if programs <= layout.MANY_SUMS else cdiv(programs, layout.CHUNK_OF_SUMS)
 
 
 def _parts(call: KernelCall) -> tuple[int, int]:
@@ -150,9 +160,11 @@ def of_forward(arrays: Arrays, results: Results) -> dict[str, Any]:
         values["normalizer"] = number
     elif number is not None:
         values["normalizer_ptr"] = number
-    for name in ("rows", "sums", "softmax", "parts", "denominator"):
+    for name, argument in _MEMORY.items():
         if (memory := getattr(results, name)) is not None:
-            values[_MEMORY[name]] = memory
+            values[argument] = memory
+    if results.added is None and results.sums is not None:
+        values["added_ptr"] = results.sums
     if results.stats is not None:
         for name, entry in zip(Stats._fields, results.stats, strict=True):
             if entry is not None:
@@ -211,8 +223,11 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     if results.sums is not None:
         normalizer = results.normalizer
         is_number = isinstance(normalizer, float)
+        if chunks := _chunks(programs):
+            added = {"programs": programs, "chunk": layout.CHUNK_OF_SUMS, "TILE": layout.SUMS}
+            launches.append(Launch("add_up", (chunks, 1, 1), added, 4))
         reduced = {
-            "programs": programs,
+            "programs": chunks or programs,
             "MEAN": problem.options.reduction == "mean",
             "NORMALIZER": "none" if normalizer is None else "number" if is_number else "tensor",
             "TILE": layout.SUMS,

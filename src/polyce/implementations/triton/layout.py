@@ -36,8 +36,11 @@ _ENTRIES = 256
 ENTRIES_ALONE = 128
 # About this many programs write a gradient where there are few rows.
 WRITERS = 512
-# How many sums the one program of a reduction adds at once, eight to a thread.
+# How many sums a program of a reduction adds at once, eight to a thread. One program adds up to
+# MANY_SUMS; where there are more, several programs first add CHUNK_OF_SUMS each: one would wait for
+# the memory once for each of its turns, for longer than a launch takes.
 SUMS = 1024
+MANY_SUMS, CHUNK_OF_SUMS = 8192, 4096
 
 
 class Tile(NamedTuple):
