@@ -266,3 +266,16 @@ def test_a_part_beyond_the_classes_is_refused() -> None:
     problem, operands = describe(np.zeros((2, 3), np.float32), np.zeros(2, np.int64))
     with pytest.raises(ValueError, match="a part's classes must be some of all"):
         of_parts("native").read(problem, operands, 1)
+
+
+@pytest.mark.only("numpy")
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_teacher_s_masked_part_has_no_largest_logit(name: str) -> None:
+    # Beside a 0 in its place these would have no exponentials.
+    teacher = np.array([[-np.inf, -np.inf, -1000.0, -1001.0]], np.float32)
+    problem, _ = describe(np.zeros((1, 4), np.float32), polyce.TeacherLogits(teacher))
+    with problem.library.quiet():
+        read = [of_parts(name).read_teacher(problem, teacher[:, i : i + 2]) for i in (0, 2)]
+        top, total = parts.join_teacher(problem, read)
+    assert top == -1000.0
+    np.testing.assert_allclose(total, 1.0 + np.exp(-1.0), rtol=1e-6)
