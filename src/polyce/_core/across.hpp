@@ -314,7 +314,7 @@ struct Across : Pivots<T> {
                 exponentials(count);
                 if (results.spread) fill_coefficients(start, count);
             }
-            if (results.multiplies) {
+            if (!capped && results.multiplies) {
                 multiply(count);
             } else if (results.valued) {
                 for (int c = 0; c < count; ++c) compute_valued(c);

@@ -70,13 +70,15 @@ struct Along : Sums<T, capped> {
         results.begin_sums();
         if (!job.classes) return results.end_sums();
         const bool saved = has_saved(job);
-        if (is_short(job) && is_simple(job) && !results.at_top && !saved && !job.part.rows) {
-            sum_short();
-        } else {
-            for (int i = 0; i < rows; ++i) {
-                if (!is_counted(i) || (saved && take_saved(i))) continue;
-                sum_row(i);
+        if constexpr (!capped) {
+            if (is_short(job) && is_simple(job) && !results.at_top && !saved && !job.part.rows) {
+                sum_short();
+                return results.end_sums();
             }
+        }
+        for (int i = 0; i < rows; ++i) {
+            if (!is_counted(i) || (saved && take_saved(i))) continue;
+            sum_row(i);
         }
         results.end_sums();
     }
@@ -96,7 +98,9 @@ struct Along : Sums<T, capped> {
     }
 
     void write_gradient() {
-        if (keeps && is_simple(job) && is_short(job) && writes_direct && !streams) return write_short();
+        if constexpr (!capped) {
+            if (keeps && is_simple(job) && is_short(job) && writes_direct && !streams) return write_short();
+        }
         for (int i = 0; i < rows; ++i) write_gradient(i);
         if (streams) end_streaming();
     }
@@ -111,10 +115,8 @@ struct Along : Sums<T, capped> {
             T* const to = writes_direct && !streams ? reinterpret_cast<T*>(place) : gaps;
             if (!is_counted(i)) {
                 for (int c = 0; c < count; ++c) to[c] = T(0);
-            } else if (keeps) {
-                write_kept(i, row, start, count, to);
             } else {
-                compute_gradient(i, logits_from(row, start, count), start, count, to);
+                write_block(i, row, start, count, to);
             }
             if (streams) {
                 char* packed = reinterpret_cast<char*>(copy);
@@ -130,8 +132,15 @@ struct Along : Sums<T, capped> {
         }
     }
 
+    void write_block(int i, const char* row, std::int64_t start, int count, T* to) const {
+        if constexpr (!capped) {
+            if (keeps) return write_kept(i, row, start, count, to);
+        }
+        compute_gradient(i, logits_from(row, start, count), start, count, to);
+    }
+
     // What exponentials of a block that were kept are multiplied by in place of those of the row.
-    T carried(T factor, int i, std::int64_t start) const {
+    POLYCE_INLINE T carried(T factor, int i, std::int64_t start) const {
         if (is_short(job)) return factor;
         const double own = double(references[i * blocks + start / block]);
         const double moved = difference(transform(), own, double(reference(lane.rest_max[i])));
@@ -186,7 +195,7 @@ struct Along : Sums<T, capped> {
         for (int c = 0; c < count; ++c) to[c] = (e[c] * softmax - r[c] * each) * last;
     }
 
-    void multiply_kept(int i, std::int64_t start, int count, T* to) const {
+    POLYCE_INLINE void multiply_kept(int i, std::int64_t start, int count, T* to) const {
         const T f = carried(lane.once[i], i, start);
         map_run(numbers + i * pitch + start, count, to, [&](auto e) POLYCE_INLINE_LAMBDA {
             return e * splat<decltype(e)>(f);
@@ -198,21 +207,22 @@ struct Along : Sums<T, capped> {
         const T m = reference(lane.rest_max[i]), scale = this->scale, twice_over_cap = this->twice_over_cap;
         const T once = lane.once[i], softmax = lane.softmax[i], last = lane.last[i];
         if (results.valued && !results.multiplies) return compute_valued(i, x, start, count, to);
-        if (!results.spread && !capped) {
+        if constexpr (capped) {
+            read_gaps(x, count, m);
+            const T *const r = coefficients, *const t = gaps;
+            read_coefficients_or_none(i, start, count);
+            POLYCE_SIMD
+            for (int c = 0; c < count; ++c) {
+                const T entry = exp_negative(t[c]) * softmax - r[c];
+                to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
+            }
+        } else if (results.spread) {
+            subtract_from_softmax(i, x, start, count, to);
+        } else {
             map_run(x, count, to, [&](auto v) POLYCE_INLINE_LAMBDA {
                 using V = decltype(v);
                 return exp_negative(V((v - splat<V>(m)) * splat<V>(scale))) * splat<V>(once);
             });
-            return;
-        }
-        if (!capped) return subtract_from_softmax(i, x, start, count, to);
-        read_gaps(x, count, m);
-        const T *const r = coefficients, *const t = gaps;
-        read_coefficients_or_none(i, start, count);
-        POLYCE_SIMD
-        for (int c = 0; c < count; ++c) {
-            const T entry = exp_negative(t[c]) * softmax - r[c];
-            to[c] = entry * last * slope_of(decay_of(x[c], twice_over_cap), scale);
         }
     }
 
@@ -272,7 +282,10 @@ struct Along : Sums<T, capped> {
     bool is_here(std::int64_t c) const { return !out_of_range(c, job.classes); }
 
     void write_one(char* grad, std::int64_t c, T value) const {
-        narrow_run(job.grad.dtype, &value, 1, grad + c * job.grad.class_stride, job.grad.class_stride);
+        with_type(job.grad.dtype, [&](auto type) {
+            const auto stored = narrow<decltype(type)>(value);
+            std::memcpy(grad + c * job.grad.class_stride, &stored, sizeof stored);
+        });
     }
 
     // The sum of the losses of one group of rows.

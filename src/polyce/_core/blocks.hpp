@@ -58,7 +58,7 @@ struct Blocks : Group<T> {
     }
 
     // The logits from class `start` on, with -inf after the last, for which there must be room.
-    void copy_logits(const char* row, std::int64_t start, int count, T* to) const {
+    POLYCE_INLINE void copy_logits(const char* row, std::int64_t start, int count, T* to) const {
         const Matrix& m = job.logits;
         const char* from = row + start * m.class_stride;
         if (direct && count >= pack_size) {
@@ -77,16 +77,14 @@ struct Blocks : Group<T> {
     }
 
     // Of logits `x` that were read so, a copy with -inf in the pivot's place.
-    const T* without(std::int64_t pivot, const T* x, const char* row, std::int64_t start, int count) const {
+    POLYCE_APART const T* without(std::int64_t pivot, const T* x, const char* row, std::int64_t start, int count) const {
         if (x != copy) copy_logits(row, start, count, copy);
         copy[pivot - start] = -infinity<T>;
         return copy;
     }
 
     T read_one(const Matrix& m, const char* row, std::int64_t c) const {
-        T value;
-        widen_run(m.dtype, row + c * m.class_stride, 0, 1, &value);
-        return value;
+        return with_type(m.dtype, [&](auto type) { return T(widen(fetch<decltype(type)>(row + c * m.class_stride))); });
     }
 
     // The probabilities from class `start` on, into `coefficients`.
@@ -152,7 +150,7 @@ struct Blocks : Group<T> {
         }
     }
 
-    static std::int64_t first_equal(const T* x, int count, T value) {
+    POLYCE_APART static std::int64_t first_equal(const T* x, int count, T value) {
         int i = 0;
         const auto skip = [&](auto together) POLYCE_INLINE_LAMBDA {
             for (; i + together <= count; i += together) {
@@ -178,7 +176,7 @@ struct Blocks : Group<T> {
     }
 
     // The first class with the largest logit.
-    std::int64_t largest(const char* row) const {
+    POLYCE_APART std::int64_t largest(const char* row) const {
         T top = -infinity<T>;
         std::int64_t found = 0;
         for (std::int64_t start = 0; start < job.classes; start += block) {

@@ -192,7 +192,7 @@ void narrow_run(const T* from, std::int64_t count, char* to, std::int64_t stride
 }
 
 // Copies past the caches: a line that is written whole need not be read first.
-inline void stream(char* to, const char* from, std::int64_t bytes) {
+POLYCE_INLINE void stream(char* to, const char* from, std::int64_t bytes) {
 #if defined(__x86_64__) || defined(_M_X64)
     std::int64_t at = -std::int64_t(reinterpret_cast<std::uintptr_t>(to)) & 63;
     at = at < bytes ? at : bytes;

@@ -117,7 +117,7 @@ std::atomic<Pool*> pool{nullptr};
 
 #if !defined(_WIN32)
 // When the library is loaded, so that no thread is doing this while another one forks.
-[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+[[maybe_unused]] const int pool_forgotten_in_forks = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
 #endif
 
 Pool& current_pool() {

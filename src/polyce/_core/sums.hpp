@@ -106,7 +106,7 @@ struct Sums : Blocks<T> {
     }
 
     // x(logit) - x(m) of a block, into `gaps`.
-    void read_gaps(const T* x, std::int64_t count, T m) const {
+    POLYCE_APART void read_gaps(const T* x, std::int64_t count, T m) const {
         const T scale = this->scale, cap = this->cap, twice_over_cap = this->twice_over_cap;
         T* const t = gaps;
         if constexpr (capped) {
@@ -120,7 +120,7 @@ struct Sums : Blocks<T> {
     }
 
     // Carries a part's sums over to a larger maximum.
-    void raise(RowState& s, double top) const {
+    POLYCE_APART void raise(RowState& s, double top) const {
         const double reference = top == -infinity<double> ? 0.0 : top;
         const double own = s.rest_max == -infinity<double> ? 0.0 : s.rest_max;
         const double risen = difference(transform(), reference, own);
@@ -139,22 +139,23 @@ struct Sums : Blocks<T> {
     // Σ exp(x_c - m), of which each is left in `to`.
     template <bool keep, bool scaled>
     static POLYCE_INLINE Pack<double> sum_exponentials(const T* x, std::int64_t count, T m, T scale, T* to, Ahead ahead) {
-        return sum_lanes<T>(count, ahead, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
+        return sum_lanes<T, 8>(count, ahead, [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
             const Pack<T> e = each_part(exponential<T, scaled>(m, scale), load(x + i));
             if (keep) store(to + i, e);
             return e;
         });
     }
 
-    // Calls f with what there is to decide on before logits are gone through: whether exponentials
-    // are kept, and whether there is a scale.
+    // Calls f with whether there is a scale.
     template <class F>
-    void with_choices(F f) const {
-        if (keeps) {
-            scale == T(1) ? f(std::true_type{}, std::false_type{}) : f(std::true_type{}, std::true_type{});
-        } else {
-            scale == T(1) ? f(std::false_type{}, std::false_type{}) : f(std::false_type{}, std::true_type{});
-        }
+    POLYCE_INLINE void with_scale(F f) const {
+        scale == T(1) ? f(std::false_type{}) : f(std::true_type{});
+    }
+
+    // Calls f with whether exponentials are kept, too.
+    template <class F>
+    POLYCE_INLINE void with_choices(F f) const {
+        with_scale([&](auto scaled) { keeps ? f(std::true_type{}, scaled) : f(std::false_type{}, scaled); });
     }
 
     static T reference(T m) { return m == -infinity<T> ? T(0) : m; }
@@ -197,10 +198,10 @@ struct Sums : Blocks<T> {
                     }
                 });
             };
-            scale == T(1) ? exponentials(std::false_type{}) : exponentials(std::true_type{});
+            with_scale(exponentials);
             each([&](int i, T* x) POLYCE_INLINE_LAMBDA {
                 if (keeps && writes_direct) fetch_gradient(i);
-                store(sums + (i - begin) * pack_size, sum_lanes<T>(full, Ahead{}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
+                store(sums + (i - begin) * pack_size, sum_lanes<T, 8>(full, Ahead{}, [&](std::int64_t c) POLYCE_INLINE_LAMBDA {
                     return load(x + c);
                 }));
             });
@@ -243,12 +244,14 @@ struct Sums : Blocks<T> {
             }
             const T m = reference(T(s.rest_max));
             if (keeps) references[i * blocks + start / block] = m, missing[i * blocks + start / block] = T(-1);
-            if (is_simple(job)) {
-                T* const to = numbers + i * pitch + start;
-                with_choices([&](auto keep, auto scaled) {
-                    s.rest_sum += sum_of(sum_exponentials<keep, scaled>(x, full, m, scale, to, ahead));
-                });
-                continue;
+            if constexpr (!capped) {
+                if (is_simple(job)) {
+                    T* const to = numbers + i * pitch + start;
+                    with_choices([&](auto keep, auto scaled) {
+                        s.rest_sum += sum_of(sum_exponentials<keep, scaled>(x, full, m, scale, to, ahead));
+                    });
+                    continue;
+                }
             }
             typename Blocks<T>::Run r{};
             if (coefficients_too) {
@@ -265,9 +268,12 @@ struct Sums : Blocks<T> {
                 if (coefficients_too) {
                     // A teacher's are in the caches.
                     const AheadOfTwo both{ahead, job.teacher ? Ahead{} : this->ahead_of_probabilities(i, start + block)};
-                    scale == T(1) ? sum_with_coefficients<false>(s, x, full, m, r, to, both)
-                                  : sum_with_coefficients<true>(s, x, full, m, r, to, both);
-                } else {
+                    if constexpr (capped) {
+                        sum_with_coefficients<false>(s, x, full, m, r, to, both);
+                    } else {
+                        with_scale([&](auto scaled) { sum_with_coefficients<scaled>(s, x, full, m, r, to, both); });
+                    }
+                } else if constexpr (capped) {
                     s.rest_sum += sum_of(sum_exponentials<false, false>(gaps, full, T(0), T(1), nullptr, ahead));
                 }
                 continue;
@@ -282,7 +288,7 @@ struct Sums : Blocks<T> {
     }
 
     // Adds a class that is no longer the largest to the others.
-    void add_class(RowState& s, double logit, double coefficient) const {
+    POLYCE_APART void add_class(RowState& s, double logit, double coefficient) const {
         const double gap = difference(transform(), logit, s.rest_max == -infinity<double> ? 0.0 : s.rest_max);
         const double e = exp_negative_full(gap);
         s.rest_sum += e, s.rest_squares += e * e, s.rest_entropy += weighted_gap(e, gap);

@@ -123,9 +123,11 @@ struct Tile : Group<T> {
             transpose<T>(from, stride, rows, count, reinterpret_cast<char*>(to), pitch * sizeof(T));
         } else {
             each_run(m, [&](int at, int n, const char* row) {
-                for (int c = 0; c < count; ++c) {
-                    widen_run(m.dtype, row + skipped + c * m.class_stride, between, n, to + c * pitch + at);
-                }
+                with_type(m.dtype, [&](auto type) {
+                    for (int c = 0; c < count; ++c) {
+                        widen_run<decltype(type)>(row + skipped + c * m.class_stride, between, n, to + c * pitch + at);
+                    }
+                });
             });
         }
         for (int c = 0; c < count && rows < used; ++c) {
@@ -155,12 +157,17 @@ struct Tile : Group<T> {
         if (!is_row_by_row(m, count)) {
             const bool streams = job.streams && between == size_of(m.dtype);
             each_run(m, [&](int at, int n, char* row) {
+                if (!streams) {
+                    return with_type(m.dtype, [&](auto type) {
+                        for (int c = 0; c < count; ++c) {
+                            narrow_run<decltype(type)>(gaps + c * pitch + at, n, row + skipped + c * m.class_stride, between);
+                        }
+                    });
+                }
                 for (int c = 0; c < count; ++c) {
                     const T* values = gaps + c * pitch + at;
                     char* const place = row + skipped + c * m.class_stride;
-                    if (!streams) {
-                        narrow_run(m.dtype, values, n, place, between);
-                    } else if (is_own(m)) {
+                    if (is_own(m)) {
                         stream(place, reinterpret_cast<const char*>(values), n * size_of(m.dtype));
                     } else {
                         narrow_run(m.dtype, values, n, reinterpret_cast<char*>(packed), size_of(m.dtype));

@@ -53,7 +53,7 @@ bool is_forked() {
 
 // A forked child has no team and would wait for it without end.
 std::atomic<bool> forked{is_forked()};
-[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+[[maybe_unused]] const int forks_noticed = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 // Some of the threads that came to the calling thread's last call, by their clocks. OpenMP waits for
 // all of its threads, and where one has no processor, that takes milliseconds.

@@ -248,8 +248,10 @@ POLYCE_INLINE Triple<double> widened(const Triple<T>& p) {
     return {widened(p.first), widened(p.second), widened(p.third)};
 }
 
-// Σ term(i) for packs, or two or three packs together, of terms from i on, in each lane.
-template <class T, class Term, class Next = Ahead>
+// Σ term(i) for packs, or two or three packs together, of terms from i on, in each lane. `at_once`
+// packs are gone through together, 4 or 8, which does not change the order of the sum: with few
+// instructions to a term 8 are faster, with many they only take longer to compile.
+template <class T, int at_once = 4, class Term, class Next = Ahead>
 POLYCE_INLINE auto sum_lanes(std::int64_t count, Next ahead, Term term) {
     using Terms = decltype(term(std::int64_t(0)));
     const auto four = [&](std::int64_t i) POLYCE_INLINE_LAMBDA {
@@ -260,14 +262,24 @@ POLYCE_INLINE auto sum_lanes(std::int64_t count, Next ahead, Term term) {
         const std::int64_t end = i + run_size < count ? i + run_size : count;
         if (end == i + run_size) ahead.fetch(i);
         Terms a{}, b{}, rest{};
-        for (; i + 8 * pack_size <= end; i += 8 * pack_size) {
-            a = a + four(i);
-            b = b + four(i + 4 * pack_size);
+        if constexpr (at_once == 8) {
+            for (; i + 8 * pack_size <= end; i += 8 * pack_size) {
+                a = a + four(i);
+                b = b + four(i + 4 * pack_size);
+            }
+            // Not loops, so that what the terms need stays in registers.
+            if (i + 4 * pack_size <= end) a = a + four(i), i += 4 * pack_size;
+            if (i + 2 * pack_size <= end) rest = term(i) + term(i + pack_size), i += 2 * pack_size;
+            if (i < end) rest = rest + term(i), i += pack_size;
+        } else {
+            const bool is_odd = (end - i) / (4 * pack_size) % 2;
+            for (; i + 4 * pack_size <= end; i += 4 * pack_size) {
+                const Terms more = a + four(i);
+                a = b, b = more;
+            }
+            if (is_odd) std::swap(a, b);
+            for (; i < end; i += pack_size) rest = rest + term(i);
         }
-        // Not loops, so that what the terms need stays in registers.
-        if (i + 4 * pack_size <= end) a = a + four(i), i += 4 * pack_size;
-        if (i + 2 * pack_size <= end) rest = term(i) + term(i + pack_size), i += 2 * pack_size;
-        if (i < end) rest = rest + term(i), i += pack_size;
         sums = sums + widened(a + (b + rest));
     }
     return sums;
