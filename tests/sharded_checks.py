@@ -254,6 +254,33 @@ def bad_calls() -> None:
         torch.func.grad(lambda x: polyce.torch.cross_entropy(x, labels, group=group))(shard)
 
 
+def ranges() -> None:
+    """What looks at the ranges and what does not find the same faults."""
+    from polyce.sharded import exchange
+
+    good = [
+        [[0, 3, 5, 9], [3, 2, 5, 9]],
+        [[2, 3, 5, 9], [0, 2, 5, 9], [2, 0, 5, 9]],
+        [[0, 0, 0, 9]],
+    ]
+    bad = {
+        "overlap": [[0, 3, 5, 9], [2, 3, 5, 9]],
+        "leave a gap": [[0, 2, 5, 9], [3, 2, 5, 9]],
+        "gap": [[0, 3, 5, 9], [3, 1, 5, 9]],
+        "within the 5": [[0, 3, 5, 9], [3, 3, 5, 9]],
+        "within": [[-1, 3, 5, 9], [2, 3, 5, 9]],
+        "equal width": [[0, 3, 6, 9], [2, 2, 4, 9]],
+        "the same in every process": [[0, 3, 5, 9], [3, 2, 5, 6]],
+    }
+    for found in good:
+        exchange.check_ranges(found)
+        assert not exchange._is_torn(torch.tensor(found))
+    for text, found in bad.items():
+        assert exchange._is_torn(torch.tensor(found))
+        with pytest.raises(ValueError, match=text):
+            exchange.check_ranges(found)
+
+
 def unlooked_at() -> None:
     """What nobody looks at makes nans, of the rows that count."""
     group, rank, count = dist.group.WORLD, dist.get_rank(), dist.get_world_size()

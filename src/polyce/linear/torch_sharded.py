@@ -166,18 +166,30 @@ def _loss(head: ShardedHead) -> tuple[Any, Stats | None]:
         raise
     of_parts = select_of_shard(shard.problem, head.name)
     plan = rows.plan_of(shard)
-    arrays = (call.operands.logits, *call.head)
-    if any(map(torch_state.needs_gradient, arrays)):
-        plans: list[Plan] = []
-        losses, *found = _Loss.apply(*arrays, head, plan, of_parts, plans)
-        of_rows, plan = RowStats(*found) if found else None, plans[0]
-    else:
-        joined, plan, _ = _forward(head, plan, of_parts)
-        losses, of_rows = joined.losses, joined.stats
+    losses, of_rows, plan = _of_rows(head, plan, of_parts)
     result = call.reduce(losses)
     if of_rows is None:
         return result, None
     return result, call.shaped(stats.finish(shard.problem, plan, of_rows))
+
+
+def _of_rows(head: ShardedHead, plan: Plan, of_parts: OfParts) -> tuple[Any, RowStats | None, Plan]:
+    """Compute the rows' losses and stats, on torch's graph, as `rows.compute` does."""
+    arrays = (head.call.operands.logits, *head.call.head)
+    call = head.call.detached(torch_rows.detach)
+    shard = replace(head.shard, operands=torch_rows.detach(head.shard.operands))
+    head = replace(head, call=call, shard=shard)
+    whole, plan, teacher = _forward(head, plan, of_parts)
+    if not any(map(torch_state.needs_gradient, arrays)):
+        return whole.losses, whole.stats, plan
+    kept = replace(head, call=call.without_arrays(), shard=shard.without_arrays())
+    values, flat = rows.with_gradients(whole), shard.operands
+    results = _Loss.apply(
+        *(*arrays, kept, of_parts, tuple(values), *values.values()),
+        *(flat.target, flat.weight, flat.sample_weight, flat.target_probability),
+        *(plan.counted, *(teacher or (None, None)), whole.pivot, *whole.state),
+    )
+    return *rows.put(values, results, whole.stats), plan
 
 
 def _forward(
@@ -204,6 +216,8 @@ def _cut(record: Any, span: slice) -> Any:
 
 
 class _Loss(torch.autograd.Function):
+    """Puts what has been computed on the graph, as that of `rows` does."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -211,39 +225,26 @@ class _Loss(torch.autograd.Function):
         weight: Any,
         bias: Any,
         head: ShardedHead,
-        plan: Plan,
         of_parts: OfParts,
-        plans: list[Plan],
+        names: tuple[str, ...],
+        *tensors: Any,
     ) -> tuple[Any, ...]:
-        detached = head.call.detached(torch_rows.detach)
-        flat = torch_rows.detach(head.shard.operands)
-        head = replace(head, call=detached, shard=replace(head.shard, operands=flat))
-        whole, plan, teacher = _forward(head, plan, of_parts)
-        plans.append(plan)
-        saved = (
-            *(input, weight, bias, flat.target, flat.weight, flat.sample_weight),
-            *(flat.target_probability, plan.counted, *(teacher or (None, None))),
-            *(whole.pivot, *whole.state),
-        )
+        count = len(names)
+        saved = (input, weight, bias, *tensors[count:])
         ctx.save_for_backward(*saved)
         ctx.kinds = torch_memory.kinds(saved)
-        shard = head.shard.without_arrays()
-        ctx.head = replace(head, call=detached.without_arrays(), shard=shard)
-        ctx.of_parts = of_parts
-        if whole.stats is None:
-            return (whole.losses,)
-        torch_state.mark_stats(ctx, whole.stats, 3)
-        return whole.losses, *whole.stats
+        ctx.head, ctx.of_parts, ctx.names = head, of_parts, names
+        ctx.absent = (None,) * (3 + len(tensors))
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
-    def backward(
-        ctx: Any, of_losses: Any, of_lse: Any = None, of_entropy: Any = None, *_: Any
-    ) -> tuple[Any, ...]:
-        given = [array for array in (of_losses, of_lse, of_entropy) if array is not None]
-        nothing = (None,) * 7
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        given = [array for array in cotangents if array is not None]
         if not given:
-            return nothing
+            return None, None, None, *ctx.absent
         check_once(*given)
+        passed = dict(zip(ctx.names, cotangents, strict=True))
         saved = ctx.saved_tensors
         torch_memory.check_returned(ctx.kinds, saved)
         hidden, weight, bias, target, class_weight, sample_weight, probability, *kept = saved
@@ -255,15 +256,15 @@ class _Loss(torch.autograd.Function):
         head = replace(ctx.head, call=call, shard=replace(ctx.head.shard, operands=flat))
         whole = Whole(None, RowState(*state), pivot, None, None)
         teacher = None if top is None else TeacherState(top, total)
-        passed = _Passed(of_losses, of_lse, of_entropy)
+        of_rows = _Passed(passed["losses"], passed.get("lse"), passed.get("entropy"))
         sums = _gradients(
-            *(head, ctx.of_parts, ctx.needs_input_grad, counted, whole, passed, teacher)
+            *(head, ctx.of_parts, ctx.needs_input_grad, counted, whole, of_rows, teacher)
         )
         found = (
             None if a is None else a.to(like.dtype).view(like.shape)
             for a, like in zip(sums, (hidden, weight, bias), strict=True)
         )
-        return *found, *nothing[3:]
+        return *found, *ctx.absent
 
 
 class _Passed(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 
 from polyce.sharded.call import ShardCall
 
-HEADER = 3
-"""How many numbers say which classes a process holds."""
+HEADER = 4
+"""How many numbers say which classes a process holds, and how many others it sends."""
 
 
 class Gathered(NamedTuple):
@@ -35,7 +35,7 @@ def gather_with_ranges(call: ShardCall, words: Any) -> Gathered:
     Every process sees them all, so that all raise the same error and none waits for another. Where
     a look would stall the host, `is_torn` says what there is to find.
     """
-    numbers = (call.start, call.width, call.problem.classes)
+    numbers = (call.start, call.width, call.problem.classes, words.shape[0])
     # Filled on the device: a copy from the host would wait for it.
     header = [torch.full((1,), n, dtype=words.dtype, device=words.device) for n in numbers]
     found = gather(call, torch.cat([*header, words]))
@@ -55,24 +55,34 @@ def total(call: ShardCall, tensor: Any) -> Any:
 
 
 def check_ranges(ranges: list[list[int]]) -> None:
-    """Refuse shards that are not a partition of the classes; each is (start, width, classes)."""
-    numbers = {classes for _, _, classes in ranges}
-    shown = ", ".join(f"{start} to {start + width}" for start, width, _ in ranges)
+    """Refuse shards that are not a partition of the classes.
+
+    Each is (start, width, classes, count): how many numbers of its rows a process sends.
+    """
+    counts = [count for *_, count in ranges]
+    if len(set(counts)) > 1:
+        sizes = ", ".join(map(str, counts))
+        raise ValueError(
+            "rows, dtype and options must be the same in every process of the group, but they send "
+            f"{sizes} numbers; pass the same rows everywhere"
+        )
+    numbers = {classes for _, _, classes, _ in ranges}
+    shown = ", ".join(f"{start} to {start + width}" for start, width, *_ in ranges)
     advice = "pass class_start= and num_classes= as the logits are cut"
     if len(numbers) > 1:
-        given = ", ".join(str(classes) for _, _, classes in ranges)
+        given = ", ".join(str(classes) for _, _, classes, _ in ranges)
         raise ValueError(
             "the shards must be of equal width, or name the same num_classes in every process, got "
             f"classes {shown} of {given}; {advice}"
         )
     (classes,) = numbers
-    for start, width, _ in ranges:
+    for start, width, *_ in ranges:
         if start < 0 or start + width > classes:
             raise ValueError(
                 f"each shard must lie within the {classes} classes, got classes {shown}; {advice}"
             )
     end = 0
-    for start, width, _ in sorted(ranges):
+    for start, width, *_ in sorted(ranges):
         if width and start != end:
             what = "overlap" if start < end else "leave a gap"
             raise ValueError(
@@ -89,9 +99,9 @@ def check_ranges(ranges: list[list[int]]) -> None:
 
 def _is_torn(ranges: Any) -> Any:
     """Tell what `check_ranges` would raise an error about, without a look at the values."""
-    start, width, classes = ranges.unbind(1)
+    start, width, classes, count = ranges.unbind(1)
     end = start + width
-    outside = (start < 0) | (end > classes) | (classes != classes[0])
+    outside = (start < 0) | (end > classes) | (classes != classes[0]) | (count != count[0])
     meet = (start[:, None] < end[None, :]) & (start[None, :] < end[:, None])
     meet &= (width > 0)[:, None] & (width > 0)[None, :]
     alone = meet.sum() == (width > 0).sum()

@@ -49,19 +49,30 @@ def compute(call: ShardCall, plan: Plan, of_parts: OfParts) -> tuple[Any, RowSta
     found = whole.stats
     if not torch_state.needs_gradient(logits):
         return whole.losses, found, plan
-    operands = call.operands
-    values = {"losses": whole.losses}
-    if found is not None:
-        with_gradient = ((name, getattr(found, name)) for name in STATS_WITH_GRADIENT)
-        values |= {name: array for name, array in with_gradient if array is not None}
+    operands, values = call.operands, with_gradients(whole)
     results = _Rows.apply(
         *(logits, call.without_arrays(), of_parts, tuple(values), *values.values()),
         *(operands.target, operands.weight, operands.sample_weight, operands.target_probability),
         *(*(teacher or (None, None)), whole.pivot, *whole.state),
     )
+    return *put(values, results, found), plan
+
+
+def with_gradients(whole: Whole) -> dict[str, Any]:
+    """Return what a joined state has that gradients flow into, by name."""
+    values = {"losses": whole.losses}
+    if whole.stats is not None:
+        values |= {name: getattr(whole.stats, name) for name in STATS_WITH_GRADIENT}
+    return {name: array for name, array in values.items() if array is not None}
+
+
+def put(
+    values: dict[str, Any], results: Any, found: RowStats | None
+) -> tuple[Any, RowStats | None]:
+    """Return losses and stats with those of them that have come back on the graph."""
     on_graph = dict(zip(values, results, strict=True))
     losses = on_graph.pop("losses")
-    return losses, None if found is None else found._replace(**on_graph), plan
+    return losses, None if found is None else found._replace(**on_graph)
 
 
 def _forward(
