@@ -72,8 +72,8 @@ def test_stats_leave_the_gradient_alone(
 
 
 @pytest.mark.parametrize("kind", ["index", "probability"])
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1.0, 70.0, 1e300])
-def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> None:
+@pytest.mark.parametrize("garbage", [-1, 70, 2**31 - 1, -(2**31)])
+def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: int) -> None:
     from polyce.call.options import Options
     from polyce.call.problem import describe
     from polyce.implementations.triton import calls as triton_torch
@@ -83,7 +83,7 @@ def test_a_saved_pivot_is_no_address(torch: Any, kind: str, garbage: float) -> N
     problem, operands = describe(x, t, options=Options(reduction="sum"))
     _, _, saved = triton_torch.forward(problem, operands, keep=True)
     want = triton_torch.backward(problem, operands, saved, None)
-    saved.rows[:, 3] = garbage
+    saved.rows.view(torch.int32)[:, 3] = garbage
     memory = torch.full((5 * 70,), 7.0)
     out = memory[70:280].view(3, 70)
     got = triton_torch.backward(problem, operands, saved, out)

@@ -336,6 +336,9 @@ MUTANTS = {
     "every-row-the-first": Mutant(
         GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
     ),
+    "class-read-as-a-number": Mutant(
+        TILE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
+    ),
     "number-as-cotangent-dropped": Mutant(
         GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")
     ),

@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """What a backward pass needs besides the operands; None for what a path does not keep."""
 
     rows: Any = None
-    """(rows, 4) in float64; native has 6 of a row with a teacher."""
+    """(rows, 4), by some paths more numbers of a row with a teacher or with cotangents of stats"""
     denominator: Any = None
     """() in float64: what the mean was divided by"""
 
@@ -42,7 +42,7 @@ class Kernels(NamedTuple):
     It is written to `out`, which may be the logits themselves, or to new memory for None.
     """
     keeps: Callable[[Problem], Saved]
-    """(problem) -> whether a forward pass with `keep` saves rows, and a denominator
+    """(problem) -> in which dtype a forward pass with `keep` saves rows, and whether a denominator
 
     It looks at the problem alone, since it is also asked while nothing runs.
     """

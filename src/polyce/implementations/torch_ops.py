@@ -192,7 +192,7 @@ def _imagine(
     if keep:
         keeps = kernels.keeps(problem)
         saved = Saved(
-            rows=empty((math.prod(problem.row_shape), 4), torch.float64) if keeps.rows else None,
+            rows=empty((math.prod(problem.row_shape), 4), keeps.rows) if keeps.rows else None,
             denominator=empty((), torch.float64) if keeps.denominator else None,
         )
     found = stats.unfilled(problem, empty) or ()

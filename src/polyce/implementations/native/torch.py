@@ -46,7 +46,7 @@ _NOTHING = Saved()
 
 
 def _keeps(problem: Problem) -> Saved:
-    return Saved(rows=problem.classes >= SAVED_FROM, denominator=False)
+    return Saved(torch.float64 if problem.classes >= SAVED_FROM else None, denominator=False)
 
 
 def _forward(

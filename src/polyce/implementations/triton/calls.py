@@ -58,7 +58,7 @@ def _results(problem: Problem, operands: Operands, sizes: Sizes) -> Results:
     return Results(
         loss=empty(() if reduction != "none" else problem.row_shape, problem.result_dtype),
         stats=stats.unfilled(problem, empty),
-        rows=wide(sizes.rows),
+        rows=None if sizes.rows is None else empty(sizes.rows, problem.arithmetic_dtype),
         sums=wide(sizes.sums),
         added=wide(sizes.added),
         softmax=wide(sizes.softmax),
@@ -141,7 +141,7 @@ def _of_entries(problem: Problem, grad: torch.Tensor) -> torch.Tensor | None:
 def _check_saved(problem: Problem, saved: Saved) -> None:
     """Refuse tensors that no forward pass of this call has saved."""
     size = torch.Size((math.prod(problem.row_shape), launch.saved_of_a_row(problem)))
-    rows = (size, torch.float64)
+    rows = (size, problem.arithmetic_dtype)
     denominator = (torch.Size(()), torch.float64) if problem.options.reduction == "mean" else None
     torch_memory.check_returned((rows, denominator), saved)
 
@@ -161,7 +161,8 @@ def keeps(problem: Problem) -> Saved:
     """Return what a forward pass saves."""
     if problem.is_empty:
         return Saved(rows=False, denominator=False)
-    return Saved(rows=True, denominator=problem.options.reduction == "mean")
+    rows = problem.arithmetic_dtype
+    return Saved(rows=rows, denominator=problem.options.reduction == "mean")
 
 
 KERNELS = Kernels("triton", forward, backward, keeps, takes_grad_stats=True)

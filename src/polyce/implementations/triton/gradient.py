@@ -11,6 +11,7 @@ from polyce.implementations.triton.records import Inputs, Saved
 from polyce.implementations.triton.row import difference, narrow, numbers, slope
 from polyce.implementations.triton.teacher import teacher_coefficients
 from polyce.implementations.triton.tiles import (
+    as_class,
     body,
     coefficients,
     edge,
@@ -24,25 +25,25 @@ from polyce.implementations.triton.tiles import (
 def _saved(saved_ptr, row, here, label, FORM: tl.constexpr):
     """Read what the forward pass saved of rows."""
     place = saved_ptr + row * saved_of_a_row(FORM)
-    top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
-    factor = tl.load(place + 1, mask=here, other=0.0).to(FORM.DTYPE)
-    pivot_grad = tl.load(place + 2, mask=here, other=0.0).to(FORM.DTYPE)
+    top = tl.load(place, mask=here, other=0.0)
+    factor = tl.load(place + 1, mask=here, other=0.0)
+    pivot_grad = tl.load(place + 2, mask=here, other=0.0)
     pivot_class = label
     if FORM.VALUED or not FORM.LABELED:
         # Only compared, never an address: a number outside the row is the pivot nowhere.
-        pivot_class = tl.load(place + 3, mask=here, other=0.0).to(tl.int32)
+        pivot_class = as_class(tl.load(place + 3, mask=here, other=0.0), FORM)
     more, by_gap, pivot_more, label_grad, label_more = factor, factor, factor, factor, factor
     if FORM.VALUED:
-        more = tl.load(place + 4, mask=here, other=0.0).to(FORM.DTYPE)
-        by_gap = tl.load(place + 5, mask=here, other=0.0).to(FORM.DTYPE)
-        pivot_more = tl.load(place + 6, mask=here, other=0.0).to(FORM.DTYPE)
-        label_grad = tl.load(place + 7, mask=here, other=0.0).to(FORM.DTYPE)
-        label_more = tl.load(place + 8, mask=here, other=0.0).to(FORM.DTYPE)
+        more = tl.load(place + 4, mask=here, other=0.0)
+        by_gap = tl.load(place + 5, mask=here, other=0.0)
+        pivot_more = tl.load(place + 6, mask=here, other=0.0)
+        label_grad = tl.load(place + 7, mask=here, other=0.0)
+        label_more = tl.load(place + 8, mask=here, other=0.0)
     teacher_top, teacher_factor = factor, factor
     if FORM.TEACHER:
         behind = place + (9 if FORM.VALUED else 4)
-        teacher_top = tl.load(behind, mask=here, other=0.0).to(FORM.DTYPE)
-        teacher_factor = tl.load(behind + 1, mask=here, other=0.0).to(FORM.DTYPE)
+        teacher_top = tl.load(behind, mask=here, other=0.0)
+        teacher_factor = tl.load(behind + 1, mask=here, other=0.0)
     return Saved(
         top, factor, pivot_grad, pivot_class,
         more, by_gap, pivot_more, label_grad, label_more, teacher_top, teacher_factor,

@@ -34,7 +34,7 @@ _MEMORY = {
 
 
 class Sizes(NamedTuple):
-    """The shapes of the float64 memory of a forward pass; None for what it does not need."""
+    """The shapes of a forward pass's memory besides its results; None for what it does not need."""
 
     rows: tuple[int, int] | None
     sums: tuple[int, int] | None

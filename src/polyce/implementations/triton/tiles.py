@@ -206,6 +206,24 @@ def saved_of_a_row(FORM: tl.constexpr):
 
 
 @triton.jit
+def as_number(saved_class, FORM: tl.constexpr):
+    """Return a class as it is saved: float32 has not as many digits, so its bits are taken."""
+    if FORM.DTYPE == tl.float32:
+        return saved_class.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return saved_class.to(tl.float64)
+
+
+@triton.jit
+def as_class(number, FORM: tl.constexpr):
+    """Return the class that a saved number stands for."""
+    if FORM.DTYPE == tl.float32:
+        return number.to(tl.int32, bitcast=True)
+    else:
+        return number.to(tl.int32)
+
+
+@triton.jit
 def conclude(
     x_row, inputs, outputs, row, here, classes, x_class, ignore_index, given, z_loss, seen,
     FORM: tl.constexpr,
@@ -282,11 +300,11 @@ def conclude(
             else:
                 more = more * given.scale.to(DTYPE)
                 by_gap = by_gap * given.scale.to(DTYPE)
-            tl.store(place + 4, more.to(tl.float64), mask=here)
-            tl.store(place + 5, by_gap.to(tl.float64), mask=here)
-            tl.store(place + 6, pivot_more.to(tl.float64), mask=here)
-            tl.store(place + 7, label_grad.to(tl.float64), mask=here)
-            tl.store(place + 8, label_more.to(tl.float64), mask=here)
+            tl.store(place + 4, more.to(DTYPE), mask=here)
+            tl.store(place + 5, by_gap.to(DTYPE), mask=here)
+            tl.store(place + 6, pivot_more.to(DTYPE), mask=here)
+            tl.store(place + 7, label_grad.to(DTYPE), mask=here)
+            tl.store(place + 8, label_more.to(DTYPE), mask=here)
         elif FORM.LARGEST and FORM.LABELED:
             # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, label_grad)
@@ -296,14 +314,14 @@ def conclude(
         factor = factor * result.sum_of_r
         if FORM.TRANSFORM == "softcap":
             pivot_grad = pivot_grad * slope(saved_x, given, FORM)
-        tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(tl.float64), mask=here)
-        tl.store(place + 1, factor.to(tl.float64), mask=here)
-        tl.store(place + 2, pivot_grad.to(tl.float64), mask=here)
-        tl.store(place + 3, saved_class.to(tl.float64), mask=here)
+        tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(DTYPE), mask=here)
+        tl.store(place + 1, factor.to(DTYPE), mask=here)
+        tl.store(place + 2, pivot_grad.to(DTYPE), mask=here)
+        tl.store(place + 3, as_number(saved_class, FORM), mask=here)
         if FORM.TEACHER:
             behind = place + (9 if FORM.VALUED else 4)
-            tl.store(behind, seen.teacher.top.to(tl.float64), mask=here)
-            tl.store(behind + 1, unit, mask=here)
+            tl.store(behind, seen.teacher.top.to(DTYPE), mask=here)
+            tl.store(behind + 1, unit.to(DTYPE), mask=here)
     if FORM.STATS:
         tl.store(outputs.valid + row, counted.to(tl.uint8), mask=here)
         defined = counted & (lse == lse)
