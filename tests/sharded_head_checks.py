@@ -109,6 +109,25 @@ def values() -> None:
     assert empty.shape == (0, ROWS[1])
 
 
+def compiled() -> None:
+    """In one graph, with the collective in it."""
+    tensors = given(torch.float64)
+    head, where = shard_of(tensors["linear_weight"], 0, 2)
+    hidden, labels = tensors["input"], tensors["labels"]
+
+    def loss(weight: Any) -> Any:
+        return polyce.torch.linear_cross_entropy(hidden, weight, labels, chunk_size=7, **where)
+
+    values, grads = [], []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = head.clone().requires_grad_()
+        values.append(function(leaf))
+        values[-1].backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*grads)
+
+
 def bad_calls() -> None:
     tensors, group = given(torch.float32), dist.group.WORLD
     head, where = shard_of(tensors["linear_weight"], 0, 1)

@@ -72,13 +72,13 @@ class ShardedHead:
             if counted is not None:
                 # What does not count may hold anything, and is multiplied by a gradient of 0.
                 hidden = hidden.where(counted[span], 0.0)
-            of_rows = ("target", "sample_weight", "target_probability")
-            cut = {n: a[span] for n in of_rows if (a := getattr(operands, n)) is not None}
             logits = torch.nn.functional.linear(hidden, weight, bias)
             own = replace(
                 self.shard,
                 problem=self.call.part(hidden.shape[0]),
-                operands=operands._replace(logits=logits, **cut),
+                operands=_cut(operands._replace(logits=None, weight=None), span)._replace(
+                    logits=logits, weight=operands.weight
+                ),
             )
             yield span, hidden, own
 
