@@ -79,7 +79,7 @@ def _forward(
     call: ShardCall, plan: Plan, of_parts: OfParts
 ) -> tuple[Whole, Plan, TeacherState | None]:
     problem, operands = call.problem, call.operands
-    teacher = teacher_of(call) if problem.kind == "teacher" else None
+    teacher = _teacher(call, of_parts) if problem.kind == "teacher" else None
     if call.is_read:
         part = of_parts.read(problem, operands, call.start, teacher)
         whole, plan = join(call, plan, states.encode(call, part), part.pivot)
@@ -104,18 +104,11 @@ def join(call: ShardCall, plan: Plan, words: Any, pivot: Any) -> tuple[Whole, Pl
     return parts.join(call.problem, found), plan
 
 
-def teacher_of(call: ShardCall) -> TeacherState:
+def _teacher(call: ShardCall, of_parts: OfParts) -> TeacherState:
     """Join the softmax of a teacher's rows, in a collective of its own: the states depend on it."""
-    problem, target = call.problem, call.operands.target
-    if call.width:
-        own = parts.read_teacher(problem, target)
-    else:
-        shape = list(problem.shape)
-        shape[problem.axis] = 1
-        zeros = torch.zeros(shape, dtype=problem.arithmetic_dtype, device=target.device)
-        own = TeacherState(zeros - math.inf, zeros)
-    words = exchange.gather(call, states.encode_teacher(problem, own))
-    return parts.join_teacher(problem, states.decode_teacher(problem, words))
+    own = of_parts.read_teacher(call.problem, call.operands.target)
+    words = exchange.gather(call, states.encode_teacher(call.problem, own))
+    return parts.join_teacher(call.problem, states.decode_teacher(call.problem, words))
 
 
 def _looking_again(call: ShardCall, whole: Whole) -> Whole:
