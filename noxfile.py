@@ -279,6 +279,33 @@ def check_required_core(session: nox.Session, source: Path, folder: Path) -> Non
         session.error("with POLYCE_REQUIRE_CORE=1 a wheel was built without a compiler")
 
 
+@nox.session
+@nox.parametrize("python", [nox.param(each, id=each, tags=CI) for each in ("3.11", "3.12", "3.13")])
+def wheels(session: nox.Session) -> None:
+    """Make the wheel one for any Linux, and test it where there is no compiler."""
+    if sys.platform != "linux":
+        session.skip("auditwheel knows the wheels of Linux alone")
+    forget_earlier(session)
+    built = wheel(session)
+    session.install(QUICKLY, *nox.project.dependency_groups(PYPROJECT, "wheels"))
+    folder = Path(session.create_tmp()).resolve()
+    repaired, clean = folder / "repaired", folder / "clean"
+    shutil.rmtree(repaired, ignore_errors=True)
+    session.run("auditwheel", "repair", "--wheel-dir", str(repaired), built)
+    (found,) = repaired.glob("*-manylinux*.whl")
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    # As cibuildwheel does for the other platforms.
+    asked = PYPROJECT["tool"]["cibuildwheel"]
+    groups = nox.project.dependency_groups(PYPROJECT, *asked["test-groups"])
+    pip = (str(clean / "bin" / "python"), "-m", "pip", "install", "-q", "--only-binary", ":all:")
+    session.run_install(*pip, QUICKLY, str(found), *groups, external=True)
+    command = asked["test-command"].replace("{project}", str(Path.cwd()))
+    # nox would put the session's own programs first.
+    alone = ("/usr/bin/env", f"PATH={clean / 'bin'}", "/bin/sh", "-c", command)
+    with session.chdir(folder):
+        session.run(*alone, external=True)
+
+
 @nox.session(tags=CI)
 def sanitize(session: nox.Session) -> None:
     """Run the compiled kernels without Python, under three sanitizers; in full without them too."""
