@@ -196,7 +196,7 @@ def _forward(
     head: ShardedHead, plan: Plan, of_parts: OfParts
 ) -> tuple[Whole, Plan, TeacherState | None]:
     shard, problem = head.shard, head.shard.problem
-    teacher = rows.teacher_of(shard) if problem.kind == "teacher" else None
+    teacher = rows.teacher_of(shard, of_parts) if problem.kind == "teacher" else None
     if not shard.is_read:
         return *rows.join(shard, plan, states.nothing(shard), None), teacher
     words, pivots = [], []

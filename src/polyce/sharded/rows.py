@@ -79,7 +79,7 @@ def _forward(
     call: ShardCall, plan: Plan, of_parts: OfParts
 ) -> tuple[Whole, Plan, TeacherState | None]:
     problem, operands = call.problem, call.operands
-    teacher = _teacher(call, of_parts) if problem.kind == "teacher" else None
+    teacher = teacher_of(call, of_parts) if problem.kind == "teacher" else None
     if call.is_read:
         part = of_parts.read(problem, operands, call.start, teacher)
         whole, plan = join(call, plan, states.encode(call, part), part.pivot)
@@ -104,7 +104,7 @@ def join(call: ShardCall, plan: Plan, words: Any, pivot: Any) -> tuple[Whole, Pl
     return parts.join(call.problem, found), plan
 
 
-def _teacher(call: ShardCall, of_parts: OfParts) -> TeacherState:
+def teacher_of(call: ShardCall, of_parts: OfParts) -> TeacherState:
     """Join the softmax of a teacher's rows, in a collective of its own: the states depend on it."""
     own = of_parts.read_teacher(call.problem, call.operands.target)
     words = exchange.gather(call, states.encode_teacher(call.problem, own))
