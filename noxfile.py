@@ -324,10 +324,18 @@ def sanitize(session: nox.Session) -> None:
         session.run(str(built / "polyce_driver"), str(cases), external=True)
 
 
+def tags(backend: str) -> list[str]:
+    """Return the tags of a backend's tests."""
+    if backend in TIER_1:
+        return []
+    # It downloads 400 MB.
+    return FULL if backend == "jax-compile" else CI
+
+
 @nox.session
 @nox.parametrize(
     "backend",
-    [nox.param(name, id=name, tags=[] if name in TIER_1 else CI) for name in BACKENDS],
+    [nox.param(name, id=name, tags=tags(name)) for name in BACKENDS],
 )
 def tests(session: nox.Session, backend: str) -> None:
     """Run the tests on one array library."""
