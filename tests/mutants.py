@@ -397,7 +397,7 @@ OPTION_MUTANTS = {
         "target-stats", patch=(rowstats, "distance_at_pivot", plain_distance)
     ),
     "entries-at-the-pivot-left-out": Mutant(
-        "sparse", patch=swapped(rowstate, "coefficient_at", lambda true, *a: 0.0 * true(*a))
+        "sparse", patch=swapped(rows, "coefficient_at", lambda true, *a: 0.0 * true(*a))
     ),
     "entries-of-one-class-do-not-add-up": Mutant(
         "sparse", patch=swapped(numpy.LIBRARY, "add_at", lambda true, a, *b: last_of_each(a, *b))

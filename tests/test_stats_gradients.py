@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 
 import polyce
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.implementations import registry
 from polyce.testing import exact_answer
 from polyce.testing.backends import Backend
 
@@ -187,5 +191,7 @@ def test_explain_says_which_path_takes_them() -> None:
         function=polyce.cross_entropy_with_grad,
     )  # fmt: skip
     assert not told.is_kept
-    assert told.reasons["dask"][-1] == "cotangents of stats (grad_stats) are not served"
-    assert told.reasons["reference"] == ()
+    assert told.reasons["native"] == told.reasons["reference"] == ()
+    lacking = dataclasses.replace(registry.find("reference"), takes_grad_stats=False)
+    problem, _ = describe(X, LABELS, options=Options(stats="lse"), grad_stats={"lse": OF_LSE})
+    assert lacking.reasons(problem) == ("cotangents of stats (grad_stats) are not served",)

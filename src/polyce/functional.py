@@ -157,18 +157,19 @@ def cross_entropy(
         axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
         z_loss, logit_scale, logit_softcap, return_stats, validate,
     )  # fmt: skip
-    if find.is_dtensor(input):
-        from polyce.sharded import dtensors
-
-        arrays = input, target, weight, sample_weight, normalizer
-        loss, stats = dtensors.cross_entropy(*arrays, Options(*options), implementation)
-        return loss if stats is None else (loss, stats)
     if is_compiling():
         from polyce.implementations import torch_compiled
 
         arrays = input, target, weight, sample_weight, normalizer
         if torch_compiled.takes(arrays, options):
             return torch_compiled.cross_entropy(arrays, options, implementation)
+    # Not before: what is looked at on the way to a compiled call's operator is guarded.
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        arrays = input, target, weight, sample_weight, normalizer
+        loss, stats = dtensors.cross_entropy(*arrays, Options(*options), implementation)
+        return loss if stats is None else (loss, stats)
     problem, operands = describe(
         input, target, weight, sample_weight, normalizer, Options(*options)
     )
