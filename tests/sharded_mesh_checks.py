@@ -102,6 +102,31 @@ def losses() -> None:
                 same(leaf.grad.full_tensor(), whole.grad)
 
 
+def gradients() -> None:
+    given, with_grad = tensors(), polyce.cross_entropy_with_grad
+    rows = torch.rand(ROWS, MORE, dtype=torch.float64)
+    labels, options = given["labels"], {"reduction": "none", "return_stats": "lse"}
+    for mesh, placements, of_rows in meshes():
+        own = distribute_tensor(given["logits"], mesh, placements)
+        for more in ({}, {"grad_output": 0.5}):
+            want, found = (with_grad(x, labels, **more) for x in (given["logits"], own))
+            assert found[1].placements == placements
+            for a, b in zip(found, want, strict=True):
+                same(a.full_tensor(), b)
+        own_rows = distribute_tensor(rows, mesh, of_rows)
+        want = with_grad(
+            given["logits"], labels, **options, grad_output=rows, grad_stats={"lse": rows}
+        )
+        found = with_grad(own, labels, **options, grad_output=own_rows, grad_stats={"lse": rows})
+        assert not any(a.requires_grad for a in (*found[:2], found[2].lse))
+        for a, b in zip((*found[:2], found[2].lse), (*want[:2], want[2].lse), strict=True):
+            same(a.full_tensor(), b)
+    with pytest.raises(ValueError, match="out must be None where input is a DTensor"):
+        with_grad(own, labels, out=own)
+    with pytest.raises(ValueError, match="grad_output must have the shape of the rows"):
+        with_grad(own, labels, reduction="none", grad_output=1.0)
+
+
 def values() -> None:
     given = tensors()
     for mesh, placements, of_rows in meshes():

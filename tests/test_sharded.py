@@ -69,7 +69,7 @@ def test_heads(many: Processes, check: str) -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        *("losses", "values", "heads", "collectives", "bad_calls"),
+        *("losses", "gradients", "values", "heads", "collectives", "bad_calls"),
         *("against_loss_parallel", "compiled", "model"),
     ],
 )

@@ -293,6 +293,20 @@ def cross_entropy_with_grad(
             return torch_compiled.cross_entropy_with_grad(
                 arrays, options, implementation, grad_output
             )
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        if out is not None:
+            raise ValueError(
+                "out must be None where input is a DTensor, whose gradient is a new one, got "
+                f"{type(out).__qualname__}; leave it out"
+            )
+        arrays = input, target, weight, sample_weight, normalizer
+        cotangents = grad_output, grad_stats
+        loss, grad, stats = dtensors.cross_entropy_with_grad(
+            *arrays, Options(*options), implementation, *cotangents
+        )
+        return (loss, grad) if stats is None else (loss, grad, stats)
     problem, operands = describe(
         input,
         target,

@@ -281,9 +281,18 @@ def _real_numbers(name: str, array: Any) -> None:
         )
 
 
-def grad_output(grad_output: Any, row_shape: tuple[int, ...], reduction: str) -> None:
-    """Refuse a grad_output whose shape is not the loss's."""
+def grad_output(
+    number: float | None, grad_output: Any, row_shape: tuple[int, ...], reduction: str
+) -> None:
+    """Refuse a grad_output, a number or an array, whose shape is not the loss's."""
     expected = row_shape if reduction == "none" else ()
+    if number is not None and expected:
+        raise ValueError(
+            f"grad_output must have the shape of the rows {row_shape} for reduction 'none', "
+            f"got the number {number}; pass an array of that shape"
+        )
+    if grad_output is None:
+        return
     if tuple(grad_output.shape) != expected:
         raise ValueError(
             f"grad_output must have the loss's shape {expected} for reduction "

@@ -316,15 +316,9 @@ def describe_anew(
         entries=held[0].shape[axis] if kind == "sparse" else 0,
         teacher_dtype=teacher_dtype,
     )
+    checks.grad_output(number, cotangent, row_shape, reduction)
     if number is not None:
-        if reduction == "none" and row_shape:
-            raise ValueError(
-                f"grad_output must have the shape of the rows {row_shape} for reduction 'none', "
-                f"got the number {number}; pass an array of that shape"
-            )
         cotangent = number
-    elif cotangent is not None:
-        checks.grad_output(cotangent, row_shape, reduction)
     if divisor is not None:
         normalizer = divisor
     if library.is_exact:

@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from polyce.call import checks
 from polyce.call import problem as calls
 from polyce.call.options import Options
 from polyce.call.problem import Operands, Problem
 from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.formula import targets
 from polyce.formula.stats import Stats
-from polyce.graphs import torch_calls
+from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations.registry import select
 from polyce.sharded import functional, values
 from polyce.sharded.call import ShardCall, describe
@@ -50,6 +52,61 @@ def cross_entropy(
         return select(problem, implementation).cross_entropy(problem, operands)
 
     return reduced(layout, call.problem, call.operands, run)
+
+
+def cross_entropy_with_grad(
+    input: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
+    implementation: str | None,
+    grad_output: Any,
+    grad_stats: Any,
+) -> tuple[Any, Any, Stats | None]:
+    """Compute the loss, its gradient and the stats of logits on a mesh, none of them on a graph."""
+    layout = layout_of(input, options.axis)
+    number, cotangent = checks.number_or_array("grad_output", grad_output)
+    checks.grad_output(number, cotangent, layout.row_shape, options.reduction)
+    numbers, arrays = checks.grad_stats(grad_stats, options.checked().stats)
+    for name, given in (numbers | arrays).items():
+        checks.stats_cotangent(name, given, layout.row_shape)
+    leaf = input.detach().requires_grad_()
+    target, weight, sample_weight, normalizer = map(
+        _detached, (target, weight, sample_weight, normalizer)
+    )
+    with torch.enable_grad():
+        loss, stats = cross_entropy(
+            leaf, target, weight, sample_weight, normalizer, options, implementation
+        )
+    if cotangent is None:
+        cotangent = torch.full_like(loss, 1.0 if number is None else number)
+    outputs = [loss]
+    cotangents = [_cotangent(layout, "grad_output", cotangent, loss)]
+    for name, given in (numbers | arrays).items():
+        stat = getattr(stats, name)
+        wanted = torch.full((), given) if isinstance(given, float) else given
+        outputs.append(stat)
+        cotangents.append(_cotangent(layout, checks.stats_name(name), wanted, stat))
+    (grad,) = torch.autograd.grad(outputs, leaf, cotangents)
+    return loss.detach(), grad, _detached(stats)
+
+
+def _detached(given: Any) -> Any:
+    """Cut an argument, or several in a named tuple, from any graph."""
+    if isinstance(given, tuple):
+        return torch_rows.detach(given)
+    return given.detach() if isinstance(given, torch.Tensor) else given
+
+
+def _cotangent(layout: Layout, name: str, given: Any, output: Any) -> Any:
+    """Return the cotangent of a result, placed as that is and of its dtype."""
+    local = layout.local(name, given.detach(), output.placements).to(output.dtype)
+    return DTensor.from_local(
+        local, layout.mesh, output.placements, run_check=False, shape=output.shape,
+        stride=output.stride(),
+    )  # fmt: skip
 
 
 def arguments(

@@ -97,11 +97,16 @@ class Layout(NamedTuple):
                 )
         return tensor.redistribute(self.mesh, placements).to_local()
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Return the shape of what has one number for each row."""
+        return (*self.shape[: self.axis], *self.shape[self.axis + 1 :])
+
     def rows(self, local: Any) -> Any:
         """Return the DTensor of all rows, of what this process has computed of its own."""
         if local is None:
             return None
-        shape = torch.Size((*self.shape[: self.axis], *self.shape[self.axis + 1 :]))
+        shape = torch.Size(self.row_shape)
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         return self._result(local, self.of_rows, shape, tuple(strides))
 
