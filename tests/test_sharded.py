@@ -69,8 +69,8 @@ def test_heads(many: Processes, check: str) -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        *("losses", "gradients", "values", "heads", "collectives", "bad_calls"),
-        *("against_loss_parallel", "compiled", "model"),
+        *("losses", "gradients", "values", "log_probabilities", "heads", "collectives"),
+        *("bad_calls", "against_loss_parallel", "compiled", "model"),
     ],
 )
 def test_meshes(many: Processes, check: str) -> None:
