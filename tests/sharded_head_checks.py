@@ -109,6 +109,38 @@ def values() -> None:
     assert empty.shape == (0, ROWS[1])
 
 
+def module() -> None:
+    """The module has a head of this process's classes."""
+    group, rank, count = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    tensors = given(torch.float64)
+    kind, hidden = polyce.torch.LinearCrossEntropyLoss, tensors["input"]
+    start, width = cut(CLASSES, 1)
+    own = kind(
+        *(FEATURES, CLASSES), bias=True, dtype=torch.float64, z_loss=0.1,
+        group=group, class_start=start, width=width,
+    )  # fmt: skip
+    whole = kind(FEATURES, CLASSES, bias=True, dtype=torch.float64, z_loss=0.1)
+    with torch.no_grad():
+        for head, span in ((whole, slice(None)), (own, slice(start, start + width))):
+            head.linear.weight.copy_(tensors["linear_weight"][span])
+            head.linear.bias.copy_(tensors["linear_bias"][span])
+    torch.testing.assert_close(own(hidden, tensors["labels"]), whole(hidden, tensors["labels"]))
+    equal = kind(FEATURES, 3 * count, group=group, reduce_input_grad=False)
+    assert (equal.class_start, *equal.linear.weight.shape) == (3 * rank, 3, FEATURES)
+    assert equal(torch.zeros(2, FEATURES), torch.tensor([0, 3 * count - 1])).isfinite()
+    for text, more in {
+        "must be a multiple of": {"group": group},
+        "given together": {"group": group, "width": 3},
+        "got no group": {"class_start": 0, "width": 3},
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            kind(FEATURES, 3 * count + 1, **more)
+    with pytest.raises(ValueError, match="leave a gap"):
+        kind(FEATURES, 3 * count + 1, group=group, class_start=3 * rank, width=3)(
+            torch.zeros(2, FEATURES), torch.tensor([0, 1])
+        )
+
+
 def compiled() -> None:
     """In one graph, with the collective in it."""
     tensors = given(torch.float64)

@@ -60,7 +60,7 @@ def test_collectives_are_counted(many: Processes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["losses", "values", "bad_calls", "compiled"])
+@pytest.mark.parametrize("check", ["losses", "values", "module", "bad_calls", "compiled"])
 def test_heads(many: Processes, check: str) -> None:
     many.run(f"sharded_head_checks.{check}")
 

@@ -73,7 +73,6 @@ def linear_cross_entropy(
     -----
     With `group` a backward pass computes the logits a second time, some rows at a time as the
     forward pass does; the states of all rows take one all-gather, however many chunks there are.
-    `LinearCrossEntropyLoss` takes no group: its head may be a DTensor instead.
 
     Examples
     --------
