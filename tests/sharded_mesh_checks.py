@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -285,18 +286,28 @@ def bad_calls() -> None:
     refuses("input must be sharded or replicated", partial, given["labels"])
     labels = distribute_tensor(given["labels"], other, [R, R])
     refuses("must lie on one mesh", logits, labels)
-    refuses("target must be placed as input is", logits, given["soft"])
+    refuses("target must have placements .*, got a plain tensor", logits, given["soft"])
     whole = distribute_tensor(given["logits"], line, [R])
     soft = distribute_tensor(given["soft"], line, [Shard(1)])
-    refuses("target must be placed as input is", whole, soft)
-    refuses("one process, got a DTensor", given["logits"], soft, kind=TypeError)
+    refuses("target must have placements .* beside this input", whole, soft)
+    refuses("where input is one, got a DTensor", given["logits"], soft, kind=TypeError)
     twice = distribute_tensor(given["logits"], other, [Shard(1), Shard(1)])
     refuses("over one axis of a mesh", twice, given["labels"])
     # A label that only some processes have: nobody waits, and all raise.
     bad = given["labels"].clone()
     bad[-1, -1] = CLASSES
     rows = distribute_tensor(given["logits"], line, [Shard(0)])
-    refuses("labels must lie in 0 to 6", rows, bad, kind=IndexError)
+    refuses(r"labels must lie in 0 to 6.* at position \(4, 2\)", rows, bad, kind=IndexError)
+    own = distribute_tensor(bad, line, [Shard(0)])
+    refuses("labels must lie in 0 to 6", rows, own, kind=IndexError)
+    # What fits the rows of some processes only.
+    longer = torch.zeros(ROWS + 1, MORE, dtype=torch.int64)
+    refuses(r"class indices of shape \(5, 3\)", rows, longer)
+    hidden = distribute_tensor(torch.zeros(ROWS, 4), line, [Shard(0)])
+    with pytest.raises(ValueError, match=r"class indices of shape \(5,\)"):
+        polyce.linear_cross_entropy(hidden, torch.zeros(CLASSES, 4), longer[:, 0])
+    with pytest.raises(TypeError, match="must come from one library"):
+        polyce.cross_entropy_with_grad(rows, given["labels"], grad_output=np.ones(()))
     refuses(r"labels must lie in 0 to 6.* at position \(4, 2\)", logits, bad, kind=IndexError)
 
 

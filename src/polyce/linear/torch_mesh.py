@@ -18,7 +18,7 @@ from polyce.linear import torch_sharded
 from polyce.linear.call import Gradients, HeadCall, describe
 from polyce.sharded import dtensors
 from polyce.sharded.call import check_untransformed
-from polyce.sharded.layout import Layout, check_placements
+from polyce.sharded.layout import Layout, check_placements, whole
 
 
 def loss(
@@ -45,6 +45,15 @@ def loss(
             "a head on a mesh takes the logits of a teacher, got a TeacherHead; pass TeacherLogits "
             "placed as the student's logits are"
         )
+    _check_whole(
+        *(input, linear_weight, target),
+        linear_bias=linear_bias,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        options=options,
+        label_name=label_name,
+    )
     layout = _layout_of(input, linear_weight, linear_bias)
     of_head = tuple(Shard(0) if p.is_shard(layout.axis) else Replicate() for p in layout.placements)
     weight_here, bias_here = (
@@ -98,6 +107,15 @@ def loss_and_gradients(
     **more: Any,
 ) -> tuple[Any, list[Any], Stats | None]:
     """Compute the loss, the gradients that are wanted and the stats, none of them on a graph."""
+    _check_whole(
+        *(input, linear_weight, target),
+        linear_bias=linear_bias,
+        weight=weight,
+        sample_weight=sample_weight,
+        normalizer=normalizer,
+        options=options,
+        **dtensors.whole_cotangents(grad_output, grad_stats),
+    )
     layout = _layout_of(input, linear_weight, linear_bias)
     head = Gradients(*(dtensors.detached(a) for a in (input, linear_weight, linear_bias)))
     leaves = [
@@ -124,6 +142,27 @@ def loss_and_gradients(
     return result, [next(found) if a is not None and a.requires_grad else None for a in head], stats
 
 
+def _check_whole(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    options: Options,
+    label_name: str = "labels",
+    **more: Any,
+) -> None:
+    """Check a call as that of whole arrays, as `dtensors.check_whole` does."""
+    call = describe(
+        *map(whole, (input, linear_weight, target)),
+        **{name: whole(given) for name, given in more.items()},
+        options=options,
+        chunk_size=None,
+        implementation=None,
+    )
+    problem = call.whole._replace(label_name=label_name)
+    dtensors.check_whole_labels(problem, call.operands, target)
+
+
 def _layout_of(input: Any, weight: Any, bias: Any) -> Layout:
     """Return how the logits lie: their rows as the hidden states, their classes as the head."""
     check_untransformed()
@@ -137,11 +176,11 @@ def _layout_of(input: Any, weight: Any, bias: Any) -> Layout:
             f"all DTensors must lie on one mesh, but input is on {meshes['input']} and "
             f"linear_weight on {meshes['linear_weight']}; redistribute one of them"
         )
-    whole = (Replicate(),) * mesh.ndim
+    everywhere = (Replicate(),) * mesh.ndim
     for name in meshes:
         check_placements(name, found[name])
     of_input, of_weight = (
-        tuple(array.placements) if name in meshes else whole for name, array in found.items()
+        tuple(array.placements) if name in meshes else everywhere for name, array in found.items()
     )
     placements = []
     for own, of_head in zip(of_input, of_weight, strict=True):

@@ -90,7 +90,9 @@ def linear_log_prob(
     }
     if find.is_dtensor(input) or find.is_dtensor(linear_weight):
         from polyce.linear import torch_mesh
+        from polyce.sharded import layout
 
+        check_index_of_head(layout.whole(input), layout.whole(index), validate)
         for name in ("weight", "sample_weight", "normalizer"):
             given[name] = None
         given["options"] = options._replace(reduction="none")

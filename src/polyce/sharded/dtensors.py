@@ -6,7 +6,7 @@ Rows that are sharded need a collective for a sum or a mean only, classes that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from polyce.call import checks
 from polyce.call import problem as calls
+from polyce.call.index import describe_index, has_many, of_entries
 from polyce.call.options import Options
 from polyce.call.problem import Operands, Problem
 from polyce.call.target import SparseTarget, TeacherLogits
@@ -24,7 +25,7 @@ from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations.registry import select
 from polyce.sharded import functional, log_probabilities, values
 from polyce.sharded.call import ShardCall, describe
-from polyce.sharded.layout import Layout, layout_of
+from polyce.sharded.layout import Layout, check_labels, layout_of, whole
 
 
 def cross_entropy(
@@ -38,6 +39,7 @@ def cross_entropy(
 ) -> tuple[Any, Stats | None]:
     """Compute the loss of logits on a mesh, and the stats, as DTensors."""
     layout = layout_of(input, options.axis)
+    check_whole(input, target, weight, sample_weight, normalizer, options)
     options = options._replace(axis=layout.axis)
     call = _described(
         layout,
@@ -67,16 +69,61 @@ def cross_entropy_with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Compute the loss, its gradient and the stats of logits on a mesh, none of them on a graph."""
     layout = layout_of(input, options.axis)
+    arrays = input, target, weight, sample_weight, normalizer
+    cotangents = {"grad_output": grad_output, "grad_stats": grad_stats}
+    check_whole(*arrays, options, **cotangents)
     leaf = input.detach().requires_grad_()
-    others = (target, weight, sample_weight, normalizer)
-    target, weight, sample_weight, normalizer = map(detached, others)
+    target, weight, sample_weight, normalizer = map(detached, arrays[1:])
 
     def run() -> tuple[Any, Stats | None]:
-        arrays = leaf, target, weight, sample_weight, normalizer
-        return cross_entropy(*arrays, options, implementation)
+        weights = weight, sample_weight, normalizer
+        return cross_entropy(leaf, target, *weights, options, implementation)
 
-    loss, (grad,), stats = with_gradients(layout, [leaf], run, options, grad_output, grad_stats)
+    loss, (grad,), stats = with_gradients(layout, [leaf], run, options, **cotangents)
     return loss, grad, stats
+
+
+def check_whole(
+    input: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
+    *,
+    probabilities: bool = True,
+    grad_output: Any = None,
+    grad_stats: Any = None,
+) -> None:
+    """Check a call as that of whole rows, so that all processes raise the same error.
+
+    What is cut by rows may fit in one process and not in the next, which would wait for it.
+    """
+    problem, operands = calls.describe(
+        whole(input),
+        whole(target),
+        whole(weight),
+        whole(sample_weight),
+        whole(normalizer),
+        options,
+        probabilities=probabilities,
+        **whole_cotangents(grad_output, grad_stats),
+    )
+    check_whole_labels(problem, operands, target)
+
+
+def check_whole_labels(problem: Problem, operands: Operands, target: Any) -> None:
+    """Do so for the labels of a target, if it has any."""
+    if problem.names_classes:
+        given = target.index if isinstance(target, SparseTarget) else target
+        check_labels(problem, given, operands.logits)
+
+
+def whole_cotangents(grad_output: Any, grad_stats: Any) -> dict[str, Any]:
+    """Return what stands for all of the cotangents of a call."""
+    if isinstance(grad_stats, Mapping):
+        grad_stats = {name: whole(given) for name, given in grad_stats.items()}
+    return {"grad_output": whole(grad_output), "grad_stats": grad_stats}
 
 
 def with_gradients(
@@ -89,13 +136,10 @@ def with_gradients(
 ) -> tuple[Any, Sequence[Any], Stats | None]:
     """Compute the loss, its gradients by the leaves and the stats, none of them on a graph.
 
-    `run` computes loss and stats from the leaves.
+    `run` computes loss and stats from the leaves. The cotangents have been checked.
     """
     number, cotangent = checks.number_or_array("grad_output", grad_output)
-    checks.grad_output(number, cotangent, layout.row_shape, options.reduction)
     numbers, arrays = checks.grad_stats(grad_stats, options.checked().stats)
-    for name, given in (numbers | arrays).items():
-        checks.stats_cotangent(name, given, layout.row_shape)
     with torch.enable_grad():
         loss, stats = run()
     if cotangent is None:
@@ -249,6 +293,7 @@ def nll_loss(
     `whole_rows` computes it of a problem and operands whose classes are all here.
     """
     layout = layout_of(input, options.axis)
+    check_whole(*(input, target, weight, sample_weight, normalizer, options), probabilities=False)
     arrays = (
         input.to_local(),
         layout.local("target", target, layout.of_rows),
@@ -281,7 +326,9 @@ def log_prob(
 ) -> Any:
     """Compute log-probabilities on a mesh; `whole_rows` is the function for rows that are whole."""
     layout = layout_of(input, options["axis"])
-    is_many = isinstance(index, torch.Tensor) and index.ndim == input.ndim
+    problem, logits, all_of_it = describe_index(whole(input), whole(index), Options(**options))
+    is_many = has_many(problem, all_of_it)
+    check_labels(of_entries(problem, index) if is_many else problem, index, logits)
     placements = layout.of_entries if is_many else layout.of_rows
     arrays = input.to_local(), layout.local("index", index, placements)
     where, options = layout.shard, options | {"axis": layout.axis}

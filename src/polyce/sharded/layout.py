@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from polyce.arrays import find
 from polyce.call.options import class_axis
-from polyce.sharded.call import check_untransformed
+from polyce.call.problem import Problem
+from polyce.formula import labels
+from polyce.sharded.call import check_untransformed, of_shape
 
 
 class Layout(NamedTuple):
@@ -77,7 +80,7 @@ class Layout(NamedTuple):
             return tensor
         if not isinstance(tensor, DTensor):
             whole = DTensor.from_local(tensor, self.mesh, self.everywhere, run_check=False)
-            return self._cut(name, whole, placements)
+            return self._cut(name, whole, placements, is_plain=True)
         if tensor.device_mesh != self.mesh:
             raise ValueError(
                 f"all DTensors must lie on one mesh, but input is on {self.mesh} and {name} on "
@@ -86,16 +89,21 @@ class Layout(NamedTuple):
         check_placements(name, tensor)
         return self._cut(name, tensor, placements)
 
-    def _cut(self, name: str, tensor: Any, placements: tuple[Any, ...]) -> Any:
+    def _cut(
+        self, name: str, tensor: Any, placements: tuple[Any, ...], *, is_plain: bool = False
+    ) -> Any:
         for own, wanted in zip(tensor.placements, placements, strict=True):
             # What is whole is cut along its rows without a collective.
             cuts_rows = own == Replicate() and (
                 placements != self.placements or self._shards_rows(wanted)
             )
             if own != wanted and not cuts_rows:
+                given, advice = tensor.placements, f"redistribute {name}"
+                if is_plain:
+                    given, advice = "a plain tensor", f"pass distribute_tensor({name}, ...)"
                 raise ValueError(
-                    f"{name} must be placed as input is, {placements}, got {tensor.placements}; "
-                    f"redistribute {name}"
+                    f"{name} must have placements {placements} beside this input, got {given}; "
+                    f"{advice}"
                 )
         return tensor.redistribute(self.mesh, placements).to_local()
 
@@ -142,6 +150,19 @@ def layout_of(input: Any, axis: int | None) -> Layout:
             f"{input.placements}; redistribute it"
         )
     return Layout(input.device_mesh, placements, shape, axis)
+
+
+def whole(given: Any) -> Any:
+    """Return what stands for all of an argument, of its shape and dtype; itself if it is whole."""
+    if isinstance(given, tuple):
+        return type(given)(*map(whole, given))
+    return of_shape(given.to_local(), tuple(given.shape)) if find.is_dtensor(given) else given
+
+
+def check_labels(problem: Problem, given: Any, logits: Any) -> None:
+    """Look at labels that are whole, so that all processes raise the same error for a bad one."""
+    if problem.check_labels and not find.is_dtensor(given):
+        labels.read(problem, given, logits)
 
 
 def check_placements(name: str, tensor: Any) -> None:
