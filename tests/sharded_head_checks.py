@@ -111,6 +111,10 @@ def values() -> None:
     torch.testing.assert_close(leaf.grad, whole.grad)
     empty = polyce.torch.linear_cross_entropy(leaf[:0], head, index[:0], reduction="none", **where)
     assert empty.shape == (0, ROWS[1])
+    # Products of float16 are computed in float32, also where there are none.
+    rows = torch.zeros(0, FEATURES, dtype=torch.float16, requires_grad=True)
+    polyce.torch.linear_cross_entropy(rows, head.half(), index[0, :0], **where).backward()
+    assert rows.grad.shape == rows.shape
 
 
 def module() -> None:

@@ -17,12 +17,27 @@ import numpy as np
 import pytest
 
 import polyce
+from polyce.linear import in_place
 from polyce.testing.backends import Backend
 
 measured = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="this system does not tell of peak memory"
 )
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "none"])
+
+
+@pytest.mark.only("numpy")
+def test_without_classes_no_memory_is_taken_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(shape: tuple[int, ...], dtype: Any, _: Any) -> Any:
+        return np.full(shape, 7, dtype)
+
+    used = in_place.PRODUCTS["numpy"]()._replace(empty=empty)
+    monkeypatch.setitem(in_place.PRODUCTS, "numpy", lambda: used)
+    _, (grad, *_) = polyce.linear_cross_entropy_with_grad(
+        np.ones((3, 2)), np.ones((0, 2)), np.array([-100, 0, -100]), validate=False
+    )
+    assert (grad == 0.0).all()
+
 
 ROWS, FEATURES, CLASSES = 1024, 64, 65536
 LOGITS = 4 * ROWS * CLASSES

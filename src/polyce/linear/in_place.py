@@ -111,7 +111,7 @@ def run(
                     back.add(chunk, grad[:, block], weight, block, first=is_first)
                 if ahead is not None:
                     logits.fill_block(ahead.hidden, weight, block)
-        if grad is not None:
+        if grad is not None and classes:
             back.place(chunk)
         is_first = False
     return rows, found, of_rows

@@ -146,7 +146,7 @@ def run(head: ShardedHead) -> tuple[Any, Stats | None]:
 def _loss(head: ShardedHead) -> tuple[Any, Stats | None]:
     call, whole, shard = head.call, head.call.whole, head.shard
     if whole.is_empty:
-        logits = torch.nn.functional.linear(call.operands.logits, *call.head)
+        logits = torch.nn.functional.linear(call.operands.logits, *call.head).to(whole.logits_dtype)
         operands = call.operands._replace(logits=logits)
         return functional.run(replace(shard, problem=whole, operands=operands), head.name)
     try:
