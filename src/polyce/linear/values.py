@@ -62,8 +62,8 @@ def linear_log_prob(
 
     See Also
     --------
-    log_prob : The same for logits, and for several classes of each row. linear_cross_entropy : With
-    ``return_stats="entropy"``, losses and entropy from one pass.
+    log_prob : The same for logits, and for several classes of each row.
+    linear_cross_entropy : With ``return_stats="entropy"``, losses and entropy from one pass.
 
     Examples
     --------
