@@ -32,6 +32,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write both arrays into a folder, and cut what is read into several blocks."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 6 * 64)
+    monkeypatch.setattr(passes, "TOGETHER", 2)
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", LOGITS)
     np.save("y.npy", LABELS)
@@ -285,7 +286,7 @@ def test_interrupted_it_tells_what_it_has(
 
     def stopped(*given: Any) -> Any:
         for number, running in enumerate(whole(*given)):
-            if number == 2:
+            if number == 1:
                 raise KeyboardInterrupt
             yield running
 
