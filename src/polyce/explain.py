@@ -116,10 +116,10 @@ def explain(
     >>> import polyce
     >>> print(polyce.explain(np.zeros((8, 10)), np.zeros(8, np.int64)))  # doctest: +ELLIPSIS
     cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
-      dask       no   ...arrays numpy is not served (dask)
+      dask       no   ...takes arrays of dask, not numpy
       native     yes  <- runs
-      triton     no   ...arrays numpy is not served (torch)
-      cupy       no   ...arrays numpy is not served (cupy); device cpu is not served (cuda)
+      triton     no   ...takes arrays of torch, not numpy
+      cupy       no   ...takes arrays of cupy, not numpy; runs on cuda, not cpu
       reference  yes
       the core keeps how it is computed, and answers calls like it by itself
     >>> hidden, head = np.zeros((4096, 64)), np.zeros((50_000, 64))

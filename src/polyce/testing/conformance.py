@@ -180,7 +180,7 @@ def not_served(name: str | None, case: Case) -> str:
     """Return that an implementation serves no such target or stats, or an empty string."""
     path = None if name is None else _path(name)
     if path is not None and path.kinds is not None and case.kind not in path.kinds:
-        return f"target {case.kind} is not served"
+        return f"{name} takes no target of kind {case.kind}"
     if path is not None and path.stats is not None and not path.stats.issuperset(case.stats_names):
         return f"{name} has no stats but {', '.join(sorted(path.stats))}"
     return ""

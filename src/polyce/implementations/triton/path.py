@@ -64,7 +64,7 @@ def refuses(problem: Problem) -> str | None:
     if problem.is_compiling and problem.kind in ("sparse", "teacher"):
         return f"as an operator of torch.compile the kernels take no target {problem.kind}"
     if problem.classes > _MOST_CLASSES:
-        return f"more than {_MOST_CLASSES} classes are not served"
+        return f"takes at most {_MOST_CLASSES} classes"
     return None
 
 
