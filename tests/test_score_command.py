@@ -200,7 +200,7 @@ def test_rows_that_cannot_be_scored_are_named(
         "polyce score: 2 rows have no softmax (nan, +inf or nothing but -inf), the first at "
         "(130,): left out of every figure"
     )
-    assert "1 row has a label that is no class, the first at (170,)" in bad
+    assert "1 row has a label that is not a class, the first at (170,)" in bad
 
 
 @NUMPY

@@ -177,7 +177,7 @@ def boxes(call: Call) -> Iterator[Box]:
 
 
 def check_labels(call: Call) -> None:
-    """Raise IndexError for the first label that is no class; read no logits."""
+    """Raise IndexError for the first label that is not a class; read no logits."""
     shape, axis = call.question.shape, call.question.axis
     # As of logits with one class: so many labels are read at once as fill a block.
     of_rows = (*shape[:axis], 1, *shape[axis + 1 :])
