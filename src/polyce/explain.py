@@ -86,12 +86,12 @@ class Explanation:
 def explain(
     *arguments: Any, function: Callable[..., Any] | None = None, **options: Any
 ) -> Explanation:
-    """Tell which implementation a call would run, and why not the others; computes nothing.
+    """Tell which implementation a call would run and why not the others; compute nothing.
 
     Parameters
     ----------
     *arguments, **options
-        What the function would be called with, by position and by name.
+        The arguments of the call, by position and by name.
     function : callable, optional
         The function of the call: `cross_entropy`, the default, which also stands for that of
         ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy`,
@@ -100,14 +100,15 @@ def explain(
     Returns
     -------
     Explanation
-        Prints a line for each implementation, and whether the core then answers calls like this
-        one by itself; for a linear head also how its rows are cut, how
-        much memory the logits take at a time, and when all logits at once would be faster.
+        When printed, it shows a line for each implementation, and whether the core would then
+        answer calls like this one by itself. For a linear head it also shows how many rows are
+        computed at a time, how much memory their logits take, and when all logits at once would be
+        faster.
 
     Raises
     ------
     TypeError, ValueError
-        As the call itself would, except for labels, whose values are not checked.
+        As the call itself would, but the values of labels are not checked.
 
     Examples
     --------

@@ -66,7 +66,7 @@ _forced_in_graphs = threading.local()
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every call inside the `with` block, of this thread or task, by one implementation.
+    """Run every call inside the `with` block, of this thread or task, with one implementation.
 
     Parameters
     ----------
@@ -77,12 +77,13 @@ def use(implementation: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If no implementation has that name; and by the calls inside that it cannot serve.
+        If no implementation has that name. Calls inside the block raise it if the implementation
+        cannot take them.
 
     Notes
     -----
-    A function compiled by ``torch.compile`` sees the thread, not the task: where tasks of one
-    thread overlap, it takes the choice of the task that entered or left a block last.
+    A function compiled by ``torch.compile`` sees the thread, not the task: if tasks of one thread
+    overlap, it follows the task that entered or left a block last.
 
     Examples
     --------
