@@ -250,8 +250,24 @@ def bad_calls() -> None:
     loss = polyce.torch.cross_entropy(leaf, labels, group=group)
     with pytest.raises(RuntimeError, match="one gradient, without a graph"):
         torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(ValueError, match="a backward pass only"):
-        torch.func.grad(lambda x: polyce.torch.cross_entropy(x, labels, group=group))(shard)
+    one = labels[0]
+    transformed: list[Callable[[], Any]] = [
+        lambda: torch.func.grad(lambda x: polyce.torch.cross_entropy(x, labels, group=group))(
+            shard
+        ),
+        lambda: torch.func.jvp(
+            lambda x: polyce.torch.entropy(x, group=group), (shard,), (torch.ones_like(shard),)
+        ),
+        lambda: torch.func.vmap(lambda x: polyce.torch.log_prob(x, one, group=group))(shard),
+        lambda: torch.func.vmap(
+            lambda x: polyce.torch.linear_cross_entropy(x, torch.ones(4, 4), one, group=group)
+        )(shard),
+    ]
+    for call in transformed:
+        with pytest.raises(ValueError, match="a backward pass only"):
+            call()
+    with pytest.raises(RuntimeError, match="one gradient, without a graph"):
+        torch.autograd.grad(loss, leaf, torch.ones(2), is_grads_batched=True)
 
 
 def ranges() -> None:

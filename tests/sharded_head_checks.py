@@ -43,6 +43,8 @@ def losses() -> None:
         ("labels", torch.float32, {"reduction": "none", "chunk_size": 7}),
         ("labels", torch.bfloat16, {"label_smoothing": 0.1, "chunk_size": 7}),
         ("labels", torch.float64, {"return_stats": True, "weight": torch.rand(CLASSES)}),
+        ("labels", torch.float32, {"return_stats": ("rank", "lse"), "chunk_size": 7}),
+        ("soft", torch.float64, {"return_stats": ("brier", "lse"), "chunk_size": 7}),
         ("soft", torch.float64, {"reduction": "sum", "sample_weight": torch.rand(ROWS)}),
         ("sparse", torch.float32, {"z_loss": 0.1, "chunk_size": 3}),
         ("teacher", torch.float64, {"logit_softcap": 5.0, "chunk_size": 6}),
@@ -67,11 +69,13 @@ def losses() -> None:
                 **where,
                 **options,
             )
-        assert forward.get_total_counts() == (2 if kind == "teacher" else 1)
+        asked = options.get("return_stats", ())
+        twice = kind == "teacher" or asked not in ((), True)
+        assert forward.get_total_counts() == 1 + twice
         rtol, atol = LIMITS[dtype]
         limits = {"rtol": rtol, "atol": atol}
         if "return_stats" in options:
-            for name in ("lse", "entropy", "prediction", "correct"):
+            for name in ("lse", "entropy", "prediction", "correct") if asked is True else asked:
                 pair = (getattr(stats, name) for stats in (found[1], want[1]))
                 torch.testing.assert_close(*pair, equal_nan=True, **limits)
             want, found = (
@@ -109,6 +113,38 @@ def values() -> None:
     assert empty.shape == (0, ROWS[1])
 
 
+def module() -> None:
+    """The module has a head of this process's classes."""
+    group, rank, count = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    tensors = given(torch.float64)
+    kind, hidden = polyce.torch.LinearCrossEntropyLoss, tensors["input"]
+    start, width = cut(CLASSES, 1)
+    own = kind(
+        *(FEATURES, CLASSES), bias=True, dtype=torch.float64, z_loss=0.1,
+        group=group, class_start=start, width=width,
+    )  # fmt: skip
+    whole = kind(FEATURES, CLASSES, bias=True, dtype=torch.float64, z_loss=0.1)
+    with torch.no_grad():
+        for head, span in ((whole, slice(None)), (own, slice(start, start + width))):
+            head.linear.weight.copy_(tensors["linear_weight"][span])
+            head.linear.bias.copy_(tensors["linear_bias"][span])
+    torch.testing.assert_close(own(hidden, tensors["labels"]), whole(hidden, tensors["labels"]))
+    equal = kind(FEATURES, 3 * count, group=group, reduce_input_grad=False)
+    assert (equal.class_start, *equal.linear.weight.shape) == (3 * rank, 3, FEATURES)
+    assert equal(torch.zeros(2, FEATURES), torch.tensor([0, 3 * count - 1])).isfinite()
+    for text, more in {
+        "must be a multiple of": {"group": group},
+        "given together": {"group": group, "width": 3},
+        "got no group": {"class_start": 0, "width": 3},
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            kind(FEATURES, 3 * count + 1, **more)
+    with pytest.raises(ValueError, match="leave a gap"):
+        kind(FEATURES, 3 * count + 1, group=group, class_start=3 * rank, width=3)(
+            torch.zeros(2, FEATURES), torch.tensor([0, 1])
+        )
+
+
 def compiled() -> None:
     """In one graph, with the collective in it."""
     tensors = given(torch.float64)
@@ -144,7 +180,6 @@ def bad_calls() -> None:
         polyce.torch.linear_log_prob(hidden, head, bad, **where)
     refuses(ValueError, "leave a gap", labels, num_classes=CLASSES + 1)
     refuses(ValueError, "leave a gap", bad, num_classes=CLASSES + 1)
-    refuses(ValueError, "looks at the logits twice", labels, return_stats="rank")
     refuses(TypeError, "got a TeacherHead", polyce.TeacherHead(hidden, head))
     refuses(TypeError, "must be a torch.distributed.ProcessGroup", labels, group="tp")
     refuses(ValueError, "must be sharded as input is", torch.rand(*ROWS, CLASSES + 1))

@@ -146,6 +146,59 @@ def values() -> None:
         same(leaf.grad.full_tensor(), whole.grad)
 
 
+def log_probabilities() -> None:
+    """Those of all classes, placed as the logits are, and the loss that is made of them."""
+    given, labels = tensors(), tensors()["labels"]
+    given["logits"][0, 2, 0] = 50.0
+    given["logits"][1, 3, 1], given["logits"][2, 0, 2] = torch.inf, torch.nan
+    cotangent = torch.rand(given["logits"].shape, dtype=torch.float64)
+    weighed = {"weight": given["weight"], "sample_weight": given["sample_weight"]}
+    calls: list[dict[str, Any]] = [
+        {}, weighed, {"reduction": "none"}, weighed | {"reduction": "sum"}, {"normalizer": 2.0}
+    ]  # fmt: skip
+    for mesh, placements, of_rows in meshes():
+        leaf = distribute_tensor(given["logits"], mesh, placements).requires_grad_()
+        whole = given["logits"].clone().requires_grad_()
+        for options in ({}, {"logit_scale": 0.5, "logit_softcap": 5.0}):
+            with CommDebugMode() as forward:
+                found = polyce.log_softmax(leaf, **options)
+            want = polyce.log_softmax(whole, **options)
+            assert forward.get_total_counts() == (Shard(1) in placements)
+            assert found.placements == placements
+            same(found.full_tensor(), want)
+            (found * distribute_tensor(cotangent, mesh, placements)).sum().backward()
+            (want * cotangent).sum().backward()
+            assert leaf.grad.placements == placements
+            same(leaf.grad.full_tensor(), whole.grad)
+            leaf.grad = whole.grad = None
+        own = distribute_tensor(whole.detach(), mesh, placements).requires_grad_()
+        for options in calls:
+            with CommDebugMode() as forward:
+                found = polyce.nll_loss(own, labels, **options)
+            want = polyce.nll_loss(whole, labels, **options)
+            if "reduction" not in options:
+                assert forward.get_total_counts() == sum(p != R for p in placements)
+            assert found.placements == (of_rows if want.ndim else (R,) * mesh.ndim)
+            same(found.full_tensor(), want)
+            with CommDebugMode() as backward:
+                found.sum().backward()
+            assert backward.get_total_counts() == 0
+            want.sum().backward()
+            assert own.grad.placements == placements
+            same(own.grad.full_tensor(), whole.grad)
+            own.grad = whole.grad = None
+    bad = labels.clone()
+    bad[-1, -1] = CLASSES
+    for mesh, placements, _ in meshes():
+        own = distribute_tensor(given["logits"], mesh, placements)
+        with pytest.raises(IndexError, match="labels must lie in 0 to 6"):
+            polyce.nll_loss(own, bad)
+        losses = polyce.nll_loss(own, bad, reduction="none", validate=False).full_tensor()
+        assert losses[-1, -1].isnan()
+        with pytest.raises(TypeError, match="got a SparseTarget"):
+            polyce.nll_loss(own, polyce.SparseTarget(given["index"], given["probability"]))
+
+
 def heads() -> None:
     """Linear heads: rows as the hidden states lie, classes as the weight does."""
     torch.manual_seed(0)
@@ -180,6 +233,24 @@ def heads() -> None:
             for leaf, expected in zip(own, whole, strict=True):
                 assert leaf.grad.placements == leaf.placements
                 same(leaf.grad.full_tensor(), expected.grad)
+            names = {"wrt": ("input", "linear_bias")} if "return_stats" in options else {}
+            want, found = (
+                polyce.linear_cross_entropy_with_grad(
+                    *(a.detach() for a in arrays[:2]),
+                    *(given["labels"],),
+                    linear_bias=arrays[2].detach(),
+                    **options,
+                    **names,
+                )
+                for arrays in (whole, own)
+            )
+            same(found[0].full_tensor(), want[0])
+            for grad, leaf, expected in zip(found[1], own, want[1], strict=True):
+                assert (grad is None) == (expected is None)
+                if grad is not None:
+                    assert grad.placements == leaf.placements
+                    assert not grad.requires_grad
+                    same(grad.full_tensor(), expected)
         found = polyce.linear_log_prob(*own[:2], given["labels"])
         same(found.full_tensor(), polyce.linear_log_prob(*whole[:2], given["labels"]))
     both = [distribute_tensor(a, line, [Shard(0)]) for a in (hidden, weight)]

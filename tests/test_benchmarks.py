@@ -135,6 +135,15 @@ WHATS = {
 }
 
 
+@pytest.mark.slow("torch")
+@pytest.mark.only("torch")
+@pytest.mark.skipif(sys.platform != "linux", reason="the name of the loopback differs elsewhere")
+def test_benchmark_of_classes_over_processes_runs() -> None:
+    shown = printed("sharded", "--processes", "2", "--rows", "8", "--classes", "10")
+    assert "polyce: " in shown
+    assert "torch loss_parallel: " in shown
+
+
 @pytest.mark.slow("cupy-emulated")
 @pytest.mark.only(*LIBRARIES)
 def test_benchmark_on_a_gpu_is_rehearsed(backend_name: str, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_collectives_are_counted(many: Processes) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["losses", "values", "bad_calls", "compiled"])
+@pytest.mark.parametrize("check", ["losses", "values", "module", "bad_calls", "compiled"])
 def test_heads(many: Processes, check: str) -> None:
     many.run(f"sharded_head_checks.{check}")
 
@@ -69,8 +69,8 @@ def test_heads(many: Processes, check: str) -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        *("losses", "gradients", "values", "heads", "collectives", "bad_calls"),
-        *("against_loss_parallel", "compiled", "model"),
+        *("losses", "gradients", "values", "log_probabilities", "heads", "collectives"),
+        *("bad_calls", "against_loss_parallel", "compiled", "model"),
     ],
 )
 def test_meshes(many: Processes, check: str) -> None:

@@ -71,35 +71,47 @@ def one_process(torch: Any, tmp_path: Path) -> Any:
     distributed.destroy_process_group()
 
 
-def test_sharded_tensors_are_refused(torch: Any, one_process: Any) -> None:
+def test_sharded_tensors_are_refused_where_input_is_not_one(torch: Any, one_process: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
+
+    import polyce.torch
 
     mesh = one_process.init_device_mesh("cpu", (1,))
     given = {"input": torch.zeros(2, 3), "target": torch.tensor([0, 1]), "weight": torch.ones(3)}
-    by_rows = ", or, where rows alone are sharded, to_local.* with normalizer= .* losses add up$"
-    for name, tensor in given.items():
-        sharded = distribute_tensor(tensor, mesh, [Shard(0)])
-        # A weight has an entry for each class.
-        rest = "$" if name == "weight" else by_rows
-        match = rf"^{name} must .* DTensor.*; pass {name}\.full_tensor\(\){rest}"
-        functions = [polyce.nll_loss]
-        if name != "input":  # logits that are one are taken
-            functions += [polyce.cross_entropy, polyce.cross_entropy_with_grad]
-        for function in functions:
+    sharded = {name: distribute_tensor(a, mesh, [Shard(0)]) for name, a in given.items()}
+    for name in ("target", "weight"):
+        match = rf"^{name} must .* where input is one, got a DTensor; pass {name}\.full_tensor\(\)"
+        for function in (polyce.nll_loss, polyce.cross_entropy, polyce.cross_entropy_with_grad):
             with pytest.raises(TypeError, match=match):
-                function(**(given | {name: sharded}))
-        whole = polyce.cross_entropy(**(given | {name: sharded.full_tensor()}))
-        assert whole == polyce.cross_entropy(**given)
+                function(**(given | {name: sharded[name]}))
+    labels, group = given["target"], one_process.group.WORLD
+    for function, more in (
+        (polyce.explain, {}),
+        (polyce.score, {}),
+        (polyce.torch.cross_entropy, {"group": group}),
+        (polyce.torch.cross_entropy, {"inplace_backward": True}),
+    ):
+        with pytest.raises(TypeError, match=r"^input must .* of one process for .*, got a DTensor"):
+            function(sharded["input"], labels, **more)
 
 
-def test_sharded_heads_are_refused(torch: Any, one_process: Any) -> None:
+def test_transforms_of_sharded_tensors_are_refused(torch: Any, one_process: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = one_process.init_device_mesh("cpu", (1,))
-    hidden, target = torch.zeros(2, 4), torch.tensor([0, 1])
-    head = distribute_tensor(torch.zeros(3, 4), mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=r"^linear_weight must .*linear_weight.full_tensor..$"):
-        polyce.linear_cross_entropy_with_grad(hidden, head, target)
+    labels = torch.tensor([0, 1])
+    logits = distribute_tensor(torch.zeros(2, 3), mesh, [Shard(1)])
+    for function in (
+        lambda x: polyce.cross_entropy(x, labels),
+        lambda x: polyce.nll_loss(x, labels),
+        lambda x: polyce.log_softmax(x).sum(),
+        lambda x: polyce.log_prob(x, labels).sum(),
+        lambda x: polyce.entropy(x).sum(),
+        lambda x: polyce.linear_cross_entropy(x, torch.ones(3, 3), labels),
+        lambda x: polyce.linear_cross_entropy_with_grad(x, torch.ones(3, 3), labels)[0],
+    ):
+        with pytest.raises(ValueError, match="a backward pass only"):
+            torch.func.grad(function)(logits)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")

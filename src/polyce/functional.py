@@ -9,7 +9,7 @@ from polyce.arrays import find
 from polyce.arrays.plain import is_compiling, is_traced
 from polyce.call import outputs
 from polyce.call.options import Options, current_reduction, refuse_dim
-from polyce.call.problem import describe
+from polyce.call.problem import Operands, Problem, describe
 from polyce.formula import targets
 from polyce.graphs import rules
 from polyce.implementations import door
@@ -124,6 +124,13 @@ def cross_entropy(
     IndexError
         If a class index is out of range.
 
+    Notes
+    -----
+    A torch DTensor is taken as `input` by every function of logits, whichever axes a mesh shards.
+    The other arrays are DTensors placed as input's rows or replicated, or plain tensors, whole and
+    the same in every process; probabilities and a teacher are placed as `input`. What is of rows
+    comes back placed as they are, gradients as `input`; a mean or sum is of all rows, replicated.
+
     See Also
     --------
     cross_entropy_with_grad : The gradient too, on libraries without automatic differentiation.
@@ -157,22 +164,19 @@ def cross_entropy(
         axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
         z_loss, logit_scale, logit_softcap, return_stats, validate,
     )  # fmt: skip
+    arrays = input, target, weight, sample_weight, normalizer
     if is_compiling():
         from polyce.implementations import torch_compiled
 
-        arrays = input, target, weight, sample_weight, normalizer
         if torch_compiled.takes(arrays, options):
             return torch_compiled.cross_entropy(arrays, options, implementation)
     # Not before: what is looked at on the way to a compiled call's operator is guarded.
     if find.is_dtensor(input):
         from polyce.sharded import dtensors
 
-        arrays = input, target, weight, sample_weight, normalizer
         loss, stats = dtensors.cross_entropy(*arrays, Options(*options), implementation)
         return loss if stats is None else (loss, stats)
-    problem, operands = describe(
-        input, target, weight, sample_weight, normalizer, Options(*options)
-    )
+    problem, operands = describe(*arrays, Options(*options))
     chosen = select(problem, implementation)
     loss, stats = chosen.cross_entropy(problem, operands)
     door.keep(given, problem, chosen)
@@ -285,10 +289,10 @@ def cross_entropy_with_grad(
         axis, ignore_index, current_reduction(size_average, reduce, reduction), label_smoothing,
         z_loss, logit_scale, logit_softcap, return_stats, validate,
     )  # fmt: skip
+    arrays = input, target, weight, sample_weight, normalizer
     if is_compiling() and out is None and grad_stats is None:
         from polyce.implementations import torch_compiled
 
-        arrays = input, target, weight, sample_weight, normalizer
         if torch_compiled.takes(arrays, options):
             return torch_compiled.cross_entropy_with_grad(
                 arrays, options, implementation, grad_output
@@ -301,21 +305,12 @@ def cross_entropy_with_grad(
                 "out must be None where input is a DTensor, whose gradient is a new one, got "
                 f"{type(out).__qualname__}; leave it out"
             )
-        arrays = input, target, weight, sample_weight, normalizer
-        cotangents = grad_output, grad_stats
         loss, grad, stats = dtensors.cross_entropy_with_grad(
-            *arrays, Options(*options), implementation, *cotangents
+            *arrays, Options(*options), implementation, grad_output, grad_stats
         )
         return (loss, grad) if stats is None else (loss, grad, stats)
     problem, operands = describe(
-        input,
-        target,
-        weight,
-        sample_weight,
-        normalizer,
-        Options(*options),
-        grad_output=grad_output,
-        grad_stats=grad_stats,
+        *arrays, Options(*options), grad_output=grad_output, grad_stats=grad_stats
     )
     chosen = select(problem, implementation)
     operands = rules.of(problem.backend).detach(operands)
@@ -383,9 +378,15 @@ def nll_loss(
         raise refuse_dim()
     reduction = current_reduction(size_average, reduce, reduction)
     options = Options(axis, ignore_index, reduction, validate=validate)
-    problem, operands = describe(
-        input, target, weight, sample_weight, normalizer, options, probabilities=False
-    )
+    arrays = input, target, weight, sample_weight, normalizer
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        return dtensors.nll_loss(_nll_loss, *arrays, options)
+    return _nll_loss(*describe(*arrays, options, probabilities=False))
+
+
+def _nll_loss(problem: Problem, operands: Operands) -> Any:
     autograd = rules.of(problem.backend)
     autograd.check(problem, operands)
     with problem.library.computing(operands.named()):

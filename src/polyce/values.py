@@ -342,9 +342,16 @@ def log_softmax(
     """
     if dim is not None:
         raise refuse_dim()
-    problem, logits = describe_logits(
-        input, Options(axis, logit_scale=logit_scale, logit_softcap=logit_softcap)
-    )
+    given: dict[str, Any] = {
+        "axis": axis,
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+    }
+    if find.is_dtensor(input):
+        from polyce.sharded import dtensors
+
+        return dtensors.log_softmax(log_softmax, input, given)
+    problem, logits = describe_logits(input, Options(**given))
     compute = select_log_softmax(problem)
     with problem.library.computing({"input": logits}):
         return rules.of(problem.backend).log_softmax(problem, logits, compute)

@@ -29,8 +29,8 @@ NOT_TAKEN = {
     ),
 }
 
-# Arguments that have an entry for each row, and may be cut between rows.
-_OF_ROWS = ("input", "target", "sample_weight", "grad_output")
+# Arguments by which a function sees that a call is on a mesh of processes.
+_FIRST = ("input", "linear_weight")
 _OF_LABELS = ("target", "target.index")
 # The libraries under which marray is taken: in others a look at the mask could start a computation,
 # or be impossible.
@@ -134,15 +134,15 @@ def _find(name: str, value: Any) -> Library:
     loaded = sys.modules
     if "torch" in loaded and isinstance(value, loaded["torch"].Tensor):
         if is_dtensor(value):
-            by_rows = ""
-            if name.partition(".")[0] in _OF_ROWS:
-                by_rows = (
-                    ", or, where rows alone are sharded, to_local() of every sharded array with "
-                    "normalizer= what the mean over all processes divides by: these losses add up"
+            if name in _FIRST:
+                raise TypeError(
+                    f"{name} must be a tensor of one process for explain, score, group= and "
+                    f"inplace_backward=, got a DTensor; pass {name}.full_tensor(), or "
+                    f"{name}.to_local() for what lies in this process"
                 )
             raise TypeError(
-                f"{name} must be a tensor of one process, got a DTensor, which is taken where "
-                f"input is one, and not by every function; pass {name}.full_tensor(){by_rows}"
+                f"{name} must be a tensor of one process where input is one, got a DTensor; pass "
+                f"{name}.full_tensor(), or input as a DTensor of its mesh too"
             )
         masked = loaded.get("torch.masked")
         if masked is not None and isinstance(value, masked.MaskedTensor):
@@ -232,7 +232,17 @@ def _kind(value: Any) -> str:
 def is_dtensor(array: Any) -> bool:
     """Tell whether an array is one of torch's that lie on a mesh of processes."""
     sharded = sys.modules.get("torch.distributed.tensor")
-    return sharded is not None and isinstance(array, sharded.DTensor)
+    return sharded is not None and isinstance(_unwrapped(array), sharded.DTensor)
+
+
+def _unwrapped(array: Any) -> Any:
+    """Return what the transforms of torch.func have made an array of."""
+    torch = sys.modules["torch"]
+    if not isinstance(array, torch.Tensor) or torch.compiler.is_compiling():
+        return array
+    while torch._C._functorch.is_functorch_wrapped_tensor(array):
+        array = torch._C._functorch.get_unwrapped(array)
+    return array
 
 
 def installed(module: str) -> bool:

@@ -132,16 +132,19 @@ def log_softmax(problem: Problem, logits: Any) -> Any:
 
 
 def log_softmax_backward(
-    problem: Problem, cotangent: Any, logits: Any, log_probabilities: Any
+    problem: Problem, cotangent: Any, logits: Any, log_probabilities: Any, total: Any = None
 ) -> Any:
     """Compute the gradient of `log_softmax` with respect to the logits, from its result.
 
-    The logits themselves are only needed for a softcap.
+    The logits themselves are only needed for a softcap. `total` is the sum of the cotangents over
+    whole rows, where these are part of them.
     """
     xp = problem.xp
     wide = problem.library.cast(cotangent, problem.arithmetic_dtype)
     softmax = xp.exp(problem.library.cast(log_probabilities, problem.arithmetic_dtype))
-    grad = wide - softmax * xp.sum(wide, axis=problem.axis, keepdims=True)
+    if total is None:
+        total = xp.sum(wide, axis=problem.axis, keepdims=True)
+    grad = wide - softmax * total
     if transform.is_capped(problem):
         logits = problem.library.cast(logits, problem.arithmetic_dtype)
     grad = grad * transform.slope(problem, logits)

@@ -247,24 +247,29 @@ def linear_cross_entropy_with_grad(
         stats=return_stats,
         validate=validate,
     )
-    call = describe(
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=weight,
-        sample_weight=sample_weight,
-        normalizer=normalizer,
-        options=options,
-        chunk_size=chunk_size,
-        implementation=implementation,
-        grad_output=grad_output,
-        grad_stats=grad_stats,
-    )
-    if call.head.bias is None:
-        wanted = wanted._replace(linear_bias=False)
-    call = call.detached(derivatives.of(call.whole.backend).detach)
-    result, gradients, stats = rules(call).loss_and_gradients(call, wanted)
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "normalizer": normalizer,
+        "options": options,
+        "chunk_size": chunk_size,
+        "implementation": implementation,
+        "grad_output": grad_output,
+        "grad_stats": grad_stats,
+    }
+    if find.is_dtensor(input) or find.is_dtensor(linear_weight):
+        from polyce.linear import torch_mesh
+
+        result, gradients, stats = torch_mesh.loss_and_gradients(
+            run, input, linear_weight, target, wanted, **given
+        )
+    else:
+        call = describe(input, linear_weight, target, **given)
+        if call.head.bias is None:
+            wanted = wanted._replace(linear_bias=False)
+        call = call.detached(derivatives.of(call.whole.backend).detach)
+        result, gradients, stats = rules(call).loss_and_gradients(call, wanted)
     found = (result, tuple(gradients))
     return found if stats is None else (*found, stats)
 

@@ -15,8 +15,9 @@ from polyce.call.problem import Operands, Problem
 from polyce.call.target import TeacherHead
 from polyce.formula.stats import Stats
 from polyce.linear import torch_sharded
-from polyce.linear.call import HeadCall, describe
+from polyce.linear.call import Gradients, HeadCall, describe
 from polyce.sharded import dtensors
+from polyce.sharded.call import check_untransformed
 from polyce.sharded.layout import Layout, check_placements
 
 
@@ -80,8 +81,52 @@ def loss(
     return dtensors.reduced(layout, head.call.whole, head.call.operands, run_shard)
 
 
+def loss_and_gradients(
+    of_rows_here: Callable[[HeadCall], tuple[Any, Any]],
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    wanted: Gradients,
+    *,
+    linear_bias: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
+    grad_output: Any,
+    grad_stats: Any,
+    **more: Any,
+) -> tuple[Any, list[Any], Stats | None]:
+    """Compute the loss, the gradients that are wanted and the stats, none of them on a graph."""
+    layout = _layout_of(input, linear_weight, linear_bias)
+    head = Gradients(*(dtensors.detached(a) for a in (input, linear_weight, linear_bias)))
+    leaves = [
+        a.requires_grad_() for a, want in zip(head, wanted, strict=True) if want and a is not None
+    ]
+    others = map(dtensors.detached, (target, weight, sample_weight, normalizer))
+    target, weight, sample_weight, normalizer = others
+
+    def run() -> tuple[Any, Stats | None]:
+        return loss(
+            *(of_rows_here, head.input, head.linear_weight, target),
+            linear_bias=head.linear_bias,
+            weight=weight,
+            sample_weight=sample_weight,
+            normalizer=normalizer,
+            options=options,
+            **more,
+        )
+
+    result, grads, stats = dtensors.with_gradients(
+        layout, leaves, run, options, grad_output, grad_stats
+    )
+    found = iter(grads)
+    return result, [next(found) if a is not None and a.requires_grad else None for a in head], stats
+
+
 def _layout_of(input: Any, weight: Any, bias: Any) -> Layout:
     """Return how the logits lie: their rows as the hidden states, their classes as the head."""
+    check_untransformed()
     shape = checks.product_shape(input, weight, bias)
     axis = len(shape) - 1
     found = {"input": input, "linear_weight": weight}

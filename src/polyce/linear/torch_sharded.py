@@ -17,9 +17,9 @@ import torch
 from polyce.arrays import find, torch_memory
 from polyce.call import checks
 from polyce.call.options import Options
-from polyce.call.problem import Head, Operands, Problem
+from polyce.call.problem import Head, Operands
 from polyce.call.target import TeacherHead
-from polyce.formula import rowstats, stats
+from polyce.formula import stats
 from polyce.formula.parts import TeacherState, Whole
 from polyce.formula.rowgradient import StatsCotangents
 from polyce.formula.rowstate import RowState
@@ -132,7 +132,6 @@ def describe(
     call = replace(call, whole=whole, operands=operands, head=Head(linear_weight, linear_bias))
     torch_rule.check(call)
     check_untransformed()
-    _check_stats(whole)
     flat = call.of_rows({})._replace(weight=weight)
     shard = ShardCall(call.part(call.chunks.total), flat, group, start, width)
     return ShardedHead(call, shard, implementation, reduce_input_grad)
@@ -142,15 +141,6 @@ def run(head: ShardedHead) -> tuple[Any, Stats | None]:
     """Compute the loss of a shard of a head, and the stats, the same in every process."""
     with head.call.whole.library.multiplying(head.call.operands.named()):
         return _loss(head)
-
-
-def _check_stats(problem: Problem) -> None:
-    for name in problem.options.stats or ():
-        if rowstats.looks_again(problem, name):
-            raise ValueError(
-                f"return_stats has {name!r}, which looks at the logits twice, and a head over "
-                "processes does not keep them; give the logits to cross_entropy"
-            )
 
 
 def _loss(head: ShardedHead) -> tuple[Any, Stats | None]:
@@ -197,15 +187,34 @@ def _forward(
 ) -> tuple[Whole, Plan, TeacherState | None]:
     shard, problem = head.shard, head.shard.problem
     teacher = rows.teacher_of(shard, of_parts) if problem.kind == "teacher" else None
-    if not shard.is_read:
-        return *rows.join(shard, plan, states.nothing(shard), None), teacher
-    words, pivots = [], []
-    for span, _, own in head.chunks(None):
-        part = of_parts.read(own.problem, own.operands, own.start, _cut(teacher, span))
-        pivots.append(part.pivot)
-        words.append(states.encode(own, part).view(len(states.names(problem)), -1))
-    sent = torch.cat(words, 1).view(-1)
-    return *rows.join(shard, plan, sent, torch.cat(pivots)), teacher
+    if shard.is_read:
+        words, pivots = [], []
+        for span, _, own in head.chunks(None):
+            part = of_parts.read(own.problem, own.operands, own.start, _cut(teacher, span))
+            pivots.append(part.pivot)
+            words.append(states.encode(own, part).view(len(states.names(problem)), -1))
+        sent = torch.cat(words, 1).view(-1)
+        whole, plan = rows.join(shard, plan, sent, torch.cat(pivots))
+    else:
+        whole, plan = rows.join(shard, plan, states.nothing(shard), None)
+    return _looking_again(head, whole), plan, teacher
+
+
+def _looking_again(head: ShardedHead, whole: Whole) -> Whole:
+    """Add the stats that look at the logits once the state is known, for which they come again."""
+    shard = head.shard
+    names = rows.looking_again(shard.problem)
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for span, _, own in head.chunks(None) if names and shard.is_read else ():
+        here = whole._replace(
+            state=_cut(whole.state, span),
+            pivot=whole.pivot[span],
+            label_logit=None if whole.label_logit is None else whole.label_logit[span],
+        )
+        for name in names:
+            found[name].append(rows.look_again(own, here, name))
+    each = {name: torch.cat(own) for name, own in found.items() if own}
+    return rows.with_second_looks(shard, whole, each)
 
 
 def _cut(record: Any, span: slice) -> Any:

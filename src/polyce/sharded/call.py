@@ -63,11 +63,14 @@ def describe(
     group: Any,
     class_start: int | None,
     num_classes: int | None,
+    *,
+    probabilities: bool = True,
 ) -> ShardCall:
     """Check the arguments of a call on a shard, and describe it.
 
-    What is wrong with the range itself is not an error yet: the other processes would wait for the
-    one that raises it. It travels with the states.
+    Without `probabilities`, as for nll_loss, the target is class indices whatever its shape. What
+    is wrong with the range itself is not an error yet: the other processes would wait for the one
+    that raises it. It travels with the states.
     """
     check_group(group)
     of_target.check_given(input, target, is_head=False)
@@ -75,10 +78,11 @@ def describe(
     shape, axis = checks.logits_shape(input, options.axis, target)
     start, classes = place(group, shape[axis], class_start, num_classes)
     whole = (*shape[:axis], classes, *shape[axis + 1 :])
-    stand_in, kept = whole_target(target, shape, whole)
+    stand_in, kept = whole_target(target, shape, whole) if probabilities else (target, None)
     # Whole rows exist nowhere, so the problem is that of tensors of their shape without memory.
     problem, operands = calls.describe(
-        of_shape(input, whole), stand_in, weight, sample_weight, normalizer, options
+        *(of_shape(input, whole), stand_in, weight, sample_weight, normalizer, options),
+        probabilities=probabilities,
     )
     operands = operands._replace(logits=input)
     if kept is not None:

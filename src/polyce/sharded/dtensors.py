@@ -6,7 +6,7 @@ Rows that are sharded need a collective for a sum or a mean only, classes that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from polyce.formula import targets
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls, torch_rows
 from polyce.implementations.registry import select
-from polyce.sharded import functional, values
+from polyce.sharded import functional, log_probabilities, values
 from polyce.sharded.call import ShardCall, describe
 from polyce.sharded.layout import Layout, layout_of
 
@@ -67,19 +67,37 @@ def cross_entropy_with_grad(
 ) -> tuple[Any, Any, Stats | None]:
     """Compute the loss, its gradient and the stats of logits on a mesh, none of them on a graph."""
     layout = layout_of(input, options.axis)
+    leaf = input.detach().requires_grad_()
+    others = (target, weight, sample_weight, normalizer)
+    target, weight, sample_weight, normalizer = map(detached, others)
+
+    def run() -> tuple[Any, Stats | None]:
+        arrays = leaf, target, weight, sample_weight, normalizer
+        return cross_entropy(*arrays, options, implementation)
+
+    loss, (grad,), stats = with_gradients(layout, [leaf], run, options, grad_output, grad_stats)
+    return loss, grad, stats
+
+
+def with_gradients(
+    layout: Layout,
+    leaves: Sequence[Any],
+    run: Callable[[], tuple[Any, Stats | None]],
+    options: Options,
+    grad_output: Any,
+    grad_stats: Any,
+) -> tuple[Any, Sequence[Any], Stats | None]:
+    """Compute the loss, its gradients by the leaves and the stats, none of them on a graph.
+
+    `run` computes loss and stats from the leaves.
+    """
     number, cotangent = checks.number_or_array("grad_output", grad_output)
     checks.grad_output(number, cotangent, layout.row_shape, options.reduction)
     numbers, arrays = checks.grad_stats(grad_stats, options.checked().stats)
     for name, given in (numbers | arrays).items():
         checks.stats_cotangent(name, given, layout.row_shape)
-    leaf = input.detach().requires_grad_()
-    target, weight, sample_weight, normalizer = map(
-        _detached, (target, weight, sample_weight, normalizer)
-    )
     with torch.enable_grad():
-        loss, stats = cross_entropy(
-            leaf, target, weight, sample_weight, normalizer, options, implementation
-        )
+        loss, stats = run()
     if cotangent is None:
         cotangent = torch.full_like(loss, 1.0 if number is None else number)
     outputs = [loss]
@@ -89,11 +107,11 @@ def cross_entropy_with_grad(
         wanted = torch.full((), given) if isinstance(given, float) else given
         outputs.append(stat)
         cotangents.append(_cotangent(layout, checks.stats_name(name), wanted, stat))
-    (grad,) = torch.autograd.grad(outputs, leaf, cotangents)
-    return loss.detach(), grad, _detached(stats)
+    grads = torch.autograd.grad(outputs, leaves, cotangents) if leaves else ()
+    return loss.detach(), grads, detached(stats)
 
 
-def _detached(given: Any) -> Any:
+def detached(given: Any) -> Any:
     """Cut an argument, or several in a named tuple, from any graph."""
     if isinstance(given, tuple):
         return torch_rows.detach(given)
@@ -113,8 +131,13 @@ def arguments(
     layout: Layout, target: Any, weight: Any, sample_weight: Any, normalizer: Any
 ) -> tuple[Any, ...]:
     """Return this process's parts of what a loss takes beside logits."""
+    return _target(layout, target), *_weights(layout, weight, sample_weight, normalizer)
+
+
+def _weights(
+    layout: Layout, weight: Any, sample_weight: Any, normalizer: Any
+) -> tuple[Any, Any, Any]:
     return (
-        _target(layout, target),
         layout.local("weight", weight, layout.everywhere),
         layout.local("sample_weight", sample_weight, layout.of_rows),
         layout.local("normalizer", normalizer, layout.everywhere),
@@ -132,14 +155,16 @@ def _target(layout: Layout, target: Any) -> Any:
     return layout.local("target", target, layout.placements if is_soft else layout.of_rows)
 
 
-def _described(layout: Layout, arrays: tuple[Any, ...], options: Options) -> ShardCall:
+def _described(
+    layout: Layout, arrays: tuple[Any, ...], options: Options, *, probabilities: bool = True
+) -> ShardCall:
     """Describe the call on this process's rows; the group is None where all classes are here."""
     logits, target, weight, sample_weight, normalizer = arrays
     given = (logits, target, weight, sample_weight, normalizer, options)
     where = layout.shard
     if where is not None:
-        return describe(*given, **where)
-    problem, operands = calls.describe(*given)
+        return describe(*given, **where, probabilities=probabilities)
+    problem, operands = calls.describe(*given, probabilities=probabilities)
     return ShardCall(problem, operands, None, 0, problem.classes)
 
 
@@ -208,6 +233,47 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Any, *_: Any) -> tuple[Any, ...]:
         return cotangent, None, None, None
+
+
+def nll_loss(
+    whole_rows: Callable[..., Any],
+    input: Any,
+    target: Any,
+    weight: Any,
+    sample_weight: Any,
+    normalizer: Any,
+    options: Options,
+) -> Any:
+    """Compute the loss of log-probabilities on a mesh.
+
+    `whole_rows` computes it of a problem and operands whose classes are all here.
+    """
+    layout = layout_of(input, options.axis)
+    arrays = (
+        input.to_local(),
+        layout.local("target", target, layout.of_rows),
+        *_weights(layout, weight, sample_weight, normalizer),
+    )
+    call = _described(layout, arrays, options._replace(axis=layout.axis), probabilities=False)
+
+    def run(problem: Problem, operands: Operands) -> tuple[Any, None]:
+        if call.group is None:
+            return whole_rows(problem, operands), None
+        own = replace(call, problem=problem, operands=operands)
+        return log_probabilities.nll_loss(own), None
+
+    return reduced(layout, call.problem, call.operands, run)[0]
+
+
+def log_softmax(whole_rows: Callable[..., Any], input: Any, options: dict[str, Any]) -> Any:
+    """Compute the log-probabilities of all classes on a mesh; `whole_rows` as for `log_prob`."""
+    layout = layout_of(input, options["axis"])
+    where, options = layout.shard, options | {"axis": layout.axis}
+    if where is None:
+        found = whole_rows(input.to_local(), **options)
+    else:
+        found = log_probabilities.log_softmax(input.to_local(), Options(**options), **where)
+    return layout.logits(found)
 
 
 def log_prob(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from polyce.call.options import class_axis
+from polyce.sharded.call import check_untransformed
 
 
 class Layout(NamedTuple):
@@ -104,31 +106,32 @@ class Layout(NamedTuple):
 
     def rows(self, local: Any) -> Any:
         """Return the DTensor of all rows, of what this process has computed of its own."""
-        if local is None:
-            return None
-        shape = torch.Size(self.row_shape)
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return self._result(local, self.of_rows, shape, tuple(strides))
+        return None if local is None else self._result(local, self.of_rows, self.row_shape)
 
     def entries(self, local: Any) -> Any:
         """Do what `rows` does for several numbers of each row, on the class axis."""
         shape = list(self.shape)
         shape[self.axis] = local.shape[self.axis]
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return self._result(local, self.of_entries, torch.Size(shape), tuple(strides))
+        return self._result(local, self.of_entries, shape)
+
+    def logits(self, local: Any) -> Any:
+        """Do what `rows` does for a number of each logit."""
+        return self._result(local, self.placements, self.shape)
 
     def number(self, value: Any) -> Any:
         """Return the DTensor of a number that every process has."""
-        return self._result(value, self.everywhere, value.shape, ())
+        return self._result(value, self.everywhere, value.shape)
 
-    def _result(self, local: Any, placements: Any, shape: Any, stride: Any) -> Any:
+    def _result(self, local: Any, placements: Any, shape: Sequence[int]) -> Any:
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=shape, stride=stride
+            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
         )
 
 
 def layout_of(input: Any, axis: int | None) -> Layout:
     """Check how the logits lie, and describe it."""
+    check_untransformed()
     shape = tuple(input.shape)
     axis = class_axis(shape, axis)
     check_placements("input", input)

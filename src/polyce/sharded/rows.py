@@ -14,7 +14,7 @@ import torch
 
 from polyce.arrays import torch_memory
 from polyce.call.options import STATS_WITH_GRADIENT
-from polyce.call.problem import Operands
+from polyce.call.problem import Operands, Problem
 from polyce.formula import parts, rowstats, targets
 from polyce.formula.parts import TeacherState, Whole
 from polyce.formula.rowgradient import StatsCotangents
@@ -85,7 +85,9 @@ def _forward(
         whole, plan = join(call, plan, states.encode(call, part), part.pivot)
     else:
         whole, plan = join(call, plan, states.nothing(call), None)
-    return _looking_again(call, whole), plan, teacher
+    names = looking_again(problem) if call.is_read else ()
+    own = {name: look_again(call, whole, name) for name in names}
+    return with_second_looks(call, whole, own), plan, teacher
 
 
 def join(call: ShardCall, plan: Plan, words: Any, pivot: Any) -> tuple[Whole, Plan]:
@@ -111,21 +113,31 @@ def teacher_of(call: ShardCall, of_parts: OfParts) -> TeacherState:
     return parts.join_teacher(call.problem, states.decode_teacher(call.problem, words))
 
 
-def _looking_again(call: ShardCall, whole: Whole) -> Whole:
-    """Add the stats that look at the logits once the state is known, in one more collective."""
-    problem, operands, found = call.problem, call.operands, whole.stats
-    for name in problem.options.stats or ():
-        if found is None or not rowstats.looks_again(problem, name):
-            continue
-        if not call.is_read:
-            own = torch.zeros_like(whole.state.rest_max)
-        elif name == "rank":
-            own = parts.rank(problem, operands, whole.label_logit)
-        else:
-            own = parts.brier(problem, operands, call.start, whole)
+def looking_again(problem: Problem) -> tuple[str, ...]:
+    """Return the names of the stats that look at the logits once the state is known."""
+    return tuple(n for n in problem.options.stats or () if rowstats.looks_again(problem, n))
+
+
+def look_again(call: ShardCall, whole: Whole, name: str) -> Any:
+    """Compute what a shard, which has classes, adds to such a stat."""
+    if name == "rank":
+        return parts.rank(call.problem, call.operands, whole.label_logit)
+    return parts.brier(call.problem, call.operands, call.start, whole)
+
+
+def with_second_looks(call: ShardCall, whole: Whole, own: dict[str, Any]) -> Whole:
+    """Add these stats, in one more collective for each, from what this process's shard adds.
+
+    `own` has nothing of a shard that is not read.
+    """
+    found = whole.stats
+    if found is None:
+        return whole
+    for name in looking_again(call.problem):
         # No all-reduce: every process adds in the same order.
-        words = exchange.gather(call, states.pack(problem, [own]))
-        each = [states.unpack(problem, line, (name,))[name] for line in words]
+        adds = own.get(name, torch.zeros_like(whole.state.rest_max))
+        words = exchange.gather(call, states.pack(call.problem, [adds]))
+        each = [states.unpack(call.problem, line, (name,))[name] for line in words]
         found = found._replace(**{name: sum(each[1:], each[0])})
     return whole._replace(stats=found)
 

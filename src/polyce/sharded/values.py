@@ -17,7 +17,7 @@ from polyce.arrays import find
 from polyce.call import checks
 from polyce.call.index import describe_index, has_many, of_entries
 from polyce.call.options import Options
-from polyce.call.problem import Operands
+from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, parts, rowstate, targets, transform
 from polyce.formula.parts import Part, Whole
 from polyce.formula.rowgradient import NO_STATS
@@ -47,10 +47,10 @@ def entropy(
     implementation: str | None,
 ) -> Any:
     """Compute the entropy of each row, as a stat beside a loss that is not used."""
-    shape, axis, classes = _whole(input, options, group, class_start, num_classes)
+    whole, axis = whole_shape(input, options, group, class_start, num_classes)
     # Without classes no label is in range.
-    label = 0 if classes else options.ignore_index
-    rows = (*shape[:axis], *shape[axis + 1 :])
+    label = 0 if whole[axis] else options.ignore_index
+    rows = (*whole[:axis], *whole[axis + 1 :])
     options = options._replace(reduction="none", stats="entropy")
     call = describe(
         *(input, torch.full(rows, label, device=input.device), None, None, None, options),
@@ -70,8 +70,7 @@ def log_prob(
     implementation: str | None,
 ) -> Any:
     """Compute the log-probabilities of one class or several of each row."""
-    shape, axis, classes = _whole(input, options, group, class_start, num_classes)
-    whole = (*shape[:axis], classes, *shape[axis + 1 :])
+    whole, axis = whole_shape(input, options, group, class_start, num_classes)
     problem, _, own = describe_index(of_shape(input, whole), index, options)
     if not has_many(problem, own):
         options = options._replace(reduction="none")
@@ -82,21 +81,22 @@ def log_prob(
         loss, _ = functional.run(call, implementation)
         return 0.0 - loss
     check_untransformed()
-    start, _ = place(group, shape[axis], class_start, num_classes)
-    operands = Operands(input, own, None, None, None, None)
-    call = ShardCall(problem, operands, group, start, shape[axis])
+    width = input.shape[axis]
+    start, _ = place(group, width, class_start, num_classes)
+    call = ShardCall(problem, Operands(input, own, None, None, None, None), group, start, width)
     with problem.library.computing({"input": input, "index": own}):
         return _of_many(call, implementation)
 
 
-def _whole(
+def whole_shape(
     input: Any, options: Options, group: Any, class_start: int | None, num_classes: int | None
-) -> tuple[tuple[int, ...], int, int]:
-    """Check a shard of logits; return its shape, the class axis and the number of all classes."""
+) -> tuple[tuple[int, ...], int]:
+    """Check a shard of logits; return the shape of those of all classes, and the class axis."""
     check_group(group)
     find.of(input=input)
     shape, axis = checks.logits_shape(input, options.axis)
-    return shape, axis, place(group, shape[axis], class_start, num_classes)[1]
+    _, classes = place(group, shape[axis], class_start, num_classes)
+    return (*shape[:axis], classes, *shape[axis + 1 :]), axis
 
 
 class _Chosen(NamedTuple):
@@ -153,14 +153,17 @@ def _with_probabilities(call: ShardCall, probability: Any) -> Operands:
     return call.operands._replace(target_probability=probability)
 
 
-def _forward(call: ShardCall, chosen: _Chosen, of_parts: OfParts) -> tuple[Any, Whole]:
-    """Compute the values, in the row dtype, and the joined state."""
+def joined(call: ShardCall, classes: Any, of_parts: OfParts) -> tuple[Whole, Any]:
+    """Join the rows by their likeliest class; return that and the logits of some classes.
+
+    These are K along the class axis, in the row dtype.
+    """
     problem, operands = call.problem, call.operands
     words = _nothing(call)
     if call.is_read:
-        zeros = torch.zeros_like(chosen.classes, dtype=problem.arithmetic_dtype)
+        zeros = torch.zeros_like(classes, dtype=problem.arithmetic_dtype)
         part = of_parts.read(problem, _with_probabilities(call, zeros), call.start, None)
-        _, logits = parts.pick(problem, operands.logits, chosen.classes - call.start)
+        _, logits = parts.pick(problem, operands.logits, classes - call.start)
         sent = [*(part.state._asdict()[name] for name in _SENT[:3]), part.pivot, logits]
         words = states.pack(problem, sent)
     gathered = exchange.gather_with_ranges(call, words)
@@ -172,11 +175,21 @@ def _forward(call: ShardCall, chosen: _Chosen, of_parts: OfParts) -> tuple[Any, 
         spoilt = torch.where(gathered.is_torn, math.nan, whole.state.rest_sum)
         whole = whole._replace(state=whole.state._replace(rest_sum=spoilt))
     logits = gathered.words[:, split:].contiguous().view(problem.arithmetic_dtype)
-    logits = logits.view(len(found), *operands.target.shape).sum(0).to(problem.row_dtype)
+    return whole, logits.view(len(found), *classes.shape).sum(0).to(problem.row_dtype)
+
+
+def log_probabilities(problem: Problem, whole: Whole, is_pivot: Any, logits: Any) -> Any:
+    """Compute the log-probabilities of classes, in the dtype of their logits."""
     at_pivot = whole.state._replace(pivot_coefficient=None, rest_coefficient=None)
-    surprise = rowstate.loss(problem, at_pivot)
-    others = transform.difference(problem, logits, whole.state.pivot_logit) - surprise
-    values = torch.where(chosen.classes == whole.pivot, -surprise, others)
+    surprise = rowstate.loss(problem, at_pivot).to(logits.dtype)
+    gaps = transform.difference(problem, logits, whole.state.pivot_logit.to(logits.dtype))
+    return torch.where(is_pivot, -surprise, gaps - surprise)
+
+
+def _forward(call: ShardCall, chosen: _Chosen, of_parts: OfParts) -> tuple[Any, Whole]:
+    """Compute the values, in the row dtype, and the joined state."""
+    whole, logits = joined(call, chosen.classes, of_parts)
+    values = log_probabilities(call.problem, whole, chosen.classes == whole.pivot, logits)
     if chosen.invalid is not None:
         values = values.masked_fill(chosen.invalid, math.nan)
     return values if chosen.kept is None else values.where(chosen.kept, 0.0), whole

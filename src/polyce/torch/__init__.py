@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from polyce.linear.torch_module import LinearCrossEntropyLoss
 from polyce.torch.functional import cross_entropy
 from polyce.torch.linear import linear_cross_entropy, linear_log_prob
+from polyce.torch.linear_module import LinearCrossEntropyLoss
 from polyce.torch.modules import CrossEntropyLoss, NLLLoss
 from polyce.torch.values import entropy, log_prob
 

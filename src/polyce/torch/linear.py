@@ -67,13 +67,13 @@ def linear_cross_entropy(
     ------
     TypeError, ValueError, IndexError
         As `polyce.linear_cross_entropy` and `cross_entropy` do. With `group` there is no
-        `TeacherHead`, and no stat 'rank', nor 'brier' of probabilities.
+        `TeacherHead`.
 
     Notes
     -----
     With `group` a backward pass computes the logits a second time, some rows at a time as the
     forward pass does; the states of all rows take one all-gather, however many chunks there are.
-    `LinearCrossEntropyLoss` takes no group: its head may be a DTensor instead.
+    For the stat 'rank', and 'brier' of probabilities, the forward pass computes them twice too.
 
     Examples
     --------

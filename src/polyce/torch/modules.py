@@ -10,8 +10,10 @@ import torch
 from polyce import functional
 from polyce.call.options import refuse_dim, shown
 from polyce.call.target import SparseTarget, TeacherLogits
-from polyce.linear.torch_module import LEAF
 from polyce.torch.functional import check_tensor, cross_entropy
+
+LEAF = "torch.nn"
+"""The `__module__` by which torch.fx knows modules that it should not trace into."""
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
