@@ -85,7 +85,7 @@ def score(
 
     Notes
     -----
-    Beside a block of 32 MB, 5 bytes of each row (9 in float64) are kept: its confidence and whether
+    Beside a block of 64 MB, 5 bytes of each row (9 in float64) are kept: its confidence and whether
     it is correct, for the bins of equal mass. Rows without a softmax, such as those that hold a
     nan, are counted as undefined and left out of the means.
 

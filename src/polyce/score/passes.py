@@ -21,7 +21,7 @@ LIMIT = math.log(1e4)
 EXACT = 1e-6
 """A fit ends when its next step would change the temperature by less than this share of it."""
 MOST_STEPS = 60
-TOGETHER = 8
+TOGETHER = 4
 """The rows of so many blocks are summed up together: 0.2 ms of NumPy's calls, where a block of many
 classes has few rows."""
 
