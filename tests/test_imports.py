@@ -229,8 +229,7 @@ FLOORS = (
     {"loss", "values", "score"},
     {"explain", "torch"},
     {"polyce"},
-    {"testing"},
-    {"demo"},
+    {"demo", "testing"},
     {"__main__"},
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import subprocess
 import sys
@@ -13,16 +14,15 @@ import numpy as np
 
 import polyce
 from polyce.arrays import find
-from polyce.testing.backends import get_backend
 
 TRAINED_ON = 1200
 STEPS = 300
 LEARNING_RATE = 1.0
-# The backends shown, and the module that each needs.
+# The libraries shown, and the module that makes each one's arrays.
 MODULES = {
     "numpy": "numpy",
     "torch": "torch",
-    "jax": "jax",
+    "jax": "jax.numpy",
     "dask": "dask.array",
     "cupy": "cupy",
     "array-api-strict": "array_api_strict",
@@ -149,14 +149,13 @@ def compare(logits: Any, labels: Any) -> None:
     print(f"{'library':<17} {'loss':<12} {'gradient norm':<14} implementation")
     exact_loss, exact_grad = polyce.cross_entropy_with_grad(logits.astype(np.float64), labels)
     largest = 0.0
-    for name in MODULES:
+    for name, module in MODULES.items():
         if not _usable(name):
             continue
-        backend = get_backend(name)
-        given, target = backend.asarray(logits), backend.asarray(labels)
-        loss, grad = polyce.cross_entropy_with_grad(given, target)
-        chosen = polyce.explain(given, target).chosen
-        loss, grad = backend.to_numpy(loss), backend.to_numpy(grad)
+        xp = importlib.import_module(module)
+        library, given = find.of(input=xp.asarray(logits), target=xp.asarray(labels))
+        chosen = polyce.explain(*given).chosen
+        loss, grad = library.to_numpy(*polyce.cross_entropy_with_grad(*given))
         norm = np.linalg.norm(grad.astype(np.float64))
         print(f"{name:<17} {float(loss):<12.9f} {norm:<14.9f} {chosen}")
         largest = max(largest, abs(float(loss) - float(exact_loss)))

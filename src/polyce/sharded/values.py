@@ -81,6 +81,9 @@ def log_prob(
         loss, _ = functional.run(call, implementation)
         return 0.0 - loss
     check_untransformed()
+    if not own.shape[axis]:
+        # Of no class nothing is asked, nor does anything flow back, whatever the rows hold.
+        return input.narrow(axis, 0, 0)
     width = input.shape[axis]
     start, _ = place(group, width, class_start, num_classes)
     call = ShardCall(problem, Operands(input, own, None, None, None, None), group, start, width)
@@ -124,7 +127,8 @@ def _of_many(call: ShardCall, implementation: str | None) -> Any:
     result_dtype = problem.library.result_dtype(problem.logits_dtype, operands.logits)
     if problem.is_empty:
         exchange.gather_with_ranges(call, states.nothing(call))
-        values = torch.full_like(chosen.classes, math.nan, dtype=result_dtype)
+        on_graph = operands.logits.sum(axis, keepdim=True)
+        values = torch.full_like(chosen.classes, math.nan, dtype=result_dtype) + on_graph
         return values if chosen.kept is None else values.where(chosen.kept, 0.0)
     of_parts = select_of_shard(sparse, implementation)
     if not torch_state.needs_gradient(operands.logits):
