@@ -46,7 +46,7 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "kernels")
+FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "joining", "kernels")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, KERNEL = FILES
+RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, JOINING, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -199,7 +199,28 @@ MUTANTS = {
         TILE, "loser, found, loser_r.to(tl.float64)", "loser, found, nothing", masked
     ),
     "parts-of-the-first": Mutant(
-        KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
+        JOINING, "plane * part[:, None]", "plane * 0 * part[:, None]", IN_PARTS
+    ),
+    "one-part-more": Mutant(
+        JOINING,
+        "(part < parts)[:, None]",
+        "(part <= parts)[:, None]",
+        unlikely_labels_in_parts,
+    ),
+    "last-parts-alone": Mutant(
+        JOINING,
+        "seen = merge_seen(seen, _joined(found, given, FORM), given, FORM)",
+        "seen = _joined(found, given, FORM)",
+        unlikely_labels_in_parts,
+    ),
+    "parts-have-no-decay": Mutant(
+        ROW, "moved = _carried(parts, top[None, :], given, FORM)", "moved = parts", IN_PARTS
+    ),
+    "losing-parts-forgotten": Mutant(
+        JOINING, "state, _leader = choose_pivot", "_state, _leader = choose_pivot", IN_PARTS
+    ),
+    "leading-part-counted-twice": Mutant(
+        JOINING, 'tl.where(leads, float("-inf"), pivot.logit)', "pivot.logit", IN_PARTS
     ),
     "last-of-the-largest": Mutant(
         TILE,
@@ -221,12 +242,12 @@ MUTANTS = {
     ),
     # stats beside the target, and gradients of stats
     "equals-are-larger": Mutant(TILE, "(x > label_x)", "(x >= label_x)", BESIDE),
-    "rank-of-the-last-part": Mutant(
-        KERNEL, "rank += tl.load(place", "rank = tl.load(place", BESIDE_PARTS
+    "rank-of-one-part": Mutant(
+        JOINING, "rank = tl.sum(rank, 0)", "rank = tl.max(rank, 0)", BESIDE_PARTS
     ),
     "squares-stay-behind": Mutant(ROW, "squares * decay * decay", "squares", BESIDE),
     "squares-of-the-last-part": Mutant(
-        KERNEL, "p_squares = tl.load(place", "p_squares = 0.0 * tl.load(place", BESIDE_PARTS
+        JOINING, "squares = tl.load(place", "squares = 0.0 * tl.load(place", BESIDE_PARTS
     ),
     "label-among-the-squares": Mutant(TILE, "(squares - p * p)", "squares", BESIDE),
     "pivot-like-the-others": Mutant(
@@ -409,11 +430,8 @@ MUTANTS = {
     "even-share-stays-behind": Mutant(
         ROW, "even_excess + part.even * risen", "even_excess", TEACHERS
     ),
-    "teacher-of-the-last-part": Mutant(
-        KERNEL,
-        "tl.load(place + 13 * step, mask=here",
-        "0.0 * tl.load(place + 13 * step, mask=here",
-        TEACHERS_PARTS,
+    "teachers-of-parts-apart": Mutant(
+        TEACHER, "Teacher(top, tl.sum(total, 0))", "Teacher(top, tl.max(total, 0))", TEACHERS_PARTS
     ),
     "no-softmax-but-a-class": Mutant(
         TILE, "wanted, -1)", "wanted, wanted)", grid("teacher", only="special")

@@ -143,7 +143,7 @@ def _parts(call: KernelCall) -> tuple[int, int]:
     programs, classes = call.programs, call.problem.classes
     if classes <= layout.LONG or programs >= layout.FEW_PROGRAMS:
         return 1, classes
-    wanted = min(classes // layout.PART, cdiv(2 * layout.FEW_PROGRAMS, programs))
+    wanted = min(cdiv(classes, layout.PART), cdiv(2 * layout.FEW_PROGRAMS, programs))
     return cut(classes, call.tile.classes, wanted)
 
 
@@ -211,8 +211,10 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     }
     launches = [Launch("forward", (programs, parts, 1), read, call.tile.warps)]
     if parts > 1:
-        joined = {**shared, "classes": classes, "parts": parts}
-        launches.append(Launch("join", (programs, 1, 1), joined, 1))
+        at_once = layout.parts_at_once(parts, call.tile.lanes)
+        joined = {**shared, "classes": classes, "parts": parts, "TILE": at_once}
+        warps = max(at_once * call.tile.lanes // 32, 1)
+        launches.append(Launch("join", (programs, 1, 1), joined, warps))
     if results.softmax is not None:
         again = {
             name: shared[name] for name in ("inner", "blocks", "scale", "cap", "FORM", "LANES")

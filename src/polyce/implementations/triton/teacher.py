@@ -46,6 +46,14 @@ def join_teachers(one, other, state, other_state, pivot, other_pivot, given, FOR
 
 
 @triton.jit
+def to_one_teacher(state, pivot, teacher, given, FORM: tl.constexpr):
+    """Bring parts of rows, along the first axis, to the same units; join what is known of it."""
+    top = tl.max(teacher.top, 0)
+    total, state, pivot = _carried(teacher, state, pivot, top[None, :], given, FORM)
+    return state, pivot, Teacher(top, tl.sum(total, 0))
+
+
+@triton.jit
 def _carried(teacher, state, pivot, top, given, FORM: tl.constexpr):
     """Move what is in units of a teacher's largest logit to a larger one, `top`."""
     lower = teacher_exp(teacher.top, top, given, FORM).to(tl.float64)

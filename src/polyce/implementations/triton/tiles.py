@@ -168,33 +168,43 @@ def read(
     number = c[:, None]
     pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
     if FORM.RANK:
-        rank += tl.sum((inside & (x > label_x)).to(tl.int32), 0)
+        rank = tl.sum((inside & (x > label_x)).to(tl.int32), 0)
     if FORM.LARGEST:
-        new = tl.max(x, 0)
+        top = tl.max(x, 0)
         # The largest 32-bit number stands for no class, in an empty tile.
-        new_class = tl.min(tl.where((x == new) & inside, number, 0x7FFFFFFF), 0)
-        excluded = number == new_class
-        new_r = tl.sum(tl.where(excluded, r, 0.0), 0)
-        new_even = seen.pivot.even
+        top_class = tl.min(tl.where((x == top) & inside, number, 0x7FFFFFFF), 0)
+        excluded = number == top_class
+        top_even = pivot.even
         if FORM.EVEN:
-            new_even = tl.sum(tl.where(excluded, weight, 0.0), 0)
+            top_even = tl.sum(tl.where(excluded, weight, 0.0), 0)
+        pivot = Pivot(top, tl.sum(tl.where(excluded, r, 0.0), 0), top_class, top_even)
         if FORM.PROBABILITY and FORM.CORRECT:
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
-            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
     else:
         excluded = number == label
-    before, state = seen.state, tile_state(x, r, weight, excluded, given, FORM)
-    if FORM.LARGEST:
-        new_pivot = Pivot(new, new_r, new_class, new_even)
+    state = tile_state(x, r, weight, excluded, given, FORM)
+    here = Seen(state, pivot, most, most_class, rank, teacher)
+    return merge_seen(seen, here, given, FORM)
+
+
+@triton.jit
+def merge_seen(one, other, given, FORM: tl.constexpr):
+    """Merge what is known of two parts of each row."""
+    before, state, pivot, other_pivot = one.state, other.state, one.pivot, other.pivot
+    most, most_class, rank, teacher = one.most, one.most_class, one.rank, one.teacher
+    if FORM.RANK:
+        rank += other.rank
+    if FORM.PROBABILITY and FORM.CORRECT:
+        most, most_class = likelier(most, most_class, other.most, other.most_class)
     if FORM.TEACHER:
-        before, state, pivot, new_pivot, teacher = join_teachers(
-            seen.teacher, teacher, before, state, pivot, new_pivot, given, FORM
+        before, state, pivot, other_pivot, teacher = join_teachers(
+            teacher, other.teacher, before, state, pivot, other_pivot, given, FORM
         )
     state = merge(before, state, given, FORM)
     if FORM.LARGEST:
-        state, pivot = choose_pivot(state, pivot, new_pivot, given, FORM)
+        state, pivot = choose_pivot(state, pivot, other_pivot, given, FORM)
     return Seen(state, pivot, most, most_class, rank, teacher)
 
 
