@@ -27,9 +27,11 @@ from polyce.testing.backends import Backend
 from polyce.testing.selection import representative
 
 
-def few(group: str, floats: tuple[str, ...], largest: float = math.inf) -> Callable[[Case], str]:
+def few(
+    group: str, floats: tuple[str, ...], most: int = 12, largest: float = math.inf
+) -> Callable[[Case], str]:
     found = [case for case in cases([group], floats) if case.logits.size <= largest]
-    chosen = {case.name for case in representative(found, 12)}
+    chosen = {case.name for case in representative(found, most)}
     return lambda case: "" if case.name in chosen else "not among the few"
 
 
@@ -47,12 +49,12 @@ def test_grid_of_parts(backend: Backend, name: str, group: str) -> None:
 
 @pytest.mark.only("triton")
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("table", ["usual", "tiles", "parts"] if FULL else ["parts"])
+@pytest.mark.parametrize("table", ["usual", "tiles", "parts"] if FULL else ["usual"])
 def test_grid_of_parts_by_triton(backend: Backend, table: str, group: str) -> None:
     from triton_checks import PARTS, TILES, changed
 
     check: dict[str, Any] = {"groups": [group], "functions": cut_functions(of_parts("triton"))}
-    check["leave_out"] = few(group, backend.floats, largest=300)
+    check["leave_out"] = few(group, backend.floats, 20 if FULL else 6, largest=300)
     with changed({"usual": {}, "tiles": TILES, "parts": PARTS}[table]):
         print(check_implementation(None, backend, **check))
 
