@@ -46,7 +46,10 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "joining", "kernels")
+FILES = (
+    *("records", "row", "entries", "saved", "teacher", "tiles", "gradient", "joining", "states"),
+    "kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, JOINING, KERNEL = FILES
+RECORD, ROW, ENTRY, SAVE, TEACHER, TILE, GRADIENT, JOINING, _, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -260,13 +263,13 @@ MUTANTS = {
         GRADIENT, "saved.more - gap * saved.by_gap", "saved.more", VALUED
     ),
     "no-entropy-at-the-pivot": Mutant(
-        TILE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
+        SAVE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
     ),
     "no-entropy-at-the-label": Mutant(
-        TILE, "tl.where(label_p == 0.0, 0.0, label_gap) * by_gap", "0.0 * by_gap", VALUED
+        SAVE, "tl.where(label.p == 0.0, 0.0, label.gap) * by_gap", "0.0 * by_gap", VALUED
     ),
     "stats-have-no-slope": Mutant(
-        TILE,
+        SAVE,
         "pivot_more = pivot_more * slope(saved_x, given, FORM)",
         "pivot_more = pivot_more",
         VALUED,
@@ -279,13 +282,13 @@ MUTANTS = {
     ),
     "label-counted-twice": Mutant(
         TILE,
-        "added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))",
-        "added = weight * given.kept.to(DTYPE)",
+        "added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(FORM.DTYPE))",
+        "added = weight * given.kept.to(FORM.DTYPE)",
         grid("stats", only="margins/plain/top"),
     ),
     "likeliest-saved-for-backward": Mutant(
-        TILE,
-        "factor = tl.where(leads, factor, result.probability)",
+        SAVE,
+        "factor = tl.where(label.leads, factor, result.probability)",
         "factor = factor",
         grid("stats", only="margins/plain/wrong"),
     ),
@@ -316,7 +319,7 @@ MUTANTS = {
         GRADIENT, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED
     ),
     "slope-dropped-at-the-pivot": Mutant(
-        TILE,
+        SAVE,
         "pivot_grad = pivot_grad * slope(saved_x, given, FORM)",
         "pivot_grad = pivot_grad",
         COMBINED,
@@ -358,7 +361,7 @@ MUTANTS = {
         GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
     ),
     "class-read-as-a-number": Mutant(
-        TILE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
+        SAVE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
     ),
     "number-as-cotangent-dropped": Mutant(
         GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")

@@ -13,6 +13,7 @@ from polyce.implementations.triton.teacher import to_one_teacher
 from polyce.implementations.triton.tiles import (
     choose_pivot,
     conclude,
+    first_besides,
     lanes,
     merge_seen,
     nothing_read,
@@ -42,6 +43,19 @@ def join(
         loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
         top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
     )  # fmt: skip
+    seen = joined(parts_ptr, parts, rows, row, here, given, FORM, TILE, LANES)
+    conclude(
+        x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
+        row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
+    )  # fmt: skip
+
+
+@triton.jit
+def joined(
+    parts_ptr, parts, rows, row, here, given,
+    FORM: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Return what is known of rows from all their parts."""
     seen = nothing_read(LANES, FORM)
     plane = tl.full((1,), rows, tl.int64)
     for done in range(0, parts, TILE):
@@ -50,10 +64,7 @@ def join(
         place = parts_ptr + plane * part[:, None].to(tl.int64) + row[None, :]
         found = _stored(place, plane * parts, inside, FORM)
         seen = merge_seen(seen, _joined(found, given, FORM), given, FORM)
-    conclude(
-        x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
-        row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
-    )  # fmt: skip
+    return seen
 
 
 @triton.jit
@@ -96,8 +107,11 @@ def _stored(place, step, inside, FORM: tl.constexpr):
         even_excess = tl.load(place + 15 * step, mask=inside, other=0.0)
         pivot_even = tl.load(place + 16 * step, mask=inside, other=0.0).to(FORM.DTYPE)
         pivot = Pivot(pivot.logit, pivot.coefficient, pivot.number, pivot_even)
+    first = number
+    if FORM.FIRST:
+        first = tl.load(place + 17 * step, mask=inside, other=2147483647.0).to(tl.int32)
     state = State(top, total, rest, excess, entropy, squares, even, even_excess)
-    return Seen(state, pivot, most, most_class, rank, teacher)
+    return Seen(state, pivot, most, most_class, rank, first, teacher)
 
 
 @triton.jit
@@ -132,4 +146,8 @@ def _joined(parts, given, FORM: tl.constexpr):
         leader = Pivot(logit[None, :], r[None, :], number[None, :], even[None, :])
         state, _leader = choose_pivot(state, leader, others, given, FORM)
         pivot = Pivot(logit, r, number, even)
-    return Seen(add_states(state, given, FORM), pivot, most, most_class, rank, teacher)
+    state, first = add_states(state, given, FORM), pivot.number
+    if FORM.FIRST:
+        each = first_besides(parts, state.top[None, :], pivot.number[None, :], FORM)
+        first = tl.min(each, 0)
+    return Seen(state, pivot, most, most_class, rank, first, teacher)

@@ -13,6 +13,7 @@ from polyce.implementations.triton.gradient import at_entries, backward, put_ent
 from polyce.implementations.triton.joining import join
 from polyce.implementations.triton.records import Inputs, Outputs
 from polyce.implementations.triton.row import difference, narrow, numbers
+from polyce.implementations.triton.states import save_states, write_states, write_teachers
 from polyce.implementations.triton.tiles import (
     body,
     conclude,
@@ -32,6 +33,9 @@ __all__ = [
     "join",
     "put_entries",
     "reduce",
+    "save_states",
+    "write_states",
+    "write_teachers",
 ]
 
 
@@ -144,6 +148,8 @@ def forward(
             tl.store(place + 14 * step, state.even, mask=here)
             tl.store(place + 15 * step, state.even_excess, mask=here)
             tl.store(place + 16 * step, pivot.even.to(tl.float64), mask=here)
+        if FORM.FIRST:
+            tl.store(place + 17 * step, seen.first.to(tl.float64), mask=here)
     else:
         conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,

@@ -7,7 +7,7 @@ teacher's logits so far.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Pivot, Teacher
+from polyce.implementations.triton.records import Pivot, Seen, Teacher
 from polyce.implementations.triton.row import exp, split, with_coefficients
 
 
@@ -77,6 +77,17 @@ def with_teacher(seen, given, FORM: tl.constexpr):
         r += pivot.even * given.share
     pivot = Pivot(pivot.logit, r.to(FORM.DTYPE), pivot.number, pivot.even)
     return with_coefficients(state, rest, excess), pivot, unit
+
+
+@triton.jit
+def with_whole_teacher(seen, top, total, given, FORM: tl.constexpr):
+    """Return state and pivot of a part of rows, whose teacher has other classes too."""
+    _, state, pivot = _carried(seen.teacher, seen.state, seen.pivot, top, given, FORM)
+    whole = Seen(
+        state, pivot, seen.most, seen.most_class, seen.rank, seen.first, Teacher(top, total)
+    )
+    state, pivot, _ = with_teacher(whole, given, FORM)
+    return state, pivot
 
 
 @triton.jit
