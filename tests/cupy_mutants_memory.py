@@ -91,7 +91,7 @@ MUTANTS = {
         UNEVEN, CLASSES, "(BYTES - (u64)x % BYTES) % BYTES", "(u64)x % BYTES"
     ),
     "reads-one-beyond": wrong(
-        zones((70, 12)), CLASSES, "return number(u, 0) < limit", "return number(u, 0) <= limit"
+        zones((70, 12)), CLASSES, "number(u, 0) < limit", "number(u, 0) <= limit"
     ),
     "one-row-too-many": wrong(
         zones((5, 10)), CLASSES, "lane < call.inner ?", "lane <= call.inner ?"
@@ -177,8 +177,8 @@ MUTANTS = {
     "reads-a-written-label": wrong(
         right(LONG, table=SPLIT, in_place=True, orders=ORDERS),
         KERNELS,
-        "const State state = join_parts(call, states, row.number);",
-        "State state = join_parts(call, states, row.number); state.pivot = "
+        "const State& state = joined[0];",
+        "State state = joined[0]; state.pivot = "
         "Stored<LOGITS>::widen(x[row.x_at + meaning.label * call.x_class]);",
     ),
     "reads-a-written-neighbour": wrong(
@@ -204,7 +204,42 @@ MUTANTS = {
     "last-part-forgotten": wrong(
         right((3, 96), table=SPLIT, **LOSS),
         BLOCKS,
-        "part = 1; part < call.parts",
-        "part = 1; part + 1 < call.parts",
+        "row >= 0 && seat < parts",
+        "row >= 0 && seat + 1 < parts",
+    ),
+    "odd-part-forgotten": wrong(
+        right((3, 96), table=SPLIT, **LOSS),
+        BLOCKS,
+        "seat + reach < parts",
+        "seat + reach < parts - 1",
+    ),
+    "parts-beyond-the-threads-forgotten": wrong(
+        right((3, 96), table={**SPLIT, "BLOCK": 2, "MOST_PARTS": 6}, **LOSS),
+        BLOCKS,
+        "part += count",
+        "part += parts",
+    ),
+    "no-barrier-before-parts-are-joined": wrong(
+        right(
+            (3, 96),
+            table=SPLIT,
+            **LOSS,
+        ),
+        BLOCKS,
+        f"row * parts + part]);\n  }}\n  {SYNC}",
+        "row * parts + part]);\n  }\n",
+    ),
+    # loads that are under way
+    "the-same-load-again": wrong(
+        right((3, 300), "bfloat16", table={"BLOCK": 16}),
+        CLASSES,
+        "ahead = loads[i + team]",
+        "ahead = loads[i]",
+    ),
+    "pairs-turned-round": wrong(
+        right((3, 70), "bfloat16"),
+        CLASSES,
+        "numbers[2 * n], numbers[2 * n + 1]",
+        "numbers[2 * n + 1], numbers[2 * n]",
     ),
 }

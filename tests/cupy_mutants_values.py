@@ -87,9 +87,7 @@ MUTANTS = {
         "rest[i] == 0 ? (real)0 : rest[i] * -gap",
         "rest[i] * -gap",
     ),
-    "pivot-counted-twice": wrong(
-        GRADIENTS, CLASSES, "!taken.has(u) || c == pivot;", "!taken.has(u);"
-    ),
+    "pivot-counted-twice": wrong(GRADIENTS, CLASSES, "taken.holds(u, pivot)", "false"),
     "nan-dropped": wrong(
         of_rows([[0.0, NAN, 1.0, 2.0]], [0], **LOSS),
         CLASSES,
@@ -222,7 +220,9 @@ MUTANTS = {
     "scale-not-in-the-gradient": wrong(
         right(LONG, logit_scale=2.0), BLOCKS, "g *= call.exact_scale;", ""
     ),
-    "pivot-next-door": wrong(GRADIENTS, GRADIENT, "if (c == row.pivot)", "if (c == row.pivot + 1)"),
+    "pivot-next-door": wrong(
+        GRADIENTS, GRADIENT, "if (taken.number(u, w) == c)", "if (taken.number(u, w) == c + 1)"
+    ),
     # which rows count, and for how much
     "ignored-rows-in-the-mean": wrong(
         MEANS,

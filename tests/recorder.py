@@ -18,8 +18,12 @@ from triton.runtime import driver
 
 from polyce.call.options import Options
 from polyce.call.problem import describe
+from polyce.call.target import TeacherLogits
+from polyce.formula import rows
+from polyce.formula.parts import Whole
 from polyce.implementations.triton import calls as triton_torch
 from polyce.implementations.triton import kernels as triton_kernels
+from polyce.implementations.triton import parts as triton_parts
 from polyce.implementations.triton import plans
 
 TARGETS = {
@@ -128,6 +132,32 @@ def call(
     cotangent = torch.ones((), dtype=loss.dtype).expand(loss.shape)
     operands = operands._replace(grad_output=cotangent)
     return triton_torch.backward(problem, operands, saved, None)
+
+
+def call_part(shard: Any, target: Any, *arrays: Any, classes: int, **options: Any) -> None:
+    """Run the code of some classes of a call, from the second on: state, then gradient."""
+    options = {"validate": False} | options
+    of_stats = options.pop("grad_stats", None)
+    shape = (shard.shape[0], classes, *shard.shape[2:])
+    soft = isinstance(target, torch.Tensor) and target.is_floating_point()
+    whole: Any = target.new_empty(()).expand(shape) if soft else target
+    if isinstance(target, TeacherLogits):
+        whole = target._replace(logits=shard.new_empty(()).expand(shape))
+    problem, operands = describe(
+        shard.new_empty(()).expand(shape), whole, *arrays,
+        options=Options.taken_from(options), grad_stats=of_stats,
+    )  # fmt: skip
+    operands = operands._replace(logits=shard)
+    teacher = None
+    if soft:
+        operands = operands._replace(target=target)
+    if problem.kind == "teacher":
+        operands = operands._replace(target=target.logits)
+        teacher = triton_parts.read_teacher(problem, target.logits)
+    part = triton_parts.read(problem, operands, 1, teacher)
+    joined = Whole(None, part.state, part.pivot, None, None)
+    cotangents = rows.stats_cotangents(problem, operands)
+    triton_parts.gradient(problem, operands, 1, joined, 1.0, cotangents, teacher)
 
 
 def binary(launched: Launched, device: int) -> Any:

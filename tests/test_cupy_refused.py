@@ -241,4 +241,4 @@ def test_more_classes_than_are_numbered(cupy: Any) -> None:
     t = cupy.zeros(1, np.int64)
     assert polyce.explain(x[:, :-1], t).chosen == "cupy"
     (reason,) = polyce.explain(x, t).reasons["cupy"]
-    assert reason == f"more than {2**31 - 2**16} classes are not served"
+    assert reason == f"takes at most {2**31 - 2**16} classes"

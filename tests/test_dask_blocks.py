@@ -74,7 +74,7 @@ def test_the_dask_path_is_chosen_and_the_reference_could_serve(da: Any) -> None:
 
 def test_it_serves_no_other_arrays() -> None:
     told = polyce.explain(np.zeros((2, 3)), np.zeros(2, np.int64))
-    assert told.reasons["dask"] == ("arrays numpy is not served (dask)",)
+    assert told.reasons["dask"] == ("takes arrays of dask, not numpy",)
 
 
 @pytest.fixture

@@ -81,16 +81,16 @@ def test_the_whole_text(table: Callable[..., None]) -> None:
 cross_entropy on numpy / cpu: logits float32 (8, 10), target int64 (8,), weight float32, \
 label_smoothing 0.1
   triton     no   triton is not installed (pip install triton)
-  cupy       no   arrays numpy is not served (cupy); device cpu is not served (cuda)
-  bare       no   option weight is not served; option label_smoothing is not served
+  cupy       no   takes arrays of cupy, not numpy; runs on cuda, not cpu
+  bare       no   takes no weight; takes no label_smoothing
   native     yes  <- runs
   reference  yes"""
     assert str(explanation) == repr(explanation) == expected
     assert explanation.chosen == "native"
     assert explanation.reasons == {
         "triton": ("triton is not installed (pip install triton)",),
-        "cupy": ("arrays numpy is not served (cupy)", "device cpu is not served (cuda)"),
-        "bare": ("option weight is not served", "option label_smoothing is not served"),
+        "cupy": ("takes arrays of cupy, not numpy", "runs on cuda, not cpu"),
+        "bare": ("takes no weight", "takes no label_smoothing"),
         "native": (),
         "reference": (),
     }

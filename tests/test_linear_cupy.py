@@ -42,7 +42,8 @@ def emulation(backend_name: str) -> Iterator[Any]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small calls into several chunks, and each chunk into several blocks of classes."""
-    limits = {"bytes": 4 * 8 * C, "fewest": 1, "multiple": 4, "block_bytes": 1}
+    limits = {"bytes": 4 * 8 * C, "fewest": 1, "multiple": 4}
+    limits |= {"block_bytes": 1, "large_block_bytes": 1}
     monkeypatch.setattr(chunks, "ACCELERATOR", dataclasses.replace(chunks.ACCELERATOR, **limits))
 
 

@@ -376,35 +376,90 @@ class OnCuda:
     dtype = "16 bits"
 
 
+WIDE_OVERLOADS = ["default", "out", "dtype", "dtype_out"]
+
+
 @pytest.mark.only("torch")
 @pytest.mark.parametrize(
-    ("overloads", "hip", "wide"),
+    ("version", "hip", "overloads", "asked"),
     [
-        (["default", "out", "dtype"], None, True),
-        (["default", "out"], None, False),
-        (["default", "out", "dtype"], "6.3", False),
+        ("2.13.0+cu130", None, WIDE_OVERLOADS, [("mm", "wide", "in place"), ("addmm", "in place")]),
+        ("2.9.1+cu128", None, WIDE_OVERLOADS, [("mm", "wide", "in place"), ("mm", "wide")]),
+        ("2.7.1+cu126", None, WIDE_OVERLOADS[:2], [("mm",), ("mm",)]),
+        ("2.13.0+rocm7.0", "7.0", WIDE_OVERLOADS, [("mm",), ("mm",)]),
     ],
-    ids=["cuda", "torch-2.7", "rocm"],
+    ids=["cuda", "torch-2.9", "torch-2.7", "rocm"],
 )
 def test_wide_products_are_asked_for_where_they_are(
-    torch: Any, monkeypatch: pytest.MonkeyPatch, overloads: list[str], hip: str | None, wide: bool
+    torch: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    hip: str | None,
+    overloads: list[str],
+    asked: list[tuple[str, ...]],
 ) -> None:
     import importlib
 
     from polyce.linear import torch_memory
 
-    asked = []
-
-    def product(a: Any, b: Any, **options: Any) -> Any:
-        asked.append(options)
-        return torch.ones(2, 2)
-
+    done = []
     total = torch.full((2, 2), 3.0)
+
+    def product(a: Any, b: Any, out_dtype: Any = None, out: Any = None) -> Any:
+        assert out_dtype in (None, torch.float32)
+        words = {"wide": out_dtype is not None, "in place": out is total}
+        done.append(("mm", *(word for word, is_so in words.items() if is_so)))
+        return torch.ones(2, 2) if out is None else out.fill_(1.0)
+
+    def sum_of_products(given: Any, a: Any, b: Any, out_dtype: Any, out: Any) -> Any:
+        assert given is total
+        assert out is total
+        assert out_dtype == torch.float32
+        done.append(("addmm", "in place"))
+        return out.add_(1.0)
+
     with monkeypatch.context() as patched:
         patched.setattr(torch.version, "hip", hip)
-        patched.setattr(torch.ops.aten.mm, "overloads", lambda: overloads)
+        patched.setattr(torch, "__version__", type(torch.__version__)(version))
+        for operator in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            patched.setattr(operator, "overloads", lambda: overloads)
         patched.setattr(torch, "mm", product)
-        importlib.reload(torch_memory).PRODUCTS.add_product(OnCuda(), OnCuda(), total, False, None)
+        patched.setattr(torch, "addmm", sum_of_products)
+        add_product = importlib.reload(torch_memory).PRODUCTS.add_product
+        add_product(OnCuda(), OnCuda(), total, True, None)
+        add_product(OnCuda(), OnCuda(), total, False, None)
     importlib.reload(torch_memory)
-    assert asked == [{"out_dtype": torch.float32} if wide else {}]
-    assert torch.equal(total, torch.full((2, 2), 4.0))
+    assert done == asked
+    assert torch.equal(total, torch.full((2, 2), 2.0))
+
+
+@pytest.mark.only("torch")
+def test_torch_takes_what_is_asked_of_it(torch: Any) -> None:
+    """The operators' schemas have the arguments; a CPU has no kernels for them."""
+    schemas = [getattr(torch.ops.aten, name).dtype_out._schema for name in ("mm", "addmm")]
+    for schema, count in zip(schemas, (2, 3), strict=True):
+        names = [argument.name for argument in schema.arguments]
+        assert (names[count], names[-1]) == ("out_dtype", "out")
+        a, total = torch.ones((2, 2), dtype=torch.bfloat16), torch.zeros(2, 2)
+        call = torch.mm if count == 2 else torch.addmm
+        with pytest.raises(NotImplementedError, match=r"aten::\w*mm\.dtype_out"):
+            call(*[total][: count - 2], a, a, out_dtype=torch.float32, out=total)
+
+
+@pytest.mark.only("torch")
+@pytest.mark.parametrize(
+    ("features", "bytes_of_block"), [(1024, 32 << 20), (4096, 128 << 20)], ids=["cached", "large"]
+)
+def test_blocks_on_a_gpu_stay_in_its_cache_where_that_helps(
+    torch: Any, features: int, bytes_of_block: int
+) -> None:
+    """The gradient of 2048 rows' hidden states is read and written for each block of classes."""
+    from polyce.call.options import Options
+    from polyce.call.problem import describe
+    from polyce.linear import chunks
+
+    x, t = torch.empty((8192, 128256), dtype=torch.bfloat16, device="meta"), torch.zeros(8192)
+    problem, _ = describe(x, t.long().to("meta"), options=Options(validate=False))
+    cut = chunks.choose(problem._replace(device="cuda"), features, None)
+    assert cut.rows == 2048
+    assert 0 <= 2 * (cut.rows + features) * cut.classes - bytes_of_block < 128 * (2048 + features)

@@ -3,129 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 import polyce
 from conftest import FEW, FULL
+from in_parts import Cut, cut_functions, of_parts
 from polyce.call.options import Options
-from polyce.call.problem import Operands, Problem, describe
-from polyce.formula import parts, rows, rowstate, rowstats, stats, targets
+from polyce.call.problem import describe
+from polyce.formula import parts, rowstate
 from polyce.formula.rowgradient import StatsCotangents
 from polyce.implementations import registry
-from polyce.implementations.contract import OfParts
 from polyce.implementations.native import parts as native
 from polyce.implementations.native.core import core
 from polyce.testing import GROUPS, Case, cases, check_implementation
 from polyce.testing.backends import Backend
-from polyce.testing.conformance import Functions
 from polyce.testing.selection import representative
 
 
-def of_parts(name: str) -> OfParts:
-    found = registry.find(name).of_parts
-    assert found is not None
-    return found
-
-
-class Cut(NamedTuple):
-    """The classes of a call, cut at random: each piece with the first of its classes."""
-
-    problem: Problem
-    pieces: list[tuple[Operands, int]]
-    teacher: parts.TeacherState | None
-
-    @classmethod
-    def of(
-        cls, path: OfParts, problem: Problem, operands: Operands, rng: np.random.Generator
-    ) -> Cut:
-        classes = problem.classes
-        # Parts without classes, of one class, and uneven ones.
-        inner = sorted(rng.integers(0, classes + 1, rng.integers(0, 5)))
-        edges = [0, *map(int, inner), classes]
-        pieces = []
-        for start, end in itertools.pairwise(edges):
-            here = (*(slice(None),) * problem.axis, slice(start, end))
-            own = {"logits": operands.logits[here]}
-            if problem.kind in ("probability", "teacher"):
-                own["target"] = operands.target[here]
-            pieces.append((operands._replace(**own), start))
-        teacher = None
-        if problem.kind == "teacher":
-            read = [path.read_teacher(problem, piece.target) for piece, _ in pieces]
-            teacher = parts.join_teacher(problem, read)
-        return cls(problem, pieces, teacher)
-
-    def whole(self, path: OfParts) -> parts.Whole:
-        read = [path.read(self.problem, *piece, self.teacher) for piece in self.pieces]
-        return parts.join(self.problem, read)
-
-    def gradient(self, path: OfParts, whole: parts.Whole, *cotangents: Any) -> Any:
-        problem = self.problem
-        grads = [
-            path.gradient(problem, *piece, whole, *cotangents, self.teacher)
-            for piece in self.pieces
-        ]
-        cast = [problem.library.cast(grad, problem.logits_dtype) for grad in grads]
-        return problem.xp.concat(cast, axis=problem.axis)
-
-    def stats(self, whole: parts.Whole, plan: targets.Plan) -> stats.Stats | None:
-        problem, found = self.problem, whole.stats
-        if found is None:
-            return None
-        for name in filter(lambda name: rowstats.looks_again(problem, name), problem.options.stats):
-            added = [
-                parts.rank(problem, piece, whole.label_logit)
-                if name == "rank"
-                else parts.brier(problem, piece, start, whole)
-                for piece, start in self.pieces
-            ]
-            found = found._replace(**{name: sum(added[1:], added[0])})
-        return stats.finish(problem, plan, found)
-
-
-def cut_functions(path: OfParts) -> Functions:
-    """Return polyce's functions as `path` computes them from parts of the classes."""
-    rng = np.random.default_rng(0)
-
-    def call(with_grad: bool, given: dict[str, Any]) -> Any:
-        whole_call = dict(given)
-        options = Options.taken_from(given)
-        names = ("input", "target", "weight", "sample_weight", "normalizer")
-        arrays = [given.pop(name, None) for name in names]
-        problem, operands = describe(*arrays, options, **given)
-        if problem.is_empty:
-            function = polyce.cross_entropy_with_grad if with_grad else polyce.cross_entropy
-            return function(**whole_call)
-        with problem.library.computing(operands.named()):
-            plan = targets.plan(problem, operands)
-            cut = Cut.of(path, problem, operands, rng)
-            whole = cut.whole(path)
-            results = [targets.reduce(problem, plan, whole.losses)]
-            if with_grad:
-                cotangent = targets.cotangent(problem, plan, operands.grad_output)
-                of_stats = selected(problem, plan, rows.stats_cotangents(problem, operands))
-                results.append(cut.gradient(path, whole, cotangent, of_stats))
-            found = cut.stats(whole, plan)
-        results += [] if found is None else [found]
-        return results[0] if len(results) == 1 else tuple(results)
-
-    return Functions(lambda **given: call(False, given), lambda **given: call(True, given))
-
-
-def selected(problem: Problem, plan: targets.Plan, given: StatsCotangents) -> StatsCotangents:
-    """Leave out the cotangents of rows that do not count, whose stats are nan."""
-    return StatsCotangents(
-        *(a if a is None else targets.select_rows(plan, problem.xp, a) for a in given)
-    )
-
-
-def few(group: str, floats: tuple[str, ...]) -> Callable[[Case], str]:
-    chosen = {case.name for case in representative(cases([group], floats), 12)}
+def few(
+    group: str, floats: tuple[str, ...], most: int = 12, largest: float = math.inf
+) -> Callable[[Case], str]:
+    found = [case for case in cases([group], floats) if case.logits.size <= largest]
+    chosen = {case.name for case in representative(found, most)}
     return lambda case: "" if case.name in chosen else "not among the few"
 
 
@@ -139,6 +45,58 @@ def test_grid_of_parts(backend: Backend, name: str, group: str) -> None:
     leave_out = None if all_of_them else few(group, backend.floats)
     check = {"groups": [group], "functions": functions, "leave_out": leave_out}
     print(check_implementation(None, backend, **check))
+
+
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("table", ["usual", "tiles", "parts"] if FULL else ["usual"])
+def test_grid_of_parts_by_triton(backend: Backend, table: str, group: str) -> None:
+    from triton_checks import PARTS, TILES, changed
+
+    check: dict[str, Any] = {"groups": [group], "functions": cut_functions(of_parts("triton"))}
+    check["leave_out"] = few(group, backend.floats, 20 if FULL else 6, largest=300)
+    with changed({"usual": {}, "tiles": TILES, "parts": PARTS}[table]):
+        print(check_implementation(None, backend, **check))
+
+
+@pytest.mark.only("triton")
+def test_states_by_triton() -> None:
+    from triton_checks import states
+
+    states()
+
+
+@pytest.fixture
+def group(torch: Any) -> Iterator[Any]:
+    """Yield a group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.only("triton")
+@pytest.mark.skipif(sys.platform != "linux", reason="as in test_sharded.py")
+def test_a_shard_by_triton(torch: Any, group: Any) -> None:
+    import polyce.torch
+
+    by_triton = {"group": group, "implementation": "triton"}
+    x, t = 3.0 * torch.randn(5, 19), torch.randint(19, (5,))
+    index = torch.randint(19, (5, 3))
+
+    def results(leaf: Any, **how: Any) -> list[Any]:
+        loss, stats = polyce.torch.cross_entropy(leaf, t, return_stats=("entropy",), **how)
+        log_prob = polyce.torch.log_prob(leaf, index, **how)
+        entropy = polyce.torch.entropy(leaf, **how)
+        total = loss + (stats.entropy * entropy).sum() + log_prob.square().sum()
+        (grad,) = torch.autograd.grad(total, leaf)
+        return [loss, log_prob, entropy, grad]
+
+    found = results(x.requires_grad_(), **by_triton)
+    want = results(x, implementation="reference")
+    for ours, theirs in zip(found, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # What must be caught
@@ -259,6 +217,17 @@ def test_what_the_kernels_cannot_read_goes_to_the_reference() -> None:
     for array, path in ((logits, "native"), (logits.astype(">f4"), "reference")):
         problem, _ = describe(array, labels)
         assert registry.select_of_parts(problem) is of_parts(path)
+
+
+@pytest.mark.only("torch")
+def test_what_torch_compile_traces_goes_to_the_reference(torch: Any) -> None:
+    logits, labels = torch.zeros(256, 1000), torch.zeros(256, dtype=torch.int64)
+    problem, _ = describe(logits, labels)
+    assert registry.select_of_parts(problem) is of_parts("native")
+    traced = problem._replace(is_concrete=False, is_compiling=True)
+    assert registry.select_of_parts(traced) is of_parts("reference")
+    with pytest.raises(ValueError, match=r"'native' cannot .* torch.compile cannot trace"):
+        registry.select_of_shard(traced, "native")
 
 
 @pytest.mark.only("numpy")

@@ -118,39 +118,39 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] 
     "stats": (
         {"stats": frozenset({"lse", "entropy"})},
         {"return_stats": ("lse", "rank", "brier")},
-        tuple(f"stats {name} is not served (entropy, lse)" for name in ("rank", "brier")),
+        tuple(f"computes the stats entropy, lse, not {name}" for name in ("rank", "brier")),
     ),
     "unavailable": ({"unavailable": lambda: "not built"}, {}, ("not built",)),
     "backends": (
         {"backends": frozenset({"torch", "cupy"})},
         {},
-        ("arrays numpy is not served (cupy, torch)",),
+        ("takes arrays of cupy, torch, not numpy",),
     ),
-    "devices": ({"devices": frozenset({"cuda"})}, {}, ("device cpu is not served (cuda)",)),
+    "devices": ({"devices": frozenset({"cuda"})}, {}, ("runs on cuda, not cpu",)),
     "dtypes": (
         {"dtypes": frozenset({"float64", "float16"})},
         {},
-        ("dtype float32 is not served (float16, float64)",),
+        ("takes logits in float16, float64, not float32",),
     ),
     "kinds-index": (
         {"kinds": frozenset({"probability"})},
         {},
-        ("target index is not served (probability)",),
+        ("takes targets of kind probability, not index",),
     ),
     "kinds-probability": (
         {"kinds": frozenset({"index"})},
         {"target": PROBABILITIES},
-        ("target probability is not served (index)",),
+        ("takes targets of kind index, not probability",),
     ),
     "options": (
         {"options": frozenset()},
         {"weight": WEIGHT, "label_smoothing": 0.1},
-        ("option weight is not served", "option label_smoothing is not served"),
+        ("takes no weight", "takes no label_smoothing"),
     ),
     "one-option": (
         {"options": frozenset({"weight"})},
         {"weight": WEIGHT, "label_smoothing": 0.1},
-        ("option label_smoothing is not served",),
+        ("takes no label_smoothing",),
     ),
     "everything": (
         {
@@ -164,11 +164,11 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] 
         {"weight": WEIGHT},
         (
             "not installed",
-            "arrays numpy is not served (torch)",
-            "device cpu is not served (cuda)",
-            "dtype float32 is not served (float64)",
-            "target index is not served (probability)",
-            "option weight is not served",
+            "takes arrays of torch, not numpy",
+            "runs on cuda, not cpu",
+            "takes logits in float64, not float32",
+            "takes targets of kind probability, not index",
+            "takes no weight",
         ),
     ),
 }
@@ -305,8 +305,8 @@ def test_the_variable_is_passed_over_where_it_cannot_serve(
 
 
 STRICT = (
-    "^implementation 'picky' cannot serve this call: not built; dtype float32 is not served "
-    r"\(float64\); leave implementation at None to run one that can$"
+    "^implementation 'picky' cannot serve this call: not built; takes logits in float64, "
+    r"not float32; leave implementation at None to run one that can$"
 )
 
 

@@ -109,6 +109,7 @@ def test_blocks_are_whole_rows_cover_all_and_fit(
     monkeypatch: pytest.MonkeyPatch, rows: int, chunks: Any
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 8 * 7 * rows)
+    monkeypatch.setattr(blocks, "LARGER", 4)
     seen = np.zeros((20, 30, 7), int)
     boxes = list(blocks.boxes(seen.shape, 2, 8, chunks))
     for box in boxes:

@@ -32,6 +32,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write both arrays into a folder, and cut what is read into several blocks."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4 * 6 * 64)
+    monkeypatch.setattr(passes, "TOGETHER", 2)
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", LOGITS)
     np.save("y.npy", LABELS)
@@ -199,7 +200,7 @@ def test_rows_that_cannot_be_scored_are_named(
         "polyce score: 2 rows have no softmax (nan, +inf or nothing but -inf), the first at "
         "(130,): left out of every figure"
     )
-    assert "1 row has a label that is no class, the first at (170,)" in bad
+    assert "1 row has a label that is not a class, the first at (170,)" in bad
 
 
 @NUMPY
@@ -285,7 +286,7 @@ def test_interrupted_it_tells_what_it_has(
 
     def stopped(*given: Any) -> Any:
         for number, running in enumerate(whole(*given)):
-            if number == 2:
+            if number == 1:
                 raise KeyboardInterrupt
             yield running
 

@@ -194,4 +194,4 @@ def test_explain_says_which_path_takes_them() -> None:
     assert told.reasons["native"] == told.reasons["reference"] == ()
     lacking = dataclasses.replace(registry.find("reference"), takes_grad_stats=False)
     problem, _ = describe(X, LABELS, options=Options(stats="lse"), grad_stats={"lse": OF_LSE})
-    assert lacking.reasons(problem) == ("cotangents of stats (grad_stats) are not served",)
+    assert lacking.reasons(problem) == ("takes no cotangents of stats (grad_stats)",)

@@ -302,7 +302,7 @@ def test_what_speaks_against_it(torch: Any, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="cannot serve this call: torch finds no CUDA"):
         polyce.cross_entropy(x, t, implementation="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "meta is not served" in polyce.explain(x.to("meta"), t.to("meta")).reasons["triton"][0]
+    assert "not meta" in polyce.explain(x.to("meta"), t.to("meta")).reasons["triton"][0]
 
 
 @pytest.mark.parametrize("shape", [(3, 70), (3, 10), (2, 5, 4)])

@@ -19,7 +19,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Shape and strides; whether classes are read, and the gradient is written, 16 bytes at once.
 LAYOUTS = {
     "aligned": ((4, 4096), (4096, 1), True),
-    "odd": ((4, 50257), (50257, 1), True),
+    "odd": ((4, 16383), (16383, 1), True),
     "rows of 1000": ((4, 1000), (1000, 1), True),
     "short": ((300, 10), (10, 1), False),
     "neighbours": ((2, 19, 256), (4864, 256, 1), True),
@@ -48,6 +48,8 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "teacher": (("teacher",), {}),
     "everything of a teacher": (("teacher", "weight", "sample_weight"), EVERYTHING),
 }
+# The kernels of parts know no mean.
+PART_FLAGS = [flags for flags, (given, _) in FLAGS.items() if "normalizer" not in given]
 # Most registers of a thread with which two programs of 8 warps share a multiprocessor's 65536. For
 # float64, for a softcap with all stats, and if a thread keeps several rows, all that there are:
 # 255, or 512 on AMD's GPUs.
@@ -80,14 +82,52 @@ def cases() -> list[Any]:
 def test_compiled(
     torch: Any, tmp_path: Path, target: str, layout: str, dtype: str, flags: str
 ) -> None:
-    from recorder import binary, call, record, registers, spills_in_loops, widths
+    from recorder import call, record
 
     recorder = record(target)
-    shape, strides, wide = LAYOUTS[layout]
-    # With a softcap, and beside a teacher, there are only registers for 8 bytes at once.
-    narrow = flags in HEAVY or flags == "teacher"
-    wide = wide and not (layout == "neighbours" and narrow)
+    arrays, options = drawn(torch, layout, dtype, flags)
+    call(*arrays, **options)
+    check(recorder, tmp_path, target, layout, dtype, flags)
+
+
+def parts() -> list[Any]:
+    """Return layouts, dtypes and flags of some classes of a call, all of them if asked for."""
+    if FULL:
+        return list(itertools.product(LAYOUTS, DTYPES, PART_FLAGS))
+    return [
+        ("odd", "bfloat16", "plain"),
+        ("odd", "float32", "everything"),
+        ("split", "float32", "valued probabilities"),
+        ("neighbours", "float32", "everything of entries"),
+        ("aligned", "bfloat16", "everything of a teacher"),
+        ("short", "float64", "valued"),
+    ]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "flags"), parts())
+def test_parts_compiled(torch: Any, tmp_path: Path, layout: str, dtype: str, flags: str) -> None:
+    from recorder import call_part, record
+
+    recorder = record("sm_90")
+    arrays, options = drawn(torch, layout, dtype, flags, classes=LAYOUTS[layout][0][1] + 5)
+    call_part(*arrays, **options)
+    names = {launch.name for launch in recorder.launched}
+    assert names >= {"forward", "write_states", "save_states", "backward"}
+    assert ("teacher" in flags) == ("write_teachers" in names)
+    check(recorder, tmp_path, "sm_90", layout, dtype, flags)
+
+
+def drawn(
+    torch: Any, layout: str, dtype: str, flags: str, classes: int | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arrays and options of a call; its logits are some of so many `classes`, if given.
+
+    Nobody looks at the values.
+    """
+    shape, strides, _ = LAYOUTS[layout]
     given, options = FLAGS[flags]
+    if classes is not None:
+        options = options | {"classes": classes}
     x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
     rows = (shape[0], *shape[2:])
     taken: Any = torch.zeros(rows, dtype=torch.int64)
@@ -98,23 +138,30 @@ def test_compiled(
     elif "entries" in given:
         several = torch.zeros((rows[0], 32, *rows[1:]), dtype=torch.int64)
         taken = polyce.SparseTarget(several, several.float())
-    call(
+    of_stats = {n: torch.ones(rows) for n in ("lse", "entropy") if f"grad_{n}" in given}
+    return [
         x,
         taken,
-        torch.ones(shape[1]) if "weight" in given else None,
-        sample_weight=torch.ones(rows) if "sample_weight" in given else None,
-        normalizer=torch.ones(()) if "normalizer" in given else None,
-        grad_stats={n: torch.ones(rows) for n in ("lse", "entropy") if f"grad_{n}" in given}
-        or None,
-        **options,
-    )
+        torch.ones(classes or shape[1]) if "weight" in given else None,
+        torch.ones(rows) if "sample_weight" in given else None,
+        torch.ones(()) if "normalizer" in given else None,
+    ], {**options, "grad_stats": of_stats or None}
+
+
+def check(recorder: Any, folder: Path, target: str, layout: str, dtype: str, flags: str) -> None:
+    """Check the kernels that were launched: registers, spills, how much is loaded at once."""
+    from recorder import binary, registers, spills_in_loops, widths
+
+    # With a softcap, and beside a teacher, there are only registers for 8 bytes at once.
+    narrow = flags in HEAVY or flags == "teacher"
+    wide = LAYOUTS[layout][2] and not (layout == "neighbours" and narrow)
     for launch in recorder.launched:
         compiled = binary(launch, recorder.device)
-        count, spilled = registers(compiled, tmp_path)
+        count, spilled = registers(compiled, folder)
         # Sometimes ptxas spills a number or two until after the loop, to save a few registers.
         assert spilled <= (16 if "cubin" in compiled.asm else 0), launch.name
         if spilled:
-            assert spills_in_loops(compiled, tmp_path) == []
+            assert spills_in_loops(compiled, folder) == []
         heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")
         assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
         loads, stores = widths(compiled)

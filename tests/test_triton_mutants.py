@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,18 @@ from conftest import one_of_each
 pytestmark = [pytest.mark.only("triton"), pytest.mark.tests_of_tests]
 
 
-def names(crashes: bool) -> list[str]:
+def mutants() -> dict[str, Any]:
     # Triton must not be imported here: other runs may lack it.
     from triton_mutants import MUTANTS
+    from triton_mutants_parts import MUTANTS as OF_PARTS
 
-    chosen = one_of_each(MUTANTS, lambda mutant: (mutant.file, mutant.check))
-    return [name for name in chosen if MUTANTS[name].crashes == crashes]
+    return MUTANTS | OF_PARTS
+
+
+def names(crashes: bool) -> list[str]:
+    found = mutants()
+    chosen = one_of_each(found, lambda mutant: (mutant.file, mutant.check))
+    return [name for name in chosen if found[name].crashes == crashes]
 
 
 @pytest.fixture
@@ -42,9 +49,7 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", names(False))
 @pytest.mark.usefixtures("put_back")
 def test_a_wrong_kernel_is_caught(name: str) -> None:
-    from triton_mutants import MUTANTS
-
-    mutant = MUTANTS[name]
+    mutant = mutants()[name]
     mutant.install()
     with pytest.raises(AssertionError) as caught:
         mutant.check()
@@ -72,8 +77,8 @@ def test_a_wrong_address_is_caught(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("put_back")
 def test_nothing_is_wrong_with_copies() -> None:
     from triton_checks import SLOW
-    from triton_mutants import MUTANTS, install
+    from triton_mutants import install
 
     install()
-    for check in {mutant.check for mutant in MUTANTS.values()} - SLOW:
+    for check in {mutant.check for mutant in mutants().values()} - SLOW:
         check()

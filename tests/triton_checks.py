@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 import polyce
+from in_parts import cut_functions, of_parts
+from polyce.call.options import Options
+from polyce.call.problem import describe
 from polyce.testing import Case, cases, check_implementation
 from polyce.testing.dtypes import FORMATS
 from polyce.testing.oracle import exact_answer
@@ -18,7 +21,7 @@ from polyce.testing.selection import representative
 
 # Launch tables that make small problems take the ways of large ones.
 TILES = {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 8}
-PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2}
+PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2, "_JOINED": 2}
 
 
 # Names of the short cases that stand for a group; chosen once.
@@ -33,20 +36,30 @@ def chosen(group: str) -> set[str]:
     return _chosen[group]
 
 
-def grid(*groups: str, table: dict[str, int] | None = None, only: str = "") -> Callable[[], None]:
-    """Check some cases of some groups of the grid, or those with a word in their names."""
+def grid(
+    *groups: str, table: dict[str, int] | None = None, only: str = "", cut: bool = False
+) -> Callable[[], None]:
+    """Check some cases of some groups of the grid, or those with a word in their names.
+
+    Their classes are `cut` into parts at random, if wanted.
+    """
 
     def left_out(case: Case) -> str:
         wanted = only in case.name if only else case.name in chosen(case.group)
         return "" if wanted else "left out here"
 
     def check() -> None:
+        # What reads parts is no implementation of whole calls.
+        name, functions = "triton", None
+        if cut:
+            name, functions = None, cut_functions(of_parts("triton"))
         with changed(table or {}):
             check_implementation(
-                "triton",
+                name,
                 "torch",
                 groups=groups,
                 dtypes=["float32", "float64"],
+                functions=functions,
                 leave_out=left_out,
             )
 
@@ -248,6 +261,29 @@ def unlikely_labels_in_parts() -> None:
     unlikely_labels(PARTS)
 
 
+def states() -> None:
+    """Check the states of parts with many equal logits against those of the reference."""
+    import torch
+
+    torch.manual_seed(0)
+    x, t = torch.randint(-1, 2, (8, 19)).float(), torch.randint(19, (8,))
+    t[0] = -100
+    for names, (start, end) in itertools.product(
+        (("prediction", "brier"), ("prediction", "entropy", "rank")), ((0, 7), (7, 19))
+    ):
+        problem, operands = describe(x, t, options=Options(label_smoothing=0.1, stats=names))
+        piece = operands._replace(logits=x[:, start:end])
+        with changed(PARTS):
+            found, want = (
+                of_parts(name).read(problem, piece, start) for name in ("triton", "reference")
+            )
+        rows = [*zip(found.state, want.state, strict=True), (found.pivot, want.pivot)]
+        for ours, theirs in (*rows, (found.label_logit, want.label_logit)):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-6, atol=1e-6)
+
+
 def many_rows() -> None:
     """Check a mean over more programs than are added up at once."""
     import torch
@@ -289,7 +325,12 @@ SPARSE = grid("sparse", table=TILES, only="options/mean")
 SPARSE_PARTS = grid("sparse", table=PARTS, only="options/mean")
 TEACHERS = grid("teacher", table=TILES, only="options/mean")
 TEACHERS_PARTS = grid("teacher", table=PARTS, only="options/mean")
+CUT = grid("options", "combined", cut=True)
+CUT_STATS = grid("stats", "grad-stats", cut=True)
+CUT_SPARSE = grid("sparse", only="options/mean", cut=True)
+CUT_TEACHERS = grid("teacher", only="options/mean", cut=True)
 COMBINED = grid("combined", "transform")
 # Checks that other tests make too.
 SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, BESIDE, BESIDE_PARTS, VALUED}
 SLOW |= {SPARSE, SPARSE_PARTS, TEACHERS, TEACHERS_PARTS}
+SLOW |= {CUT, CUT_STATS, CUT_SPARSE, CUT_TEACHERS}

@@ -46,7 +46,10 @@ from triton_checks import (
     zones,
 )
 
-FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "kernels")
+FILES = (
+    *("records", "row", "entries", "saved", "teacher", "tiles", "gradient", "joining", "states"),
+    "kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, KERNEL = FILES
+RECORD, ROW, ENTRY, SAVE, TEACHER, TILE, GRADIENT, JOINING, _, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
@@ -199,7 +202,28 @@ MUTANTS = {
         TILE, "loser, found, loser_r.to(tl.float64)", "loser, found, nothing", masked
     ),
     "parts-of-the-first": Mutant(
-        KERNEL, "parts_ptr + plane * part + row", "parts_ptr + row", IN_PARTS
+        JOINING, "plane * part[:, None]", "plane * 0 * part[:, None]", IN_PARTS
+    ),
+    "one-part-more": Mutant(
+        JOINING,
+        "(part < parts)[:, None]",
+        "(part <= parts)[:, None]",
+        unlikely_labels_in_parts,
+    ),
+    "last-parts-alone": Mutant(
+        JOINING,
+        "seen = merge_seen(seen, _joined(found, given, FORM), given, FORM)",
+        "seen = _joined(found, given, FORM)",
+        unlikely_labels_in_parts,
+    ),
+    "parts-have-no-decay": Mutant(
+        ROW, "moved = _carried(parts, top[None, :], given, FORM)", "moved = parts", IN_PARTS
+    ),
+    "losing-parts-forgotten": Mutant(
+        JOINING, "state, _leader = choose_pivot", "_state, _leader = choose_pivot", IN_PARTS
+    ),
+    "leading-part-counted-twice": Mutant(
+        JOINING, 'tl.where(leads, float("-inf"), pivot.logit)', "pivot.logit", IN_PARTS
     ),
     "last-of-the-largest": Mutant(
         TILE,
@@ -221,12 +245,12 @@ MUTANTS = {
     ),
     # stats beside the target, and gradients of stats
     "equals-are-larger": Mutant(TILE, "(x > label_x)", "(x >= label_x)", BESIDE),
-    "rank-of-the-last-part": Mutant(
-        KERNEL, "rank += tl.load(place", "rank = tl.load(place", BESIDE_PARTS
+    "rank-of-one-part": Mutant(
+        JOINING, "rank = tl.sum(rank, 0)", "rank = tl.max(rank, 0)", BESIDE_PARTS
     ),
     "squares-stay-behind": Mutant(ROW, "squares * decay * decay", "squares", BESIDE),
     "squares-of-the-last-part": Mutant(
-        KERNEL, "p_squares = tl.load(place", "p_squares = 0.0 * tl.load(place", BESIDE_PARTS
+        JOINING, "squares = tl.load(place", "squares = 0.0 * tl.load(place", BESIDE_PARTS
     ),
     "label-among-the-squares": Mutant(TILE, "(squares - p * p)", "squares", BESIDE),
     "pivot-like-the-others": Mutant(
@@ -239,13 +263,13 @@ MUTANTS = {
         GRADIENT, "saved.more - gap * saved.by_gap", "saved.more", VALUED
     ),
     "no-entropy-at-the-pivot": Mutant(
-        TILE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
+        SAVE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
     ),
     "no-entropy-at-the-label": Mutant(
-        TILE, "tl.where(label_p == 0.0, 0.0, label_gap) * by_gap", "0.0 * by_gap", VALUED
+        SAVE, "tl.where(label.p == 0.0, 0.0, label.gap) * by_gap", "0.0 * by_gap", VALUED
     ),
     "stats-have-no-slope": Mutant(
-        TILE,
+        SAVE,
         "pivot_more = pivot_more * slope(saved_x, given, FORM)",
         "pivot_more = pivot_more",
         VALUED,
@@ -258,13 +282,13 @@ MUTANTS = {
     ),
     "label-counted-twice": Mutant(
         TILE,
-        "added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))",
-        "added = weight * given.kept.to(DTYPE)",
+        "added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(FORM.DTYPE))",
+        "added = weight * given.kept.to(FORM.DTYPE)",
         grid("stats", only="margins/plain/top"),
     ),
     "likeliest-saved-for-backward": Mutant(
-        TILE,
-        "factor = tl.where(leads, factor, result.probability)",
+        SAVE,
+        "factor = tl.where(label.leads, factor, result.probability)",
         "factor = factor",
         grid("stats", only="margins/plain/wrong"),
     ),
@@ -295,7 +319,7 @@ MUTANTS = {
         GRADIENT, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED
     ),
     "slope-dropped-at-the-pivot": Mutant(
-        TILE,
+        SAVE,
         "pivot_grad = pivot_grad * slope(saved_x, given, FORM)",
         "pivot_grad = pivot_grad",
         COMBINED,
@@ -337,7 +361,7 @@ MUTANTS = {
         GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
     ),
     "class-read-as-a-number": Mutant(
-        TILE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
+        SAVE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
     ),
     "number-as-cotangent-dropped": Mutant(
         GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")
@@ -409,11 +433,8 @@ MUTANTS = {
     "even-share-stays-behind": Mutant(
         ROW, "even_excess + part.even * risen", "even_excess", TEACHERS
     ),
-    "teacher-of-the-last-part": Mutant(
-        KERNEL,
-        "tl.load(place + 13 * step, mask=here",
-        "0.0 * tl.load(place + 13 * step, mask=here",
-        TEACHERS_PARTS,
+    "teachers-of-parts-apart": Mutant(
+        TEACHER, "Teacher(top, tl.sum(total, 0))", "Teacher(top, tl.max(total, 0))", TEACHERS_PARTS
     ),
     "no-softmax-but-a-class": Mutant(
         TILE, "wanted, -1)", "wanted, wanted)", grid("teacher", only="special")

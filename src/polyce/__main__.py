@@ -9,7 +9,7 @@ from polyce.explain import show_versions
 USAGE = """usage: python -m polyce [demo | score LOGITS LABELS]
 
   (nothing)  versions, array libraries and implementations found here
-  demo       a digit classifier, then digits, time and memory beside torch's or NumPy's
+  demo       a digit classifier, then precision, time and memory compared with torch or NumPy
   score      loss, accuracy and calibration of logits in a file; score --help tells more"""
 
 

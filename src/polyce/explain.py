@@ -86,12 +86,12 @@ class Explanation:
 def explain(
     *arguments: Any, function: Callable[..., Any] | None = None, **options: Any
 ) -> Explanation:
-    """Tell which implementation a call would run, and why not the others; computes nothing.
+    """Tell which implementation a call would run and why not the others; compute nothing.
 
     Parameters
     ----------
     *arguments, **options
-        What the function would be called with, by position and by name.
+        The arguments of the call, by position and by name.
     function : callable, optional
         The function of the call: `cross_entropy`, the default, which also stands for that of
         ``polyce.torch``; `cross_entropy_with_grad`, `linear_cross_entropy`,
@@ -100,14 +100,15 @@ def explain(
     Returns
     -------
     Explanation
-        Prints a line for each implementation, and whether the core then answers calls like this
-        one by itself; for a linear head also how its rows are cut, how
-        much memory the logits take at a time, and when all logits at once would be faster.
+        When printed, it shows a line for each implementation, and whether the core would then
+        answer calls like this one by itself. For a linear head it also shows how many rows are
+        computed at a time, how much memory their logits take, and when all logits at once would be
+        faster.
 
     Raises
     ------
     TypeError, ValueError
-        As the call itself would, except for labels, whose values are not checked.
+        As the call itself would, but the values of labels are not checked.
 
     Examples
     --------
@@ -115,10 +116,10 @@ def explain(
     >>> import polyce
     >>> print(polyce.explain(np.zeros((8, 10)), np.zeros(8, np.int64)))  # doctest: +ELLIPSIS
     cross_entropy on numpy / cpu: logits float64 (8, 10), target int64 (8,)
-      dask       no   ...arrays numpy is not served (dask)
+      dask       no   ...takes arrays of dask, not numpy
       native     yes  <- runs
-      triton     no   ...arrays numpy is not served (torch)
-      cupy       no   ...arrays numpy is not served (cupy); device cpu is not served (cuda)
+      triton     no   ...takes arrays of torch, not numpy
+      cupy       no   ...takes arrays of cupy, not numpy; runs on cuda, not cpu
       reference  yes
       the core keeps how it is computed, and answers calls like it by itself
     >>> hidden, head = np.zeros((4096, 64)), np.zeros((50_000, 64))

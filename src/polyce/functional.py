@@ -47,9 +47,9 @@ def cross_entropy(
     .. math:: v \, \big( \sum_c r_c \, (\mathrm{lse} - x_c) + λ \, \mathrm{lse}^2 \big)
 
     where, for class weights w and smoothing ε, :math:`r_c = (1-ε) w_y [c = y] + (ε/C) w_c` for a
-    class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p. The p of a
-    `SparseTarget` are its probabilities, added up for each class, those of `TeacherLogits` t of
-    scale s are softmax(s t); neither becomes an array of all classes.
+    class index y and :math:`r_c = w_c ((1-ε) p_c + ε/C)` for probabilities p. For a `SparseTarget`,
+    p are its probabilities, added up for each class; for `TeacherLogits` t with scale s, p is
+    softmax(s t). Neither becomes an array of all classes.
 
     Parameters
     ----------
@@ -58,16 +58,16 @@ def cross_entropy(
         16-bit ones are computed in float32.
     target : array, SparseTarget or TeacherLogits
         Class indices in 0 to C - 1, of any integer dtype and of input's shape without the class
-        axis, or class probabilities, of any floating dtype and of input's shape; or what stands for
-        probabilities: those of K classes of each row, or the logits of a teacher.
+        axis; or class probabilities, of any floating dtype and of input's shape; or, in place of
+        all probabilities, those of K classes of each row, or the logits of a teacher.
     weight : array, shape (C,), optional
         Weight of each class, of any real dtype; 1 for all by default.
     size_average, reduce : bool, optional
         Deprecated, as in torch: either one overrides `reduction`.
     ignore_index : int, default -100
-        Rows with this class index have loss 0 and gradient 0, and are not counted. It need not be
-        a class. Of a `SparseTarget` entries with this class take no part, and every row counts.
-        With probabilities or a teacher it has no effect and must be negative.
+        Rows with this class index have loss 0 and gradient 0, and are not counted. It need not be a
+        class. In a `SparseTarget`, entries with this class are left out, and every row counts. With
+        probabilities or a teacher it has no effect and must be negative.
     reduction : {'mean', 'sum', 'none'}
         For class indices the mean is the sum divided by the total class weight of the labels that
         are not ignored (their number, without `weight`); for every other target it is the sum
@@ -82,8 +82,8 @@ def cross_entropy(
         axis; 1 for all by default. A row of weight 0 has loss 0 and gradient 0, whatever its
         logits and its target hold.
     normalizer : float or array of shape (), optional
-        What reduction 'mean' divides by, in place of the above: with the total of a whole batch,
-        the gradients of its micro-batches add up to the gradient of the batch.
+        Divisor of reduction 'mean', in place of the above. Pass the total of a whole batch, and the
+        gradients of its micro-batches add up to the gradient of the batch.
     z_loss : float, default 0.0
         Weight of the squared lse, which pulls lse towards 0: λ is z_loss w_y for a class index y,
         and z_loss for every other target.
@@ -99,8 +99,8 @@ def cross_entropy(
         'rank'; see `Stats`. On torch and jax the first two have gradients.
     validate : bool, optional
         Whether to check that class indices are in range. By default concrete arrays on a CPU are
-        checked; elsewhere the loss and gradient of a row with a bad one are nan. True checks arrays
-        on an accelerator too, and waits for it. False never checks.
+        checked; elsewhere the loss and gradient of a row with a bad index are nan. True checks
+        arrays on an accelerator too, and waits for it. False never checks.
     implementation : str, optional
         Name of the implementation to run; an error if it cannot. See `explain`.
     dim : None
@@ -109,10 +109,10 @@ def cross_entropy(
     Returns
     -------
     array
-        Without reduction the losses, of input's shape without the class axis; else a scalar, as
-        the library's own sum returns one. The dtype is input's; for probabilities and teachers
-        the floating dtypes of `input`, `target` and `weight` promote. With `return_stats`, the pair
-        of this and a `Stats`.
+        Without reduction the losses, of input's shape without the class axis; else a scalar, of the
+        kind that the library's own sum returns. The dtype is input's; for probabilities and
+        teachers the floating dtypes of `input`, `target` and `weight` promote. With `return_stats`,
+        the pair of this and a `Stats`.
 
     Raises
     ------
@@ -214,10 +214,10 @@ def cross_entropy_with_grad(
 
     .. math:: g v \, \big( (\sum_c r_c + 2 λ \, \mathrm{lse}) \, \mathrm{softmax}(x) - r \big) / D
 
-    with D what the mean divides by (1 for the other reductions), times the derivative of x by the
-    logit if there is a scale or a softcap. With `grad_stats` the gradients of lse and entropy are
-    added: :math:`g_\mathrm{lse} \, p` and :math:`g_H \, p_c \, (\mathrm{lse} - x_c - H)` for the
-    softmax p and its entropy H.
+    where D is the divisor of the mean (1 for the other reductions). With a scale or a softcap, this
+    is multiplied by the derivative of x with respect to the logit. With `grad_stats` the gradients
+    of lse and entropy are added: :math:`g_\mathrm{lse} \, p` and :math:`g_H \, p_c \, (\mathrm{lse}
+    - x_c - H)` for the softmax p and its entropy H.
 
     Parameters
     ----------
@@ -232,14 +232,14 @@ def cross_entropy_with_grad(
         'none', else a number or a 0-d array. 1 by default, so that with reduction 'none' the
         gradient is that of the sum.
     out : array, optional
-        Where the gradient is written: a writable array of input's shape and dtype, on its device;
-        `input` itself, or memory that no argument uses. Labels are checked before anything is
-        written.
+        Where to write the gradient: a writable array of input's shape and dtype, on its device,
+        which is `input` itself or shares no memory with the arguments. Labels are checked before
+        anything is written.
     grad_stats : mapping, optional
         The gradients with respect to stats that `return_stats` asks for: 'lse', 'entropy' or both,
-        each with an array of the rows' shape (a number where there is one row without axes). The
-        gradient returned is the sum of theirs and that of the loss, which `grad_output` of 0
-        leaves out. Rows that do not count pass nothing back.
+        each with an array of the rows' shape (a number if there is one row without axes). They are
+        added to the gradient of the loss; pass 0 as `grad_output` to leave that out. Rows that do
+        not count pass nothing back.
 
     Returns
     -------
@@ -338,8 +338,9 @@ def nll_loss(
 ) -> Any:
     """Compute the negative log-likelihood of class indices, in nats, from log-probabilities.
 
-    The loss of a row x with label y and class weights w is -w_y x_y. After `log_softmax` this is
-    `cross_entropy`, which does both at once and keeps digits that the log-probabilities lose.
+    The loss of a row x with label y and class weights w is -w_y x_y. After `log_softmax` it gives
+    what `cross_entropy` gives; but that does both at once, and keeps digits that the
+    log-probabilities lose.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ from polyce.functional import cross_entropy, nll_loss
 class CrossEntropyLoss:
     """Softmax cross-entropy with its options kept: call it with logits and a target.
 
-    The constructor, the attributes and the call are those of ``torch.nn.CrossEntropyLoss``; as
-    there, the options are checked when it is called. Pass what changes from batch to batch in the
+    The constructor, the attributes and the call are those of ``torch.nn.CrossEntropyLoss``, and as
+    there, the options are checked at each call. Pass arrays that change from batch to batch to the
     call: ``loss(input, target, sample_weight=..., normalizer=...)``.
 
     Parameters

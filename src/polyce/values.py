@@ -31,17 +31,17 @@ def log_prob(
 ) -> Any:
     r"""Compute the log-probabilities of chosen classes, in nats.
 
-    That of class j of a row x is :math:`x_j - \log \sum_c e^{x_c}`, accurate near 0 too, for any
-    class of any row; its gradient is :math:`[c = j] - p_c` for the softmax p, which torch and jax
-    know. No array of all log-probabilities is made.
+    For class j of a row x it is :math:`x_j - \log \sum_c e^{x_c}`, accurate near 0 too. On torch
+    and jax it has its gradient, :math:`[c = j] - p_c` for the softmax p. The function makes no
+    array of all log-probabilities.
 
     Parameters
     ----------
     input : array, shape (C,), (N, C) or (N, C, d1, ..., dK)
         Logits, in float16, bfloat16, float32 or float64. The 16-bit ones are computed in float32.
     index : array
-        Classes in 0 to C - 1, of any integer dtype: one of each row, of input's shape without the
-        class axis, or K of them, with K in the place of C on the class axis, as for a gather.
+        Classes in 0 to C - 1, of any integer dtype: one for each row, of input's shape without the
+        class axis; or K for each row, with K in the place of C on the class axis, as for a gather.
     axis : int, optional
         The class axis of `input`; 1 by default, or 0 if there is only one.
     ignore_index : int, default -100
@@ -49,7 +49,7 @@ def log_prob(
     logit_scale, logit_softcap
         As for `cross_entropy`: x is what they make of the logits.
     validate : bool, optional
-        As for `cross_entropy`: where the index is not checked, a class that is out of range gives
+        As for `cross_entropy`. Where the index is not checked, a class that is out of range gives
         nan.
     implementation : str, optional
         Name of the implementation to run; an error if it cannot. See `explain`.
@@ -113,8 +113,8 @@ def entropy(
 ) -> Any:
     r"""Compute the entropy of the softmax of each row, in nats.
 
-    That of a row x with the softmax p is :math:`-\sum_c p_c \log p_c`. Its gradient, which torch
-    and jax know, is :math:`p_c (\mathrm{lse} - x_c - H)`.
+    For a row x with the softmax p it is :math:`H = -\sum_c p_c \log p_c`. On torch and jax it has
+    its gradient, :math:`p_c (\mathrm{lse} - x_c - H)`.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def entropy(
 
     See Also
     --------
-    cross_entropy : The entropy beside a loss, in one pass, by ``return_stats="entropy"``.
+    cross_entropy : With ``return_stats="entropy"``, loss and entropy from one pass.
 
     Examples
     --------

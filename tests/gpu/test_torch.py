@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 
 import polyce
+from in_parts import Cut, of_parts
+from polyce.call.options import Options
+from polyce.call.problem import describe
+from polyce.formula.rowgradient import NO_STATS
 
 from .arrays import problem, same
 from .backends import ON_TORCH
@@ -32,6 +37,24 @@ def test_a_graph_s_gradient_takes_the_place_of_the_logits(
     loss.backward()
     same(device, (loss.detach(), leaf.grad), want, "the gradient")
     same(device, (loss.detach(), hidden.detach()), want, "the memory of the logits")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_classes_in_parts(device: Device, size: Size, torch: Any, name: str) -> None:
+    """Two parts of the classes, as two devices would compute them, one after the other."""
+    logits, labels = problem(device, size.dims, name)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    loss, grad = device.loss_and_grad(logits, labels, **options)
+    described, operands = describe(logits, labels, options=Options(**options))
+    middle = described.classes // 3
+    spans = (slice(0, middle), slice(middle, None))
+    pieces = [(operands._replace(logits=logits[:, span]), span.start) for span in spans]
+    path, cut = of_parts(device.path), Cut(described, pieces, None)
+    whole = cut.whole(path)
+    rounding = torch.finfo(logits.dtype).eps
+    close = functools.partial(torch.testing.assert_close, rtol=4 * rounding, atol=4 * rounding)
+    close(whole.losses.sum().to(loss.dtype), loss)
+    close(cut.gradient(path, whole, 1.0, NO_STATS), grad)
 
 
 # Inductor's warning about the model's own matrix product.

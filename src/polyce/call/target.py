@@ -14,20 +14,21 @@ from polyce.call.options import LARGEST, SMALLEST
 class SparseTarget(NamedTuple):
     """Probabilities of K classes of each row, for the `target` of a loss; all others have 0.
 
-    What an array of probabilities means this means too, without such an array being made: the mean
-    divides by the number of rows, and `weight`, `label_smoothing` and `z_loss` act alike. Nothing
-    checks that the probabilities of a row sum to 1: where they are the K largest of a teacher's,
+    It means the same as an array of probabilities, but no such array is made: the mean divides by
+    the number of rows, and `weight`, `label_smoothing` and `z_loss` work in the same way. Nothing
+    checks that the probabilities of a row sum to 1. If they are the K largest ones of a teacher,
     either divide them by their sum, or leave the rest to no class.
 
     Parameters
     ----------
     index : array
-        Classes, in 0 to C - 1, of any integer dtype: input's shape with K in the place of C. Where
-        a class is named twice its probabilities add up. Entries that equal ignore_index take no
-        part, whatever their probability; a row of nothing else has the loss of a row without a
-        target, which is 0 without label_smoothing and z_loss, and counts in the mean all the same.
+        Classes in 0 to C - 1, of any integer dtype and of input's shape with K in the place of C.
+        If a class is named twice, its probabilities add up. Entries that equal ignore_index are
+        left out, whatever their probability. A row with only such entries has the loss of a row
+        without a target, which is 0 without label_smoothing and z_loss, but still counts in the
+        mean.
     probability : array
-        The probability of each, of any floating dtype and of index's shape.
+        The probability of each class, of any floating dtype and of index's shape.
 
     Examples
     --------
@@ -46,18 +47,18 @@ class SparseTarget(NamedTuple):
 class TeacherLogits(NamedTuple):
     """The logits of a teacher, for the `target` of a loss: the target is their softmax.
 
-    It is computed within the loss, from ``scale`` times the logits; the compiled path makes no
-    array of it. The loss is the cross-entropy of student and teacher; the divergence is that less
-    the teacher's entropy, ``entropy(logits, logit_scale=scale)``. Teachers have no gradient: an
-    error if one is asked for. A row whose teacher has no softmax (nan, +inf or nothing but -inf) is
-    nan.
+    The softmax of ``scale`` times the logits is computed within the loss; the compiled path makes
+    no array of it. The loss is the cross-entropy of student and teacher; the divergence is the loss
+    minus the teacher's entropy, ``entropy(logits, logit_scale=scale)``. Teachers have no gradient;
+    to ask for one is an error. A row whose teacher has no softmax (nan, +inf or nothing but -inf)
+    is nan.
 
     Parameters
     ----------
     logits : array
         Of input's shape, of any floating dtype.
     scale : float, default 1.0
-        A number from 1e-15 to 1e15 that multiplies them: 1/T for a temperature T.
+        A number from 1e-15 to 1e15 that multiplies the teacher's logits: 1/T for a temperature T.
 
     Examples
     --------
@@ -76,15 +77,15 @@ class TeacherLogits(NamedTuple):
 class TeacherHead(NamedTuple):
     """The linear head of a teacher, for the `target` of `linear_cross_entropy`.
 
-    It means what `TeacherLogits` of ``input @ linear_weight.T + linear_bias`` mean. These logits
+    It means the same as `TeacherLogits` of ``input @ linear_weight.T + linear_bias``. These logits
     are computed for some rows at a time, beside those of the student, and never held whole. Rows
     and classes are the student's; the teacher may have any number of features, and a dtype of its
-    own. Teachers have no gradient: an error if one is asked for.
+    own. Teachers have no gradient; to ask for one is an error.
 
     Parameters
     ----------
     input : array, shape (F,) or (..., F)
-        Hidden states of the teacher, one for each row of the student's, of any floating dtype.
+        Hidden states of the teacher, one for each row of the student, of any floating dtype.
     linear_weight : array, shape (C, F)
         Weight of the teacher's head, of the dtype of its hidden states.
     linear_bias : array, shape (C,), optional

@@ -14,24 +14,24 @@ from polyce.formula.targets import Plan
 class Stats(NamedTuple):
     """Statistics of each row, from the same pass over the logits as its loss.
 
-    Arrays of the rows' shape (input's shape without the class axis); None for what was not asked
-    for. Rows that do not count, ignored ones and those with a sample weight of 0, hold nan, -1 and
-    False. So do rows that have no softmax (a nan, +inf or nothing but -inf among their logits),
-    though they count. On torch and jax, lse and entropy have gradients with respect to the logits;
-    rows that do not count pass nothing back. The others have none.
+    Each is an array of the rows' shape (input's shape without the class axis), or None if it was
+    not asked for. Rows that do not count, because they are ignored or have a sample weight of 0,
+    hold nan, -1 and False. So do rows that have no softmax (a nan, +inf or nothing but -inf among
+    their logits), though they count. On torch and jax, lse and entropy have gradients with respect
+    to the logits; rows that do not count pass nothing back. The others have none.
 
     Parameters
     ----------
     lse : array or None
         log Σ exp(x_c) of the logits after logit_scale and logit_softcap, in nats. In float32, or in
-        float64 where the loss is computed in it.
+        float64 if the loss is computed in float64.
     entropy : array or None
         -Σ p_c log p_c of the softmax p, in nats, in the same dtype.
     prediction : array or None
-        The class with the largest logit, the first of them where several have it.
+        The class with the largest logit; if several have it, the first of these.
     correct : array or None
-        Whether that is the label or, for probabilities, their first largest class; for a sparse
-        target without a probability above 0, False.
+        Whether the prediction is the label or, for probabilities, the first class with the largest
+        one; False for a sparse target without a probability above 0.
     top_probability : array or None
         The largest p_c, in the dtype of lse.
     brier : array or None
@@ -39,24 +39,24 @@ class Stats(NamedTuple):
         other classes, or the probabilities as given: smoothing and class weights do not enter. nan
         for a label that is out of range and not checked.
     rank : array or None
-        How many classes have a larger logit than the label: the label is among the k most likely
-        where this is less than k, and counts. Of equal logits none is larger, and logits are
-        compared as given: a softcap at which they become equal does not matter. -1 for a label out
-        of range too. Not for probabilities.
+        How many classes have a larger logit than the label. In a row that counts, the label is
+        among the k most likely classes if this is less than k. Of equal logits none is larger. The
+        logits are compared as given, so it does not matter if a softcap makes them equal. -1 for a
+        label out of range too. Not for probabilities.
     valid : array
         Whether the row counts. Always given.
 
     Notes
     -----
-    As the loss does, the Brier score of a label keeps its digits however confident the row: it is a
-    sum of positive terms where the label is the likeliest class, and more than 1/4 elsewhere. In
-    float32 it and the largest probability are within 4 units in the last place by the compiled
-    path, and 8 by `reference`; at most 1.6 and 1.1 have been measured, for leads up to 70 and an
-    offset of 1e4. For probabilities it is the sum of the squares of the differences: an error of at
-    most 2.3 · 2^-24 of Σ abs(p_c - t_c) max(p_c, t_c) has been measured, unless the two agree to
-    the last digits, of which the squares are left then. For the likeliest class, if it has more
-    than half of the probability, p_c - t_c is computed as (1 - t_c) - (1 - p_c): so one-hot
-    probabilities give the digits that labels give.
+    Like the loss, the Brier score of a label keeps its digits however confident the row is: it is a
+    sum of positive terms if the label is the likeliest class, and more than 1/4 otherwise. In
+    float32, it and the largest probability are exact to 4 units in the last place on the compiled
+    path, and to 8 on `reference`; the largest errors measured are 1.6 and 1.1, for leads up to 70
+    and an offset of 1e4. For probabilities the Brier score is the sum of the squares of the
+    differences. Its error was at most 2.3 · 2^-24 of Σ abs(p_c - t_c) max(p_c, t_c), unless the two
+    agree to the last digits; then only the squares of these are left. If the likeliest class has
+    more than half of the probability, its p_c - t_c is computed as (1 - t_c) - (1 - p_c), so
+    one-hot probabilities give the same digits as labels.
 
     Examples
     --------

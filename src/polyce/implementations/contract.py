@@ -25,6 +25,8 @@ class OfParts(NamedTuple):
     """
     read_teacher: Callable[..., Any]
     """(problem, a part of a teacher's logits) -> TeacherState"""
+    is_traceable: bool = False
+    """Whether torch.compile can trace it: it is made of the library's own operations."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,26 @@ class Implementation:
         if missing is not None:
             found.append(missing)
         declared = (
-            ("arrays", "backend", self.backends),
-            ("device", "device", self.devices),
-            ("dtype", "logits_dtype_name", self.dtypes),
-            ("target", "kind", self.kinds),
+            ("takes arrays of", "backend", self.backends),
+            ("runs on", "device", self.devices),
+            ("takes logits in", "logits_dtype_name", self.dtypes),
+            ("takes targets of kind", "kind", self.kinds),
         )
-        for what, attribute, served in declared:
-            if served is None or (value := getattr(problem, attribute)) in served:
+        for takes, attribute, taken in declared:
+            if taken is None or (value := getattr(problem, attribute)) in taken:
                 continue
             # A function of logits alone has no target.
             if value != "none":
-                found.append(f"{what} {value} is not served ({', '.join(sorted(served))})")
+                found.append(f"{takes} {', '.join(sorted(taken))}, not {value}")
         if self.options is not None:
             for option in problem.used_options:
                 if option not in self.options:
-                    found.append(f"option {option} is not served")
+                    found.append(f"takes no {option}")
         for name in problem.options.stats or ():
             if self.stats is not None and name not in self.stats:
-                found.append(f"stats {name} is not served ({', '.join(sorted(self.stats))})")
+                found.append(f"computes the stats {', '.join(sorted(self.stats))}, not {name}")
         if problem.grad_stats and not self.takes_grad_stats:
-            found.append("cotangents of stats (grad_stats) are not served")
+            found.append("takes no cotangents of stats (grad_stats)")
         if not found and self.refuses is not None and (reason := self.refuses(problem)):
             found.append(reason)
         return tuple(found)

@@ -36,9 +36,18 @@ def select_of_parts(problem: Problem) -> OfParts:
     preferred = preference()
     named = () if preferred is None else (preferred,)
     for path in (*named, *TABLE):
-        if path.of_parts is not None and path.serves(problem):
-            return path.of_parts
+        found = path.of_parts
+        if found is not None and path.serves(problem) and _can_trace(found, problem):
+            return found
     raise ValueError("no implementation can read parts of these rows; see polyce.explain")
+
+
+def _can_trace(of_parts: OfParts, problem: Problem) -> bool:
+    """Tell whether torch.compile, if it traces this call, can trace what reads its parts.
+
+    Kernels of whole calls are operators in the graph; those of parts are not.
+    """
+    return of_parts.is_traceable or not problem.is_compiling
 
 
 TABLE: tuple[Implementation, ...] = (
@@ -57,7 +66,7 @@ _forced_in_graphs = threading.local()
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
-    """Run every call inside the `with` block, of this thread or task, by one implementation.
+    """Run every call inside the `with` block, of this thread or task, with one implementation.
 
     Parameters
     ----------
@@ -68,12 +77,13 @@ def use(implementation: str) -> Iterator[None]:
     Raises
     ------
     ValueError
-        If no implementation has that name; and by the calls inside that it cannot serve.
+        If no implementation has that name. Calls inside the block raise it if the implementation
+        cannot take them.
 
     Notes
     -----
-    A function compiled by ``torch.compile`` sees the thread, not the task: where tasks of one
-    thread overlap, it takes the choice of the task that entered or left a block last.
+    A function compiled by ``torch.compile`` sees the thread, not the task: if tasks of one thread
+    overlap, it follows the task that entered or left a block last.
 
     Examples
     --------
@@ -165,6 +175,8 @@ def select_of_shard(problem: Problem, name: str | None = None) -> OfParts:
     _check(chosen, chosen.reasons(problem))
     if chosen.of_parts is None:
         raise _refusal(chosen, "it reads whole rows only")
+    if not _can_trace(chosen.of_parts, problem):
+        raise _refusal(chosen, "torch.compile cannot trace how it reads classes in parts")
     return chosen.of_parts
 
 

@@ -7,6 +7,8 @@ products efficient on GPUs. The chunks of a call are then made as equal as possi
 
 Within a chunk the classes are taken in blocks, small enough that a block of the weight is still in
 a cache when it is used again: for the product with the gradient, then for the next chunk's logits.
+Each block also reads and writes the sums of the hidden states' gradient. Where a GPU's cache does
+not hold those of a chunk, that costs more than the cache saves, and the blocks are large.
 
 In torch on a CPU, the logits of few rows of a wide head are stored class by class: MKL multiplies a
 tall matrix by a narrow one faster than the reverse, which saves more than the loss then loses.
@@ -35,11 +37,20 @@ class Limits:
     multiple: int
     """What the rows are a multiple of, so that no tile of a product is half empty."""
     block_bytes: int
-    """Of a block's weight and its logits in a chunk."""
+    """Of a block's weight and its logits in a chunk, as a cache holds them."""
+    large_block_bytes: int
+    """The same where no cache holds a chunk's gradient of the hidden states."""
 
 
-CPU = Limits(bytes=48 << 20, fewest=16, most=4096, multiple=16, block_bytes=4 << 20)
-ACCELERATOR = Limits(bytes=512 << 20, fewest=2048, most=8192, multiple=128, block_bytes=64 << 20)
+CPU = Limits(
+    bytes=48 << 20, fewest=16, most=4096, multiple=16,
+    block_bytes=4 << 20, large_block_bytes=4 << 20,
+)  # fmt: skip
+# Data centres' GPUs have a second cache of 40 MB or more.
+ACCELERATOR = Limits(
+    bytes=512 << 20, fewest=2048, most=8192, multiple=128,
+    block_bytes=32 << 20, large_block_bytes=128 << 20,
+)  # fmt: skip
 
 # With fewer rows of a chunk on a CPU, reading the weight takes longer than computing with it.
 FEW_ROWS = 128
@@ -115,7 +126,11 @@ def choose(problem: Problem, features: int, chunk_size: int | None) -> Chunks:
         if is_jax:
             rows = _without_rest(total, count) or rows
     rows = max(min(rows, total), 1)
-    classes = max(limits.block_bytes // ((features + rows) * itemsize), 1)
+    # Sums of 16-bit products have 32 bits. They are read and written.
+    of_hidden = 2 * rows * features * max(itemsize, 4)
+    is_cached = of_hidden <= limits.block_bytes
+    block_bytes = limits.block_bytes if is_cached else limits.large_block_bytes
+    classes = max(block_bytes // ((features + rows) * itemsize), 1)
     classes = max(min(_up(classes, _CLASSES), problem.classes), 1)
     is_few = limits is CPU and rows < FEW_ROWS
     by_class = is_few and problem.backend == "torch" and features >= WIDE and itemsize >= 4
@@ -164,17 +179,17 @@ def summary(problem: Problem, cut: Chunks) -> str:
 def advice(problem: Problem, cut: Chunks) -> str:
     """Describe when the loss of all logits at once would be better."""
     if cut.count <= 1:
-        return "no more than the loss of all logits at once, which is as fast"
+        return "the loss of all logits at once takes as much memory and is as fast"
     if problem.options.reduction == "none":
         return (
-            "a gradient of reduction 'none' makes them a second time: with memory for all logits, "
+            "a gradient of reduction 'none' computes them again; if all logits fit into memory, "
             "cross_entropy is faster"
         )
     fewest = FEW_ROWS if limits_of(problem) is CPU else ACCELERATOR.fewest
     if cut.rows < fewest:
         return (
-            f"with fewer than {fewest} rows a weight is read for longer than it is computed with: "
-            "with memory for all logits, cross_entropy is faster"
+            f"fewer than {fewest} rows take less time to compute than the weight to read; if all "
+            "logits fit into memory, cross_entropy is faster"
         )
     return "products this large are about as fast as with all logits at once"
 

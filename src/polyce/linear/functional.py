@@ -37,8 +37,8 @@ def linear_cross_entropy(
     """Compute the softmax cross-entropy of a linear head, in nats, without holding its logits.
 
     It is `cross_entropy` of ``input @ linear_weight.T + linear_bias`` with the classes on the last
-    axis. The logits, in a language model the largest array of a training step, are computed for
-    some rows at a time and never held whole. `explain` says how many.
+    axis. In a language model these logits are the largest array of a training step. Here they are
+    computed for some rows at a time and never held whole. `explain` says how many rows.
 
     Parameters
     ----------
@@ -48,9 +48,9 @@ def linear_cross_entropy(
         Weight of the head, of input's dtype, in the layout of torch's linear layers.
     target : array, SparseTarget, TeacherLogits or TeacherHead
         Class indices in 0 to C - 1, of any integer dtype and of input's shape without the last
-        axis, or class probabilities, of any floating dtype and with the classes last. Or
+        axis; or class probabilities, of any floating dtype and with the classes last; or
         probabilities of K classes of each row, with K last; or the logits of a teacher, with the
-        classes last, or the head that computes these.
+        classes last; or the head that computes a teacher's logits.
     linear_bias : array, shape (C,), optional
         Bias of the head, of input's dtype.
     weight, reduction, ignore_index, label_smoothing, sample_weight, normalizer, z_loss
@@ -58,8 +58,8 @@ def linear_cross_entropy(
     logit_scale, logit_softcap, return_stats, validate
         As for `cross_entropy`.
     chunk_size : int, optional
-        How many rows of logits to compute at a time; by default what keeps the products fast within
-        48 MiB of logits on a CPU, a teacher's included, and at least 2048 on an accelerator.
+        How many rows of logits to compute at a time. The default keeps the products fast within 48
+        MiB of logits on a CPU, a teacher's included, and is at least 2048 on an accelerator.
     implementation : str, optional
         Name of the implementation that computes the loss of each chunk's logits; see `explain`.
 
@@ -73,8 +73,8 @@ def linear_cross_entropy(
     Raises
     ------
     TypeError
-        If an argument is of a wrong kind or dtype, if hidden states and head are of several dtypes,
-        or if the arrays are of several libraries or lie on several devices.
+        If an argument is of a wrong kind or dtype, if hidden states and head differ in dtype, or if
+        the arrays are of several libraries or lie on several devices.
     ValueError
         If a shape or an option does not fit.
     IndexError
@@ -89,13 +89,13 @@ def linear_cross_entropy(
 
     Notes
     -----
-    On torch's graph, and under jax's transformations, the loss has gradients with respect to
-    `input`, `linear_weight` and `linear_bias`, and so have the stats lse and entropy. Those of the
-    loss are computed together with it, while a chunk's logits exist; for reduction 'none' the
-    logits are computed a second time. So they are on torch if a gradient flows into a stat, and on
-    jax if lse or entropy is asked for. The other stats cost no backward pass anything.
+    On torch's graph, and under jax's transformations, the loss and the stats lse and entropy have
+    gradients with respect to `input`, `linear_weight` and `linear_bias`. Those of the loss are
+    computed together with it, while a chunk's logits exist. The logits are computed a second time
+    for reduction 'none'; on torch if a gradient flows into a stat; and on jax if lse or entropy is
+    asked for. The other stats cost nothing in the backward pass.
 
-    Products are computed in input's dtype, under torch's autocast in autocast's. 16-bit products
+    Products are computed in input's dtype or, under torch's autocast, in its dtype. 16-bit products
     are computed in float32, except in torch on an accelerator, and in bfloat16 on a CPU. Sums over
     chunks are at least float32.
 
@@ -175,8 +175,8 @@ def linear_cross_entropy_with_grad(
 
     The gradients need no automatic differentiation, so every library has them. With G the gradient
     with respect to the logits, as `cross_entropy_with_grad` returns it, they are ``G @
-    linear_weight``, ``G.T @ input`` and the sum of G over the rows. Those of the stats lse and
-    entropy, times `grad_stats`, are part of G.
+    linear_weight``, ``G.T @ input`` and the sum of G over the rows. G includes the gradients of the
+    stats lse and entropy, times `grad_stats`.
 
     Parameters
     ----------
@@ -189,8 +189,8 @@ def linear_cross_entropy_with_grad(
     chunk_size, implementation
         As for `linear_cross_entropy`.
     wrt : str or tuple of str
-        What to differentiate by: names among 'input', 'linear_weight' and 'linear_bias'. The
-        other gradients are not computed.
+        What to differentiate with respect to: one or several of 'input', 'linear_weight' and
+        'linear_bias'. The other gradients are not computed.
     grad_output : array or float, optional
         The gradient with respect to the loss, as for `cross_entropy_with_grad`; 1 by default.
     grad_stats : mapping, optional

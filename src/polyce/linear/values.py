@@ -27,8 +27,8 @@ def linear_log_prob(
 ) -> Any:
     """Compute the log-probability of one class of each row of a linear head, in nats.
 
-    It is `log_prob` of ``input @ linear_weight.T + linear_bias`` with the classes on the last axis:
-    minus what `linear_cross_entropy` gives without reduction. Of the logits, only those of some
+    It is `log_prob` of ``input @ linear_weight.T + linear_bias`` with the classes on the last axis,
+    which is minus the loss of `linear_cross_entropy` without reduction. Only the logits of some
     rows exist at a time.
 
     Parameters
@@ -36,7 +36,7 @@ def linear_log_prob(
     input, linear_weight, linear_bias
         As for `linear_cross_entropy`.
     index : array
-        One class of each row, in 0 to C - 1, of any integer dtype and of input's shape without the
+        One class for each row, in 0 to C - 1, of any integer dtype and of input's shape without the
         last axis.
     ignore_index : int, default -100
         Where `index` is this number the result is 0 and passes no gradient back.
@@ -62,8 +62,8 @@ def linear_log_prob(
 
     See Also
     --------
-    log_prob : The same of logits, and for several classes of each row.
-    linear_cross_entropy : With ``return_stats="entropy"`` the entropy beside the losses.
+    log_prob : The same for logits, and for several classes of each row.
+    linear_cross_entropy : With ``return_stats="entropy"``, losses and entropy from one pass.
 
     Examples
     --------

@@ -25,8 +25,9 @@ def score(
 ) -> Score:
     r"""Compute what logits are worth: loss, accuracy, calibration, with standard errors.
 
-    The logits are read once, some rows at a time, with `cross_entropy` and its statistics. With the
-    confidence :math:`\max_c p_c` of each row, the calibration error over bins b of the N rows is
+    The logits are read once, some rows at a time, by `cross_entropy` with its statistics. The
+    confidence of a row is :math:`\max_c p_c`, and the calibration error over bins b of the N rows
+    is
 
     .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} \,
         | \mathrm{accuracy}_b - \mathrm{confidence}_b |
@@ -55,13 +56,13 @@ def score(
     by_class : bool, default False
         Whether the record has a table of the classes.
     fit_temperature : bool, default False
-        Whether to find the temperature with the smallest loss, beginning at `temperature`; all
-        figures are those at it. It takes five to ten passes over the logits in place of one: the
-        derivative is exact, as the loss less the entropy, and the second derivative is the
-        difference of two passes' derivatives. Not together with `logit_softcap`.
+        Whether to find the temperature with the smallest loss, beginning at `temperature`, and
+        return the figures at that. It takes five to ten passes over the logits instead of one: the
+        derivative is exact, being the loss minus the entropy, and the second derivative comes from
+        the derivatives of two passes. Not together with `logit_softcap`.
     validate : bool, optional
-        False counts the rows with a bad label and scores the others. By default all labels are
-        checked before any logits are read.
+        By default all labels are checked before any logits are read. False counts the rows with a
+        bad label and scores the others.
     implementation : str, optional
         Name of the implementation that computes the blocks; see `explain`.
 
@@ -80,11 +81,11 @@ def score(
 
     See Also
     --------
-    cross_entropy : Its ``return_stats`` gives the same of each row.
+    cross_entropy : Its ``return_stats`` gives the same for each row.
 
     Notes
     -----
-    Beside a block of 32 MB, 5 bytes are kept of each row (9 in float64): its confidence and whether
+    Beside a block of 64 MB, 5 bytes of each row (9 in float64) are kept: its confidence and whether
     it is correct, for the bins of equal mass. Rows without a softmax, such as those that hold a
     nan, are counted as undefined and left out of the means.
 

@@ -20,7 +20,12 @@ def equal_mass(confidence: Any, bins: int) -> Any:
     """Return the edges of bins with about as many rows in each; equal confidences stay together."""
     if not confidence.size:
         return equal_width(bins)
-    return np.percentile(confidence, equal_width(bins) * 100)
+    # As numpy.percentile has them, which at its first call imports numpy.ma for 20 to 40 ms.
+    ordered = np.sort(confidence)
+    below, share = np.divmod(equal_width(bins) * (confidence.size - 1), 1.0)
+    low = ordered[below.astype(np.int64)]
+    high = ordered[np.minimum(below.astype(np.int64) + 1, confidence.size - 1)]
+    return low + (high - low) * share
 
 
 def binned(confidence: Any, correct: Any, edges: Any) -> Any:

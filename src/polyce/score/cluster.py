@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from polyce.score import files, passes, totals
+from polyce.score import files, passes
 from polyce.score.passes import Each
-from polyce.score.totals import Box, OfBlock, Question
+from polyce.score.totals import Box, OfBlocks, Question
 
 AHEAD = 2
-"""How many blocks each thread of the cluster is given ahead of what has come back."""
+"""How many tasks each thread of the cluster is given ahead of what has come back."""
 
 
 @contextmanager
@@ -29,12 +29,12 @@ def on_cluster(address: str, logits: str, target: str) -> Iterator[Each]:
             )
     with Client(address, timeout="30s") as client:
 
-        def each(question: Question, scale: float, given: Iterable[Box]) -> Iterator[OfBlock]:
+        def each(question: Question, scale: float, given: Iterable[Box]) -> Iterator[OfBlocks]:
             room = AHEAD * max(1, sum(client.nthreads().values()))
             # In order, so that sums have the same bits whichever worker is done first.
             waiting = deque[Any]()
-            for box in given:
-                task = client.submit(_read_and_score, logits, target, question, scale, box)
+            for some in passes.together(given):
+                task = client.submit(_read_and_score, logits, target, question, scale, some)
                 waiting.append(task)
                 if len(waiting) == room:
                     yield waiting.popleft().result()
@@ -45,8 +45,7 @@ def on_cluster(address: str, logits: str, target: str) -> Iterator[Each]:
 
 
 def _read_and_score(
-    logits: str, target: str, question: Question, scale: float, box: Box
-) -> OfBlock:
-    labels = passes.read_labels(question, files.open_array(target, "labels"), box)
-    found = files.open_array(logits, "logits").read(box)
-    return totals.of_block(question, scale, box, found, labels)
+    logits: str, target: str, question: Question, scale: float, some: list[Box]
+) -> OfBlocks:
+    arrays = files.open_array(logits, "logits"), files.open_array(target, "labels")
+    return passes.score_blocks(question, scale, *arrays, some)

@@ -42,17 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="polyce score",
         description="Loss, accuracy and calibration of logits in a file, with standard errors.",
-        epilog="Files are .npy, .npz, .safetensors or .zarr; FILE:NAME names an array in one that "
-        "holds several, which is otherwise the one called logits or labels.",
+        epilog="Files are .npy, .npz, .safetensors or .zarr; FILE:NAME names one of several "
+        "arrays in a file; without a name it is the one called logits or labels.",
     )
     add = parser.add_argument
     add("logits", metavar="LOGITS", help="a file of logits, which may be larger than memory")
     add("labels", metavar="LABELS", help="a file of class indices, of any integer dtype")
     add("--axis", type=int, help="the class axis (default: 1, or 0 if there is only one)")
     add("--ignore-index", type=int, default=-100, help="the label of rows to leave out")
-    add("--weights", metavar="FILE", help="a weight for each class, for the loss")
-    add("--temperature", type=float, default=1.0, help="what the logits are divided by")
-    add("--softcap", type=float, help="the cap of cap·tanh(logits/cap)")
+    add("--weights", metavar="FILE", help="a file with a weight for each class, for the loss")
+    add("--temperature", type=float, default=1.0, help="divides the logits (default: 1)")
+    add("--softcap", type=float, help="a cap: logits become cap·tanh(logits/cap)")
     add("--bins", type=int, default=15, help="bins of the calibration errors (default: 15)")
     add(
         "--fit-temperature",
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--validate",
         choices=("on", "off"),
         default="on",
-        help="off: labels that are no class are counted, the rest is scored",
+        help="off: count labels that are not classes, and score the rest",
     )
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--csv", type=Path, metavar="FILE", help="write the figures as CSV")

@@ -31,10 +31,9 @@ FIGURES = (
 class Score:
     """What logits are worth, given their labels: the figures that `score` returns.
 
-    Means are over the rows that count: those that are not ignored, have a softmax and have a label
-    that is a class. Each ``…_error`` is the standard error of the figure, with rows taken as
-    independent of each other; nan where there are fewer than two rows. A figure over no rows is
-    nan.
+    Means are over the rows that count: those that are not ignored, have a softmax, and have a label
+    that is a class. Each ``…_error`` is the standard error of the figure, and assumes independent
+    rows; it is nan with fewer than two rows. A figure over no rows is nan.
 
     Parameters
     ----------
@@ -45,35 +44,36 @@ class Score:
     undefined : int
         How many others have no softmax: a nan, +inf or nothing but -inf among their logits.
     bad_labels : int
-        How many others have a label that is no class; 0 unless ``validate=False``.
+        How many others have a label that is not a class; 0 unless ``validate=False``.
     first_undefined, first_bad_label : tuple of int or None
         The position of the first of each, in the labels' shape.
     loss, loss_error : float
-        Mean cross-entropy in nats; weighted, as that of `cross_entropy`, if there is a `weight`.
+        Mean cross-entropy in nats; weighted, as in `cross_entropy`, if there is a `weight`.
     bits, bits_error : float
         The same in bits: loss / log 2.
     perplexity, perplexity_error : float
         exp(loss).
     accuracy, accuracy_error : float
-        Share of rows whose first largest logit is the label's.
+        Share of rows in which the first of the largest logits is the label's.
     top5_accuracy, top5_accuracy_error : float
-        Share of rows of which fewer than five classes have a larger logit than the label.
+        Share of rows in which fewer than five classes have a larger logit than the label.
     brier, brier_error : float
         Mean of Σ (p_c - [c = label])², from 0 to 2.
     entropy, entropy_error : float
         Mean entropy of the softmax in nats.
     ece : float
-        Expected calibration error: the distance between confidence, which is the largest
-        probability, and accuracy in each of `bins` bins of equal width, averaged over the rows.
+        Expected calibration error: the distance between accuracy and confidence, which is the
+        largest probability, in each of `bins` bins of equal width, averaged over the rows.
     mce : float
         The largest of these distances.
     ece_mass : float
-        As `ece`, with bins between the quantiles of the confidences: about as many rows in each.
+        As `ece`, but with bins between quantiles of the confidences, so that each has about as many
+        rows.
     temperature, temperature_error : float
-        What the logits were divided by. The error is that of a fit, and nan without one.
+        Divisor of the logits. The error is that of a fit; without one it is nan.
     reliability : numpy.ndarray, shape (bins,)
-        The bins of equal width, with fields low, high, rows, confidence and accuracy. A
-        confidence of exactly an edge is in the bin below.
+        The bins of equal width, with fields low, high, rows, confidence and accuracy. A confidence
+        on an edge is in the bin below.
     by_class : numpy.ndarray, shape (C,), or None
         Only with ``by_class=True``: fields class, rows (of that label), predicted (as that class),
         loss, accuracy (recall), precision and brier.

@@ -27,7 +27,7 @@ def left_out_lines(found: Score) -> Iterator[str]:
     """Return a sentence about each kind of rows that are left out and should not be there."""
     kinds = (
         (found.undefined, found.first_undefined, "no softmax (nan, +inf or nothing but -inf)"),
-        (found.bad_labels, found.first_bad_label, "a label that is no class"),
+        (found.bad_labels, found.first_bad_label, "a label that is not a class"),
     )
     for count, place, kind in kinds:
         if count:

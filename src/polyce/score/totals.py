@@ -1,4 +1,4 @@
-"""What a block of rows adds to the figures; the totals of blocks add up to those of all rows."""
+"""What some blocks of rows add to the figures; the totals of blocks add up to those of all rows."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def _earlier(one: int | None, other: int | None) -> int | None:
     return min((place for place in (one, other) if place is not None), default=None)
 
 
-class OfBlock(NamedTuple):
-    """What is kept of a block of rows."""
+class OfBlocks(NamedTuple):
+    """What is kept of some blocks of rows."""
 
     totals: Totals
     confidence: Any
@@ -157,8 +157,8 @@ def nothing(question: Question) -> Totals:
     )
 
 
-def of_block(question: Question, scale: float, box: Box, logits: Any, target: Any) -> OfBlock:
-    """Score one block of rows, `box` of all logits, in one pass over it."""
+def columns(question: Question, scale: float, logits: Any, target: Any) -> tuple[Any, ...]:
+    """Compute what is known of each row of a block, labels first, in one pass over its logits."""
     library, (logits, target) = find.of(input=logits, target=target)
     # A loss has the dtype of its logits, and a mean of many should not be made of 16-bit numbers.
     if dtypes.dtype_name(logits) not in ("float32", "float64"):
@@ -177,13 +177,18 @@ def of_block(question: Question, scale: float, box: Box, logits: Any, target: An
     )
     prediction = (stats.prediction,) if question.by_class else ()
     arrays = (target, losses, *(getattr(stats, name) for name in STATS), *prediction)
-    labels, *columns = (array.reshape(-1) for array in library.to_numpy(*arrays))
+    return tuple(array.reshape(-1) for array in library.to_numpy(*arrays))
+
+
+def of_blocks(question: Question, boxes: list[Box], rows: list[tuple[Any, ...]]) -> OfBlocks:
+    """Sum up the rows of some blocks, `boxes` of all logits, from what is known of each."""
+    labels, *known = (np.concatenate(column) for column in zip(*rows, strict=True))
     ignored, bad = left_out(question, labels)
-    undefined = np.isnan(columns[3]) & ~ignored & ~bad
+    undefined = np.isnan(known[3]) & ~ignored & ~bad
     counts = ~(ignored | bad | undefined)
     labels = labels[counts].astype(np.int64)
     loss, entropy, correct, confidence, brier, rank, *predicted = (
-        column[counts] for column in columns
+        column[counts] for column in known
     )
     with np.errstate(invalid="ignore"):  # a loss of inf has no error
         means = _means(question, labels, loss, entropy, correct, brier, rank)
@@ -192,13 +197,13 @@ def of_block(question: Question, scale: float, box: Box, logits: Any, target: An
         int(ignored.sum()),
         int(undefined.sum()),
         int(bad.sum()),
-        first(question, box, undefined),
-        first(question, box, bad),
+        first(question, boxes, undefined),
+        first(question, boxes, bad),
         means,
         calibration.binned(confidence, correct, calibration.equal_width(question.bins)),
         _classes(question, labels, predicted[0], loss, correct, brier) if predicted else None,
     )
-    return OfBlock(totals, confidence, correct)
+    return OfBlocks(totals, confidence, correct)
 
 
 def left_out(question: Question, labels: Any) -> tuple[Any, Any]:
@@ -207,15 +212,22 @@ def left_out(question: Question, labels: Any) -> tuple[Any, Any]:
     return ignored, ~ignored & ((labels < 0) | (labels >= question.shape[question.axis]))
 
 
-def first(question: Question, box: Box, marked: Any) -> int | None:
-    """Return the place among all rows of the first marked one of a block, in C order."""
+def first(question: Question, boxes: list[Box], marked: Any) -> int | None:
+    """Return the place among all rows of the first marked one of some blocks, in C order."""
     if not marked.any():
         return None
-    rows = without(box, question.axis)
-    sizes = [cut.stop - cut.start for cut in rows]
-    inside = np.unravel_index(int(np.argmax(marked)), sizes) if sizes else ()
-    place = tuple(int(i) + cut.start for i, cut in zip(inside, rows, strict=True))
-    return int(np.ravel_multi_index(place, question.row_shape)) if place else 0
+    found, start = None, 0
+    for box in boxes:
+        rows = without(box, question.axis)
+        sizes = [cut.stop - cut.start for cut in rows]
+        end = start + math.prod(sizes)
+        if marked[start:end].any():
+            inside = np.unravel_index(int(np.argmax(marked[start:end])), sizes) if sizes else ()
+            place = tuple(int(i) + cut.start for i, cut in zip(inside, rows, strict=True))
+            number = int(np.ravel_multi_index(place, question.row_shape)) if place else 0
+            found = _earlier(found, number)
+        start = end
+    return found
 
 
 def _means(

@@ -89,13 +89,12 @@ def check_implementation(
 ) -> Report:
     """Check that an implementation gives the exact answers, and raise if it does not.
 
-    Every case of the grid goes through `polyce.cross_entropy` and
-    `polyce.cross_entropy_with_grad`. Values, nans, dtypes, shapes and the kind of array are
-    checked, also those of the stats if a case asks for some, and that the arrays passed in are
-    unchanged. The cases of the group values go through `polyce.log_prob` and `polyce.entropy` too.
-    Of an implementation that takes no cotangents of stats only the losses of the cases with
-    such are checked; cases that ask for stats which it does not serve, or of kinds of target that
-    it does not take, are left out.
+    Every case of the grid goes through `polyce.cross_entropy` and `polyce.cross_entropy_with_grad`.
+    Values, nans, dtypes, shapes and the kind of array are checked, also those of the stats if a
+    case asks for some, and that the arrays passed in are unchanged. The cases of the group values
+    go through `polyce.log_prob` and `polyce.entropy` too. For an implementation that takes no
+    cotangents of stats, cases with such cotangents check the loss alone. Cases that ask for stats
+    or have kinds of target that the implementation does not take are left out.
 
     Parameters
     ----------
@@ -181,7 +180,7 @@ def not_served(name: str | None, case: Case) -> str:
     """Return that an implementation serves no such target or stats, or an empty string."""
     path = None if name is None else _path(name)
     if path is not None and path.kinds is not None and case.kind not in path.kinds:
-        return f"target {case.kind} is not served"
+        return f"{name} takes no target of kind {case.kind}"
     if path is not None and path.stats is not None and not path.stats.issuperset(case.stats_names):
         return f"{name} has no stats but {', '.join(sorted(path.stats))}"
     return ""

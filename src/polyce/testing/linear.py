@@ -46,8 +46,8 @@ def grid_functions(chunks: int | None = None, *, teacher_heads: bool = False) ->
     """Return functions that compute the grid's calls by a linear head.
 
     A case's logits are the hidden states and the weight is the identity, so that the products are
-    exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. Of several
-    classes of a row each takes a call of its own.
+    exact. ``polyce.testing.linear.leave_out`` names the cases for which they are not. If a row has
+    several classes, each takes a call of its own.
 
     A teacher's logits are passed as such, or, with `teacher_heads`, in the same way as hidden
     states of its head.

@@ -40,7 +40,7 @@ def _finds_device(cupy: Any) -> bool:
 def refuses(problem: Problem) -> str | None:
     """Return what the kernels cannot read in this problem, or None."""
     if problem.classes > _MOST_CLASSES:
-        return f"more than {_MOST_CLASSES} classes are not served"
+        return f"takes at most {_MOST_CLASSES} classes"
     return None
 
 

@@ -31,9 +31,9 @@ def unavailable() -> str | None:
 
 
 class CoreMissingWarning(UserWarning):
-    """Calls that the compiled core would compute take the slow way, as it was not built.
+    """Calls that the compiled core would compute take the slow path, as it was not built.
 
-    The first of them in a process warns.
+    The first such call of a process warns.
 
     Examples
     --------

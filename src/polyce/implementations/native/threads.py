@@ -34,9 +34,10 @@ def get_num_threads() -> int:
 def set_num_threads(count: int) -> None:
     """Set the number of threads that a large call of the native path uses, in this process.
 
-    A call uses fewer where more would not pay, be it for its size or for other processes that keep
-    it waiting. With torch tensors, on Linux, these are torch's own threads, if it has as many;
-    otherwise they are polyce's, and while a call has them, calls from other threads use one.
+    A call uses fewer threads if more would not pay, because it is small or because other processes
+    keep it waiting. With torch tensors on Linux, these are torch's own threads if torch has as
+    many; otherwise they are polyce's, and while one call uses them, calls from other threads use
+    one thread.
 
     Parameters
     ----------

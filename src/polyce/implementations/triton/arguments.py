@@ -29,6 +29,15 @@ class Arrays(NamedTuple):
     """(rows, K), the probabilities of a sparse target, beside the target's (rows, K) classes."""
 
 
+class Place(NamedTuple):
+    """Where the classes of a call lie among those of whole rows."""
+
+    start: int
+    """The first of them."""
+    classes: int
+    """How many classes the whole rows have."""
+
+
 class KernelCall(NamedTuple):
     """One call, laid out for the kernels."""
 
@@ -39,6 +48,8 @@ class KernelCall(NamedTuple):
     """How probabilities or a teacher's logits lie; None for targets that name classes."""
     grad_rows: Rows | None
     """How the gradient lies; None if there is none, or if no kernel can write it."""
+    place: Place | None = None
+    """Where its classes lie, of a call that has some of them; None for one that has all."""
 
     @property
     def logits(self) -> torch.Tensor:
@@ -69,7 +80,12 @@ class KernelCall(NamedTuple):
         return self.rows.outer * self.rows.inner
 
 
-def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None) -> KernelCall:
+def call(
+    problem: Problem,
+    operands: Operands,
+    grad: torch.Tensor | None = None,
+    place: Place | None = None,
+) -> KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
     logits, target, weight, sample_weight, *_ = operands
     arrays = [plain(logits)]
@@ -106,6 +122,7 @@ def call(problem: Problem, operands: Operands, grad: torch.Tensor | None = None)
         rows=rows,
         target_rows=None if problem.names_classes else laid[1],
         grad_rows=laid[-1] if given else None,
+        place=place,
     )
 
 
@@ -141,14 +158,15 @@ def options(call: KernelCall) -> dict[str, Any]:
     """Return the arguments that all kernels of rows have, besides the arrays."""
     problem = call.problem
     scale, cap = transform.scale_and_cap(problem)
+    all_classes = problem.classes if call.place is None else call.place.classes
     return {
         "entries": problem.entries,
         "inner": call.rows.inner,
         "blocks": call.blocks,
         **named("x", call.rows),
-        "ignore_index": _ignored(problem) or 0,
+        "ignore_index": _ignored(call) or 0,
         "kept": 1.0 - problem.options.label_smoothing,
-        "share": problem.options.label_smoothing / problem.classes,
+        "share": problem.options.label_smoothing / all_classes,
         "scale": scale,
         "cap": cap,
         "teacher_scale": problem.teacher_scale,
@@ -169,8 +187,14 @@ def read(arrays: Arrays) -> dict[str, Any]:
     return found
 
 
-def _ignored(problem: Problem) -> int | None:
-    return labels.ignored_as_signed(problem) if problem.names_classes else None
+def _ignored(call: KernelCall) -> int | None:
+    """Return which class is ignored, as the target numbers them; None if none is."""
+    problem, place = call.problem, call.place
+    found = labels.ignored_as_signed(problem) if problem.names_classes else None
+    if found is None or place is None:
+        return found
+    # Of a part, rows with an ignored label are those that do not count.
+    return found - place.start if problem.kind == "sparse" else None
 
 
 def form(call: KernelCall, **asked: bool) -> records.Form:
@@ -190,8 +214,9 @@ def form(call: KernelCall, **asked: bool) -> records.Form:
         WEIGHTED=call.arrays.weight is not None,
         SAMPLED=call.arrays.sample_weight is not None,
         SMOOTHED=problem.options.label_smoothing > 0.0,
-        IGNORES=_ignored(problem) is not None,
+        IGNORES=_ignored(call) is not None,
         EMULATED=EMULATED,
+        PART=call.place is not None,
         **asked,
     )
     return records.completed(given)

@@ -13,7 +13,7 @@ from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import REFERENCE, Kernels, Saved
 from polyce.implementations.triton import arguments, launch, plans
-from polyce.implementations.triton.arguments import Arrays
+from polyce.implementations.triton.arguments import Arrays, Place
 from polyce.implementations.triton.launch import Results, Sizes
 from polyce.implementations.triton.plans import Key
 
@@ -104,24 +104,25 @@ def backward(
         # What the cotangents of stats are multiplied by was not saved: the rows are read again.
         _, _, saved = forward(problem, operands, keep=True)
         key = None
-    return _write_gradient(problem, operands, saved, out, key)
+    return write_gradient(problem, operands, saved, out, key)
 
 
-def _write_gradient(
+def write_gradient(
     problem: Problem,
     operands: Operands,
     saved: Saved,
     out: torch.Tensor | None,
     key: Key | None,
+    part: Place | None = None,
 ) -> torch.Tensor:
     """Lay the backward pass out, and keep its launches by the key, if there is one."""
     logits = operands.logits.detach()
     _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
-    call, place = arguments.call(problem, operands, grad), grad
+    call, place = arguments.call(problem, operands, grad, part), grad
     if call.grad_rows is None:
         place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
-        call = arguments.call(problem, operands, place)
+        call = arguments.call(problem, operands, place, part)
     cotangent = arguments.cotangent(operands.grad_output)
     values = launch.of_backward(call.arrays, saved, cotangent, place, _of_entries(problem, place))
     launches = launch.run(launch.backward(call, cotangent, place), values, logits)
@@ -153,7 +154,7 @@ def cross_entropy_with_grad(
     loss, found, saved = forward(problem, operands, keep=True)
     if problem.grad_stats and not problem.is_empty:
         # The forward pass has just saved what their cotangents are multiplied by.
-        return loss, _write_gradient(problem, operands, saved, out, None), found
+        return loss, write_gradient(problem, operands, saved, out, None), found
     return loss, backward(problem, operands, saved, out), found
 
 

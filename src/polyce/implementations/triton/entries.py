@@ -77,4 +77,4 @@ def with_entries(
             most, most_class = likelier(most, most_class, largest, number)
     state = with_coefficients(state, rest, excess)
     pivot = Pivot(pivot.logit, at_pivot.to(FORM.DTYPE), pivot.number, pivot.even)
-    return Seen(state, pivot, most, most_class, seen.rank, seen.teacher), bad > 0
+    return Seen(state, pivot, most, most_class, seen.rank, seen.first, seen.teacher), bad > 0

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from polyce.implementations.triton.gradient import at_entries, backward, put_entries
-from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Seen, State, Teacher
-from polyce.implementations.triton.row import difference, likelier, merge, narrow, numbers
-from polyce.implementations.triton.teacher import join_teachers
+from polyce.implementations.triton.joining import join
+from polyce.implementations.triton.records import Inputs, Outputs
+from polyce.implementations.triton.row import difference, narrow, numbers
+from polyce.implementations.triton.states import save_states, write_states, write_teachers
 from polyce.implementations.triton.tiles import (
     body,
-    choose_pivot,
     conclude,
     edge,
     lanes,
@@ -33,6 +33,9 @@ __all__ = [
     "join",
     "put_entries",
     "reduce",
+    "save_states",
+    "write_states",
+    "write_teachers",
 ]
 
 
@@ -145,90 +148,13 @@ def forward(
             tl.store(place + 14 * step, state.even, mask=here)
             tl.store(place + 15 * step, state.even_excess, mask=here)
             tl.store(place + 16 * step, pivot.even.to(tl.float64), mask=here)
+        if FORM.FIRST:
+            tl.store(place + 17 * step, seen.first.to(tl.float64), mask=here)
     else:
         conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
             row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
         )  # fmt: skip
-
-
-@triton.jit
-def join(
-    x_ptr, target_ptr, weight_ptr, sample_ptr, chance_ptr,
-    loss_ptr, saved_ptr, sums_ptr, parts_ptr,
-    lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
-    top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
-    classes, inner, blocks, rows, parts, entries,
-    x_outer, x_lane, x_class,
-    ignore_index: tl.int64,
-    kept: tl.float64, share: tl.float64, z_loss: tl.float64, scale: tl.float64, cap: tl.float64,
-    teacher_scale: tl.float64,
-    FORM: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Merge, in order, the states of the parts in which `forward` has read the rows."""
-    outer, _line, lane, here = lanes(inner, blocks, LANES)
-    row = outer * inner + lane
-    given = numbers(kept, share, scale, cap, teacher_scale)
-    z_loss = tl.full((1,), z_loss, tl.float64)
-    inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
-    outputs = Outputs(
-        loss_ptr, saved_ptr, sums_ptr, lse_ptr, entropy_ptr, prediction_ptr, correct_ptr, valid_ptr,
-        top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
-    )  # fmt: skip
-    seen = nothing_read(LANES, FORM)
-    plane = tl.full((1,), rows, tl.int64)
-    step = plane * parts
-    for part in range(parts):
-        place = parts_ptr + plane * part + row
-        state, pivot, most, most_class = seen.state, seen.pivot, seen.most, seen.most_class
-        p_top = tl.load(place, mask=here, other=0.0).to(FORM.DTYPE)
-        p_total = tl.load(place + step, mask=here, other=0.0)
-        p_rest, p_excess, p_entropy = state.rest, state.excess, state.entropy
-        p_squares, rank = state.squares, seen.rank
-        p_even, p_even_excess, new_even = state.even, state.even_excess, pivot.even
-        before, teacher = state, seen.teacher
-        if FORM.SPREAD:
-            p_rest = tl.load(place + 2 * step, mask=here, other=0.0)
-            p_excess = tl.load(place + 3 * step, mask=here, other=0.0)
-        if FORM.SURPRISE:
-            p_entropy = tl.load(place + 4 * step, mask=here, other=0.0)
-        if FORM.SQUARES:
-            p_squares = tl.load(place + 10 * step, mask=here, other=0.0)
-        if FORM.RANK:
-            rank += tl.load(place + 11 * step, mask=here, other=0.0).to(tl.int32)
-        if FORM.EVEN:
-            p_even = tl.load(place + 14 * step, mask=here, other=0.0)
-            p_even_excess = tl.load(place + 15 * step, mask=here, other=0.0)
-            new_even = tl.load(place + 16 * step, mask=here, other=0.0).to(FORM.DTYPE)
-        read_here = State(
-            p_top, p_total, p_rest, p_excess, p_entropy, p_squares, p_even, p_even_excess
-        )
-        if FORM.LARGEST:
-            new = tl.load(place + 5 * step, mask=here, other=0.0).to(FORM.DTYPE)
-            new_r = tl.load(place + 6 * step, mask=here, other=0.0).to(pivot.coefficient.dtype)
-            new_class = tl.load(place + 7 * step, mask=here, other=0.0).to(tl.int32)
-            new_pivot = Pivot(new, new_r, new_class, new_even)
-        if FORM.TEACHER:
-            p_teacher = Teacher(
-                tl.load(place + 12 * step, mask=here, other=0.0).to(FORM.DTYPE),
-                tl.load(place + 13 * step, mask=here, other=0.0),
-            )
-            before, read_here, pivot, new_pivot, teacher = join_teachers(
-                teacher, p_teacher, before, read_here, pivot, new_pivot, given, FORM
-            )
-        state = merge(before, read_here, given, FORM)
-        if FORM.LARGEST:
-            state, pivot = choose_pivot(state, pivot, new_pivot, given, FORM)
-        if FORM.PROBABILITY and FORM.CORRECT:
-            most = tl.load(place + 8 * step, mask=here, other=0.0).to(FORM.DTYPE)
-            most_class = tl.load(place + 9 * step, mask=here, other=0.0).to(tl.int32)
-            # Parts are in the order of their classes, but the first also read the row's end.
-            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
-        seen = Seen(state, pivot, most, most_class, rank, teacher)
-    conclude(
-        x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
-        row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
-    )  # fmt: skip
 
 
 @triton.jit

@@ -20,8 +20,9 @@ from polyce.implementations.triton import arguments, kernels, layout, plans
 from polyce.implementations.triton.arguments import Arrays, KernelCall
 from polyce.implementations.triton.plans import Kept
 
-# How many numbers a part of a row leaves behind, without a teacher and beside one.
+# How many numbers a part of a row leaves behind, without a teacher and beside one; and most of all.
 _FIELDS_OF_A_PART = (12, 17)
+MOST_FIELDS_OF_A_PART = 18
 # What the kernels call their memory.
 _MEMORY = {
     "rows": "saved_ptr",
@@ -116,7 +117,7 @@ def run(
 
 def sizes(call: KernelCall, keep: bool) -> Sizes:
     """Return what memory the launches of a forward pass need."""
-    problem, rows, parts = call.problem, call.row_count, _parts(call)[0]
+    problem, rows, parts = call.problem, call.row_count, parts_of(call)[0]
     reduced = problem.options.reduction != "none"
     looks_again = problem.kind == "probability" and problem.asks("brier")
     return Sizes(
@@ -138,12 +139,12 @@ def _chunks(programs: int) -> int:
     return 0 if programs <= layout.MANY_SUMS else cdiv(programs, layout.CHUNK_OF_SUMS)
 
 
-def _parts(call: KernelCall) -> tuple[int, int]:
+def parts_of(call: KernelCall) -> tuple[int, int]:
     """Return into how many parts rows are cut, and how many classes a part has."""
     programs, classes = call.programs, call.problem.classes
     if classes <= layout.LONG or programs >= layout.FEW_PROGRAMS:
         return 1, classes
-    wanted = min(classes // layout.PART, cdiv(2 * layout.FEW_PROGRAMS, programs))
+    wanted = min(cdiv(classes, layout.PART), cdiv(2 * layout.FEW_PROGRAMS, programs))
     return cut(classes, call.tile.classes, wanted)
 
 
@@ -181,7 +182,6 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     """Plan the launches that read the rows once and reduce their losses."""
     problem, asked = call.problem, call.problem.options.stats or ()
     programs, classes = call.programs, problem.classes
-    parts, chunk = _parts(call)
     shared = {
         **arguments.options(call),
         "rows": call.row_count,
@@ -199,20 +199,13 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
             TOP="top_probability" in asked,
             BRIER="brier" in asked,
             RANK="rank" in asked,
-            **_of_stats(problem),
+            **of_stats(problem),
         ),
     }
-    read = {
-        **shared,
-        **arguments.named("t", call.target_rows),
-        **arguments.vectors(call),
-        "chunk": chunk,
-        "SPLIT": parts > 1,
-    }
-    launches = [Launch("forward", (programs, parts, 1), read, call.tile.warps)]
-    if parts > 1:
-        joined = {**shared, "classes": classes, "parts": parts}
-        launches.append(Launch("join", (programs, 1, 1), joined, 1))
+    is_split = parts_of(call)[0] > 1
+    launches = [reader(call, shared, split=is_split)]
+    if is_split:
+        launches.append(joiner("join", call, shared))
     if results.softmax is not None:
         again = {
             name: shared[name] for name in ("inner", "blocks", "scale", "cap", "FORM", "LANES")
@@ -237,7 +230,35 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
     return launches
 
 
-def _of_stats(problem: Problem) -> dict[str, bool]:
+def reader(call: KernelCall, shared: dict[str, Any], *, split: bool) -> Launch:
+    """Plan the launch that reads the rows; if `split`, it leaves their parts behind."""
+    parts, chunk = parts_of(call)
+    given = {
+        **shared,
+        **arguments.named("t", call.target_rows),
+        **arguments.vectors(call),
+        "chunk": chunk,
+        "SPLIT": split,
+    }
+    grid = (call.programs, parts, 1)
+    return Launch("forward", grid, taken("forward", given), call.tile.warps)
+
+
+def joiner(kernel: str, call: KernelCall, shared: dict[str, Any]) -> Launch:
+    """Plan the launch of a kernel that joins the parts which a split reading leaves behind."""
+    parts, lanes = parts_of(call)[0], call.tile.lanes
+    at_once = layout.parts_at_once(parts, lanes)
+    given = {**shared, "classes": call.problem.classes, "parts": parts, "TILE": at_once}
+    warps = max(at_once * lanes // 32, 1)
+    return Launch(kernel, (call.programs, 1, 1), taken(kernel, given), warps)
+
+
+def taken(kernel: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some arguments that a kernel has."""
+    return {name: given[name] for name in getattr(kernels, kernel).arg_names if name in given}
+
+
+def of_stats(problem: Problem) -> dict[str, bool]:
     """Return which stats have cotangents, for the form of a kernel."""
     return {f"OF_{name.upper()}": name in problem.grad_stats for name in ("lse", "entropy")}
 
@@ -274,7 +295,7 @@ def backward(call: KernelCall, cotangent: Any, grad: torch.Tensor) -> list[Launc
         **arguments.named("t", call.target_rows),
         **arguments.named("g", call.grad_rows),
         "chunk": chunk,
-        "FORM": arguments.form(call, **_of_stats(call.problem)),
+        "FORM": arguments.form(call, **of_stats(call.problem)),
         "MEAN": call.problem.options.reduction == "mean",
         "BY_ROW": arguments.is_by_row(cotangent),
         "NUMBER": not isinstance(cotangent, torch.Tensor),
@@ -297,8 +318,6 @@ def _of_entries(call: KernelCall, given: dict[str, Any]) -> tuple[Launch, Launch
     programs = cdiv(call.row_count * call.problem.entries, layout.ENTRIES_ALONE)
 
     def launch(name: str) -> Launch:
-        names = getattr(kernels, name).arg_names
-        taken = {name: alone[name] for name in names if name in alone}
-        return Launch(name, (programs, 1, 1), taken, 4)
+        return Launch(name, (programs, 1, 1), taken(name, alone), 4)
 
     return launch("at_entries"), launch("put_entries")

@@ -27,15 +27,19 @@ _MOST_WARPS = 8
 # By the size of a logit, the tile is divided by this, plain and with a softcap or a teacher, which
 # take registers. Each thread still reads 16 bytes or more.
 SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
-# Rows of more than LONG classes are split over programs where there are too few rows to fill a
-# large device twice; a part is long enough to be worth a second launch that joins them.
-LONG, FEW_PROGRAMS, PART = 65536, 256, 16384
+# Rows of more than LONG classes are split over programs where there are fewer than FEW_PROGRAMS, so
+# that twice as many fill a large device: 132 multiprocessors with registers for five programs each.
+# A part has about PART classes at least, a tile. A program waits for the memory once for each tile,
+# for LONG classes about as long as the launch that joins parts takes.
+LONG, FEW_PROGRAMS, PART = 16384, 330, 4096
+# How many parts of a row are joined at once, one to a thread.
+_JOINED = 128
 # How many entries of a sparse target a program reads at once, one or two to a thread.
 _ENTRIES = 256
 # How many of them a program of one thread to each takes, where their gradient is computed alone.
 ENTRIES_ALONE = 128
-# About this many programs write a gradient where there are few rows.
-WRITERS = 512
+# About this many programs write a gradient where there are few rows: as many as fill such a device.
+WRITERS = 660
 # How many sums a program of a reduction adds at once, eight to a thread. One program adds up to
 # MANY_SUMS; where there are more, several programs first add CHUNK_OF_SUMS each: one would wait for
 # the memory once for each of its turns, for longer than a launch takes.
@@ -75,3 +79,8 @@ def tile(rows: Rows, classes: int, share: int = 1, *, by_two: bool = False) -> T
 def entries_at_once(entries: int, lanes: int) -> int:
     """Choose how many entries of each row of a program are read at once."""
     return min(power_of_two(max(entries, 1)), max(_ENTRIES // lanes, 1))
+
+
+def parts_at_once(parts: int, lanes: int) -> int:
+    """Choose how many parts of each row of a program are joined at once."""
+    return min(power_of_two(parts), max(_JOINED // lanes, 1))

@@ -14,8 +14,9 @@ import sys
 from typing import Any
 
 from polyce.call.problem import Operands, Problem
+from polyce.formula.parts import Part, TeacherState
 from polyce.formula.stats import Stats
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
 
 BACKENDS = frozenset({"torch"})
 DEVICES = frozenset({"cpu", "cuda"})
@@ -64,7 +65,7 @@ def refuses(problem: Problem) -> str | None:
     if problem.is_compiling and problem.kind in ("sparse", "teacher"):
         return f"as an operator of torch.compile the kernels take no target {problem.kind}"
     if problem.classes > _MOST_CLASSES:
-        return f"more than {_MOST_CLASSES} classes are not served"
+        return f"takes at most {_MOST_CLASSES} classes"
     return None
 
 
@@ -96,6 +97,27 @@ def cross_entropy_with_grad(
     return calls.cross_entropy_with_grad(problem, operands, out)
 
 
+def read_part(problem: Problem, *part: Any, **more: Any) -> Part:
+    """Read a part of the classes of each row."""
+    from polyce.implementations.triton import parts
+
+    return parts.read(problem, *part, **more)
+
+
+def part_gradient(problem: Problem, *part: Any, **more: Any) -> Any:
+    """Compute the gradient of a part of the classes of each row, from the whole."""
+    from polyce.implementations.triton import parts
+
+    return parts.gradient(problem, *part, **more)
+
+
+def read_teacher_part(problem: Problem, teacher: Any) -> TeacherState:
+    """Read a part of the classes of each of a teacher's rows."""
+    from polyce.implementations.triton import parts
+
+    return parts.read_teacher(problem, teacher)
+
+
 PATH = Implementation(
     name="triton",
     cross_entropy=cross_entropy,
@@ -108,4 +130,5 @@ PATH = Implementation(
     by_name_only=is_emulated,
     torch_kernels=torch_kernels,
     takes_grad_stats=True,
+    of_parts=OfParts(read_part, part_gradient, read_teacher_part),
 )

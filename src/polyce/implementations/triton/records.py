@@ -30,6 +30,8 @@ class Form(NamedTuple):
     SMOOTHED: bool
     IGNORES: bool
     EMULATED: bool
+    PART: bool = False
+    """Whether these are some of the classes: labels count from the first, and may lie elsewhere."""
     # What a forward pass is asked for.
     PENALTY: bool = False
     REDUCED: bool = False
@@ -42,6 +44,8 @@ class Form(NamedTuple):
     TOP: bool = False
     BRIER: bool = False
     RANK: bool = False
+    FIRST: bool = False
+    """Whether it is known which class besides the pivot has the logit of m' first."""
     # Which stats the gradient has cotangents of.
     OF_LSE: bool = False
     OF_ENTROPY: bool = False
@@ -198,6 +202,21 @@ class Meaning(NamedTuple):
     """Whether the label was out of range."""
 
 
+class Label(NamedTuple):
+    """The label of each row, which need not be the pivot."""
+
+    number: Any
+    logit: Any
+    coefficient: Any
+    # Where LARGEST needs them:
+    leads: Any
+    """Whether it is the pivot."""
+    p: Any
+    """exp(x - m')"""
+    gap: Any
+    """m' - x"""
+
+
 class Seen(NamedTuple):
     """What is known of each row after a part of its classes has been read."""
 
@@ -208,6 +227,8 @@ class Seen(NamedTuple):
     most_class: Any
     rank: Any
     """How many classes have a larger logit than the label: where RANK needs it."""
+    first: Any
+    """The first class besides the pivot with the logit of m': where FIRST needs it."""
     teacher: Any
 
 

@@ -251,6 +251,23 @@ def merge(one, other, given, FORM: tl.constexpr):
 
 
 @triton.jit
+def add_states(parts, given, FORM: tl.constexpr):
+    """Merge the states of many parts of each row, which lie along the first axis."""
+    top = tl.max(parts.top, 0)
+    moved = _carried(parts, top[None, :], given, FORM)
+    return State(
+        top,
+        tl.sum(moved.total, 0),
+        tl.sum(moved.rest, 0),
+        tl.sum(moved.excess, 0),
+        tl.sum(moved.entropy, 0),
+        tl.sum(moved.squares, 0),
+        tl.sum(moved.even, 0),
+        tl.sum(moved.even_excess, 0),
+    )
+
+
+@triton.jit
 def exact_gap(top, x, given, FORM: tl.constexpr):
     """Compute how far a class lies below the largest non-pivot class of its row, as two numbers.
 

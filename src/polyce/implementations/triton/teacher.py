@@ -7,7 +7,7 @@ teacher's logits so far.
 import triton
 import triton.language as tl
 
-from polyce.implementations.triton.records import Pivot, Teacher
+from polyce.implementations.triton.records import Pivot, Seen, Teacher
 from polyce.implementations.triton.row import exp, split, with_coefficients
 
 
@@ -46,6 +46,14 @@ def join_teachers(one, other, state, other_state, pivot, other_pivot, given, FOR
 
 
 @triton.jit
+def to_one_teacher(state, pivot, teacher, given, FORM: tl.constexpr):
+    """Bring parts of rows, along the first axis, to the same units; join what is known of it."""
+    top = tl.max(teacher.top, 0)
+    total, state, pivot = _carried(teacher, state, pivot, top[None, :], given, FORM)
+    return state, pivot, Teacher(top, tl.sum(total, 0))
+
+
+@triton.jit
 def _carried(teacher, state, pivot, top, given, FORM: tl.constexpr):
     """Move what is in units of a teacher's largest logit to a larger one, `top`."""
     lower = teacher_exp(teacher.top, top, given, FORM).to(tl.float64)
@@ -69,6 +77,17 @@ def with_teacher(seen, given, FORM: tl.constexpr):
         r += pivot.even * given.share
     pivot = Pivot(pivot.logit, r.to(FORM.DTYPE), pivot.number, pivot.even)
     return with_coefficients(state, rest, excess), pivot, unit
+
+
+@triton.jit
+def with_whole_teacher(seen, top, total, given, FORM: tl.constexpr):
+    """Return state and pivot of a part of rows, whose teacher has other classes too."""
+    _, state, pivot = _carried(seen.teacher, seen.state, seen.pivot, top, given, FORM)
+    whole = Seen(
+        state, pivot, seen.most, seen.most_class, seen.rank, seen.first, Teacher(top, total)
+    )
+    state, pivot, _ = with_teacher(whole, given, FORM)
+    return state, pivot
 
 
 @triton.jit

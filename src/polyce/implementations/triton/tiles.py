@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 
 from polyce.implementations.triton.entries import with_entries
-from polyce.implementations.triton.records import Meaning, Pivot, Seen, State, Teacher
+from polyce.implementations.triton.records import Label, Meaning, Pivot, Seen, State, Teacher
 from polyce.implementations.triton.row import (
     count_label,
     finish,
     likelier,
     merge,
     narrow,
-    slope,
     tile_state,
 )
+from polyce.implementations.triton.saved import save
 from polyce.implementations.triton.teacher import join_teachers, teacher_exp, with_teacher
 
 
@@ -63,8 +63,13 @@ def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
         given = tl.load(inputs.target + row, mask=here, other=0).to(tl.int64)
         if FORM.IGNORES:
             counted = counted & (given != ignore_index)
-        invalid = counted & ((given < 0) | (given >= classes))
-        label = tl.where(counted & (invalid == 0), given, 0).to(tl.int32)
+        outside = (given < 0) | (given >= classes)
+        if FORM.PART:
+            label = given.to(tl.int32)
+            here = here & (outside == 0)
+        else:
+            invalid = counted & outside
+            label = tl.where(counted & (invalid == 0), given, 0).to(tl.int32)
         if FORM.WEIGHTED:
             weight = tl.load(inputs.weight + label, mask=here, other=1.0).to(FORM.DTYPE)
             weight = tl.where(invalid, 1.0, weight)
@@ -144,7 +149,7 @@ def nothing_read(LANES: tl.constexpr, FORM: tl.constexpr):
     pivot = Pivot(lowest, nothing, none, tl.zeros((LANES,), FORM.DTYPE))
     rank = tl.zeros((LANES,), tl.int32)
     state = State(lowest, zero, zero, zero, zero, zero, zero, zero)
-    return Seen(state, pivot, lowest, none, rank, Teacher(lowest, zero))
+    return Seen(state, pivot, lowest, none, rank, none, Teacher(lowest, zero))
 
 
 @triton.jit
@@ -168,59 +173,92 @@ def read(
     number = c[:, None]
     pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
     if FORM.RANK:
-        rank += tl.sum((inside & (x > label_x)).to(tl.int32), 0)
+        rank = tl.sum((inside & (x > label_x)).to(tl.int32), 0)
     if FORM.LARGEST:
-        new = tl.max(x, 0)
+        top = tl.max(x, 0)
         # The largest 32-bit number stands for no class, in an empty tile.
-        new_class = tl.min(tl.where((x == new) & inside, number, 0x7FFFFFFF), 0)
-        excluded = number == new_class
-        new_r = tl.sum(tl.where(excluded, r, 0.0), 0)
-        new_even = seen.pivot.even
+        top_class = tl.min(tl.where((x == top) & inside, number, 0x7FFFFFFF), 0)
+        excluded = number == top_class
+        top_even = pivot.even
         if FORM.EVEN:
-            new_even = tl.sum(tl.where(excluded, weight, 0.0), 0)
+            top_even = tl.sum(tl.where(excluded, weight, 0.0), 0)
+        pivot = Pivot(top, tl.sum(tl.where(excluded, r, 0.0), 0), top_class, top_even)
         if FORM.PROBABILITY and FORM.CORRECT:
             known = tl.where(inside, probability, float("-inf"))
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
-            most, most_class = likelier(seen.most, seen.most_class, most, most_class)
     else:
         excluded = number == label
-    before, state = seen.state, tile_state(x, r, weight, excluded, given, FORM)
-    if FORM.LARGEST:
-        new_pivot = Pivot(new, new_r, new_class, new_even)
+    state = tile_state(x, r, weight, excluded, given, FORM)
+    first = seen.first
+    if FORM.FIRST:
+        is_top = inside & (x == state.top) & (excluded == 0)
+        first = tl.min(tl.where(is_top, number, 0x7FFFFFFF), 0)
+    here = Seen(state, pivot, most, most_class, rank, first, teacher)
+    return merge_seen(seen, here, given, FORM)
+
+
+@triton.jit
+def merge_seen(one, other, given, FORM: tl.constexpr):
+    """Merge what is known of two parts of each row."""
+    before, state, pivot, other_pivot = one.state, other.state, one.pivot, other.pivot
+    most, most_class, rank, teacher = one.most, one.most_class, one.rank, one.teacher
+    if FORM.RANK:
+        rank += other.rank
+    if FORM.PROBABILITY and FORM.CORRECT:
+        most, most_class = likelier(most, most_class, other.most, other.most_class)
     if FORM.TEACHER:
-        before, state, pivot, new_pivot, teacher = join_teachers(
-            seen.teacher, teacher, before, state, pivot, new_pivot, given, FORM
+        before, state, pivot, other_pivot, teacher = join_teachers(
+            teacher, other.teacher, before, state, pivot, other_pivot, given, FORM
         )
     state = merge(before, state, given, FORM)
     if FORM.LARGEST:
-        state, pivot = choose_pivot(state, pivot, new_pivot, given, FORM)
-    return Seen(state, pivot, most, most_class, rank, teacher)
+        state, pivot = choose_pivot(state, pivot, other_pivot, given, FORM)
+    first = one.first
+    if FORM.FIRST:
+        first = first_besides(one, state.top, pivot.number, FORM)
+        first = tl.minimum(first, first_besides(other, state.top, pivot.number, FORM))
+    return Seen(state, pivot, most, most_class, rank, first, teacher)
 
 
 @triton.jit
-def saved_of_a_row(FORM: tl.constexpr):
-    """Return how many numbers are kept of a row for a backward pass."""
-    count: tl.constexpr = (9 if FORM.VALUED else 4) + (2 if FORM.TEACHER else 0)
-    return count
+def first_besides(seen, top, number, FORM: tl.constexpr):
+    """Return the first class of some with the logit `top`, besides the pivot of them and others."""
+    first = tl.where(seen.state.top == top, seen.first, 0x7FFFFFFF)
+    if FORM.LARGEST:
+        passed = (seen.pivot.logit == top) & (seen.pivot.number != number)
+        first = tl.minimum(first, tl.where(passed, seen.pivot.number, 0x7FFFFFFF))
+    return first
 
 
 @triton.jit
-def as_number(saved_class, FORM: tl.constexpr):
-    """Return a class as it is saved: float32 has not as many digits, so its bits are taken."""
-    if FORM.DTYPE == tl.float32:
-        return saved_class.to(tl.int32).to(tl.float32, bitcast=True)
+def with_labels(
+    x_row, x_class, label, weight, counted, classes, state, pivot, given, FORM: tl.constexpr
+):
+    """Read the logits of the labels, and add the coefficients that `read` has left out.
+
+    Return state, pivot and labels. A label among other classes has no coefficient.
+    """
+    used = counted & (label < classes)
+    if FORM.PART:
+        used = used & (label >= 0)
+        weight = tl.where(used, weight, 0.0)
+    # Labels that are used are in range, so nothing outside is read.
+    at = x_row + label.to(tl.int64) * x_class
+    x = tl.load(at, mask=used, other=0.0).to(FORM.DTYPE)
+    r = weight
+    if FORM.SMOOTHED:
+        r = weight * (given.kept + given.share).to(FORM.DTYPE)
+    leads, p, gap = used, x, x
+    if FORM.LARGEST:
+        leads = label == pivot.number
+        leading_r = tl.where(leads, r, pivot.coefficient)
+        pivot = Pivot(pivot.logit, leading_r, pivot.number, pivot.even)
+        added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(FORM.DTYPE))
+        state, p, gap = count_label(state, x, added, given, FORM)
     else:
-        return saved_class.to(tl.float64)
-
-
-@triton.jit
-def as_class(number, FORM: tl.constexpr):
-    """Return the class that a saved number stands for."""
-    if FORM.DTYPE == tl.float32:
-        return number.to(tl.int32, bitcast=True)
-    else:
-        return number.to(tl.int32)
+        pivot = Pivot(x, r, label, pivot.even)
+    return state, pivot, Label(label, x, r, leads, p, gap)
 
 
 @triton.jit
@@ -236,25 +274,16 @@ def conclude(
             x_row, inputs, row, counted, classes, x_class, ignore_index, given, seen, FORM
         )
     state, pivot = seen.state, seen.pivot
+    unit = pivot.logit
     if FORM.TEACHER:
         state, pivot, unit = with_teacher(seen, given, FORM)
+    own = Label(label, weight, weight, counted, weight, weight)
     if FORM.LABELED:
-        # Labels that are used are in range, so nothing outside is read.
-        at = x_row + label.to(tl.int64) * x_class
-        label_x = tl.load(at, mask=counted & (label < classes), other=0.0).to(DTYPE)
-        label_r = weight
-        if FORM.SMOOTHED:
-            label_r = weight * (given.kept + given.share).to(DTYPE)
-        if FORM.LARGEST:
-            leads = label == pivot.number
-            leading_r = tl.where(leads, label_r, pivot.coefficient)
-            pivot = Pivot(pivot.logit, leading_r, pivot.number, pivot.even)
-            added = tl.where(leads | (given.kept == 0.0), 0.0, weight * given.kept.to(DTYPE))
-            state, label_p, label_gap = count_label(state, label_x, added, given, FORM)
-        else:
-            pivot = Pivot(label_x, label_r, label, pivot.even)
+        state, pivot, own = with_labels(
+            x_row, x_class, label, weight, counted, classes, state, pivot, given, FORM
+        )
     result = finish(state, pivot, weight * z_loss.to(DTYPE), given, FORM)
-    lse, factor, pivot_grad = result.lse, result.factor, result.pivot_grad
+    lse = result.lse
     loss = tl.where(counted, result.loss.to(tl.float64) * sample, 0.0)
     loss = tl.where(invalid, float("nan"), loss)
     if FORM.REDUCED:
@@ -265,63 +294,10 @@ def conclude(
         loss = narrow(loss, outputs.loss.dtype.element_ty, FORM.EMULATED)
         tl.store(outputs.loss + row, loss, mask=here)
     if FORM.KEEP:
-        top, saved_x, saved_class = state.top, pivot.logit, pivot.number
-        place = outputs.saved + row * saved_of_a_row(FORM)
-        if FORM.ENTRIES > 0:
-            # So that a backward pass need not look for bad entries.
-            factor = tl.where(invalid, float("nan"), factor)
-            pivot_grad = tl.where(invalid, float("nan"), pivot_grad)
-        label_grad = pivot_grad
-        if FORM.LARGEST and FORM.LABELED:
-            label_grad = result.sum_of_r * (label_p * factor) - label_r
-        if FORM.VALUED:
-            of_lse = tl.zeros_like(lse)
-            if FORM.OF_LSE:
-                of_lse = tl.load(outputs.of_lse + row, mask=here, other=0.0).to(DTYPE)
-            inner = of_lse
-            pivot_more = of_lse * result.probability
-            by_gap = tl.zeros_like(lse)
-            if FORM.OF_ENTROPY:
-                of_entropy = tl.load(outputs.of_entropy + row, mask=here, other=0.0).to(DTYPE)
-                inner = inner + of_entropy * (result.lead - result.entropy)
-                pivot_more += of_entropy * result.entropy_at_pivot
-                by_gap = factor * of_entropy
-            # The lead may overflow where the others have no probability left.
-            more = tl.where(factor == 0.0, 0.0, factor * inner)
-            pivot_more = pivot_more * slope(saved_x, given, FORM)
-            label_more = pivot_more
-            if FORM.LARGEST and FORM.LABELED:
-                label_more = label_p * (more + tl.where(label_p == 0.0, 0.0, label_gap) * by_gap)
-                label_more = tl.where(leads, pivot_more, label_more * slope(label_x, given, FORM))
-                label_grad = tl.where(leads, pivot_grad, label_grad)
-            if FORM.TRANSFORM == "softcap":
-                label_x = label_x if FORM.LABELED else saved_x
-                label_grad = label_grad * slope(label_x, given, FORM)
-            else:
-                more = more * given.scale.to(DTYPE)
-                by_gap = by_gap * given.scale.to(DTYPE)
-            tl.store(place + 4, more.to(DTYPE), mask=here)
-            tl.store(place + 5, by_gap.to(DTYPE), mask=here)
-            tl.store(place + 6, pivot_more.to(DTYPE), mask=here)
-            tl.store(place + 7, label_grad.to(DTYPE), mask=here)
-            tl.store(place + 8, label_more.to(DTYPE), mask=here)
-        elif FORM.LARGEST and FORM.LABELED:
-            # The backward pass does not know the stats: there the label is the pivot.
-            pivot_grad = tl.where(leads, pivot_grad, label_grad)
-            factor = tl.where(leads, factor, result.probability)
-            top = tl.where(leads, top, saved_x)
-            saved_x, saved_class = label_x, label
-        factor = factor * result.sum_of_r
-        if FORM.TRANSFORM == "softcap":
-            pivot_grad = pivot_grad * slope(saved_x, given, FORM)
-        tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(DTYPE), mask=here)
-        tl.store(place + 1, factor.to(DTYPE), mask=here)
-        tl.store(place + 2, pivot_grad.to(DTYPE), mask=here)
-        tl.store(place + 3, as_number(saved_class, FORM), mask=here)
-        if FORM.TEACHER:
-            behind = place + (9 if FORM.VALUED else 4)
-            tl.store(behind, seen.teacher.top.to(DTYPE), mask=here)
-            tl.store(behind + 1, unit.to(DTYPE), mask=here)
+        save(
+            outputs.saved, outputs.of_lse, outputs.of_entropy, row, here,
+            state, pivot, own, result, invalid, seen.teacher.top, unit, given, FORM,
+        )  # fmt: skip
     if FORM.STATS:
         tl.store(outputs.valid + row, counted.to(tl.uint8), mask=here)
         defined = counted & (lse == lse)
@@ -353,9 +329,9 @@ def conclude(
             squares = state.squares * f * f
             score = away * away + squares
             if FORM.LARGEST:
-                p, near = label_p.to(tl.float64) * f, result.probability.to(tl.float64)
+                p, near = own.p.to(tl.float64) * f, result.probability.to(tl.float64)
                 beside = (1.0 - p) * (1.0 - p) + near * near + (squares - p * p)
-                score = tl.where(leads, score, beside)
+                score = tl.where(own.leads, score, beside)
             score = tl.where(defined & (invalid == 0), score, float("nan")).to(DTYPE)
             tl.store(outputs.brier + row, score, mask=here)
         if FORM.DISTANT:

@@ -270,21 +270,49 @@ DEVICE void write_part(const Call& call, int member, const Row& row, const logit
   });
 }
 
-// Join the parts of a row that several blocks have read.
-DEVICE State join_parts(const Call& call, const State* states, i64 row) {
-  State state = states[row * call.parts];
-  for (i64 part = 1; part < call.parts; part++)
-    merge(call, state, states[row * call.parts + part]);
-  return state;
+// Most threads that join the parts of one row.
+enum { MOST_JOINING = BLOCK < 64 ? BLOCK : 64 };
+
+// How many threads join the parts of one row, a power of two.
+DEVICE int joining(const Call& call) {
+  int count = 1;
+  while (count < call.parts && count < MOST_JOINING) count *= 2;
+  return count;
 }
 
-// Conclude all rows, of which there are few, by one block.
-template <class Each>
+// Join the parts of a row that several blocks have read, in pairs, into the place of the first of the
+// `count` threads that join them. All threads of the block come here; those without a row bring -1.
+template <class Joined>
+DEVICE void join_parts(const Call& call, const State* states, i64 row, int seat, int count,
+                       Joined& joined) {
+  const int thread = (int)threadIdx.x, parts = (int)call.parts;
+  if (row >= 0 && seat < parts) {
+    joined[thread] = states[row * parts + seat];
+    for (int part = seat + count; part < parts; part += count)
+      merge(call, joined[thread], states[row * parts + part]);
+  }
+  __syncthreads();
+  for (int reach = count / 2; reach > 0; reach /= 2) {
+    if (row >= 0 && seat < reach && seat + reach < parts)
+      merge(call, joined[thread], joined[thread + reach]);
+    __syncthreads();
+  }
+}
+
+// Conclude all rows, of which there are few, by one block with places for so many parts.
+template <class Joined, class Each>
 DEVICE void conclude_all(const Call& call, const Targets& targets, const State* states,
-                         const Results& results, Each& each) {
-  Sums& mine = each[threadIdx.x];
+                         const Results& results, int places, Joined& joined, Each& each) {
+  const int thread = (int)threadIdx.x, count = joining(call);
+  const i64 rows = call.outer * call.inner;
+  Sums& mine = each[thread];
   mine = Sums{0, 0};
-  for (i64 i = threadIdx.x; i < call.outer * call.inner; i += BLOCK)
-    conclude(call, meaning_of(call, targets, i), i, join_parts(call, states, i), results, mine);
+  for (i64 first = 0; first < rows; first += places / count) {
+    const i64 row = first + thread / count;
+    const bool joins = thread < places && row < rows;
+    join_parts(call, states, joins ? row : -1, thread % count, count, joined);
+    if (joins && thread % count == 0)
+      conclude(call, meaning_of(call, targets, row), row, joined[thread], results, mine);
+  }
   add_up(each);
 }

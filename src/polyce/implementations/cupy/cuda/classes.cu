@@ -1,5 +1,8 @@
 // A thread's way over the classes of a row, and reading them into a state.
 
+// Whether the next load is under way while the last one is used; it waits as it lies in memory, where
+// 16-bit numbers take half of the registers.
+#define AHEAD (WIDTH > 1 && LOGITS < FLOAT32 && REAL == FLOAT32 && !PROBABILITY && !SOFTCAP)
 // How many loads a thread has under way: enough to wait for memory together.
 #if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (WIDTH > 1 && LOGITS < FLOAT32)
 enum { LOADS = 1 };
@@ -11,38 +14,47 @@ enum { LOADS = 2 };
 // compilers load 8 bytes twice.
 template <int N> struct alignas(4 * N) Words { unsigned each[N]; };
 
+template <int KIND, int W, int N>
+DEVICE void widen_all(const Words<N>& words, real (&numbers)[W]) {
+  enum { SIZE = 4 * N / W };
+#pragma unroll
+  for (int w = 0; w < W; w++) {
+    u64 bits;
+    if constexpr (SIZE == 2) bits = words.each[w / 2] >> 16 * (w % 2) & 0xffff;
+    if constexpr (SIZE == 4) bits = words.each[w];
+    if constexpr (SIZE == 8) bits = (u64)words.each[2 * w + 1] << 32 | words.each[2 * w];
+    numbers[w] = (real)Stored<KIND>::from_bits(bits);
+  }
+}
+
 // Load W numbers that lie together, on a boundary of as many bytes as they take.
 template <int KIND, int W>
 DEVICE void load(const typename Stored<KIND>::type* place, real (&numbers)[W]) {
   if constexpr (W == 1) {
     numbers[0] = (real)Stored<KIND>::widen(*place);
   } else {
-    enum { SIZE = sizeof(*place), N = W * SIZE / 4 };
-    const Words<N> words = *(const Words<N>*)place;
-#pragma unroll
-    for (int w = 0; w < W; w++) {
-      u64 bits;
-      if constexpr (SIZE == 2) bits = words.each[w / 2] >> 16 * (w % 2) & 0xffff;
-      if constexpr (SIZE == 4) bits = words.each[w];
-      if constexpr (SIZE == 8) bits = (u64)words.each[2 * w + 1] << 32 | words.each[2 * w];
-      numbers[w] = (real)Stored<KIND>::from_bits(bits);
-    }
+    typedef Words<W * sizeof(*place) / 4> Loaded;
+    const Loaded words = *(const Loaded*)place;
+    widen_all<KIND>(words, numbers);
   }
 }
 
-template <int W> DEVICE void store(logit* place, const logit (&numbers)[W]) {
+// Store W numbers where such a load may be.
+template <int KIND, int W>
+DEVICE void store(typename Stored<KIND>::type* place, const real (&numbers)[W]) {
   if constexpr (W == 1) {
-    *place = numbers[0];
+    *place = Stored<KIND>::narrow(numbers[0]);
   } else {
     enum { SIZE = sizeof(*place), N = W * SIZE / 4 };
     Words<N> words;
+    if constexpr (SIZE == 2) {
 #pragma unroll
-    for (int w = 0; w < W; w++) {
-      const u64 bits = Stored<LOGITS>::to_bits(numbers[w]);
-      if constexpr (SIZE == 2) {
-        if (w % 2) words.each[w / 2] |= (unsigned)bits << 16;
-        if (w % 2 == 0) words.each[w / 2] = (unsigned)bits;
-      } else {
+      for (int n = 0; n < N; n++)
+        words.each[n] = Stored<KIND>::narrow_pair(numbers[2 * n], numbers[2 * n + 1]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < W; w++) {
+        const u64 bits = Stored<KIND>::to_bits(Stored<KIND>::narrow(numbers[w]));
         words.each[SIZE / 4 * w] = (unsigned)bits;
         if constexpr (SIZE == 8) words.each[2 * w + 1] = (unsigned)(bits >> 32);
       }
@@ -141,7 +153,10 @@ template <int U, int W> struct Taken {
   real p[PROBABILITY ? U : 1][W];
 
   DEVICE int number(int u, int w) const { return first + u * step + w; }
-  DEVICE bool has(int u) const { return number(u, 0) < limit; }
+  // The first is never taken behind the limit.
+  DEVICE bool has(int u) const { return u == 0 || number(u, 0) < limit; }
+  // Whether a class is among those of a load: few are, and only they are looked at one by one.
+  DEVICE bool holds(int u, int c) const { return (unsigned)(c - number(u, 0)) < W; }
   DEVICE real probability(int u, int w) const { return PROBABILITY ? p[u][w] : (real)0; }
 };
 
@@ -200,15 +215,21 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
       }
     }
 #endif
+  // The pivot, and what is behind the last class, are masked.
+  real others[U][W];
   real top = -infinity();
 #pragma unroll
-  for (int u = 0; u < U; u++)
+  for (int u = 0; u < U; u++) {
 #pragma unroll
-    for (int w = 0; w < W; w++) {
-      if (!taken.has(u) || taken.number(u, w) == pivot) continue;
-      const real x = taken.x[u][w];
-      if (x > top) top = x;
+    for (int w = 0; w < W; w++) others[u][w] = taken.has(u) ? taken.x[u][w] : -infinity();
+    if (taken.holds(u, pivot)) {
+#pragma unroll
+      for (int w = 0; w < W; w++)
+        if (taken.number(u, w) == pivot) others[u][w] = -infinity();
     }
+#pragma unroll
+    for (int w = 0; w < W; w++) top = larger_of(top, others[u][w]);
+  }
   if (top > state.top) carry(call, state, top);
 #if LARGEST
   real pivot_even = 0;
@@ -262,10 +283,13 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #endif
 #pragma unroll
       for (int i = 0; i < FEW; i++) {
-        const int w = from + i, c = taken.number(u, w);
-        const bool out = !taken.has(u) || c == pivot;
-        const real gap = difference(call, out ? -infinity() : taken.x[u][w], reference);
+        const int w = from + i;
+        const real gap = difference(call, others[u][w], reference);
         total[i] = exp_of(gap);
+#if SPREAD
+        const int c = taken.number(u, w);
+        const bool out = !taken.has(u) || c == pivot;
+#endif
 #if TEACHER
         const real class_weight = out || !weight ? (real)1 : weight[c];
         teacher[i] = taken.has(u) ? teacher_exp(call, taken.p[u][w], state.teacher_top) : (real)0;
@@ -366,9 +390,20 @@ DEVICE void each_class(const Call& call, int member, const logit* x, const targe
   Taken<LOADS, WIDTH> taken;
   taken.step = team * WIDTH;
   taken.limit = start + end * WIDTH;
+#if AHEAD
+  typedef Words<WIDTH * sizeof(logit) / 4> Loaded;
+  const Loaded* const loads = (const Loaded*)(x + start);
+  Loaded ahead;
+  if (begin + member < end) ahead = loads[begin + member];
+#endif
   for (int i = begin + member; i < end; i += team * LOADS) {
     taken.first = start + i * WIDTH;
+#if AHEAD
+    widen_all<LOGITS>(ahead, taken.x[0]);
+    if (i + team < end) ahead = loads[i + team];
+#else
     take(call, x, p, taken);
+#endif
     use(taken);
     // What is kept in shared memory stays there: the registers are for the classes.
     asm volatile("" ::: "memory");

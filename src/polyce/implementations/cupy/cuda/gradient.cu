@@ -68,6 +68,7 @@ DEVICE real whole_coefficient(const Call& call, const real* weight, const Gradie
 #endif
 }
 
+// The gradient of a class other than the pivot.
 DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& row, real x,
                         real given, int c) {
   const real gap = difference(call, x, row.reference);
@@ -84,12 +85,16 @@ DEVICE real gradient_of(const Call& call, const real* weight, const Gradient& ro
 #if SOFTCAP
   grad *= slope(call, x);
 #endif
-  if (c == row.pivot) grad = row.at_pivot;
-#if VALUED && LABELS
-  if (c == row.label) grad = row.at_label;
-#endif
-  if (row.rule) grad = row.rule == 1 ? (real)0 : not_a_number();
   return grad;
+}
+
+// Put a number in the place of a class, if it is among those of a load.
+template <int U, int W>
+DEVICE void put(const Taken<U, W>& taken, int u, int c, real number, real (&numbers)[W]) {
+  if (!taken.holds(u, c)) return;
+#pragma unroll
+  for (int w = 0; w < W; w++)
+    if (taken.number(u, w) == c) numbers[w] = number;
 }
 
 // Write the gradient of classes, where their logits may lie: they were read before.
@@ -100,16 +105,25 @@ DEVICE void write_gradient(const Call& call, const Gradient& row, const real* we
   for (int u = 0; u < U; u++) {
     if (!taken.has(u)) continue;
     const i64 c = taken.number(u, 0);
-    logit result[W];
+    real result[W];
+    if (row.rule) {
 #pragma unroll
-    for (int w = 0; w < W; w++)
-      result[w] = Stored<LOGITS>::narrow(gradient_of(
-          call, weight, row, taken.x[u][w], taken.probability(u, w), taken.number(u, w)));
-    if (W == 1 || call.g_in_step) {
-      store(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
+      for (int w = 0; w < W; w++) result[w] = row.rule == 1 ? (real)0 : not_a_number();
     } else {
 #pragma unroll
-      for (int w = 0; w < W; w++) grad[c + w] = result[w];
+      for (int w = 0; w < W; w++)
+        result[w] = gradient_of(call, weight, row, taken.x[u][w], taken.probability(u, w),
+                                taken.number(u, w));
+      put(taken, u, row.pivot, row.at_pivot, result);
+#if VALUED && LABELS
+      put(taken, u, row.label, row.at_label, result);
+#endif
+    }
+    if (W == 1 || call.g_in_step) {
+      store<LOGITS>(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
+    } else {
+#pragma unroll
+      for (int w = 0; w < W; w++) grad[c + w] = Stored<LOGITS>::narrow(result[w]);
     }
   }
 }

@@ -72,10 +72,11 @@ join(const Call call, const target* given, const real* weight, const void* sampl
      real* lse, real* entropy, i64* prediction, unsigned char* correct, unsigned char* valid,
      real* top_probability, real* brier, i64* rank) {
   SHARED(Sums, each, BLOCK);
+  SHARED(State, joined, BLOCK);
   const Targets targets = {given, weight, sample};
   const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
                            brier, rank};
-  conclude_all(call, targets, states, results, each);
+  conclude_all(call, targets, states, results, BLOCK, joined, each);
   if (result) store_loss(call, Divisor{normalizer, number}, each[0], result);
 }
 #endif
@@ -205,6 +206,7 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
          unsigned char* valid, real* top_probability, real* brier, i64* rank,
          const double* of_lse, const double* of_entropy) {
   SHARED(Sums, each, BLOCK);
+  SHARED(State, joined, MOST_JOINING);
   SHARED(Gradient, gradient, 1);
   const Targets targets = {given, weight, sample};
   const Divisor divisor = {normalizer, number};
@@ -213,7 +215,7 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
     if (blockIdx.y) return;
     const Results results = {loss, lse, entropy, prediction, correct, valid, top_probability,
                            brier, rank};
-    conclude_all(call, targets, states, results, each);
+    conclude_all(call, targets, states, results, MOST_JOINING, joined, each);
     if (result) store_loss(call, divisor, each[0], result);
     return;
   }
@@ -224,10 +226,12 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
       mine.weight += weight_of(meaning_of(call, targets, i));
   add_up(each);
   const Row row = row_of(call, blockIdx.x / call.inner, blockIdx.x % call.inner);
-  if (threadIdx.x == 0) {
+  const int thread = (int)threadIdx.x;
+  join_parts(call, states, thread < MOST_JOINING ? row.number : -1, thread, joining(call), joined);
+  if (thread == 0) {
     const double divides = denominator(call, divisor, mine.weight);
     const Meaning meaning = meaning_of(call, targets, row.number);
-    const State state = join_parts(call, states, row.number);
+    const State& state = joined[0];
     const Results nowhere = {};
     const Outcome found = conclude(call, meaning, row.number, state, nowhere, mine);
     const double g = cotangent_of(call, cotangent, cotangent_number, row.number) * meaning.sample;
@@ -235,6 +239,6 @@ backward(const Call call, const logit* x, const target* given, const real* weigh
                                   OfStats{of_lse, of_entropy}, row.number);
   }
   __syncthreads();
-  write_part(call, (int)threadIdx.x, row, x, targets, (int)blockIdx.y, gradient[0], grad);
+  write_part(call, thread, row, x, targets, (int)blockIdx.y, gradient[0], grad);
 }
 #endif

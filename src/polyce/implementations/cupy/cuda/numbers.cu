@@ -83,12 +83,37 @@ DEVICE unsigned short float_to_half(float value) {
 }
 #endif
 
+// GPUs from sm_80 on round two numbers at once. Elsewhere they are rounded by hand, to the same bits.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+DEVICE unsigned floats_to_halves(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+DEVICE unsigned floats_to_bfloat16s(float low, float high) {
+  unsigned bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+DEVICE unsigned short float_to_bfloat16(float value) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+#else
+DEVICE unsigned floats_to_halves(float low, float high) {
+  return (unsigned)float_to_half(high) << 16 | float_to_half(low);
+}
 DEVICE unsigned short float_to_bfloat16(float value) {
   const unsigned bits = __float_as_uint(value);
-  // To the nearest, ties to even.
+  // To the nearest, ties to even; a nan is the one that GPUs give.
   const unsigned near = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return (unsigned short)(value != value ? 0x7fc0u : near);
+  return (unsigned short)(value != value ? 0x7fffu : near);
 }
+DEVICE unsigned floats_to_bfloat16s(float low, float high) {
+  return (unsigned)float_to_bfloat16(high) << 16 | float_to_bfloat16(low);
+}
+#endif
 
 // A float that any narrower format rounds as it would the double: not to the nearest but, where
 // something is lost, to the neighbour with an odd last bit.
@@ -100,7 +125,8 @@ DEVICE float rounded_to_odd(double value) {
   return __uint_as_float((__float_as_uint(near) - larger) | 1u);
 }
 
-// How a kind of number is stored, and what its bits stand for; `narrow` rounds once.
+// How a kind of number is stored, and what its bits stand for; `narrow` rounds once, and so does
+// `narrow_pair`, two 16-bit numbers to the halves of a word.
 template <int KIND> struct Stored;
 
 template <> struct Stored<FLOAT16> {
@@ -108,6 +134,10 @@ template <> struct Stored<FLOAT16> {
   static DEVICE float widen(type number) { return half_to_float(number); }
   static DEVICE type narrow(float value) { return float_to_half(value); }
   static DEVICE type narrow(double value) { return narrow(rounded_to_odd(value)); }
+  static DEVICE unsigned narrow_pair(float low, float high) { return floats_to_halves(low, high); }
+  static DEVICE unsigned narrow_pair(double low, double high) {
+    return narrow_pair(rounded_to_odd(low), rounded_to_odd(high));
+  }
   static DEVICE float from_bits(u64 bits) { return widen((type)bits); }
   static DEVICE u64 to_bits(type number) { return number; }
 };
@@ -116,6 +146,10 @@ template <> struct Stored<BFLOAT16> {
   static DEVICE float widen(type number) { return __uint_as_float((unsigned)number << 16); }
   static DEVICE type narrow(float value) { return float_to_bfloat16(value); }
   static DEVICE type narrow(double value) { return narrow(rounded_to_odd(value)); }
+  static DEVICE unsigned narrow_pair(float low, float high) { return floats_to_bfloat16s(low, high); }
+  static DEVICE unsigned narrow_pair(double low, double high) {
+    return narrow_pair(rounded_to_odd(low), rounded_to_odd(high));
+  }
   static DEVICE float from_bits(u64 bits) { return widen((type)bits); }
   static DEVICE u64 to_bits(type number) { return number; }
 };
@@ -178,3 +212,6 @@ OUTLINE double log1p_of(double x) { return log1p(x); }
 DEVICE float tanh_of(float x) { return tanhf(x); }
 OUTLINE double tanh_of(double x) { return tanh(x); }
 template <class T> DEVICE T size_of(T x) { return x < 0 ? -x : x; }
+// The larger of two numbers; of a nan and a number, the number.
+DEVICE float larger_of(float a, float b) { return fmaxf(a, b); }
+DEVICE double larger_of(double a, double b) { return a > b ? a : b; }
