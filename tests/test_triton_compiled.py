@@ -158,8 +158,9 @@ def check(recorder: Any, folder: Path, target: str, layout: str, dtype: str, fla
     for launch in recorder.launched:
         compiled = binary(launch, recorder.device)
         count, spilled = registers(compiled, folder)
-        # Sometimes ptxas spills a number or two until after the loop, to save a few registers.
-        assert spilled <= (16 if "cubin" in compiled.asm else 0), launch.name
+        # Sometimes ptxas spills some numbers until after the loop, to save registers.
+        most = 40 if flags in HEAVY else 16
+        assert spilled <= (most if "cubin" in compiled.asm else 0), launch.name
         if spilled:
             assert spills_in_loops(compiled, folder) == []
         heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")

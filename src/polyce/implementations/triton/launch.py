@@ -143,7 +143,7 @@ def parts_of(call: KernelCall) -> tuple[int, int]:
     """Return into how many parts rows are cut, and how many classes a part has."""
     programs, classes = call.programs, call.problem.classes
     if classes <= layout.LONG or programs >= layout.FEW_PROGRAMS:
-        return 1, classes
+        return cut(classes, call.tile.classes, 1)
     wanted = min(cdiv(classes, layout.PART), cdiv(2 * layout.FEW_PROGRAMS, programs))
     return cut(classes, call.tile.classes, wanted)
 
