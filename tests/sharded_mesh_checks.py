@@ -272,6 +272,11 @@ def compiled() -> None:
     found.backward()
     same(found, want)
     same(leaf.grad, shard_of(whole.grad, 1, 1)[0])
+    # Of so many logits a whole call would be a kernel's.
+    leaf = torch.zeros(*shard.shape[:1], 2**12, *shard.shape[2:]).requires_grad_()
+    where = {"group": where["group"]}
+    torch.compile(of_shard, fullgraph=True, backend="aot_eager")(leaf).backward()
+    assert leaf.grad.isfinite().all()
     mesh, placements, _ = meshes()[-2]
     leaf = distribute_tensor(logits, mesh, placements).requires_grad_()
     found = torch.compile(of_mesh, fullgraph=True, backend="aot_eager")(leaf)

@@ -261,6 +261,17 @@ def test_what_the_kernels_cannot_read_goes_to_the_reference() -> None:
         assert registry.select_of_parts(problem) is of_parts(path)
 
 
+@pytest.mark.only("torch")
+def test_what_torch_compile_traces_goes_to_the_reference(torch: Any) -> None:
+    logits, labels = torch.zeros(256, 1000), torch.zeros(256, dtype=torch.int64)
+    problem, _ = describe(logits, labels)
+    assert registry.select_of_parts(problem) is of_parts("native")
+    traced = problem._replace(is_concrete=False, is_compiling=True)
+    assert registry.select_of_parts(traced) is of_parts("reference")
+    with pytest.raises(ValueError, match=r"'native' cannot .* torch.compile cannot trace"):
+        registry.select_of_shard(traced, "native")
+
+
 @pytest.mark.only("numpy")
 def test_a_part_beyond_the_classes_is_refused() -> None:
     problem, operands = describe(np.zeros((2, 3), np.float32), np.zeros(2, np.int64))

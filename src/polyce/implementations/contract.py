@@ -25,6 +25,8 @@ class OfParts(NamedTuple):
     """
     read_teacher: Callable[..., Any]
     """(problem, a part of a teacher's logits) -> TeacherState"""
+    is_traceable: bool = False
+    """Whether torch.compile can trace it: it is made of the library's own operations."""
 
 
 @dataclass(frozen=True)

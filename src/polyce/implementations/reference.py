@@ -27,6 +27,6 @@ PATH = Implementation(
     cross_entropy=cross_entropy,
     cross_entropy_with_grad=whole.cross_entropy_with_grad,
     takes_grad_stats=True,
-    of_parts=OfParts(parts.read, parts.gradient, parts.read_teacher),
+    of_parts=OfParts(parts.read, parts.gradient, parts.read_teacher, is_traceable=True),
     log_softmax=rows.log_softmax,
 )

@@ -36,9 +36,18 @@ def select_of_parts(problem: Problem) -> OfParts:
     preferred = preference()
     named = () if preferred is None else (preferred,)
     for path in (*named, *TABLE):
-        if path.of_parts is not None and path.serves(problem):
-            return path.of_parts
+        found = path.of_parts
+        if found is not None and path.serves(problem) and _can_trace(found, problem):
+            return found
     raise ValueError("no implementation can read parts of these rows; see polyce.explain")
+
+
+def _can_trace(of_parts: OfParts, problem: Problem) -> bool:
+    """Tell whether torch.compile, if it traces this call, can trace what reads its parts.
+
+    Kernels of whole calls are operators in the graph; those of parts are not.
+    """
+    return of_parts.is_traceable or not problem.is_compiling
 
 
 TABLE: tuple[Implementation, ...] = (
@@ -165,6 +174,8 @@ def select_of_shard(problem: Problem, name: str | None = None) -> OfParts:
     _check(chosen, chosen.reasons(problem))
     if chosen.of_parts is None:
         raise _refusal(chosen, "it reads whole rows only")
+    if not _can_trace(chosen.of_parts, problem):
+        raise _refusal(chosen, "torch.compile cannot trace how it reads classes in parts")
     return chosen.of_parts
 
 
