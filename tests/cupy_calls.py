@@ -21,7 +21,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 # These make a small call take the ways of a large one: rows of a few classes are split over blocks,
 SPLIT = {"BLOCK": 4, "LONG": 4, "FEW_ROWS": 64, "PART": 2, "MOST_PARTS": 3, "VECTORS": 8}
 # and blocks take several groups of rows, each row's classes shared by threads.
-SHARED = {"BLOCK": 16, "MOST_BLOCKS": 2, "PER_THREAD": 1, "NEIGHBOURS": 4, "VECTORS": 8}
+SHARED = {
+    "BLOCK": 16,
+    "MOST_BLOCKS": 2,
+    "PER_THREAD": 1,
+    "NEIGHBOURS": 4,
+    "VECTORS": 8,
+    "FILLING": 2,
+}
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
     "z_loss": 0.01,

@@ -140,15 +140,15 @@ MUTANTS = {
     "narrow-classes": wrong(
         far((2, 4, 4), (4, NEAR, 1), "logits"),
         CLASSES,
-        "x + c * (WIDTH > 1 ? 1 : call.x_class)",
-        "x + (int)(c * (WIDTH > 1 ? 1 : call.x_class))",
+        "(begin + member) * apart",
+        "(int)((begin + member) * apart)",
         crashes=True,
     ),
     "narrow-classes-of-the-gradient": wrong(
         far((2, 4, 4), (4, NEAR, 1), "out"),
         GRADIENT,
-        "grad + c * (WIDTH > 1 ? 1 : call.g_class)",
-        "grad + (int)(c * (WIDTH > 1 ? 1 : call.g_class))",
+        "taken.first * apart",
+        "(int)(taken.first * apart)",
         crashes=True,
     ),
     "narrow-label": wrong(
@@ -231,10 +231,7 @@ MUTANTS = {
     ),
     # loads that are under way
     "the-same-load-again": wrong(
-        right((3, 300), "bfloat16", table={"BLOCK": 16}),
-        CLASSES,
-        "ahead = loads[i + team]",
-        "ahead = loads[i]",
+        right((3, 300), "bfloat16", table={"BLOCK": 16}), CLASSES, "next += LOADS * step;", ""
     ),
     "pairs-turned-round": wrong(
         right((3, 70), "bfloat16"),

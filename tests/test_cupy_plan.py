@@ -67,7 +67,7 @@ def planned(about: Problem, **layouts: Layout) -> LaunchPlan:
 
 
 HUGE = [
-    *((2**31, 10), (2**33, 2), (65536, 128256), (1, 10**7), (3, 50257), (127, 2**20), (128, 2**20)),
+    *((2**31, 10), (2**33, 2), (65536, 128256), (1, 10**7), (3, 50257), (255, 2**20), (256, 2**20)),
     *((8, 19, 1024, 2048), (2, 2**31 - 2**16), (1, 1), (7,), (2**31, 1), (1, 5, 2**31), (300, 10)),
 ]
 
@@ -94,7 +94,7 @@ def test_grids_cover_all_and_are_within_limits(
     assert (plan.parts - 1) * call["chunk"] < classes
     # A row has some whole loads fewer after its first elements are peeled.
     assert plan.parts * call["chunk"] * width >= classes - classes % width
-    assert (plan.parts > 1) == (rows < 128 and classes > 32768)
+    assert (plan.parts > 1) == (rows < 256 and classes > 16384)
     # A loop over classes computes one index beyond the last class.
     assert classes + 2 * width * cupy_plan.BLOCK < 2**31
     if plan.parts > 1:
@@ -102,6 +102,16 @@ def test_grids_cover_all_and_are_within_limits(
         assert call["blocks"] == call["inner"]
         assert plan.rows + 1 < 2**31
     assert not any(plan.copies)
+
+
+def test_rows_have_a_thread_each_once_they_fill_a_device() -> None:
+    def shared(*shape: int) -> tuple[int, int]:
+        call = planned(problem(shape)).call
+        return call["lanes"][0], call["team"][0]
+
+    assert shared(8, 19, 1024, 2048) == shared(1024, 19, 256) == (256, 1)
+    assert shared(8, 19, 64, 64) == shared(1, 19, 1024, 64) == (64, 4)
+    assert shared(1024, 19, 40) == (64, 4)
 
 
 def test_strides_are_kept_in_64_bits() -> None:

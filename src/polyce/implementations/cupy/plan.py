@@ -40,12 +40,13 @@ MOST_BLOCKS = 2048
 VECTORS = 64
 # Classes that a thread should have before another thread shares its row.
 PER_THREAD = 4
-# Neighbouring rows that a block takes together where the classes are not contiguous: a whole cache
-# line in 16 bits.
-NEIGHBOURS = 64
+# Neighbouring rows that a block takes together where the classes are not contiguous: a whole
+# cache line in 16 bits. It takes more, down to one thread for a row, as long as that leaves so many
+# blocks, twice what fills a large device: the threads of a row have much to do besides its classes.
+NEIGHBOURS, FILLING = 64, 1024
 # Rows of more than LONG classes are split over blocks where there are too few rows to fill a
 # device; a part is long enough to be worth a merge.
-LONG, FEW_ROWS, PART = 32768, 128, 16384
+LONG, FEW_ROWS, PART = 16384, 256, 8192
 MOST_PARTS = 64
 # Each block that adds up row weights takes at least WEIGHED of them.
 WEIGHED = 2048
@@ -243,6 +244,8 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     lanes = block // team
     if not along:
         lanes = max(lanes, min(NEIGHBOURS, block))
+        while lanes < block and x.outer * cdiv(x.inner, 2 * lanes) >= FILLING:
+            lanes *= 2
     lanes = min(lanes, power_of_two(x.inner))
     parts, chunk = 1, classes
     # What looks at a row again takes all of it.

@@ -1,13 +1,16 @@
 // A thread's way over the classes of a row, and reading them into a state.
 
-// Whether the next load is under way while the last one is used; it waits as it lies in memory, where
-// 16-bit numbers take half of the registers.
-#define AHEAD (WIDTH > 1 && LOGITS < FLOAT32 && REAL == FLOAT32 && !PROBABILITY && !SOFTCAP)
-// How many loads a thread has under way: enough to wait for memory together.
-#if SOFTCAP || PROBABILITY || REAL == FLOAT64 || (WIDTH > 1 && LOGITS < FLOAT32)
+// How many loads a thread has under way: enough to wait for memory together. Where there is AHEAD, as
+// many again are under way while these are used.
+#if SOFTCAP || PROBABILITY || REAL == FLOAT64
+#define AHEAD 0
 enum { LOADS = 1 };
-#else
+#elif WIDTH > 1 && LOGITS == FLOAT32
+#define AHEAD 0
 enum { LOADS = 2 };
+#else
+#define AHEAD 1
+enum { LOADS = WIDTH > 1 ? 1 : 4 };
 #endif
 
 // What is loaded and stored at once. In 32 bits each: of a structure of 16 bits each some
@@ -27,14 +30,23 @@ DEVICE void widen_all(const Words<N>& words, real (&numbers)[W]) {
   }
 }
 
+// What was loaded, as it lies in memory: of 16-bit numbers it takes half of the registers.
+template <int W> struct Loaded {
+  Words<W * sizeof(logit) / 4> words;
+  DEVICE void widen(real (&numbers)[W]) const { widen_all<LOGITS>(words, numbers); }
+};
+template <> struct Loaded<1> {
+  logit number;
+  DEVICE void widen(real (&numbers)[1]) const { numbers[0] = (real)Stored<LOGITS>::widen(number); }
+};
+
 // Load W numbers that lie together, on a boundary of as many bytes as they take.
 template <int KIND, int W>
 DEVICE void load(const typename Stored<KIND>::type* place, real (&numbers)[W]) {
   if constexpr (W == 1) {
     numbers[0] = (real)Stored<KIND>::widen(*place);
   } else {
-    typedef Words<W * sizeof(*place) / 4> Loaded;
-    const Loaded words = *(const Loaded*)place;
+    const Words<W * sizeof(*place) / 4> words = *(const Words<W * sizeof(*place) / 4>*)place;
     widen_all<KIND>(words, numbers);
   }
 }
@@ -391,16 +403,24 @@ DEVICE void each_class(const Call& call, int member, const logit* x, const targe
   taken.step = team * WIDTH;
   taken.limit = start + end * WIDTH;
 #if AHEAD
-  typedef Words<WIDTH * sizeof(logit) / 4> Loaded;
-  const Loaded* const loads = (const Loaded*)(x + start);
-  Loaded ahead;
-  if (begin + member < end) ahead = loads[begin + member];
+  Loaded<WIDTH> ahead[LOADS];
+  // From a load to the next one, and from a thread's to its next one.
+  const i64 apart = WIDTH > 1 ? WIDTH : call.x_class, step = team * apart;
+  const logit* next = x + start + (begin + member) * apart;
+  const auto load_ahead = [&](int i) {
+#pragma unroll
+    for (int u = 0; u < LOADS; u++)
+      if (i + u * team < end) ahead[u] = *(const Loaded<WIDTH>*)(next + u * step);
+    next += LOADS * step;
+  };
+  load_ahead(begin + member);
 #endif
   for (int i = begin + member; i < end; i += team * LOADS) {
     taken.first = start + i * WIDTH;
 #if AHEAD
-    widen_all<LOGITS>(ahead, taken.x[0]);
-    if (i + team < end) ahead = loads[i + team];
+#pragma unroll
+    for (int u = 0; u < LOADS; u++) ahead[u].widen(taken.x[u]);
+    load_ahead(i + team * LOADS);
 #else
     take(call, x, p, taken);
 #endif

@@ -101,29 +101,34 @@ DEVICE void put(const Taken<U, W>& taken, int u, int c, real number, real (&numb
 template <int U, int W>
 DEVICE void write_gradient(const Call& call, const Gradient& row, const real* weight,
                            const Taken<U, W>& taken, logit* grad) {
+  real result[U][W];
 #pragma unroll
   for (int u = 0; u < U; u++) {
-    if (!taken.has(u)) continue;
-    const i64 c = taken.number(u, 0);
-    real result[W];
-    if (row.rule) {
 #pragma unroll
-      for (int w = 0; w < W; w++) result[w] = row.rule == 1 ? (real)0 : not_a_number();
-    } else {
-#pragma unroll
-      for (int w = 0; w < W; w++)
-        result[w] = gradient_of(call, weight, row, taken.x[u][w], taken.probability(u, w),
-                                taken.number(u, w));
-      put(taken, u, row.pivot, row.at_pivot, result);
+    for (int w = 0; w < W; w++)
+      result[u][w] = gradient_of(call, weight, row, taken.x[u][w], taken.probability(u, w),
+                                 taken.number(u, w));
+    put(taken, u, row.pivot, row.at_pivot, result[u]);
 #if VALUED && LABELS
-      put(taken, u, row.label, row.at_label, result);
+    put(taken, u, row.label, row.at_label, result[u]);
 #endif
-    }
+  }
+  if (row.rule) {
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+      for (int w = 0; w < W; w++) result[u][w] = row.rule == 1 ? (real)0 : not_a_number();
+  }
+  const i64 apart = WIDTH > 1 ? 1 : call.g_class, step = taken.step * apart;
+  logit* place = grad + taken.first * apart;
+#pragma unroll
+  for (int u = 0; u < U; u++, place += step) {
+    if (!taken.has(u)) continue;
     if (W == 1 || call.g_in_step) {
-      store<LOGITS>(grad + c * (WIDTH > 1 ? 1 : call.g_class), result);
+      store<LOGITS>(place, result[u]);
     } else {
 #pragma unroll
-      for (int w = 0; w < W; w++) grad[c + w] = Stored<LOGITS>::narrow(result[w]);
+      for (int w = 0; w < W; w++) place[w] = Stored<LOGITS>::narrow(result[u][w]);
     }
   }
 }
