@@ -104,8 +104,8 @@ MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
         KERNEL,
-        "(step < length)[:, None] & meaning.counted",
-        "(step <= length)[:, None] & meaning.counted",
+        "(step < length)[:, None] & here",
+        "(step <= length)[:, None] & here",
         zones,
     ),
     "writes-one-beyond": Mutant(
@@ -146,12 +146,13 @@ MUTANTS = {
         True,
     ),
     "narrow-lanes": Mutant(
-        KERNEL,
-        "others = tl.arange(0, LANES).to(tl.int64)[None, :]",
-        "others = tl.arange(0, LANES)[None, :]",
+        TILE,
+        "lane = tl.arange(0, LANES).to(tl.int64)\n    if BY_TWO",
+        "lane = tl.arange(0, LANES)\n    if BY_TWO",
         far((3, 3), (STEP, 1)),
         True,
     ),
+    "neighbours-in-ones": Mutant(TILE, "lane // 2 * 2 + lane % 2", "lane // 2 * 2", zones),
     "narrow-classes": Mutant(
         KERNEL,
         "step[:, None].to(tl.int64) * x_class",
@@ -355,7 +356,7 @@ MUTANTS = {
     ),
     "only-the-first-chunk": Mutant(KERNEL, "program * chunk", "0 * chunk", many_rows),
     "every-row-the-first": Mutant(
-        GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
+        GRADIENT, "cotangent_ptr + row, mask", "cotangent_ptr + 0 * row, mask", grid("cotangent")
     ),
     "class-read-as-a-number": Mutant(
         TILE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT

@@ -51,7 +51,7 @@ class KernelCall(NamedTuple):
         shares = layout.SHARES[self.logits.element_size()]
         has_teacher = self.problem.kind == "teacher"
         share = shares[has_teacher or transform.is_capped(self.problem)]
-        return layout.tile(self.rows, self.problem.classes, share, by_two=has_teacher)
+        return layout.tile(self.rows, self.problem.classes, share, is_heavy=has_teacher)
 
     @property
     def blocks(self) -> int:
@@ -247,6 +247,7 @@ def vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any
         "PEEL": peeled,
         "IN_STEP": in_step(call.arrays.target, call.target_rows),
         "TILE": call.tile.classes,
+        "BY_TWO": call.tile.by_two,
     }
     if grad is not None:
         found["GRAD_IN_STEP"] = in_step(grad, call.grad_rows)

@@ -16,8 +16,10 @@ from polyce.implementations.triton.tiles import (
     coefficients,
     edge,
     lanes,
+    neighbours,
     saved_of_a_row,
     target,
+    to_load,
 )
 
 
@@ -58,9 +60,12 @@ def _cotangent(
     """Compute what the gradients of rows are multiplied by."""
     if NUMBER:
         g = tl.full((1,), cotangent, tl.float64)
+    elif BY_ROW:
+        g = tl.load(cotangent_ptr + row, mask=here, other=0.0).to(tl.float64)
     else:
-        g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
-    g = g * sample
+        g = tl.load(cotangent_ptr + tl.arange(0, 1)).to(tl.float64)
+    if FORM.SAMPLED:
+        g = g * sample
     if MEAN:
         g = g / tl.load(denominator_ptr)
     if FORM.TRANSFORM == "scale":
@@ -91,16 +96,13 @@ def _gradient(
 ):  # fmt: skip
     """Write a tile of the gradient, possibly over its logits, which are read first."""
     counted = meaning.counted
-    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
+    loaded = to_load(inside, counted)
+    x = tl.load(x_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
     r = x
     if FORM.TEACHER:
-        r = teacher_coefficients(
-            target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, saved, FORM
-        )
+        r = teacher_coefficients(target_ptr, weight_ptr, c, loaded, classes, given, saved, FORM)
     elif FORM.SPREAD:
-        r, _ = coefficients(
-            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
-        )
+        r, _ = coefficients(x, target_ptr, weight_ptr, c, loaded, loaded, classes, given, FORM)
     grad = _besides_the_pivot(x, r, g, given, saved, FORM.SPREAD, FORM)
     pivot_grad = saved.pivot_grad * g
     if FORM.VALUED:
@@ -126,6 +128,7 @@ def backward(
     FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr,
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    BY_TWO: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the classes that the program's second number selects.
 
@@ -146,7 +149,7 @@ def backward(
     t_at = outer * t_outer + line * t_lane
     g_at = outer * g_outer + line * g_lane
     if LANES > 1:
-        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        others = neighbours(LANES, BY_TWO)
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
         g_at = g_at + others * g_lane

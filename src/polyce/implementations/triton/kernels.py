@@ -18,6 +18,7 @@ from polyce.implementations.triton.tiles import (
     conclude,
     edge,
     lanes,
+    neighbours,
     nothing_read,
     read,
     target,
@@ -48,6 +49,7 @@ def forward(
     teacher_scale: tl.float64,
     FORM: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    BY_TWO: tl.constexpr,
 ):  # fmt: skip
     """Read rows once, or the part of them that the program's second number selects."""
     outer, line, lane, here = lanes(inner, blocks, LANES)
@@ -65,7 +67,7 @@ def forward(
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     if LANES > 1:
-        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        others = neighbours(LANES, BY_TWO)
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
 
@@ -85,7 +87,7 @@ def forward(
             seen = read(
                 x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
                 target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
-                weight_ptr, c, ends[:, None] & meaning.counted[None, :], meaning.label, label_x,
+                weight_ptr, c, ends[:, None] & here[None, :], meaning, label_x,
                 classes, given, seen, FORM,
             )  # fmt: skip
     # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
@@ -108,11 +110,11 @@ def forward(
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         c = start + step
-        inside = (step < length)[:, None] & meaning.counted[None, :]
+        there = (step < length)[:, None] & here[None, :]
         seen = read(
             x_row + step[:, None].to(tl.int64) * x_class,
             t_row + step[:, None].to(tl.int64) * t_class,
-            weight_ptr, c, inside, meaning.label, label_x, classes, given, seen, FORM,
+            weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM,
         )  # fmt: skip
 
     if SPLIT:

@@ -31,6 +31,18 @@ def lanes(inner, blocks, LANES: tl.constexpr):
 
 
 @triton.jit
+def neighbours(LANES: tl.constexpr, BY_TWO: tl.constexpr):
+    """Return the numbers of a tile's rows; with BY_TWO, a thread loads and stores two at once.
+
+    A sum tells the compiler no more than that two are contiguous.
+    """
+    lane = tl.arange(0, LANES).to(tl.int64)
+    if BY_TWO:
+        lane = lane // 2 * 2 + lane % 2
+    return lane[None, :]
+
+
+@triton.jit
 def body(offset, classes, VECTOR: tl.constexpr):
     """Return the range of a row's classes that whole 16-byte loads cover.
 
@@ -46,6 +58,18 @@ def edge(start, stop, classes, VECTOR: tl.constexpr):
     step = tl.arange(0, 2 * VECTOR)
     c = tl.where(step < VECTOR, step, stop + step - VECTOR)
     return c, tl.where(step < VECTOR, step < start, c < classes)
+
+
+@triton.jit
+def to_load(there, counted):
+    """Return which numbers of a tile to load: those of rows that count, if there is one row.
+
+    Several rows share cache lines, and masks of their own would leave single numbers to each load.
+    """
+    loaded = there
+    if counted.shape[0] == 1:
+        loaded = there & counted[None, :]
+    return loaded
 
 
 @triton.jit
@@ -72,12 +96,12 @@ def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
 
 
 @triton.jit
-def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
+def coefficients(x, target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM: tl.constexpr):
     """Compute a tile of the r_c without the label's own share, and of the probabilities."""
     probability = x
     r = tl.zeros_like(x)
     if FORM.PROBABILITY:
-        probability = tl.load(target_ptr, mask=inside, other=0.0).to(FORM.DTYPE)
+        probability = tl.load(target_ptr, mask=loaded, other=0.0).to(FORM.DTYPE)
         r = probability
         if FORM.SMOOTHED:
             r = r * given.kept.to(FORM.DTYPE) + given.share.to(FORM.DTYPE)
@@ -90,9 +114,10 @@ def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.
 
 
 @triton.jit
-def _teacher_tile(target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
+def _teacher_tile(target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM: tl.constexpr):
     """Read a tile of a teacher's logits; return coefficients, class weights, logits and state."""
-    t = tl.load(target_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    t = tl.load(target_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
+    t = tl.where(inside, t, float("-inf"))
     top = tl.max(t, 0)
     r = teacher_exp(t, top, given, FORM)
     total = tl.sum(r, 0).to(tl.float64)
@@ -149,21 +174,26 @@ def nothing_read(LANES: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def read(
-    x_ptr, target_ptr, weight_ptr, c, inside, label, label_x, classes, given, seen,
+    x_ptr, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile, once, into what is known of its rows.
+    """Read a tile, once, into what is known of its rows; `there` says where there is memory.
 
     Where the pivot is the class of the largest logit, a label gets its share of the smoothing here,
     and the rest of its coefficient in `conclude`.
     """
-    x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    inside = there & meaning.counted[None, :]
+    loaded = to_load(there, meaning.counted)
+    x = tl.load(x_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
+    x = tl.where(inside, x, float("-inf"))
     if FORM.TEACHER:
         r, weight, probability, teacher = _teacher_tile(
-            target_ptr, weight_ptr, c, inside, classes, given, FORM
+            target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM
         )
     else:
-        r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
+        r, probability = coefficients(
+            x, target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM
+        )
         weight, teacher = r, seen.teacher
     number = c[:, None]
     pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
@@ -183,7 +213,7 @@ def read(
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
     else:
-        excluded = number == label
+        excluded = number == meaning.label
     state = tile_state(x, r, weight, excluded, given, FORM)
     here = Seen(state, pivot, most, most_class, rank, teacher)
     return merge_seen(seen, here, given, FORM)
