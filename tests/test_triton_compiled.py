@@ -126,6 +126,58 @@ def test_compiled(
             assert layout != "neighbours" or stores == {at_once}
 
 
+KEPT = {
+    "rows of 1000": ((4, 1000), (1000, 1)),
+    "rows of 4095": ((4, 4095), (4095, 1)),
+    "rows of 8192": ((4, 8192), (8192, 1)),
+    "short": ((300, 10), (10, 1)),
+    "neighbours": ((2, 19, 65536), (1245184, 65536, 1)),
+}
+
+
+def kept_cases() -> list[Any]:
+    """Return all combinations; or each layout with some dtype and flags, and a GPU in turn."""
+    if FULL:
+        found = list(itertools.product(TARGETS, KEPT, DTYPES, ("plain", "everything")))
+    else:
+        flags = [("bfloat16", "plain"), ("float32", "everything")]
+        chosen = [(layout, *flag) for layout in KEPT for flag in flags]
+        found = [(TARGETS[(i + i // 4) % 4], *case) for i, case in enumerate(chosen)]
+    return [pytest.param(*case, id="-".join(case)) for case in found]
+
+
+@pytest.mark.parametrize(("target", "layout", "dtype", "flags"), kept_cases())
+def test_rows_that_are_kept_spill_nothing(
+    torch: Any, tmp_path: Path, target: str, layout: str, dtype: str, flags: str
+) -> None:
+    from recorder import binary, call_both, record, registers
+
+    recorder = record(target)
+    shape, strides = KEPT[layout]
+    x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
+    call_both(x, torch.zeros((shape[0], *shape[2:]), dtype=torch.int64), **FLAGS[flags][1])
+    for launch in recorder.launched:
+        compiled = binary(launch, recorder.device)
+        count, spilled = registers(compiled, tmp_path)
+        assert spilled == 0, launch.name
+        heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")
+        assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
+
+
+def test_no_thread_writes_before_all_have_read(torch: Any) -> None:
+    """Each thread reads the label's logit, which another one overwrites in place."""
+    from recorder import binary, call_both, record
+
+    recorder = record("sm_90")
+    call_both(torch.zeros(4, 1000), torch.zeros(4, dtype=torch.int64), reduction="none")
+    (launch,) = recorder.launched
+    lines = binary(launch, recorder.device).asm["ptx"].splitlines()
+    loads = [i for i, line in enumerate(lines) if "ld.global" in line]
+    # The gradient is written 16 bytes at once, a loss is one number.
+    stores = [i for i, line in enumerate(lines) if "st.global.v4" in line]
+    assert any("bar.sync" in line for line in lines[max(loads) : min(stores)])
+
+
 def test_a_spill_in_a_loop_is_seen(
     torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from triton_checks import (
     EXACT,
     IN_PARTS,
     IN_TILES,
+    NORMALIZED,
     SPARSE,
     SPARSE_PARTS,
     SPECIAL,
@@ -30,6 +31,7 @@ from triton_checks import (
     TEACHERS,
     TEACHERS_PARTS,
     VALUED,
+    WEIGHED,
     entries,
     far,
     grid,
@@ -44,9 +46,21 @@ from triton_checks import (
     unlikely_labels,
     unlikely_labels_in_parts,
     zones,
+    zones_apart,
 )
 
-FILES = ("records", "row", "entries", "teacher", "tiles", "gradient", "joining", "kernels")
+FILES = (
+    "records",
+    "row",
+    "entries",
+    "teacher",
+    "tiles",
+    "saving",
+    "gradient",
+    "joining",
+    "one_pass",
+    "kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -99,17 +113,17 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, TEACHER, TILE, GRADIENT, JOINING, KERNEL = FILES
+RECORD, ROW, ENTRY, TEACHER, TILE, SAVING, GRADIENT, JOINING, ONE_PASS, KERNEL = FILES
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
         KERNEL,
         "(step < length)[:, None] & here",
         "(step <= length)[:, None] & here",
-        zones,
+        zones_apart,
     ),
     "writes-one-beyond": Mutant(
-        GRADIENT, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones
+        GRADIENT, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones_apart
     ),
     "reads-other-rows": Mutant(
         TILE,
@@ -131,7 +145,7 @@ MUTANTS = {
         TILE, "(VECTOR - offset % VECTOR) % VECTOR", "offset % VECTOR", zones
     ),
     "array-is-aligned": Mutant(
-        KERNEL, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones
+        KERNEL, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones_apart
     ),
     "ends-read-by-every-part": Mutant(KERNEL, "if part == 0:", "if part >= 0:", IN_PARTS),
     "coefficients-unmasked": Mutant(
@@ -157,6 +171,13 @@ MUTANTS = {
         KERNEL,
         "step[:, None].to(tl.int64) * x_class",
         "step[:, None] * x_class",
+        far((2, 4, 4), (4, STEP, 1)),
+        True,
+    ),
+    "narrow-kept-classes": Mutant(
+        ONE_PASS,
+        "wide = step[:, None].to(tl.int64)",
+        "wide = step[:, None]",
         far((2, 4, 4), (4, STEP, 1)),
         True,
     ),
@@ -359,12 +380,12 @@ MUTANTS = {
         GRADIENT, "cotangent_ptr + row, mask", "cotangent_ptr + 0 * row, mask", grid("cotangent")
     ),
     "class-read-as-a-number": Mutant(
-        TILE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
+        SAVING, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
     ),
     "number-as-cotangent-dropped": Mutant(
         GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")
     ),
-    "denominator-forgotten": Mutant(GRADIENT, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
+    "denominator-forgotten": Mutant(GRADIENT, "g = g / denominator", "g = g", EXACT),
     "pivot-next-door": Mutant(
         GRADIENT, "c[:, None] == saved.pivot_class", "c[:, None] == saved.pivot_class + 1", EXACT
     ),
@@ -373,6 +394,35 @@ MUTANTS = {
         "r = x\n",
         "r = x\n    x += 0.01 * tl.load(x_ptr - c[:, None], mask=inside)\n",
         in_place,
+    ),
+    # loss and gradient in one pass
+    "kept-rows-one-beyond": Mutant(
+        ONE_PASS, "(step < stop - start)[:, None]", "(step <= stop - start)[:, None]", zones
+    ),
+    "kept-ends-not-taken": Mutant(
+        ONE_PASS,
+        "        seen = take(\n            x_ends",
+        "        _seen = take(\n            x_ends",
+        zones,
+    ),
+    "kept-array-is-aligned": Mutant(
+        ONE_PASS, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones
+    ),
+    "weighers-left-out": Mutant(ONE_PASS, "weigher < weighers", "weigher < 1", WEIGHED),
+    "one-chunk-weighed": Mutant(
+        ONE_PASS, "begin = program * chunk", "begin = 0 * program", WEIGHED
+    ),
+    "ignored-rows-weighed": Mutant(
+        ONE_PASS,
+        "tl.where(meaning.counted, meaning.sample * meaning.weight, 0.0)",
+        "meaning.sample * meaning.weight",
+        WEIGHED,
+    ),
+    "normalizer-dropped": Mutant(
+        ONE_PASS, "denominator = normalizer", "denominator = 1.0 + 0.0 * normalizer", NORMALIZED
+    ),
+    "own-normalizer": Mutant(
+        ONE_PASS, "tl.load(normalizer_ptr).to(tl.float64)", "2.0 * normalizer", NORMALIZED
     ),
     # the entries of a sparse target
     "entries-without-excess": Mutant(

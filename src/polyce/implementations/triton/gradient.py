@@ -7,54 +7,24 @@ import triton
 import triton.language as tl
 
 from polyce.implementations.triton.entries import classes_at, entries_at
-from polyce.implementations.triton.records import Inputs, Saved
+from polyce.implementations.triton.records import Inputs
 from polyce.implementations.triton.row import difference, narrow, numbers, slope
+from polyce.implementations.triton.saving import read_saved
 from polyce.implementations.triton.teacher import teacher_coefficients
 from polyce.implementations.triton.tiles import (
-    as_class,
     body,
     coefficients,
     edge,
     lanes,
     neighbours,
-    saved_of_a_row,
     target,
     to_load,
 )
 
 
 @triton.jit
-def _saved(saved_ptr, row, here, label, FORM: tl.constexpr):
-    """Read what the forward pass saved of rows."""
-    place = saved_ptr + row * saved_of_a_row(FORM)
-    top = tl.load(place, mask=here, other=0.0)
-    factor = tl.load(place + 1, mask=here, other=0.0)
-    pivot_grad = tl.load(place + 2, mask=here, other=0.0)
-    pivot_class = label
-    if FORM.VALUED or not FORM.LABELED:
-        # Only compared, never an address: a number outside the row is the pivot nowhere.
-        pivot_class = as_class(tl.load(place + 3, mask=here, other=0.0), FORM)
-    more, by_gap, pivot_more, label_grad, label_more = factor, factor, factor, factor, factor
-    if FORM.VALUED:
-        more = tl.load(place + 4, mask=here, other=0.0)
-        by_gap = tl.load(place + 5, mask=here, other=0.0)
-        pivot_more = tl.load(place + 6, mask=here, other=0.0)
-        label_grad = tl.load(place + 7, mask=here, other=0.0)
-        label_more = tl.load(place + 8, mask=here, other=0.0)
-    teacher_top, teacher_factor = factor, factor
-    if FORM.TEACHER:
-        behind = place + (9 if FORM.VALUED else 4)
-        teacher_top = tl.load(behind, mask=here, other=0.0)
-        teacher_factor = tl.load(behind + 1, mask=here, other=0.0)
-    return Saved(
-        top, factor, pivot_grad, pivot_class,
-        more, by_gap, pivot_more, label_grad, label_more, teacher_top, teacher_factor,
-    )  # fmt: skip
-
-
-@triton.jit
-def _cotangent(
-    cotangent_ptr, cotangent, denominator_ptr, row, here, sample, given,
+def row_cotangent(
+    cotangent_ptr, cotangent, denominator, row, here, sample, given,
     MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Compute what the gradients of rows are multiplied by."""
@@ -67,7 +37,7 @@ def _cotangent(
     if FORM.SAMPLED:
         g = g * sample
     if MEAN:
-        g = g / tl.load(denominator_ptr)
+        g = g / denominator
     if FORM.TRANSFORM == "scale":
         g = g * given.scale
     return g.to(FORM.DTYPE)
@@ -95,9 +65,20 @@ def _gradient(
     FORM: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the gradient, possibly over its logits, which are read first."""
+    x = tl.load(x_ptr, mask=to_load(inside, meaning.counted), other=float("-inf")).to(FORM.DTYPE)
+    put_gradient(
+        x, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved, FORM
+    )
+
+
+@triton.jit
+def put_gradient(
+    x, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the gradient."""
     counted = meaning.counted
     loaded = to_load(inside, counted)
-    x = tl.load(x_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
     r = x
     if FORM.TEACHER:
         r = teacher_coefficients(target_ptr, weight_ptr, c, loaded, classes, given, saved, FORM)
@@ -140,9 +121,10 @@ def backward(
     given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    saved = _saved(saved_ptr, row, here, meaning.label, FORM)
-    g = _cotangent(
-        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+    saved = read_saved(saved_ptr, row, here, meaning.label, FORM)
+    denominator = tl.load(denominator_ptr) if MEAN else cotangent
+    g = row_cotangent(
+        cotangent_ptr, cotangent, denominator, row, here, meaning.sample, given,
         MEAN, BY_ROW, NUMBER, FORM,
     )  # fmt: skip
     x_at = outer * x_outer + line * x_lane
@@ -212,9 +194,10 @@ def at_entries(
     given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    saved = _saved(saved_ptr, row, here, meaning.label, FORM)
-    g = _cotangent(
-        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+    saved = read_saved(saved_ptr, row, here, meaning.label, FORM)
+    denominator = tl.load(denominator_ptr) if MEAN else cotangent
+    g = row_cotangent(
+        cotangent_ptr, cotangent, denominator, row, here, meaning.sample, given,
         MEAN, BY_ROW, NUMBER, FORM,
     )  # fmt: skip
     counted = meaning.counted
@@ -248,7 +231,7 @@ def put_entries(
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     counted = target(inputs, row, here, classes, ignore_index, FORM).counted
     number, used, _ = classes_at(inputs, place, counted, classes, ignore_index, FORM)
-    saved = _saved(saved_ptr, row, here, number, FORM)
+    saved = read_saved(saved_ptr, row, here, number, FORM)
     used = used & (number != saved.pivot_class)
     grad = tl.load(found_ptr + place, mask=used, other=0.0)
     g_at = row // inner * g_outer + row % inner * g_lane + number.to(tl.int64) * g_class

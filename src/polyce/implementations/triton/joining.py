@@ -9,6 +9,7 @@ import triton.language as tl
 
 from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Seen, State, Teacher
 from polyce.implementations.triton.row import add_states, numbers
+from polyce.implementations.triton.saving import save
 from polyce.implementations.triton.teacher import to_one_teacher
 from polyce.implementations.triton.tiles import (
     choose_pivot,
@@ -50,10 +51,11 @@ def join(
         place = parts_ptr + plane * part[:, None].to(tl.int64) + row[None, :]
         found = _stored(place, plane * parts, inside, FORM)
         seen = merge_seen(seen, _joined(found, given, FORM), given, FORM)
-    conclude(
+    saved = conclude(
         x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
         row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
     )  # fmt: skip
+    save(saved_ptr, row, here, saved, FORM)
 
 
 @triton.jit

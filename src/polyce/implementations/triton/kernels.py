@@ -11,8 +11,10 @@ import triton.language as tl
 
 from polyce.implementations.triton.gradient import at_entries, backward, put_entries
 from polyce.implementations.triton.joining import join
+from polyce.implementations.triton.one_pass import both, weigh
 from polyce.implementations.triton.records import Inputs, Outputs
 from polyce.implementations.triton.row import difference, narrow, numbers
+from polyce.implementations.triton.saving import save
 from polyce.implementations.triton.tiles import (
     body,
     conclude,
@@ -28,11 +30,13 @@ __all__ = [
     "add_up",
     "at_entries",
     "backward",
+    "both",
     "distance",
     "forward",
     "join",
     "put_entries",
     "reduce",
+    "weigh",
 ]
 
 
@@ -147,10 +151,11 @@ def forward(
             tl.store(place + 15 * step, state.even_excess, mask=here)
             tl.store(place + 16 * step, pivot.even.to(tl.float64), mask=here)
     else:
-        conclude(
+        saved = conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
             row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
         )  # fmt: skip
+        save(saved_ptr, row, here, saved, FORM)
 
 
 @triton.jit

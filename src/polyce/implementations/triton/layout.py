@@ -37,6 +37,11 @@ SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 LONG, FEW_PROGRAMS, PART = 16384, 330, 4096
 # How many parts of a row are joined at once, one to a thread.
 _JOINED = 128
+# Loss and gradient in one pass: of so many contiguous classes a row is one tile, of so many classes
+# a row among neighbours. A thread keeps its numbers.
+_WHOLE, _WHOLE_NEIGHBOURS = 8192, 32
+# The rows' weights are added up before by up to so many programs, so many rows at once.
+WEIGHERS, WEIGHED = 128, 4096
 # How many entries of a sparse target a program reads at once, one or two to a thread.
 _ENTRIES = 256
 # How many of them a program of one thread to each takes, where their gradient is computed alone.
@@ -83,6 +88,21 @@ def tile(rows: Rows, classes: int, share: int = 1, *, is_heavy: bool = False) ->
         by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)
     warps = by_class * lanes // (32 * by_thread)
     return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS), has_neighbours)
+
+
+def whole_tile(rows: Rows, classes: int, share: int, *, is_heavy: bool) -> Tile | None:
+    """Choose the tile of a program that keeps whole rows; None for rows that are too long."""
+    power, usual = power_of_two(classes), tile(rows, classes, share, is_heavy=is_heavy)
+    if power > (_WHOLE_NEIGHBOURS if usual.by_two else _WHOLE // share):
+        return None
+    if usual.by_two:
+        lanes = max(min(usual.lanes, _NEIGHBOURS_TILE // (share * power)), 1)
+        warps = power * lanes * share // (32 * _NEIGHBOURS_BY_THREAD)
+        return Tile(power, lanes, max(warps, 1), usual.by_two)
+    if classes <= SHORT:
+        return usual
+    warps = power * share // (32 * _TILE_BY_THREAD)
+    return Tile(power, 1, max(warps, 1), usual.by_two)
 
 
 def entries_at_once(entries: int, lanes: int) -> int:

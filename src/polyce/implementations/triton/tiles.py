@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from polyce.implementations.triton.entries import with_entries
-from polyce.implementations.triton.records import Meaning, Pivot, Seen, State, Teacher
+from polyce.implementations.triton.records import Meaning, Pivot, Saved, Seen, State, Teacher
 from polyce.implementations.triton.row import (
     count_label,
     finish,
@@ -177,14 +177,22 @@ def read(
     x_ptr, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile, once, into what is known of its rows; `there` says where there is memory.
+    """Read a tile, once, into what is known of its rows; `there` says where there is memory."""
+    x = tl.load(x_ptr, mask=to_load(there, meaning.counted), other=float("-inf")).to(FORM.DTYPE)
+    return take(x, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM)
+
+
+@triton.jit
+def take(
+    x, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM: tl.constexpr
+):
+    """Take a tile of logits into what is known of its rows.
 
     Where the pivot is the class of the largest logit, a label gets its share of the smoothing here,
     and the rest of its coefficient in `conclude`.
     """
     inside = there & meaning.counted[None, :]
     loaded = to_load(there, meaning.counted)
-    x = tl.load(x_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
     x = tl.where(inside, x, float("-inf"))
     if FORM.TEACHER:
         r, weight, probability, teacher = _teacher_tile(
@@ -239,36 +247,11 @@ def merge_seen(one, other, given, FORM: tl.constexpr):
 
 
 @triton.jit
-def saved_of_a_row(FORM: tl.constexpr):
-    """Return how many numbers are kept of a row for a backward pass."""
-    count: tl.constexpr = (9 if FORM.VALUED else 4) + (2 if FORM.TEACHER else 0)
-    return count
-
-
-@triton.jit
-def as_number(saved_class, FORM: tl.constexpr):
-    """Return a class as it is saved: float32 has not as many digits, so its bits are taken."""
-    if FORM.DTYPE == tl.float32:
-        return saved_class.to(tl.int32).to(tl.float32, bitcast=True)
-    else:
-        return saved_class.to(tl.float64)
-
-
-@triton.jit
-def as_class(number, FORM: tl.constexpr):
-    """Return the class that a saved number stands for."""
-    if FORM.DTYPE == tl.float32:
-        return number.to(tl.int32, bitcast=True)
-    else:
-        return number.to(tl.int32)
-
-
-@triton.jit
 def conclude(
     x_row, inputs, outputs, row, here, classes, x_class, ignore_index, given, z_loss, seen,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of whole rows: losses or their sums, stats, what backward needs."""
+    """Write losses, or their sums, and stats of whole rows; return what KEEP asks for."""
     DTYPE: tl.constexpr = FORM.DTYPE
     label, weight, sample, counted, invalid = target(inputs, row, here, classes, ignore_index, FORM)
     if FORM.ENTRIES > 0:
@@ -304,14 +287,18 @@ def conclude(
     else:
         loss = narrow(loss, outputs.loss.dtype.element_ty, FORM.EMULATED)
         tl.store(outputs.loss + row, loss, mask=here)
+    # What a backward pass needs; nothing, unless it is asked for.
+    kept = Saved(
+        factor, factor, factor, label, factor, factor, factor, factor, factor, factor, factor
+    )
     if FORM.KEEP:
         top, saved_x, saved_class = state.top, pivot.logit, pivot.number
-        place = outputs.saved + row * saved_of_a_row(FORM)
         if FORM.ENTRIES > 0:
             # So that a backward pass need not look for bad entries.
             factor = tl.where(invalid, float("nan"), factor)
             pivot_grad = tl.where(invalid, float("nan"), pivot_grad)
         label_grad = pivot_grad
+        more, by_gap, pivot_more, label_more = factor, factor, factor, factor
         if FORM.LARGEST and FORM.LABELED:
             label_grad = result.sum_of_r * (label_p * factor) - label_r
         if FORM.VALUED:
@@ -340,11 +327,6 @@ def conclude(
             else:
                 more = more * given.scale.to(DTYPE)
                 by_gap = by_gap * given.scale.to(DTYPE)
-            tl.store(place + 4, more.to(DTYPE), mask=here)
-            tl.store(place + 5, by_gap.to(DTYPE), mask=here)
-            tl.store(place + 6, pivot_more.to(DTYPE), mask=here)
-            tl.store(place + 7, label_grad.to(DTYPE), mask=here)
-            tl.store(place + 8, label_more.to(DTYPE), mask=here)
         elif FORM.LARGEST and FORM.LABELED:
             # The backward pass does not know the stats: there the label is the pivot.
             pivot_grad = tl.where(leads, pivot_grad, label_grad)
@@ -354,14 +336,22 @@ def conclude(
         factor = factor * result.sum_of_r
         if FORM.TRANSFORM == "softcap":
             pivot_grad = pivot_grad * slope(saved_x, given, FORM)
-        tl.store(place, tl.where(top == float("-inf"), 0.0, top).to(DTYPE), mask=here)
-        tl.store(place + 1, factor.to(DTYPE), mask=here)
-        tl.store(place + 2, pivot_grad.to(DTYPE), mask=here)
-        tl.store(place + 3, as_number(saved_class, FORM), mask=here)
+        teacher_top, teacher_factor = top, top
         if FORM.TEACHER:
-            behind = place + (9 if FORM.VALUED else 4)
-            tl.store(behind, seen.teacher.top.to(DTYPE), mask=here)
-            tl.store(behind + 1, unit.to(DTYPE), mask=here)
+            teacher_top, teacher_factor = seen.teacher.top, unit.to(DTYPE)
+        kept = Saved(
+            tl.where(top == float("-inf"), 0.0, top).to(DTYPE),
+            factor.to(DTYPE),
+            pivot_grad.to(DTYPE),
+            saved_class,
+            more.to(DTYPE),
+            by_gap.to(DTYPE),
+            pivot_more.to(DTYPE),
+            label_grad.to(DTYPE),
+            label_more.to(DTYPE),
+            teacher_top,
+            teacher_factor,
+        )
     if FORM.STATS:
         tl.store(outputs.valid + row, counted.to(tl.uint8), mask=here)
         defined = counted & (lse == lse)
@@ -407,3 +397,4 @@ def conclude(
             tl.store(place + 2, result.probability.to(tl.float64), mask=here)
             tl.store(place + 3, result.others.to(tl.float64), mask=here)
             tl.store(place + 4, pivot.number.to(tl.float64), mask=here)
+    return kept
