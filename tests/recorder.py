@@ -160,6 +160,13 @@ def call_part(shard: Any, target: Any, *arrays: Any, classes: int, **options: An
     triton_parts.gradient(problem, operands, 1, joined, 1.0, cotangents, teacher)
 
 
+def call_both(*arrays: Any, **options: Any) -> Any:
+    """Run a call's own code for loss and gradient, the gradient over the logits."""
+    options = {"validate": False} | options
+    problem, operands = describe(*arrays, options=Options.taken_from(options))
+    return triton_torch.cross_entropy_with_grad(problem, operands, arrays[0])
+
+
 def binary(launched: Launched, device: int) -> Any:
     """Return what was compiled for a launch."""
     kernel = getattr(triton_kernels, launched.name)
@@ -187,12 +194,32 @@ def registers(binary: Any, folder: Path) -> tuple[int, int]:
 
 def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
     """Return the instructions for NVIDIA's GPUs that access a spilled register in a loop."""
+    lines = disassembled(compiled, folder)
+    found = []
+    for first, last in _loops(lines):
+        found += [one for one in lines[first:last] if re.search(r"\b(LDL|STL)\b", one)]
+    return found
+
+
+def instructions(compiled: Any, folder: Path) -> tuple[int, int]:
+    """Count the instructions for NVIDIA's GPUs: in all, and of the longest loop."""
+    lines = disassembled(compiled, folder)
+    marks = [bool(re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+[^/\s]", line)) for line in lines]
+    return sum(marks), max((sum(marks[a : b + 1]) for a, b in _loops(lines)), default=0)
+
+
+def disassembled(compiled: Any, folder: Path) -> list[str]:
+    """Return the lines of the machine code for NVIDIA's GPUs."""
     path = folder / "kernel.cubin"
     path.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     command = [str(tool), "-c", str(path)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    lines = told.splitlines()
+    return told.splitlines()
+
+
+def _loops(lines: list[str]) -> list[tuple[int, int]]:
+    """Return the first and last line of each loop."""
     labels = {line.rstrip(":"): number for number, line in enumerate(lines) if line[:2] == ".L"}
     found = []
     for number, line in enumerate(lines):
@@ -200,7 +227,7 @@ def spills_in_loops(compiled: Any, folder: Path) -> list[str]:
         first = labels.get(branch[1], number) if branch else number
         # A jump to itself follows the end.
         if first < number - 1:
-            found += [one for one in lines[first:number] if re.search(r"\b(LDL|STL)\b", one)]
+            found.append((first, number))
     return found
 
 

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.only("triton-compile")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Shape and strides; whether classes are read, and the gradient is written, 16 bytes at once.
+# Shape and strides; whether several numbers are read, and of the gradient written, at once.
 LAYOUTS = {
     "aligned": ((4, 4096), (4096, 1), True),
     "odd": ((4, 16383), (16383, 1), True),
     "rows of 1000": ((4, 1000), (1000, 1), True),
     "short": ((300, 10), (10, 1), False),
-    "neighbours": ((2, 19, 256), (4864, 256, 1), True),
+    "neighbours": ((2, 19, 65536), (1245184, 65536, 1), True),
     "split": ((2, 200_001), (200_001, 1), True),
 }
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_softcap": 30.0, "return_stats": True}
@@ -166,10 +166,67 @@ def check(recorder: Any, folder: Path, target: str, layout: str, dtype: str, fla
         heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")
         assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
         loads, stores = widths(compiled)
+        at_once = 16
+        if layout == "neighbours":
+            # Two neighbouring rows, which are all that a thread has.
+            at_once = 2 * int(dtype.rpartition("float")[2]) // 8
         if wide and launch.name in ("forward", "backward"):
-            assert 16 in loads, launch.name
+            assert at_once in loads, launch.name
         if wide and launch.name == "backward":
-            assert 16 in stores
+            assert at_once in stores
+            assert layout != "neighbours" or stores == {at_once}
+
+
+KEPT = {
+    "rows of 1000": ((4, 1000), (1000, 1)),
+    "rows of 4095": ((4, 4095), (4095, 1)),
+    "rows of 8192": ((4, 8192), (8192, 1)),
+    "short": ((300, 10), (10, 1)),
+    "neighbours": ((2, 19, 65536), (1245184, 65536, 1)),
+}
+
+
+def kept_cases() -> list[Any]:
+    """Return all combinations; or each layout with some dtype and flags, and a GPU in turn."""
+    if FULL:
+        found = list(itertools.product(TARGETS, KEPT, DTYPES, ("plain", "everything")))
+    else:
+        flags = [("bfloat16", "plain"), ("float32", "everything")]
+        chosen = [(layout, *flag) for layout in KEPT for flag in flags]
+        found = [(TARGETS[(i + i // 4) % 4], *case) for i, case in enumerate(chosen)]
+    return [pytest.param(*case, id="-".join(case)) for case in found]
+
+
+@pytest.mark.parametrize(("target", "layout", "dtype", "flags"), kept_cases())
+def test_rows_that_are_kept_spill_nothing(
+    torch: Any, tmp_path: Path, target: str, layout: str, dtype: str, flags: str
+) -> None:
+    from recorder import binary, call_both, record, registers
+
+    recorder = record(target)
+    shape, strides = KEPT[layout]
+    x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
+    call_both(x, torch.zeros((shape[0], *shape[2:]), dtype=torch.int64), **FLAGS[flags][1])
+    for launch in recorder.launched:
+        compiled = binary(launch, recorder.device)
+        count, spilled = registers(compiled, tmp_path)
+        assert spilled == 0, launch.name
+        heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")
+        assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
+
+
+def test_no_thread_writes_before_all_have_read(torch: Any) -> None:
+    """Each thread reads the label's logit, which another one overwrites in place."""
+    from recorder import binary, call_both, record
+
+    recorder = record("sm_90")
+    call_both(torch.zeros(4, 1000), torch.zeros(4, dtype=torch.int64), reduction="none")
+    (launch,) = recorder.launched
+    lines = binary(launch, recorder.device).asm["ptx"].splitlines()
+    loads = [i for i, line in enumerate(lines) if "ld.global" in line]
+    # The gradient is written 16 bytes at once, a loss is one number.
+    stores = [i for i, line in enumerate(lines) if "st.global.v4" in line]
+    assert any("bar.sync" in line for line in lines[max(loads) : min(stores)])
 
 
 def test_a_spill_in_a_loop_is_seen(

@@ -117,6 +117,45 @@ def test_the_sums_of_many_programs_are_added_in_two_steps(torch: Any, launched: 
     assert [launch.grid[0] for launch in launched] == [10_000, 3, 1]
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "launches"),
+    [
+        ((70, 1000), {"reduction": "none"}, ["both"]),
+        ((70, 1000), {"reduction": "sum"}, ["both", "reduce"]),
+        # A gradient of a mean needs the weights of all rows.
+        ((70, 1000), {}, ["weigh", "both", "reduce"]),
+        ((70, 8192), {"return_stats": True}, ["weigh", "both", "reduce"]),
+        ((70, 32, 4), {}, ["weigh", "both", "reduce"]),
+        ((70, 8193), {}, ["forward", "reduce", "backward"]),
+        ((70, 33, 4), {}, ["forward", "reduce", "backward"]),
+        ((70, 4097), {"logit_softcap": 3.0}, ["forward", "reduce", "backward"]),
+    ],
+)
+def test_loss_and_gradient_in_one_pass(
+    torch: Any,
+    launched: list[Any],
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+    launches: list[str],
+) -> None:
+    from recorder import call_both
+
+    x = torch.zeros(shape, dtype=torch.float16)
+    call_both(x, labels(torch, *shape[:1], *shape[2:]), **options)
+    assert names(launched) == launches
+
+
+def test_a_few_programs_weigh_many_rows(torch: Any, launched: list[Any]) -> None:
+    from recorder import call_both
+
+    call_both(torch.zeros((10**6, 2), dtype=torch.float16), labels(torch, 10**6))
+    found = arguments(launched[0])
+    assert launched[0].grid == (123, 1, 1)
+    assert found["chunk"] % found["TILE"] == 0
+    assert found["chunk"] * 123 >= 10**6
+    assert arguments(launched[1])["WEIGHERS"] == 128
+
+
 def entries(torch: Any, *shape: int) -> Any:
     return polyce.SparseTarget(labels(torch, *shape), torch.ones(shape))
 
@@ -160,9 +199,11 @@ GRIDS = [
     ((4096, 1000), (1000, 1), (4096, 1), (1024, 1), 2),
     ((100_000, 10), (10, 1), (1563, 1), (16, 64), 8),
     ((100_000, 2), (2, 1), (196, 1), (2, 512), 8),
-    ((4096, 1000), (1, 4096), (64, 1), (16, 64), 4),
-    ((8, 19, 1024), (19456, 1024, 1), (128, 1), (16, 64), 4),
-    ((8, 19, 49), (931, 49, 1), (8, 1), (16, 64), 4),
+    # A thread has 16 classes of two neighbouring rows; where there are few programs, four threads.
+    ((8, 19, 65536), (1245184, 65536, 1), (4096, 1), (16, 128), 2),
+    ((4096, 1000), (1, 4096), (32, 1), (64, 128), 8),
+    ((8, 19, 1024), (19456, 1024, 1), (64, 1), (32, 128), 4),
+    ((8, 19, 49), (931, 49, 1), (8, 1), (32, 64), 2),
     ((8, 19, 1024), (19456, 1, 19), (256, 1), (32, 32), 8),
     ((7,), (1,), (1, 1), (8, 1), 1),
 ]

@@ -20,8 +20,9 @@ from polyce.testing.oracle import exact_answer
 from polyce.testing.selection import representative
 
 # Launch tables that make small problems take the ways of large ones.
-TILES = {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 8}
-PARTS = {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2, "_JOINED": 2}
+APART = {"_WHOLE": 0, "_WHOLE_NEIGHBOURS": 0}
+TILES = APART | {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 2}
+PARTS = APART | {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2, "_JOINED": 2}
 
 
 # Names of the short cases that stand for a group; chosen once.
@@ -97,6 +98,12 @@ def around(values: Any, before: int) -> tuple[Any, Any]:
     inside = memory[before : before + values.numel()].view(values.shape)
     inside.copy_(values)
     return inside, memory
+
+
+def zones_apart() -> None:
+    """Check the same of loss and gradient in two passes."""
+    with changed(APART):
+        zones()
 
 
 def zones() -> None:
@@ -190,9 +197,13 @@ def far(shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], None]:
         x.copy_(torch.randn(shape))
         t = torch.randint(shape[1], (shape[0], *shape[2:]))
         want = polyce.cross_entropy_with_grad(x.clone(), t, implementation="reference")
-        loss, grad = polyce.cross_entropy_with_grad(x, t, implementation="triton", out=x)
-        torch.testing.assert_close(loss, want[0], rtol=2e-3, atol=0.0)
-        torch.testing.assert_close(grad.clone(), want[1], rtol=2e-3, atol=1e-6)
+        given = x.clone()
+        for table in ({}, APART):
+            x.copy_(given)
+            with changed(table):
+                loss, grad = polyce.cross_entropy_with_grad(x, t, implementation="triton", out=x)
+            torch.testing.assert_close(loss, want[0], rtol=2e-3, atol=0.0)
+            torch.testing.assert_close(grad.clone(), want[1], rtol=2e-3, atol=1e-6)
 
     return check
 
@@ -201,11 +212,13 @@ def ignored() -> None:
     """Check that rows which do not count have gradient 0, whatever their cotangent."""
     import torch
 
-    x, t = torch.randn(2, 5), torch.tensor([-100, 1])
-    _, grad = polyce.cross_entropy_with_grad(
-        x, t, reduction="none", grad_output=torch.tensor([math.nan, 1.0]), implementation="triton"
-    )
-    assert torch.equal(grad[0], torch.zeros(5))
+    x, t, g = torch.randn(2, 5), torch.tensor([-100, 1]), torch.tensor([math.nan, 1.0])
+    for table in ({}, APART):
+        with changed(table):
+            _, grad = polyce.cross_entropy_with_grad(
+                x, t, reduction="none", grad_output=g, implementation="triton"
+            )
+        assert torch.equal(grad[0], torch.zeros(5))
 
 
 def masked() -> None:
@@ -313,7 +326,10 @@ def second_backward_pass() -> None:
 
 # A stride that 32 bits hold, but not three of them.
 STEP = 2**30 + 64
-EXACT = grid("accuracy", "options")
+EXACT = grid("accuracy", "options", table=APART)
+NORMALIZED = grid("normalizer")
+# The weights of the rows in several chunks.
+WEIGHED = grid("options", "combined", table={"WEIGHED": 1, "WEIGHERS": 2})
 SPECIAL = grid("special")
 IN_TILES = grid("options", "combined", table=TILES)
 IN_PARTS = grid("options", "combined", table=PARTS)
@@ -332,5 +348,5 @@ CUT_TEACHERS = grid("teacher", only="options/mean", cut=True)
 COMBINED = grid("combined", "transform")
 # Checks that other tests make too.
 SLOW = {IN_TILES, IN_PARTS, STATS, SPECIAL, COMBINED, BESIDE, BESIDE_PARTS, VALUED}
-SLOW |= {SPARSE, SPARSE_PARTS, TEACHERS, TEACHERS_PARTS}
+SLOW |= {NORMALIZED, WEIGHED, SPARSE, SPARSE_PARTS, TEACHERS, TEACHERS_PARTS}
 SLOW |= {CUT, CUT_STATS, CUT_SPARSE, CUT_TEACHERS}

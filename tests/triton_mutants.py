@@ -22,6 +22,7 @@ from triton_checks import (
     EXACT,
     IN_PARTS,
     IN_TILES,
+    NORMALIZED,
     SPARSE,
     SPARSE_PARTS,
     SPECIAL,
@@ -30,6 +31,7 @@ from triton_checks import (
     TEACHERS,
     TEACHERS_PARTS,
     VALUED,
+    WEIGHED,
     entries,
     far,
     grid,
@@ -44,11 +46,12 @@ from triton_checks import (
     unlikely_labels,
     unlikely_labels_in_parts,
     zones,
+    zones_apart,
 )
 
 FILES = (
-    *("records", "row", "entries", "saved", "teacher", "tiles", "gradient", "joining", "states"),
-    "kernels",
+    *("records", "arithmetic", "row", "saving", "entries", "teacher", "tiles", "gradient"),
+    *("joining", "states", "one_pass", "kernels"),
 )
 
 
@@ -102,17 +105,18 @@ def install(file: str = "", old: str = "", new: str = "") -> None:
                 setattr(user, name, loaded)
 
 
-RECORD, ROW, ENTRY, SAVE, TEACHER, TILE, GRADIENT, JOINING, _, KERNEL = FILES
+RECORD, ARITHMETIC, ROW, SAVING, ENTRY, TEACHER, TILE, GRADIENT = FILES[:8]
+JOINING, _, ONE_PASS, KERNEL = FILES[8:]
 MUTANTS = {
     # masks and tails
     "reads-one-beyond": Mutant(
         KERNEL,
-        "(step < length)[:, None] & meaning.counted",
-        "(step <= length)[:, None] & meaning.counted",
-        zones,
+        "(step < length)[:, None] & here",
+        "(step <= length)[:, None] & here",
+        zones_apart,
     ),
     "writes-one-beyond": Mutant(
-        GRADIENT, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones
+        GRADIENT, "(step < length)[:, None] & here", "(step <= length)[:, None] & here", zones_apart
     ),
     "reads-other-rows": Mutant(
         TILE,
@@ -134,7 +138,7 @@ MUTANTS = {
         TILE, "(VECTOR - offset % VECTOR) % VECTOR", "offset % VECTOR", zones
     ),
     "array-is-aligned": Mutant(
-        KERNEL, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones
+        KERNEL, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones_apart
     ),
     "ends-read-by-every-part": Mutant(KERNEL, "if part == 0:", "if part >= 0:", IN_PARTS),
     "coefficients-unmasked": Mutant(
@@ -149,16 +153,24 @@ MUTANTS = {
         True,
     ),
     "narrow-lanes": Mutant(
-        KERNEL,
-        "others = tl.arange(0, LANES).to(tl.int64)[None, :]",
-        "others = tl.arange(0, LANES)[None, :]",
+        TILE,
+        "lane = tl.arange(0, LANES).to(tl.int64)\n    if BY_TWO",
+        "lane = tl.arange(0, LANES)\n    if BY_TWO",
         far((3, 3), (STEP, 1)),
         True,
     ),
+    "neighbours-in-ones": Mutant(TILE, "lane // 2 * 2 + lane % 2", "lane // 2 * 2", zones),
     "narrow-classes": Mutant(
         KERNEL,
         "step[:, None].to(tl.int64) * x_class",
         "step[:, None] * x_class",
+        far((2, 4, 4), (4, STEP, 1)),
+        True,
+    ),
+    "narrow-kept-classes": Mutant(
+        ONE_PASS,
+        "wide = step[:, None].to(tl.int64)",
+        "wide = step[:, None]",
         far((2, 4, 4), (4, STEP, 1)),
         True,
     ),
@@ -263,13 +275,13 @@ MUTANTS = {
         GRADIENT, "saved.more - gap * saved.by_gap", "saved.more", VALUED
     ),
     "no-entropy-at-the-pivot": Mutant(
-        SAVE, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
+        SAVING, "of_entropy * result.entropy_at_pivot", "0.0 * result.entropy_at_pivot", VALUED
     ),
     "no-entropy-at-the-label": Mutant(
-        SAVE, "tl.where(label.p == 0.0, 0.0, label.gap) * by_gap", "0.0 * by_gap", VALUED
+        SAVING, "tl.where(label.p == 0.0, 0.0, label.gap) * by_gap", "0.0 * by_gap", VALUED
     ),
     "stats-have-no-slope": Mutant(
-        SAVE,
+        SAVING,
         "pivot_more = pivot_more * slope(saved_x, given, FORM)",
         "pivot_more = pivot_more",
         VALUED,
@@ -287,7 +299,7 @@ MUTANTS = {
         grid("stats", only="margins/plain/top"),
     ),
     "likeliest-saved-for-backward": Mutant(
-        SAVE,
+        SAVING,
         "factor = tl.where(label.leads, factor, result.probability)",
         "factor = factor",
         grid("stats", only="margins/plain/wrong"),
@@ -319,7 +331,7 @@ MUTANTS = {
         GRADIENT, "grad = grad * slope(x, given, FORM)", "grad = grad", COMBINED
     ),
     "slope-dropped-at-the-pivot": Mutant(
-        SAVE,
+        SAVING,
         "pivot_grad = pivot_grad * slope(saved_x, given, FORM)",
         "pivot_grad = pivot_grad",
         COMBINED,
@@ -358,15 +370,15 @@ MUTANTS = {
     ),
     "only-the-first-chunk": Mutant(KERNEL, "program * chunk", "0 * chunk", many_rows),
     "every-row-the-first": Mutant(
-        GRADIENT, "cotangent_ptr + row * BY_ROW", "cotangent_ptr + row * 0", grid("cotangent")
+        GRADIENT, "cotangent_ptr + row, mask", "cotangent_ptr + 0 * row, mask", grid("cotangent")
     ),
     "class-read-as-a-number": Mutant(
-        SAVE, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
+        SAVING, "number.to(tl.int32, bitcast=True)", "number.to(tl.int32)", EXACT
     ),
     "number-as-cotangent-dropped": Mutant(
         GRADIENT, "tl.full((1,), cotangent,", "tl.full((1,), 1.0,", grid("cotangent")
     ),
-    "denominator-forgotten": Mutant(GRADIENT, "g = g / tl.load(denominator_ptr)", "g = g", EXACT),
+    "denominator-forgotten": Mutant(GRADIENT, "g = g / denominator", "g = g", EXACT),
     "pivot-next-door": Mutant(
         GRADIENT, "c[:, None] == saved.pivot_class", "c[:, None] == saved.pivot_class + 1", EXACT
     ),
@@ -375,6 +387,35 @@ MUTANTS = {
         "r = x\n",
         "r = x\n    x += 0.01 * tl.load(x_ptr - c[:, None], mask=inside)\n",
         in_place,
+    ),
+    # loss and gradient in one pass
+    "kept-rows-one-beyond": Mutant(
+        ONE_PASS, "(step < stop - start)[:, None]", "(step <= stop - start)[:, None]", zones
+    ),
+    "kept-ends-not-taken": Mutant(
+        ONE_PASS,
+        "        seen = take(\n            x_ends",
+        "        _seen = take(\n            x_ends",
+        zones,
+    ),
+    "kept-array-is-aligned": Mutant(
+        ONE_PASS, "x_ptr - lead + (x_at + lead + start)", "x_ptr + (x_at + lead + start)", zones
+    ),
+    "weighers-left-out": Mutant(ONE_PASS, "weigher < weighers", "weigher < 1", WEIGHED),
+    "one-chunk-weighed": Mutant(
+        ONE_PASS, "begin = program * chunk", "begin = 0 * program", WEIGHED
+    ),
+    "ignored-rows-weighed": Mutant(
+        ONE_PASS,
+        "tl.where(meaning.counted, meaning.sample * meaning.weight, 0.0)",
+        "meaning.sample * meaning.weight",
+        WEIGHED,
+    ),
+    "normalizer-dropped": Mutant(
+        ONE_PASS, "denominator = normalizer", "denominator = 1.0 + 0.0 * normalizer", NORMALIZED
+    ),
+    "own-normalizer": Mutant(
+        ONE_PASS, "tl.load(normalizer_ptr).to(tl.float64)", "2.0 * normalizer", NORMALIZED
     ),
     # the entries of a sparse target
     "entries-without-excess": Mutant(

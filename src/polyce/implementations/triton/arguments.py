@@ -50,6 +50,8 @@ class KernelCall(NamedTuple):
     """How the gradient lies; None if there is none, or if no kernel can write it."""
     place: Place | None = None
     """Where its classes lie, of a call that has some of them; None for one that has all."""
+    is_whole: bool = False
+    """Whether a program keeps whole rows, for loss and gradient in one pass."""
 
     @property
     def logits(self) -> torch.Tensor:
@@ -59,10 +61,26 @@ class KernelCall(NamedTuple):
     @property
     def tile(self) -> Tile:
         """Return what a program reads at once."""
+        if self.is_whole and self._whole_tile is not None:
+            return self._whole_tile
+        return layout.tile(*self._laid, is_heavy=self.problem.kind == "teacher")
+
+    @property
+    def _whole_tile(self) -> Tile | None:
+        is_capped = transform.is_capped(self.problem)
+        return layout.whole_tile(*self._laid, is_heavy=is_capped)
+
+    @property
+    def _laid(self) -> tuple[Rows, int, int]:
+        """Return what tiles depend on."""
         shares = layout.SHARES[self.logits.element_size()]
-        has_teacher = self.problem.kind == "teacher"
-        share = shares[has_teacher or transform.is_capped(self.problem)]
-        return layout.tile(self.rows, self.problem.classes, share, by_two=has_teacher)
+        is_heavy = self.problem.kind == "teacher" or transform.is_capped(self.problem)
+        return self.rows, self.problem.classes, shares[is_heavy]
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether a program can keep whole rows, and write their gradient."""
+        return self._whole_tile is not None and self.grad_rows is not None
 
     @property
     def blocks(self) -> int:
@@ -85,12 +103,17 @@ def call(
     operands: Operands,
     grad: torch.Tensor | None = None,
     place: Place | None = None,
+    *,
+    check: bool = True,
 ) -> KernelCall:
-    """Lay out a call; copy the arrays whose layout the kernels cannot read."""
+    """Lay out a call; copy the arrays whose layout the kernels cannot read.
+
+    With `check`, look at the labels, if the problem asks for it.
+    """
     logits, target, weight, sample_weight, *_ = operands
     arrays = [plain(logits)]
     if problem.names_classes:
-        target = _labels(problem, target.detach(), check=grad is None)
+        target = _labels(problem, target.detach(), check=check)
     else:
         arrays.append(plain(target))
     given = [] if grad is None else [grad.stride()]
@@ -272,6 +295,7 @@ def vectors(call: KernelCall, grad: torch.Tensor | None = None) -> dict[str, Any
         "PEEL": peeled,
         "IN_STEP": in_step(call.arrays.target, call.target_rows),
         "TILE": call.tile.classes,
+        "BY_TWO": call.tile.by_two,
     }
     if grad is not None:
         found["GRAD_IN_STEP"] = in_step(grad, call.grad_rows)

@@ -63,6 +63,7 @@ def _results(problem: Problem, operands: Operands, sizes: Sizes) -> Results:
         added=wide(sizes.added),
         softmax=wide(sizes.softmax),
         parts=wide(sizes.parts),
+        weights=wide(sizes.weights),
         denominator=wide(() if reduction == "mean" else None),
         normalizer=operands.normalizer,
         of_stats=(operands.grad_lse, operands.grad_entropy),
@@ -119,10 +120,10 @@ def write_gradient(
     logits = operands.logits.detach()
     _check_saved(problem, saved)
     grad = torch.empty_like(logits) if out is None else out
-    call, place = arguments.call(problem, operands, grad, part), grad
+    call, place = arguments.call(problem, operands, grad, part, check=False), grad
     if call.grad_rows is None:
         place = torch.empty(problem.shape, dtype=logits.dtype, device=logits.device)
-        call = arguments.call(problem, operands, place, part)
+        call = arguments.call(problem, operands, place, part, check=False)
     cotangent = arguments.cotangent(operands.grad_output)
     values = launch.of_backward(call.arrays, saved, cotangent, place, _of_entries(problem, place))
     launches = launch.run(launch.backward(call, cotangent, place), values, logits)
@@ -151,11 +152,42 @@ def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
     """Compute the loss, the gradient, in `out` if that is given, and the stats."""
-    loss, found, saved = forward(problem, operands, keep=True)
+    if problem.kind == "index" and not (problem.is_empty or problem.grad_stats):
+        found = _in_one_pass(problem, operands, out)
+        if found is not None:
+            return found
+    loss, stats_of_rows, saved = forward(problem, operands, keep=True)
     if problem.grad_stats and not problem.is_empty:
         # The forward pass has just saved what their cotangents are multiplied by.
-        return loss, write_gradient(problem, operands, saved, out, None), found
-    return loss, backward(problem, operands, saved, out), found
+        return loss, write_gradient(problem, operands, saved, out, None), stats_of_rows
+    return loss, backward(problem, operands, saved, out), stats_of_rows
+
+
+def _in_one_pass(
+    problem: Problem, operands: Operands, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, Stats | None] | None:
+    """Compute loss and gradient of labels with each row kept by a program; None if it is longer."""
+    tensors = (*operands, out)
+    key = None if problem.check_labels else plans.key(problem, "both", tensors=tensors)
+    plan = plans.find(key, tensors)
+    grad = torch.empty_like(operands.logits) if out is None else out
+    cotangent = arguments.cotangent(operands.grad_output)
+    if plan is not None:
+        results = _results(problem, operands, plan.sizes)
+        values = launch.of_both(_as_given(operands), results, cotangent, grad)
+        plans.run(plan.launches, values, operands.logits)
+        return results.loss, grad, results.stats
+    torch_memory.check_storages(**operands.named())
+    call = arguments.call(problem, operands, grad)._replace(is_whole=True)
+    if not call.fits:
+        return None
+    sizes = launch.sizes_of_both(call)
+    results = _results(problem, operands, sizes)
+    values = launch.of_both(call.arrays, results, cotangent, grad)
+    launches = launch.run(launch.both(call, results, cotangent, grad), values, operands.logits)
+    if key is not None and _are_as_given(call.arrays, operands):
+        plans.keep(key, tensors, launches, sizes)
+    return results.loss, grad, results.stats
 
 
 def keeps(problem: Problem) -> Saved:

@@ -6,33 +6,39 @@ What a row needs was saved, so no program reads a logit that another may have ov
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.arithmetic import narrow
 from polyce.implementations.triton.entries import classes_at, entries_at
 from polyce.implementations.triton.records import Inputs
-from polyce.implementations.triton.row import difference, narrow, numbers, slope
-from polyce.implementations.triton.saved import load_saved
+from polyce.implementations.triton.row import difference, numbers, slope
+from polyce.implementations.triton.saving import read_saved
 from polyce.implementations.triton.teacher import teacher_coefficients
 from polyce.implementations.triton.tiles import (
     body,
     coefficients,
     edge,
     lanes,
+    neighbours,
     target,
+    to_load,
 )
 
 
 @triton.jit
-def _cotangent(
-    cotangent_ptr, cotangent, denominator_ptr, row, here, sample, given,
+def row_cotangent(
+    cotangent_ptr, cotangent, denominator, row, here, sample, given,
     MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Compute what the gradients of rows are multiplied by."""
     if NUMBER:
         g = tl.full((1,), cotangent, tl.float64)
+    elif BY_ROW:
+        g = tl.load(cotangent_ptr + row, mask=here, other=0.0).to(tl.float64)
     else:
-        g = tl.load(cotangent_ptr + row * BY_ROW, mask=here, other=0.0).to(tl.float64)
-    g = g * sample
+        g = tl.load(cotangent_ptr + tl.arange(0, 1)).to(tl.float64)
+    if FORM.SAMPLED:
+        g = g * sample
     if MEAN:
-        g = g / tl.load(denominator_ptr)
+        g = g / denominator
     if FORM.TRANSFORM == "scale":
         g = g * given.scale
     return g.to(FORM.DTYPE)
@@ -60,17 +66,25 @@ def _gradient(
     FORM: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the gradient, possibly over its logits, which are read first."""
+    x = tl.load(x_ptr, mask=to_load(inside, meaning.counted), other=float("-inf")).to(FORM.DTYPE)
+    put_gradient(
+        x, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved, FORM
+    )
+
+
+@triton.jit
+def put_gradient(
+    x, target_ptr, weight_ptr, grad_ptr, c, inside, meaning, classes, given, g, saved,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the gradient."""
     counted = meaning.counted
-    x = tl.load(x_ptr, mask=inside & counted[None, :], other=float("-inf")).to(FORM.DTYPE)
+    loaded = to_load(inside, counted)
     r = x
     if FORM.TEACHER:
-        r = teacher_coefficients(
-            target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, saved, FORM
-        )
+        r = teacher_coefficients(target_ptr, weight_ptr, c, loaded, classes, given, saved, FORM)
     elif FORM.SPREAD:
-        r, _ = coefficients(
-            x, target_ptr, weight_ptr, c, inside & counted[None, :], classes, given, FORM
-        )
+        r, _ = coefficients(x, target_ptr, weight_ptr, c, loaded, loaded, classes, given, FORM)
     grad = _besides_the_pivot(x, r, g, given, saved, FORM.SPREAD, FORM)
     pivot_grad = saved.pivot_grad * g
     if FORM.VALUED:
@@ -96,6 +110,7 @@ def backward(
     FORM: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, NUMBER: tl.constexpr,
     PEEL: tl.constexpr, IN_STEP: tl.constexpr, GRAD_IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    BY_TWO: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the classes that the program's second number selects.
 
@@ -107,16 +122,17 @@ def backward(
     given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    saved = load_saved(saved_ptr, row, here, meaning.label, FORM)
-    g = _cotangent(
-        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+    saved = read_saved(saved_ptr, row, here, meaning.label, FORM)
+    denominator = tl.load(denominator_ptr) if MEAN else cotangent
+    g = row_cotangent(
+        cotangent_ptr, cotangent, denominator, row, here, meaning.sample, given,
         MEAN, BY_ROW, NUMBER, FORM,
     )  # fmt: skip
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     g_at = outer * g_outer + line * g_lane
     if LANES > 1:
-        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        others = neighbours(LANES, BY_TWO)
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
         g_at = g_at + others * g_lane
@@ -179,9 +195,10 @@ def at_entries(
     given = numbers(kept, share, scale, cap, teacher_scale)
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     meaning = target(inputs, row, here, classes, ignore_index, FORM)
-    saved = load_saved(saved_ptr, row, here, meaning.label, FORM)
-    g = _cotangent(
-        cotangent_ptr, cotangent, denominator_ptr, row, here, meaning.sample, given,
+    saved = read_saved(saved_ptr, row, here, meaning.label, FORM)
+    denominator = tl.load(denominator_ptr) if MEAN else cotangent
+    g = row_cotangent(
+        cotangent_ptr, cotangent, denominator, row, here, meaning.sample, given,
         MEAN, BY_ROW, NUMBER, FORM,
     )  # fmt: skip
     counted = meaning.counted
@@ -215,7 +232,7 @@ def put_entries(
     inputs = Inputs(target_ptr, weight_ptr, sample_ptr, chance_ptr, entries)
     counted = target(inputs, row, here, classes, ignore_index, FORM).counted
     number, used, _ = classes_at(inputs, place, counted, classes, ignore_index, FORM)
-    saved = load_saved(saved_ptr, row, here, number, FORM)
+    saved = read_saved(saved_ptr, row, here, number, FORM)
     used = used & (number != saved.pivot_class)
     grad = tl.load(found_ptr + place, mask=used, other=0.0)
     g_at = row // inner * g_outer + row % inner * g_lane + number.to(tl.int64) * g_class

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from polyce.implementations.triton.records import Inputs, Outputs, Pivot, Seen, State, Teacher
 from polyce.implementations.triton.row import add_states, numbers
+from polyce.implementations.triton.saving import save
 from polyce.implementations.triton.teacher import to_one_teacher
 from polyce.implementations.triton.tiles import (
     choose_pivot,
@@ -44,10 +45,11 @@ def join(
         top_probability_ptr, brier_ptr, rank_ptr, softmax_ptr, of_lse_ptr, of_entropy_ptr,
     )  # fmt: skip
     seen = joined(parts_ptr, parts, rows, row, here, given, FORM, TILE, LANES)
-    conclude(
+    saved = conclude(
         x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
         row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
     )  # fmt: skip
+    save(saved_ptr, row, here, saved, FORM)
 
 
 @triton.jit

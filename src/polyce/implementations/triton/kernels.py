@@ -9,16 +9,20 @@ widened before it is multiplied.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.arithmetic import narrow
 from polyce.implementations.triton.gradient import at_entries, backward, put_entries
 from polyce.implementations.triton.joining import join
+from polyce.implementations.triton.one_pass import both, weigh
 from polyce.implementations.triton.records import Inputs, Outputs
-from polyce.implementations.triton.row import difference, narrow, numbers
+from polyce.implementations.triton.row import difference, numbers
+from polyce.implementations.triton.saving import save
 from polyce.implementations.triton.states import save_states, write_states, write_teachers
 from polyce.implementations.triton.tiles import (
     body,
     conclude,
     edge,
     lanes,
+    neighbours,
     nothing_read,
     read,
     target,
@@ -28,12 +32,14 @@ __all__ = [
     "add_up",
     "at_entries",
     "backward",
+    "both",
     "distance",
     "forward",
     "join",
     "put_entries",
     "reduce",
     "save_states",
+    "weigh",
     "write_states",
     "write_teachers",
 ]
@@ -52,6 +58,7 @@ def forward(
     teacher_scale: tl.float64,
     FORM: tl.constexpr, SPLIT: tl.constexpr, PEEL: tl.constexpr, IN_STEP: tl.constexpr,
     UNIT: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    BY_TWO: tl.constexpr,
 ):  # fmt: skip
     """Read rows once, or the part of them that the program's second number selects."""
     outer, line, lane, here = lanes(inner, blocks, LANES)
@@ -69,7 +76,7 @@ def forward(
     x_at = outer * x_outer + line * x_lane
     t_at = outer * t_outer + line * t_lane
     if LANES > 1:
-        others = tl.arange(0, LANES).to(tl.int64)[None, :]
+        others = neighbours(LANES, BY_TWO)
         x_at = x_at + others * x_lane
         t_at = t_at + others * t_lane
 
@@ -89,7 +96,7 @@ def forward(
             seen = read(
                 x_ptr + x_at + c[:, None].to(tl.int64) * x_class,
                 target_ptr + t_at + c[:, None].to(tl.int64) * t_class,
-                weight_ptr, c, ends[:, None] & meaning.counted[None, :], meaning.label, label_x,
+                weight_ptr, c, ends[:, None] & here[None, :], meaning, label_x,
                 classes, given, seen, FORM,
             )  # fmt: skip
     # Rows begin on 16-byte boundaries here. The division tells the compiler so; the promise does
@@ -112,11 +119,11 @@ def forward(
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         c = start + step
-        inside = (step < length)[:, None] & meaning.counted[None, :]
+        there = (step < length)[:, None] & here[None, :]
         seen = read(
             x_row + step[:, None].to(tl.int64) * x_class,
             t_row + step[:, None].to(tl.int64) * t_class,
-            weight_ptr, c, inside, meaning.label, label_x, classes, given, seen, FORM,
+            weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM,
         )  # fmt: skip
 
     if SPLIT:
@@ -151,10 +158,11 @@ def forward(
         if FORM.FIRST:
             tl.store(place + 17 * step, seen.first.to(tl.float64), mask=here)
     else:
-        conclude(
+        saved = conclude(
             x_ptr + outer * x_outer + lane * x_lane, inputs, outputs,
             row, here, classes, x_class, ignore_index, given, z_loss, seen, FORM,
         )  # fmt: skip
+        save(saved_ptr, row, here, saved, FORM)
 
 
 @triton.jit

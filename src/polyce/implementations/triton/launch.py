@@ -15,8 +15,8 @@ from triton.runtime import driver
 from polyce.call.problem import Problem
 from polyce.formula.stats import Stats
 from polyce.graphs.torch_calls import Saved
-from polyce.implementations.strides import cdiv, cut
-from polyce.implementations.triton import arguments, kernels, layout, plans
+from polyce.implementations.strides import cdiv, cut, power_of_two
+from polyce.implementations.triton import arguments, kernels, layout, plans, records
 from polyce.implementations.triton.arguments import Arrays, KernelCall
 from polyce.implementations.triton.plans import Kept
 
@@ -31,6 +31,7 @@ _MEMORY = {
     "softmax": "softmax_ptr",
     "parts": "parts_ptr",
     "denominator": "denominator_ptr",
+    "weights": "weights_ptr",
 }
 
 
@@ -42,6 +43,7 @@ class Sizes(NamedTuple):
     added: tuple[int, int] | None
     softmax: tuple[int, int] | None
     parts: tuple[int, int, int] | None
+    weights: tuple[int] | None = None
 
 
 class Results(NamedTuple):
@@ -66,6 +68,8 @@ class Results(NamedTuple):
     normalizer: Any
     of_stats: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     """The cotangents of lse and entropy, which are read."""
+    weights: torch.Tensor | None = None
+    """(programs,): the sums of the row weights of chunks of rows, for a mean in one pass."""
 
 
 class Launch(NamedTuple):
@@ -180,27 +184,12 @@ def of_forward(arrays: Arrays, results: Results) -> dict[str, Any]:
 
 def forward(call: KernelCall, results: Results) -> list[Launch]:
     """Plan the launches that read the rows once and reduce their losses."""
-    problem, asked = call.problem, call.problem.options.stats or ()
-    programs, classes = call.programs, problem.classes
+    problem, classes = call.problem, call.problem.classes
     shared = {
         **arguments.options(call),
         "rows": call.row_count,
         "z_loss": problem.options.z_loss,
-        "FORM": arguments.form(
-            call,
-            PENALTY=problem.options.z_loss > 0.0,
-            REDUCED=results.sums is not None,
-            KEEP=results.rows is not None,
-            STATS=results.stats is not None,
-            LSE="lse" in asked,
-            ENTROPY="entropy" in asked,
-            PREDICTION="prediction" in asked,
-            CORRECT="correct" in asked,
-            TOP="top_probability" in asked,
-            BRIER="brier" in asked,
-            RANK="rank" in asked,
-            **of_stats(problem),
-        ),
+        "FORM": _form(problem, call, results, keep=results.rows is not None),
     }
     is_split = parts_of(call)[0] > 1
     launches = [reader(call, shared, split=is_split)]
@@ -212,21 +201,9 @@ def forward(call: KernelCall, results: Results) -> list[Launch]:
         }
         again |= {**arguments.named("x", call.rows), **arguments.named("t", call.target_rows)}
         again |= {"classes": classes, "TILE": call.tile.classes}
-        launches.append(Launch("distance", (programs, 1, 1), again, call.tile.warps))
+        launches.append(Launch("distance", (call.programs, 1, 1), again, call.tile.warps))
     if results.sums is not None:
-        normalizer = results.normalizer
-        is_number = isinstance(normalizer, float)
-        if chunks := _chunks(programs):
-            added = {"programs": programs, "chunk": layout.CHUNK_OF_SUMS, "TILE": layout.SUMS}
-            launches.append(Launch("add_up", (chunks, 1, 1), added, 4))
-        reduced = {
-            "programs": chunks or programs,
-            "MEAN": problem.options.reduction == "mean",
-            "NORMALIZER": "none" if normalizer is None else "number" if is_number else "tensor",
-            "TILE": layout.SUMS,
-            "EMULATED": arguments.EMULATED,
-        }
-        launches.append(Launch("reduce", (1, 1, 1), reduced, 4))
+        launches += _reduction(call, results)
     return launches
 
 
@@ -256,6 +233,47 @@ def joiner(kernel: str, call: KernelCall, shared: dict[str, Any]) -> Launch:
 def taken(kernel: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return those of some arguments that a kernel has."""
     return {name: given[name] for name in getattr(kernels, kernel).arg_names if name in given}
+
+
+def _form(problem: Problem, call: KernelCall, results: Results, *, keep: bool) -> records.Form:
+    """Return what kernels that read rows for a loss are compiled for."""
+    asked = problem.options.stats or ()
+    return arguments.form(
+        call,
+        PENALTY=problem.options.z_loss > 0.0,
+        REDUCED=results.sums is not None,
+        KEEP=keep,
+        STATS=results.stats is not None,
+        LSE="lse" in asked,
+        ENTROPY="entropy" in asked,
+        PREDICTION="prediction" in asked,
+        CORRECT="correct" in asked,
+        TOP="top_probability" in asked,
+        BRIER="brier" in asked,
+        RANK="rank" in asked,
+        **of_stats(problem),
+    )
+
+
+def _reduction(call: KernelCall, results: Results) -> list[Launch]:
+    """Plan the launches that add up the sums of the programs."""
+    launches, programs = [], call.programs
+    if chunks := _chunks(programs):
+        added = {"programs": programs, "chunk": layout.CHUNK_OF_SUMS, "TILE": layout.SUMS}
+        launches.append(Launch("add_up", (chunks, 1, 1), added, 4))
+    reduced = {
+        "programs": chunks or programs,
+        "MEAN": call.problem.options.reduction == "mean",
+        "NORMALIZER": _kind(results.normalizer),
+        "TILE": layout.SUMS,
+        "EMULATED": arguments.EMULATED,
+    }
+    return [*launches, Launch("reduce", (1, 1, 1), reduced, 4)]
+
+
+def _kind(normalizer: Any) -> str:
+    is_number = isinstance(normalizer, float)
+    return "none" if normalizer is None else "number" if is_number else "tensor"
 
 
 def of_stats(problem: Problem) -> dict[str, bool]:
@@ -321,3 +339,60 @@ def _of_entries(call: KernelCall, given: dict[str, Any]) -> tuple[Launch, Launch
         return Launch(name, (programs, 1, 1), taken(name, alone), 4)
 
     return launch("at_entries"), launch("put_entries")
+
+
+def sizes_of_both(call: KernelCall) -> Sizes:
+    """Return what memory the launches of loss and gradient in one pass need."""
+    weighers = _weighers(call)[0]
+    return sizes(call, keep=False)._replace(weights=(weighers,) if weighers else None)
+
+
+def _weighers(call: KernelCall) -> tuple[int, int]:
+    """Return how many programs add up the rows' weights, 0 if nobody asks, and of how many rows."""
+    options, rows = call.problem.options, call.row_count
+    if options.reduction != "mean" or call.problem.normalized:
+        return 0, 0
+    return cut(rows, layout.WEIGHED, layout.WEIGHERS)
+
+
+def of_both(arrays: Arrays, results: Results, cotangent: Any, grad: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments of loss and gradient in one pass that differ from call to call."""
+    is_number = not isinstance(cotangent, torch.Tensor)
+    values = {**of_forward(arrays, results), "grad_ptr": grad}
+    values["cotangent"] = cotangent if is_number else 1.0
+    if not is_number:
+        values["cotangent_ptr"] = cotangent
+    return values
+
+
+def both(call: KernelCall, results: Results, cotangent: Any, grad: torch.Tensor) -> list[Launch]:
+    """Plan the launches that read the logits once, and write losses and gradient."""
+    problem, normalizer = call.problem, results.normalizer
+    weighers, chunk = _weighers(call)
+    shared = {**arguments.options(call), "FORM": _form(problem, call, results, keep=True)}
+    given = {
+        **shared,
+        **arguments.vectors(call, grad),
+        **arguments.named("g", call.grad_rows),
+        "weighers": weighers,
+        "z_loss": problem.options.z_loss,
+        "MEAN": problem.options.reduction == "mean",
+        "NORMALIZER": _kind(normalizer),
+        "WEIGHERS": power_of_two(max(weighers, 1)),
+        "BY_ROW": arguments.is_by_row(cotangent),
+        "NUMBER": not isinstance(cotangent, torch.Tensor),
+    }
+    launches = []
+    if weighers:
+        alone = {
+            "classes": problem.classes,
+            "rows": call.row_count,
+            "chunk": chunk,
+            "entries": 0,
+            "ignore_index": shared["ignore_index"],
+            "FORM": shared["FORM"],
+            "TILE": layout.WEIGHED,
+        }
+        launches.append(Launch("weigh", (weighers, 1, 1), alone, 8))
+    launches.append(Launch("both", (call.programs, 1, 1), taken("both", given), call.tile.warps))
+    return launches + (_reduction(call, results) if results.sums is not None else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from polyce.implementations.strides import Rows, power_of_two
+from polyce.implementations.strides import Rows, cdiv, power_of_two
 
 # The launch parameters, not tuned on a GPU yet: they keep 4 to 16 numbers a thread in flight, and
 # registers low enough for two programs or more to share a multiprocessor.
@@ -18,11 +18,14 @@ _TILE_BY_THREAD = 16
 SHORT = 64
 _SHORT_TILE = 1024
 _SHORT_BY_THREAD = 4
-# Where neighbouring rows are contiguous instead of the classes: 64 of them, a whole cache line in
-# 16 bits, and 16 classes at once.
-_NEIGHBOURS = 64
-_NEIGHBOURS_TILE = 1024
-_NEIGHBOURS_BY_THREAD = 8
+# Where neighbouring rows are contiguous instead of the classes: a thread has two rows and 16 of
+# their classes, all in flight at once, so that it adds them up alone and a warp's loads are whole
+# cache lines. The states of more rows would take its registers. Where there are few programs,
+# several warps read a row's classes.
+_NEIGHBOURS = 128
+_NEIGHBOURS_TILE = 2048
+_NEIGHBOURS_BY_THREAD = 32
+_NEIGHBOURS_WARPS = 4
 _MOST_WARPS = 8
 # By the size of a logit, the tile is divided by this, plain and with a softcap or a teacher, which
 # take registers. Each thread still reads 16 bytes or more.
@@ -34,6 +37,11 @@ SHARES = {2: (1, 2), 4: (1, 4), 8: (2, 4)}
 LONG, FEW_PROGRAMS, PART = 16384, 330, 4096
 # How many parts of a row are joined at once, one to a thread.
 _JOINED = 128
+# Loss and gradient in one pass: of so many contiguous classes a row is one tile, of so many classes
+# a row among neighbours. A thread keeps its numbers.
+_WHOLE, _WHOLE_NEIGHBOURS = 8192, 32
+# The rows' weights are added up before by up to so many programs, so many rows at once.
+WEIGHERS, WEIGHED = 128, 4096
 # How many entries of a sparse target a program reads at once, one or two to a thread.
 _ENTRIES = 256
 # How many of them a program of one thread to each takes, where their gradient is computed alone.
@@ -54,26 +62,47 @@ class Tile(NamedTuple):
     lanes: int
     warps: int
     """Of 32 threads."""
+    by_two: bool
+    """Whether a thread loads and stores two neighbouring rows at once, not classes."""
 
 
-def tile(rows: Rows, classes: int, share: int = 1, *, by_two: bool = False) -> Tile:
+def tile(rows: Rows, classes: int, share: int = 1, *, is_heavy: bool = False) -> Tile:
     """Choose what a program reads at once: its usual tile divided by `share`.
 
-    With `by_two`, for what takes more registers, a tile of several rows is half of that or less.
+    With `is_heavy`, for what takes more registers, a tile of several rows is half of that or less.
     """
-    power, lanes, half = power_of_two(classes), 1, 2 if by_two else 1
-    if rows.strides[2] != 1 and classes > 1:
-        share = 2 * share if by_two else min(share, 2)
+    power, lanes, half = power_of_two(classes), 1, 2 if is_heavy else 1
+    has_neighbours = rows.strides[2] != 1 and classes > 1
+    if has_neighbours:
+        share = 2 * share if is_heavy else min(share, 2)
         by_thread = _NEIGHBOURS_BY_THREAD // share
         lanes = min(power_of_two(rows.inner), _NEIGHBOURS)
-        by_class = min(power, max(_NEIGHBOURS_TILE // (share * lanes), 1))
+        numbers = _NEIGHBOURS_TILE // share
+        if rows.outer * cdiv(rows.inner, lanes) < FEW_PROGRAMS:
+            numbers *= _NEIGHBOURS_WARPS
+        by_class = min(power, max(numbers // lanes, 1))
     elif classes <= SHORT:
         by_thread, by_class = _SHORT_BY_THREAD // half, power
         lanes = min(power_of_two(rows.inner), max(_SHORT_TILE // (power * half), 1))
     else:
         by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)
     warps = by_class * lanes // (32 * by_thread)
-    return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS))
+    return Tile(by_class, lanes, min(max(warps, 1), _MOST_WARPS), has_neighbours)
+
+
+def whole_tile(rows: Rows, classes: int, share: int, *, is_heavy: bool) -> Tile | None:
+    """Choose the tile of a program that keeps whole rows; None for rows that are too long."""
+    power, usual = power_of_two(classes), tile(rows, classes, share, is_heavy=is_heavy)
+    if power > (_WHOLE_NEIGHBOURS if usual.by_two else _WHOLE // share):
+        return None
+    if usual.by_two:
+        lanes = max(min(usual.lanes, _NEIGHBOURS_TILE // (share * power)), 1)
+        warps = power * lanes * share // (32 * _NEIGHBOURS_BY_THREAD)
+        return Tile(power, lanes, max(warps, 1), usual.by_two)
+    if classes <= SHORT:
+        return usual
+    warps = power * share // (32 * _TILE_BY_THREAD)
+    return Tile(power, 1, max(warps, 1), usual.by_two)
 
 
 def entries_at_once(entries: int, lanes: int) -> int:

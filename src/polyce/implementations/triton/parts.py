@@ -91,6 +91,7 @@ def gradient(
     penalty = targets.lse_penalty(problem, plan)
     form = arguments.form(
         call,
+        KEEP=True,
         ENTROPY=problem.asks("entropy"),
         PENALTY=penalty is not None,
         **launch.of_stats(own),

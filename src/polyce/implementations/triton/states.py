@@ -12,7 +12,7 @@ from polyce.implementations.triton.entries import with_entries
 from polyce.implementations.triton.joining import joined
 from polyce.implementations.triton.records import Inputs, Label, Pivot, State
 from polyce.implementations.triton.row import finish, numbers
-from polyce.implementations.triton.saved import save
+from polyce.implementations.triton.saving import save, saved_of
 from polyce.implementations.triton.teacher import with_whole_teacher
 from polyce.implementations.triton.tiles import lanes, target, with_labels
 
@@ -150,7 +150,8 @@ def save_states(
     result = finish(state, pivot, penalty, given, FORM)
     # Of bad labels the cotangents are nan.
     fine = here & (here == 0)
-    save(
-        saved_ptr, of_lse_ptr, of_entropy_ptr, row, here,
+    saved = saved_of(
+        of_lse_ptr, of_entropy_ptr, row, here,
         state, pivot, label, result, fine, teacher_top, unit, given, FORM,
     )  # fmt: skip
+    save(saved_ptr, row, here, saved, FORM)

@@ -7,8 +7,9 @@ teacher's logits so far.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.arithmetic import exp, split
 from polyce.implementations.triton.records import Pivot, Seen, Teacher
-from polyce.implementations.triton.row import exp, split, with_coefficients
+from polyce.implementations.triton.row import with_coefficients
 
 
 @triton.jit

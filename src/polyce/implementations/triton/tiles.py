@@ -6,17 +6,19 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton.arithmetic import narrow
 from polyce.implementations.triton.entries import with_entries
-from polyce.implementations.triton.records import Label, Meaning, Pivot, Seen, State, Teacher
-from polyce.implementations.triton.row import (
-    count_label,
-    finish,
-    likelier,
-    merge,
-    narrow,
-    tile_state,
+from polyce.implementations.triton.records import (
+    Label,
+    Meaning,
+    Pivot,
+    Saved,
+    Seen,
+    State,
+    Teacher,
 )
-from polyce.implementations.triton.saved import save
+from polyce.implementations.triton.row import count_label, finish, likelier, merge, tile_state
+from polyce.implementations.triton.saving import saved_of
 from polyce.implementations.triton.teacher import join_teachers, teacher_exp, with_teacher
 
 
@@ -28,6 +30,18 @@ def lanes(inner, blocks, LANES: tl.constexpr):
     first = (program % blocks).to(tl.int64) * LANES
     lane = first + tl.arange(0, LANES)
     return outer, first, lane, lane < inner
+
+
+@triton.jit
+def neighbours(LANES: tl.constexpr, BY_TWO: tl.constexpr):
+    """Return the numbers of a tile's rows; with BY_TWO, a thread loads and stores two at once.
+
+    A sum tells the compiler no more than that two are contiguous.
+    """
+    lane = tl.arange(0, LANES).to(tl.int64)
+    if BY_TWO:
+        lane = lane // 2 * 2 + lane % 2
+    return lane[None, :]
 
 
 @triton.jit
@@ -46,6 +60,18 @@ def edge(start, stop, classes, VECTOR: tl.constexpr):
     step = tl.arange(0, 2 * VECTOR)
     c = tl.where(step < VECTOR, step, stop + step - VECTOR)
     return c, tl.where(step < VECTOR, step < start, c < classes)
+
+
+@triton.jit
+def to_load(there, counted):
+    """Return which numbers of a tile to load: those of rows that count, if there is one row.
+
+    Several rows share cache lines, and masks of their own would leave single numbers to each load.
+    """
+    loaded = there
+    if counted.shape[0] == 1:
+        loaded = there & counted[None, :]
+    return loaded
 
 
 @triton.jit
@@ -77,12 +103,12 @@ def target(inputs, row, here, classes, ignore_index, FORM: tl.constexpr):
 
 
 @triton.jit
-def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
+def coefficients(x, target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM: tl.constexpr):
     """Compute a tile of the r_c without the label's own share, and of the probabilities."""
     probability = x
     r = tl.zeros_like(x)
     if FORM.PROBABILITY:
-        probability = tl.load(target_ptr, mask=inside, other=0.0).to(FORM.DTYPE)
+        probability = tl.load(target_ptr, mask=loaded, other=0.0).to(FORM.DTYPE)
         r = probability
         if FORM.SMOOTHED:
             r = r * given.kept.to(FORM.DTYPE) + given.share.to(FORM.DTYPE)
@@ -95,9 +121,10 @@ def coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.
 
 
 @triton.jit
-def _teacher_tile(target_ptr, weight_ptr, c, inside, classes, given, FORM: tl.constexpr):
+def _teacher_tile(target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM: tl.constexpr):
     """Read a tile of a teacher's logits; return coefficients, class weights, logits and state."""
-    t = tl.load(target_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    t = tl.load(target_ptr, mask=loaded, other=float("-inf")).to(FORM.DTYPE)
+    t = tl.where(inside, t, float("-inf"))
     top = tl.max(t, 0)
     r = teacher_exp(t, top, given, FORM)
     total = tl.sum(r, 0).to(tl.float64)
@@ -154,21 +181,34 @@ def nothing_read(LANES: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def read(
-    x_ptr, target_ptr, weight_ptr, c, inside, label, label_x, classes, given, seen,
+    x_ptr, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """Read a tile, once, into what is known of its rows.
+    """Read a tile, once, into what is known of its rows; `there` says where there is memory."""
+    x = tl.load(x_ptr, mask=to_load(there, meaning.counted), other=float("-inf")).to(FORM.DTYPE)
+    return take(x, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM)
+
+
+@triton.jit
+def take(
+    x, target_ptr, weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM: tl.constexpr
+):
+    """Take a tile of logits into what is known of its rows.
 
     Where the pivot is the class of the largest logit, a label gets its share of the smoothing here,
     and the rest of its coefficient in `conclude`.
     """
-    x = tl.load(x_ptr, mask=inside, other=float("-inf")).to(FORM.DTYPE)
+    inside = there & meaning.counted[None, :]
+    loaded = to_load(there, meaning.counted)
+    x = tl.where(inside, x, float("-inf"))
     if FORM.TEACHER:
         r, weight, probability, teacher = _teacher_tile(
-            target_ptr, weight_ptr, c, inside, classes, given, FORM
+            target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM
         )
     else:
-        r, probability = coefficients(x, target_ptr, weight_ptr, c, inside, classes, given, FORM)
+        r, probability = coefficients(
+            x, target_ptr, weight_ptr, c, loaded, inside, classes, given, FORM
+        )
         weight, teacher = r, seen.teacher
     number = c[:, None]
     pivot, most, most_class, rank = seen.pivot, seen.most, seen.most_class, seen.rank
@@ -188,7 +228,7 @@ def read(
             most = tl.max(known, 0)
             most_class = tl.min(tl.where((known == most) & inside, number, 0x7FFFFFFF), 0)
     else:
-        excluded = number == label
+        excluded = number == meaning.label
     state = tile_state(x, r, weight, excluded, given, FORM)
     first = seen.first
     if FORM.FIRST:
@@ -266,7 +306,7 @@ def conclude(
     x_row, inputs, outputs, row, here, classes, x_class, ignore_index, given, z_loss, seen,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of whole rows: losses or their sums, stats, what backward needs."""
+    """Write losses, or their sums, and stats of whole rows; return what KEEP asks for."""
     DTYPE: tl.constexpr = FORM.DTYPE
     label, weight, sample, counted, invalid = target(inputs, row, here, classes, ignore_index, FORM)
     if FORM.ENTRIES > 0:
@@ -293,9 +333,11 @@ def conclude(
     else:
         loss = narrow(loss, outputs.loss.dtype.element_ty, FORM.EMULATED)
         tl.store(outputs.loss + row, loss, mask=here)
+    # What a backward pass needs; nothing, unless it is asked for.
+    kept = Saved(lse, lse, lse, label, lse, lse, lse, lse, lse, lse, lse)
     if FORM.KEEP:
-        save(
-            outputs.saved, outputs.of_lse, outputs.of_entropy, row, here,
+        kept = saved_of(
+            outputs.of_lse, outputs.of_entropy, row, here,
             state, pivot, own, result, invalid, seen.teacher.top, unit, given, FORM,
         )  # fmt: skip
     if FORM.STATS:
@@ -343,3 +385,4 @@ def conclude(
             tl.store(place + 2, result.probability.to(tl.float64), mask=here)
             tl.store(place + 3, result.others.to(tl.float64), mask=here)
             tl.store(place + 4, pivot.number.to(tl.float64), mask=here)
+    return kept
