@@ -197,7 +197,8 @@ GRIDS = [
     # shape, strides, (programs, parts), classes and lanes of a tile, warps
     ((4096, 32000), (32000, 1), (4096, 1), (4096, 1), 8),
     ((4096, 1000), (1000, 1), (4096, 1), (1024, 1), 2),
-    ((100_000, 10), (10, 1), (1563, 1), (16, 64), 8),
+    # A thread has a whole row.
+    ((100_000, 10), (10, 1), (1563, 1), (16, 64), 2),
     ((100_000, 2), (2, 1), (196, 1), (2, 512), 8),
     # A thread has 16 classes of two neighbouring rows; where there are few programs, four threads.
     ((8, 19, 65536), (1245184, 65536, 1), (4096, 1), (16, 128), 2),

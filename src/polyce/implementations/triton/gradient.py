@@ -16,6 +16,7 @@ from polyce.implementations.triton.tiles import (
     body,
     coefficients,
     edge,
+    far_steps,
     lanes,
     neighbours,
     target,
@@ -169,7 +170,7 @@ def backward(
     end = tl.minimum(begin + chunk, length)
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
-        wide = step[:, None].to(tl.int64)
+        wide = far_steps(step, LANES, BY_TWO)
         _gradient(
             x_row + wide * x_class, t_row + wide * t_class,
             weight_ptr, g_row + wide * g_class, start + step,

@@ -21,6 +21,7 @@ from polyce.implementations.triton.tiles import (
     body,
     conclude,
     edge,
+    far_steps,
     lanes,
     neighbours,
     nothing_read,
@@ -119,10 +120,11 @@ def forward(
     for done in range(begin, end, TILE):
         step = done + tl.arange(0, TILE)
         c = start + step
+        wide = far_steps(step, LANES, BY_TWO)
         there = (step < length)[:, None] & here[None, :]
         seen = read(
-            x_row + step[:, None].to(tl.int64) * x_class,
-            t_row + step[:, None].to(tl.int64) * t_class,
+            x_row + wide * x_class,
+            t_row + wide * t_class,
             weight_ptr, c, there, meaning, label_x, classes, given, seen, FORM,
         )  # fmt: skip
 

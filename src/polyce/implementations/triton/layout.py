@@ -14,10 +14,12 @@ from polyce.implementations.strides import Rows, cdiv, power_of_two
 _TILE = 4096
 _TILE_BY_THREAD = 16
 # Rows of up to this many contiguous classes share a program, which would have little to do
-# otherwise. The tile is then limited by what is kept for each row, several float64 in each thread.
+# otherwise. Of up to _SHORTEST classes a thread has whole rows, and keeps no other row's state; the
+# first cache then serves its loads of single numbers. Longer rows would need too many lines of it.
 SHORT = 64
 _SHORT_TILE = 1024
 _SHORT_BY_THREAD = 4
+_SHORTEST = 16
 # Where neighbouring rows are contiguous instead of the classes: a thread has two rows and 16 of
 # their classes, all in flight at once, so that it adds them up alone and a warp's loads are whole
 # cache lines. The states of more rows would take its registers. Where there are few programs,
@@ -82,7 +84,9 @@ def tile(rows: Rows, classes: int, share: int = 1, *, is_heavy: bool = False) ->
             numbers *= _NEIGHBOURS_WARPS
         by_class = min(power, max(numbers // lanes, 1))
     elif classes <= SHORT:
-        by_thread, by_class = _SHORT_BY_THREAD // half, power
+        by_thread = power // share if power <= _SHORTEST else _SHORT_BY_THREAD
+        by_thread = max(by_thread // half, 1)
+        by_class = power
         lanes = min(power_of_two(rows.inner), max(_SHORT_TILE // (power * half), 1))
     else:
         by_thread, by_class = _TILE_BY_THREAD // share, min(power, _TILE // share)

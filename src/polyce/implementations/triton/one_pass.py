@@ -14,6 +14,7 @@ from polyce.implementations.triton.tiles import (
     body,
     conclude,
     edge,
+    far_steps,
     lanes,
     neighbours,
     nothing_read,
@@ -79,7 +80,7 @@ def both(
         g_row = grad_ptr - lead + (g_at + lead + start) // VECTOR * VECTOR
         g_row = tl.multiple_of(g_row, 16 if LANES == 1 else (16, 16))
     step = tl.arange(0, TILE)
-    wide = step[:, None].to(tl.int64)
+    wide = far_steps(step, LANES, BY_TWO)
     there = (step < stop - start)[:, None] & here[None, :]
     loaded = to_load(there, meaning.counted)
     x = tl.load(x_row + wide * x_class, mask=loaded, other=float("-inf")).to(FORM.DTYPE)

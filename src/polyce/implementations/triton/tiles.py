@@ -45,6 +45,19 @@ def neighbours(LANES: tl.constexpr, BY_TWO: tl.constexpr):
 
 
 @triton.jit
+def far_steps(step, LANES: tl.constexpr, BY_TWO: tl.constexpr):
+    """Return a tile's classes as factors of addresses.
+
+    Of rows of up to 16 contiguous classes the compiler is not told that they are contiguous: then
+    a thread has all classes of a row, and adds them up alone.
+    """
+    wide = step.to(tl.int64)
+    if LANES > 1 and not BY_TWO and step.shape[0] <= 16:
+        wide = wide * 2 // 2
+    return wide[:, None]
+
+
+@triton.jit
 def body(offset, classes, VECTOR: tl.constexpr):
     """Return the range of a row's classes that whole 16-byte loads cover.
 
