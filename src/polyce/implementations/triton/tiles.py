@@ -8,15 +8,7 @@ import triton.language as tl
 
 from polyce.implementations.triton.arithmetic import narrow
 from polyce.implementations.triton.entries import with_entries
-from polyce.implementations.triton.records import (
-    Label,
-    Meaning,
-    Pivot,
-    Saved,
-    Seen,
-    State,
-    Teacher,
-)
+from polyce.implementations.triton.records import Label, Meaning, Pivot, Saved, Seen, State, Teacher
 from polyce.implementations.triton.row import count_label, finish, likelier, merge, tile_state
 from polyce.implementations.triton.saving import saved_of
 from polyce.implementations.triton.teacher import join_teachers, teacher_exp, with_teacher
