@@ -161,23 +161,9 @@ MUTANTS = {
     ),
     "neighbours-in-ones": Mutant(TILE, "lane // 2 * 2 + lane % 2", "lane // 2 * 2", zones),
     "narrow-classes": Mutant(
-        KERNEL,
-        "step[:, None].to(tl.int64) * x_class",
-        "step[:, None] * x_class",
-        far((2, 4, 4), (4, STEP, 1)),
-        True,
-    ),
-    "narrow-kept-classes": Mutant(
-        ONE_PASS,
-        "wide = step[:, None].to(tl.int64)",
-        "wide = step[:, None]",
-        far((2, 4, 4), (4, STEP, 1)),
-        True,
-    ),
-    "narrow-written-classes": Mutant(
-        GRADIENT,
-        "wide = step[:, None].to(tl.int64)",
-        "wide = step[:, None]",
+        TILE,
+        "wide = step.to(tl.int64)",
+        "wide = step",
         far((2, 4, 4), (4, STEP, 1)),
         True,
     ),
@@ -384,8 +370,8 @@ MUTANTS = {
     ),
     "reads-what-was-written": Mutant(
         GRADIENT,
-        "r = x\n",
-        "r = x\n    x += 0.01 * tl.load(x_ptr - c[:, None], mask=inside)\n",
+        "    put_gradient(\n",
+        "    x += 0.01 * tl.load(x_ptr - c[:, None], mask=inside)\n    put_gradient(\n",
         in_place,
     ),
     # loss and gradient in one pass
