@@ -64,6 +64,26 @@ def right(shape: tuple[int, ...], name: str = "float32", kind: str = "index", **
     return lambda: answers(draw(shape, name, kind), **how)
 
 
+def in_parts(shape: tuple[int, ...], kind: str = "index", **options: Any) -> Check:
+    """Make a check of calls on random arrays whose classes are read and written in parts."""
+
+    def check() -> None:
+        from in_parts import cut_functions, of_parts
+
+        given = draw(shape, "float32", kind)
+        wanted = expected(given, **ROWS, **options)
+        functions = cut_functions(of_parts("cupy"))
+        arrays = dict(
+            zip(("input", "target", "weight", "sample_weight"), on_device(*given), strict=True)
+        )
+        # Cut at other places each time.
+        for _ in range(2):
+            found = functions.cross_entropy_with_grad(**arrays, **ROWS, **options)
+            calls.agree(found, wanted)
+
+    return check
+
+
 def of_rows(rows: list[list[float]], target: Any, **how: Any) -> Check:
     """Make a check of a call on these float32 logits."""
     given = Given(np.array(rows, np.float32), np.array(target), None, None)

@@ -19,7 +19,8 @@ from cupy_checks import Check
 NUMBERS, ROW, OUTCOME, CLASSES = "numbers.cu", "row.cu", "outcome.cu", "classes.cu"
 GRADIENT, BLOCKS = "gradient.cu", "blocks.cu"
 ENTRIES, KERNELS = "entries.cu", "kernels.cu"
-PLAN, LAUNCH = "plan.py", "launch.py"
+PLAN, LAUNCH, PARTS = "plan.py", "launch.py", "parts.py"
+OF_PARTS = "parts.cu"
 Edit = tuple[str, str, str]
 """A file, a text in it, and the text that replaces every occurrence."""
 
@@ -44,6 +45,7 @@ def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
     """Run calls through a copy of plan, launcher and kernels with these changes."""
     from polyce.implementations import cupy as path
     from polyce.implementations.cupy import launch as before
+    from polyce.implementations.cupy import parts as parts_before
 
     plan, launch = _module(PLAN, edits), _module(LAUNCH, edits)
     text = plan.source()
@@ -56,10 +58,12 @@ def installed(edits: tuple[Edit, ...] = ()) -> Iterator[None]:
     plan._text[:] = [text]
     launch.cupy_plan = plan
     path.launch = launch
+    # It takes that launcher.
+    path.parts = _module(PARTS, edits)
     try:
         yield
     finally:
-        path.launch = before
+        path.launch, path.parts = before, parts_before
 
 
 def _module(file: str, edits: tuple[Edit, ...]) -> Any:
@@ -84,9 +88,10 @@ def _changed(text: str, file: str, old: str, new: str) -> str:
 def mutants() -> dict[str, Mutant]:
     """Return all mutants, by name."""
     from cupy_mutants_memory import MUTANTS as OF_MEMORY
+    from cupy_mutants_parts import MUTANTS as IN_PARTS
     from cupy_mutants_values import MUTANTS as OF_VALUES
 
-    return OF_MEMORY | OF_VALUES
+    return OF_MEMORY | OF_VALUES | IN_PARTS
 
 
 def main(name: str) -> int:

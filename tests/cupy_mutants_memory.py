@@ -44,8 +44,9 @@ MUTANTS = {
     "reads-a-written-entry": wrong(
         ENTRIES_OVER_LOGITS,
         ENTRIES,
-        "entries.logits[first + k], r",
-        "(real)Stored<LOGITS>::widen(grad[place.row.g_at + entry.number * call.g_class]), r",
+        "logit_here = entries.logits[first + k]",
+        "logit_here = "
+        "(real)Stored<LOGITS>::widen(grad[place.row.g_at + entry.number * call.g_class])",
     ),
     "no-barrier-before-adding-up": wrong(
         SUM,

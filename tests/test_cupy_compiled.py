@@ -18,7 +18,7 @@ from polyce.call.options import STATS, Options
 from polyce.call.problem import describe
 from polyce.call.target import SparseTarget, TeacherLogits
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import LaunchKey, Layout
+from polyce.implementations.cupy.plan import LaunchKey, Layout, PartKey
 from polyce.testing.dtypes import dtype
 
 pytestmark = pytest.mark.only("cupy-compile")
@@ -61,11 +61,17 @@ FEW, MANY = 64, 128
 # For stats beside the target and for entries three blocks of 256, for a teacher two. In float64,
 # with a softcap or a teacher, all registers that there are.
 BESIDE_FEW, ALL = 80, 255
-READING, WRITING = {"forward", "forward_backward"}, {"forward_backward", "backward"}
+READING = {"forward", "forward_backward", "state_of_part", "gradient_of_part"}
+WRITING = {"forward_backward", "backward", "gradient_of_part"}
 
 
 def planned(
-    shape: tuple[int, int], name: str, target: str, options: dict[str, Any]
+    shape: tuple[int, int],
+    name: str,
+    target: str,
+    options: dict[str, Any],
+    *,
+    in_parts: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Return what each kernel of a call is compiled with."""
     logits = np.empty(shape, dtype(name))
@@ -83,7 +89,8 @@ def planned(
     problem, _ = describe(logits, given, options=Options.taken_from(options), grad_stats=of_stats)
     layout = Layout(logits.strides, 0, logits.itemsize)
     probabilities = None if "int" in stored else Layout(held.strides, 0, held.itemsize)
-    key = LaunchKey(layout, probabilities, layout, None, None, None, False)
+    part = PartKey(0, shape[1], bool(of_stats)) if in_parts else None
+    key = LaunchKey(layout, probabilities, layout, None, None, None, False, part)
     return cupy_plan.plan(problem, key).options
 
 
@@ -92,6 +99,9 @@ def texts() -> list[tuple[str, tuple[str, ...], int]]:
     found = {}
     for shape, name, (target, options) in itertools.product(SHAPES, DTYPES, CALLS):
         for kernel, macros in planned(shape, name, target, options).items():
+            found[macros] = kernel
+    for name, (target, options) in itertools.product(("bfloat16", "float64"), CALLS):
+        for kernel, macros in planned(SHAPES[0], name, target, options, in_parts=True).items():
             found[macros] = kernel
     return [
         (kernel, macros, architecture)

@@ -194,12 +194,13 @@ inline void count(const void* address, int size) {
 # Where the kernels' text loads a logit or a probability or stores a gradient: what goes before.
 ACCESSES = {
     r"numbers\[0\] = \(real\)Stored<KIND>::widen\(\*place\);": "count(place, 1); ",
-    r"const Words<N> words = \*": "count(place, W); ",
-    r"\*place = numbers\[0\];": "count(place, 1); ",
+    r"const Words<W \* sizeof\(\*place\) / 4> words = \*": "count(place, W); ",
+    r"ahead\[u\] = \*\(const": "count(next + u * step, WIDTH), ",
+    r"\*place = Stored<KIND>::narrow\(numbers\[0\]\);": "count(place, 1); ",
     r"\*\(Words<N>\*\)place = words;": "count(place, W); ",
-    r"grad\[c \+ w\] = result\[w\];": "count(&grad[c + w], 1), ",
+    r"place\[w\] = Stored<LOGITS>::narrow\(result\[u\]\[w\]\);": "count(&place[w], 1), ",
     r"taken\.p\[u\]\[w\] = \(real\)": "count(&p[(c + w) * (WIDTH > 1 ? 1 : call.t_class)], 1), ",
-    r"const real label = \(real\)Stored": "count(&x[meaning.label * call.x_class], 1); ",
+    r"const real label = here": "count(&x[meaning.label * call.x_class], 1); ",
 }
 
 

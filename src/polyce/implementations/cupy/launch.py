@@ -17,10 +17,10 @@ from polyce.call.problem import Operands, Problem
 from polyce.formula import labels, stats, whole
 from polyce.formula.stats import Stats
 from polyce.implementations.cupy import plan as cupy_plan
-from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout
+from polyce.implementations.cupy.plan import LaunchKey, LaunchPlan, Layout, PartKey
 
 # A null pointer, in the one form that CuPy 13 also takes.
-_NULL = 0
+NULL = 0
 # Bytes of two sums, and at most of the state of a part of a row.
 _SUMS, _STATE = 16, 168
 _MOST_KNOWN = 1024
@@ -36,7 +36,7 @@ def cross_entropy(problem: Problem, operands: Operands) -> tuple[Any, Stats | No
     if problem.is_empty:
         return whole.cross_entropy(problem, operands)
     with problem.library.computing(operands.named()):
-        return _forward(_call(problem, operands))
+        return _forward(described(problem, operands))
 
 
 def cross_entropy_with_grad(
@@ -47,14 +47,14 @@ def cross_entropy_with_grad(
         return whole.cross_entropy_with_grad(problem, operands, out)
     with problem.library.computing(operands.named()):
         grad = cupy.empty_like(operands.logits) if out is None else out
-        call = _call(problem, operands, grad)
+        call = described(problem, operands, grad)
         loss, found = _forward_backward(call)
         if call.grad is not grad:
             grad[...] = call.grad
         return loss, grad, found
 
 
-class _KernelCall(NamedTuple):
+class KernelCall(NamedTuple):
     """One call: how it is launched, and its arrays as the kernels take them."""
 
     problem: Problem
@@ -77,28 +77,31 @@ class _KernelCall(NamedTuple):
         kernel(grid, (self.plan.block,), (self.plan.call, *arguments))
 
 
-def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall:
+def described(
+    problem: Problem, operands: Operands, grad: Any = None, part: PartKey | None = None
+) -> KernelCall:
     """Lay out a call; copy the arrays whose layout the kernels cannot read."""
     logits, target, weight, sample, normalizer, cotangent, *more = operands
     of_lse, of_entropy, chances, *_ = more
-    if problem.check_labels:
+    if problem.check_labels and part is None:
         labels.read(problem, target, logits)
     dense = problem.kind in ("probability", "teacher")
-    entries = (_NULL, 0, _NULL)
+    entries = (NULL, 0, NULL)
     if problem.kind == "sparse":
         target = _in_order(cupy.moveaxis(target, problem.axis, -1))
         real = problem.arithmetic_dtype
         chances = _in_order(cupy.moveaxis(chances, problem.axis, -1), real)
         # The gradient may be written over the logits.
-        logits_kept = _NULL if grad is None else cupy.empty(target.shape, real)
+        over = grad is not None and part is None
+        logits_kept = cupy.empty(target.shape, real) if over else NULL
         entries = (chances, problem.entries, logits_kept)
     elif not dense:
         target = _in_order(target)
     if weight is not None:
         weight = _in_order(weight, problem.arithmetic_dtype)
+    by_row = problem.options.reduction == "none" and bool(getattr(cotangent, "ndim", 0))
     sample, normalizer, cotangent = map(_readable, (sample, normalizer, cotangent))
-    by_row = problem.options.reduction == "none" and hasattr(cotangent, "dtype")
-    rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row)
+    rest = (_kind(sample), _kind(normalizer), _kind(cotangent), by_row, part)
     plan = _plan(problem, logits, target if dense else None, grad, rest)
     if any(plan.copies):
         if plan.copies[0]:
@@ -106,9 +109,9 @@ def _call(problem: Problem, operands: Operands, grad: Any = None) -> _KernelCall
         if plan.copies[1]:
             target = cupy.ascontiguousarray(target)
         if plan.copies[2]:
-            grad = cupy.empty(problem.shape, problem.logits_dtype)
+            grad = cupy.empty(logits.shape, problem.logits_dtype)
         plan = _plan(problem, logits, target if dense else None, grad, rest)
-    return _KernelCall(
+    return KernelCall(
         problem=problem,
         plan=plan,
         logits=logits,
@@ -138,7 +141,7 @@ def _plan(
     return plan
 
 
-def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
+def _forward(call: KernelCall) -> tuple[Any, Stats | None]:
     """Read the rows once, and reduce their losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
@@ -146,36 +149,36 @@ def _forward(call: _KernelCall) -> tuple[Any, Stats | None]:
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
         read = (call.logits, *call.targets)
-        arguments = (*read, states, _NULL, *written, *call.entries)
+        arguments = (*read, states, NULL, *written, *call.entries)
         call.launch("forward", (plan.rows, plan.parts), *arguments)
-        result = loss if reduced else _NULL
+        result = loss if reduced else NULL
         call.launch("join", (1,), *call.targets, states, *call.divisor, result, *written)
         return loss, found
-    sums = _memory(plan.blocks * _SUMS) if reduced else _NULL
-    arguments = (call.logits, *call.targets, _NULL, sums, *written, *call.entries)
+    sums = _memory(plan.blocks * _SUMS) if reduced else NULL
+    arguments = (call.logits, *call.targets, NULL, sums, *written, *call.entries)
     call.launch("forward", (plan.blocks,), *arguments)
     if reduced:
         call.launch("reduce", (1,), sums, plan.blocks, *call.divisor, loss)
     return loss, found
 
 
-def _forward_backward(call: _KernelCall) -> tuple[Any, Stats | None]:
+def _forward_backward(call: KernelCall) -> tuple[Any, Stats | None]:
     """Write the gradient, and reduce the losses."""
     plan = call.plan
     reduced = call.problem.options.reduction != "none"
     loss, found, written = _results(call.problem)
-    result = loss if reduced else _NULL
+    result = loss if reduced else NULL
     read = (call.logits, *call.targets)
     scales = (*call.cotangent, *call.divisor)
     if plan.parts > 1:
         states = _memory(plan.rows * plan.parts * _STATE)
-        nothing = (*[_NULL] * len(written), *call.entries)
-        call.launch("forward", (plan.rows, plan.parts), *read, states, _NULL, *nothing)
+        nothing = (*[NULL] * len(written), *call.entries)
+        call.launch("forward", (plan.rows, plan.parts), *read, states, NULL, *nothing)
         # The block after the last row writes the loss.
         arguments = (*read, *scales, states, result, call.grad, *written, *call.of_stats)
         call.launch("backward", (plan.rows + 1, plan.parts), *arguments)
         return loss, found
-    weights, sums, finished = _NULL, _NULL, _NULL
+    weights, sums, finished = NULL, NULL, NULL
     if reduced:
         weights = _memory((plan.weighing + plan.blocks + 1) * _SUMS)
         sums = weights + plan.weighing * _SUMS
@@ -194,7 +197,7 @@ def _results(problem: Problem) -> tuple[Any, Stats | None, list[Any]]:
     loss = cupy.empty(problem.row_shape if by_row else (), problem.result_dtype)
     found = stats.unfilled(problem, cupy.empty)
     entries = [None if found is None else getattr(found, name) for name in _WRITTEN]
-    return loss, found, [loss if by_row else _NULL, *map(_or_null, entries)]
+    return loss, found, [loss if by_row else NULL, *map(_or_null, entries)]
 
 
 def _memory(size: int) -> Any:
@@ -218,15 +221,15 @@ def _kind(value: Any) -> str | None:
 def _array_and_number(value: Any) -> tuple[Any, float]:
     if hasattr(value, "dtype"):
         return value, 1.0
-    return _NULL, 1.0 if value is None else value
+    return NULL, 1.0 if value is None else value
 
 
 def _of_stats(cotangent: Any) -> Any:
-    return _NULL if cotangent is None else _in_order(cotangent, np.float64)
+    return NULL if cotangent is None else _in_order(cotangent, np.float64)
 
 
 def _or_null(array: Any) -> Any:
-    return _NULL if array is None else array
+    return NULL if array is None else array
 
 
 def _in_order(array: Any, dtype: Any = None) -> Any:

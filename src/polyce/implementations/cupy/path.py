@@ -11,8 +11,9 @@ from typing import Any
 
 from polyce.arrays import find
 from polyce.call.problem import Operands, Problem
+from polyce.formula.parts import Part, TeacherState
 from polyce.formula.stats import Stats
-from polyce.implementations.contract import Implementation
+from polyce.implementations.contract import Implementation, OfParts
 
 BACKENDS = frozenset({"cupy"})
 DEVICES = frozenset({"cuda"})
@@ -60,6 +61,27 @@ def cross_entropy_with_grad(
     return launch.cross_entropy_with_grad(problem, operands, out)
 
 
+def read_part(problem: Problem, *part: Any, **more: Any) -> Part:
+    """Read a part of the classes of each row."""
+    from polyce.implementations.cupy import parts
+
+    return parts.read(problem, *part, **more)
+
+
+def part_gradient(problem: Problem, *part: Any, **more: Any) -> Any:
+    """Compute the gradient of a part of the classes of each row, from the whole."""
+    from polyce.implementations.cupy import parts
+
+    return parts.gradient(problem, *part, **more)
+
+
+def read_teacher_part(problem: Problem, teacher: Any) -> TeacherState:
+    """Read a part of the classes of each of a teacher's rows."""
+    from polyce.implementations.cupy import parts
+
+    return parts.read_teacher(problem, teacher)
+
+
 PATH = Implementation(
     name="cupy",
     cross_entropy=cross_entropy,
@@ -69,4 +91,5 @@ PATH = Implementation(
     unavailable=unavailable,
     refuses=refuses,
     takes_grad_stats=True,
+    of_parts=OfParts(read_part, part_gradient, read_teacher_part),
 )

@@ -16,14 +16,16 @@ import numpy as np
 from polyce.arrays import dtypes
 from polyce.call.options import BESIDE_TARGET
 from polyce.call.problem import Problem
-from polyce.formula import labels, transform
+from polyce.formula import labels, rowstate, targets, transform
 from polyce.implementations.strides import Rows, cdiv, cut, power_of_two, rows_of
 
 FILES = (
     *("numbers.cu", "row.cu", "outcome.cu", "classes.cu", "gradient.cu", "blocks.cu", "entries.cu"),
-    "kernels.cu",
+    *("kernels.cu", "parts.cu"),
 )
 KERNELS = ("forward", "join", "reduce", "weigh", "forward_backward", "backward")
+# Of a part of the classes.
+PART_KERNELS = ("state_of_part", "gradient_of_part")
 # The numbers by which the CUDA sources know these dtypes; their names there are in capitals.
 KINDS: dict[str | None, int] = {
     name: number for number, name in enumerate((*dtypes.FLOATS, *dtypes.INTEGERS), start=1)
@@ -76,6 +78,15 @@ class Layout(NamedTuple):
     itemsize: int
 
 
+class PartKey(NamedTuple):
+    """Which of the rows' classes the arrays hold."""
+
+    start: int
+    width: int
+    valued: bool
+    """Whether the gradient is also that of lse or entropy."""
+
+
 class LaunchKey(NamedTuple):
     """All that a launch plan depends on besides the problem; None for what is absent."""
 
@@ -89,6 +100,7 @@ class LaunchKey(NamedTuple):
     cotangent: str | None
     """The dtype of an array of cotangents."""
     cotangent_by_row: bool
+    part: PartKey | None = None
 
 
 class LaunchPlan(NamedTuple):
@@ -113,17 +125,16 @@ class LaunchPlan(NamedTuple):
 def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
     """Plan the launches of a call."""
     given = [key.logits, key.probabilities, key.grad]
-    laid = iter(
-        rows_of(
-            problem.shape,
-            problem.axis,
-            *(_steps(problem.shape, one) for one in given if one is not None),
-        )
-    )
+    part, axis = key.part, problem.axis
+    width = problem.classes if part is None else part.width
+    shape = (*problem.shape[:axis], width, *problem.shape[axis + 1 :])
+    laid = iter(rows_of(shape, axis, *(_steps(shape, one) for one in given if one is not None)))
     rows = [None if one is None else next(laid) for one in given]
     copies = tuple(a is not None and b is None for a, b in zip(given, rows, strict=True))
     x = rows[0] or Rows(1, 1, (0, 0, 0))
-    threads = _threads(problem, x, rows[1:], key.logits.itemsize)
+    threads = _threads(problem, width, x, rows[1:], key.logits.itemsize)
+    if part is not None:
+        threads = threads._replace(parts=1, chunk=width)
     real = dtypes.name_of(problem.arithmetic_dtype)
     scale, cap = transform.scale_and_cap(problem)
     ignored = labels.ignored_as_signed(problem) if problem.names_classes else None
@@ -133,11 +144,13 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
     if problem.options.reduction == "mean":
         # BY_WEIGHTS, BY_NUMBER or BY_ARRAY in the CUDA sources.
         mean = {None: 1, "number": 2}.get(key.normalizer, 3)
-    call = np.zeros(1, _CALL[real])
+    call = np.zeros(1, _CALL[real] if part is None else _PART_CALL[real])
+    if part is not None:
+        call["start"], call["all_classes"] = part.start, problem.classes
     for name, value in {
         "outer": x.outer,
         "inner": x.inner,
-        "classes": problem.classes,
+        "classes": width,
         "x": x.strides,
         "t": rows[1].strides if rows[1] else 0,
         "g": rows[2].strides if rows[2] else 0,
@@ -170,7 +183,7 @@ def plan(problem: Problem, key: LaunchKey) -> LaunchPlan:
         call[name] = value
     return LaunchPlan(
         call=call,
-        options=_options(problem, real, threads.width),
+        options=_options(problem, real, threads.width, part),
         block=_block(problem),
         blocks=min(MOST_BLOCKS, x.outer * cdiv(x.inner, threads.lanes)),
         parts=threads.parts,
@@ -224,8 +237,10 @@ def _block(problem: Problem) -> int:
     return BLOCK // 2 if wide and problem.kind == "teacher" else BLOCK
 
 
-def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int) -> _Threads:
-    classes, count, block = problem.classes, x.outer * x.inner, _block(problem)
+def _threads(
+    problem: Problem, classes: int, x: Rows, others: list[Rows | None], itemsize: int
+) -> _Threads:
+    count, block = x.outer * x.inner, _block(problem)
     along = x.strides[2] == 1 or classes == 1
     width = 1
     if classes >= VECTORS and all(one is None or one.strides[2] == 1 for one in (x, *others)):
@@ -259,7 +274,9 @@ def _threads(problem: Problem, x: Rows, others: list[Rows | None], itemsize: int
     return _Threads(lanes, not along, width, parts, chunk)
 
 
-def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ...]]:
+def _options(
+    problem: Problem, real: str, width: int, part: PartKey | None
+) -> dict[str, tuple[str, ...]]:
     target, smoothed = problem.target_dtype, problem.options.label_smoothing > 0.0
     of_rows = {
         "REAL": real.upper(),
@@ -273,6 +290,27 @@ def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ..
         "BESIDE": int(problem.asks(*BESIDE_TARGET)),
         "VALUED": 0,
     }
+    if part is not None:
+        # The entropy alone takes another pivot than the label. The gradient then goes by what has
+        # joined, the label's coefficient included.
+        stats, leads = problem.asks("entropy"), targets.pivot_leads(problem)
+        state = {
+            **of_rows,
+            "LOGITS": problem.logits_dtype_name.upper(),
+            "WIDTH": width,
+            "STATS": int(stats),
+            "BESIDE": int(rowstate.needs_squares(problem)),
+            "FIRST": int(not leads and problem.asks("prediction", "correct")),
+        }
+        valued = part.valued or (leads and problem.kind == "index")
+        gradient = {
+            **state,
+            "BESIDE": 0,
+            "FIRST": 0,
+            "VALUED": int(valued),
+            "SPREAD": int(leads or smoothed),
+        }
+        return _texts(problem, dict(zip(PART_KERNELS, (state, gradient), strict=True)))
     names = ("SOFTCAP", "SPARSE", "TEACHER", "SMOOTHED", "STATS", "BESIDE", "VALUED")
     off = dict.fromkeys(names, 0)
     plain = {**off, "LOGITS": real.upper(), "SPREAD": 1, "WIDTH": 1}
@@ -289,18 +327,22 @@ def _options(problem: Problem, real: str, width: int) -> dict[str, tuple[str, ..
     reading = {**of_rows, "LOGITS": problem.logits_dtype_name.upper(), "WIDTH": width}
     writing = {**reading, "VALUED": int(bool(problem.grad_stats))}
     macros |= {"forward": reading, "forward_backward": writing, "backward": writing}
+    return _texts(problem, {name: macros[name] for name in KERNELS})
+
+
+def _texts(problem: Problem, macros: dict[str, dict[str, Any]]) -> dict[str, tuple[str, ...]]:
     return {
         name: (
             "--std=c++17",
             f"-DKERNEL={name.upper()}",
             f"-DBLOCK={_block(problem)}",
-            *(f"-D{macro}={value}" for macro, value in sorted(macros[name].items())),
+            *(f"-D{macro}={value}" for macro, value in sorted(own.items())),
         )
-        for name in KERNELS
+        for name, own in macros.items()
     }
 
 
-def _call_dtype(real: str) -> np.dtype[Any]:
+def _call_dtype(real: str, *, part: bool) -> np.dtype[Any]:
     """Return the dtype of `struct Call` in `cuda/row.cu`."""
     whole = "outer inner classes x*3 t*3 g*3 blocks lanes team across parts chunk weighed t_in_step"
     whole += " g_in_step ignores ignore_index mean loss_kind sample_kind normalizer_kind"
@@ -311,7 +353,12 @@ def _call_dtype(real: str) -> np.dtype[Any]:
         fields.append((base, np.int64, (int(times),)) if times else (base, np.int64))
     fields += [(name, np.float64) for name in ("exact_scale", "exact_cap", "teacher_scale")]
     fields += [(name, real) for name in ("scale", "cap", "kept", "share", "z_loss")]
+    if part:
+        fields += [("start", np.int64), ("all_classes", np.int64)]
     return np.dtype(fields, align=True)
 
 
-_CALL = {real: _call_dtype(real) for real in ("float32", "float64")}
+_CALL, _PART_CALL = (
+    {real: _call_dtype(real, part=part) for real in ("float32", "float64")}
+    for part in (False, True)
+)

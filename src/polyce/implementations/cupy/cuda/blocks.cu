@@ -127,11 +127,11 @@ DEVICE Outcome conclude(const Call& call, const Meaning& row, i64 number, const 
   if (results.correct) results.correct[number] = defined && !row.invalid && predicted == wanted;
   if (results.valid) results.valid[number] = row.counted;
 #endif
-#if BESIDE
+#if BESIDE && STATS
   if (results.top_probability)
     results.top_probability[number] = defined ? found.top_probability : not_a_number();
 #endif
-#if RANKED
+#if RANKED && STATS
   const bool labelled = defined && !row.invalid;
   if (results.brier) results.brier[number] = labelled ? found.brier : not_a_number();
   if (results.rank) results.rank[number] = labelled ? state.rank : -1;
@@ -182,13 +182,13 @@ DEVICE Gradient gradient_of_row(const Call& call, const Meaning& row, const Stat
   own_scale = slope(call, state.pivot);
   gradient.at_pivot += (of_lse * found.probability + of_entropy * found.entropy_at_pivot) * own_scale;
 #endif
-#if VALUED && LABELS
+#if APART
   gradient.label = row.label == state.pivot_class ? NONE : row.label;
   gradient.at_label = found.label_gradient * (SOFTCAP ? (real)g * slope(call, state.label) : (real)g);
   if (found.label_p != 0)
     gradient.at_label += found.label_p * (more + found.label_gap * by_gap) * slope(call, state.label);
 #endif
-#if !LABELS || VALUED
+#if !LABELS || APART
   gradient.pivot = state.pivot_class;
 #else
   gradient.pivot = row.label;
@@ -212,7 +212,8 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
 #if LABELS
   // Before anything may write over it.
   if (RANKED || (place.seat.member == 0 && part == 0)) {
-    const real label = (real)Stored<LOGITS>::widen(x[meaning.label * call.x_class]);
+    const bool here = has_label(call, meaning);
+    const real label = here ? (real)Stored<LOGITS>::widen(x[meaning.label * call.x_class]) : (real)0;
 #if STATS
     place.state.label = label;
 #else
@@ -221,6 +222,9 @@ DEVICE void read_part(const Call& call, const logit* x, const Targets& targets, 
   }
 #endif
   const target* p = targets.given + place.row.t_at;
+#if PART && TEACHER
+  if (targets.teacher) place.state.teacher_top = (real)targets.teacher[place.row.number];
+#endif
   each_class(call, place.seat.member, x, p, part, [&](const auto& taken) {
     absorb(call, meaning.label, targets.weight, taken, place.state);
   });

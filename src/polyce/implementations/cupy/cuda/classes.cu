@@ -104,13 +104,16 @@ DEVICE Row row_of(const Call& call, i64 outer, i64 lane) {
 // The arrays that tell what rows are about; null for what is not there.
 struct Targets {
   const target* given;
-  const real* weight;
+  const real* weight;  // from the first of the classes on
   const void* sample;
+#if PART
+  const double* teacher;  // what is known of a teacher's rows
+#endif
 };
 
 // What they say of a row.
 struct Meaning {
-  int label;     // always in range
+  int label;     // always in range, of whole rows; from the first of the classes on
   real weight;   // of the label's class
   double sample;
   bool counted;
@@ -126,8 +129,8 @@ DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row) {
 #if LABELS
   const i64 label = (i64)targets.given[row];
   if (call.ignores && label == call.ignore_index) found.counted = false;
-  found.invalid = found.counted && (label < 0 || label >= call.classes);
-  if (found.counted && !found.invalid) found.label = (int)label;
+  found.invalid = found.counted && (label < 0 || label >= all_classes(call));
+  if (found.counted && !found.invalid) found.label = (int)(label - first_class(call));
   if (targets.weight && !found.invalid) found.weight = targets.weight[found.label];
 #endif
   return found;
@@ -142,6 +145,11 @@ DEVICE Meaning meaning_of(const Call& call, const Targets& targets, i64 row, con
   return found;
 }
 
+// Whether a row's label is one of these classes.
+DEVICE bool has_label(const Call& call, const Meaning& row) {
+  return !PART || (row.label >= 0 && row.label < call.classes);
+}
+
 DEVICE double weight_of(const Meaning& row) { return row.counted ? row.sample * row.weight : 0; }
 
 // The coefficient of a class as if it were not the label; probability is what the target says.
@@ -153,6 +161,10 @@ DEVICE real coefficient(const Call& call, const real* weight, real probability, 
   const real r = probability * call.kept + call.share;
 #else
   const real r = call.share;
+#if PART
+  // Nothing times an infinite weight is nothing.
+  if (r == 0) return 0;
+#endif
 #endif
   return weight ? r * weight[c] : r;
 }
@@ -242,6 +254,15 @@ DEVICE void absorb(const Call& call, int label, const real* weight, const Taken<
 #pragma unroll
     for (int w = 0; w < W; w++) top = larger_of(top, others[u][w]);
   }
+#if FIRST
+  int first = NONE;
+#pragma unroll
+  for (int u = 0; u < U; u++)
+#pragma unroll
+    for (int w = 0; w < W; w++)
+      if (first == NONE && taken.has(u) && others[u][w] == top) first = taken.number(u, w);
+  choose_first(state, top, first);
+#endif
   if (top > state.top) carry(call, state, top);
 #if LARGEST
   real pivot_even = 0;

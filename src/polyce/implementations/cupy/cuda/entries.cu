@@ -20,9 +20,12 @@ struct Entry {
 DEVICE Entry entry_at(const Call& call, const Targets& targets, const Entries& entries, i64 place) {
   const i64 given = (i64)targets.given[place];
   const bool ignored = call.ignores && given == call.ignore_index;
-  Entry found = {-1, !ignored && (given < 0 || given >= call.classes), 0};
+  Entry found = {-1, !ignored && (given < 0 || given >= all_classes(call)), 0};
   if (ignored || found.bad) return found;
-  found.number = (int)given;
+#if PART
+  if (given < call.start || given >= call.start + call.classes) return found;
+#endif
+  found.number = (int)(given - first_class(call));
   found.r = entries.probability[place] * call.kept;
   // Nothing times an infinite weight is nothing.
   if (targets.weight && call.kept != 0) found.r *= targets.weight[found.number];
@@ -103,7 +106,7 @@ DEVICE void join_entries(const Call& call, const Targets& targets, const Entries
 
 // Write the gradient at the entries' classes, over what is written there without them.
 DEVICE void write_entries(const Call& call, const Targets& targets, const Entries& entries,
-                          const Place& place, const Gradient& gradient, logit* grad) {
+                          const Place& place, const Gradient& gradient, const logit* x, logit* grad) {
   if (gradient.rule) return;
   const i64 first = place.row.number * entries.count;
   for (i64 k = place.seat.member; k < entries.count; k += call.team) {
@@ -111,8 +114,13 @@ DEVICE void write_entries(const Call& call, const Targets& targets, const Entrie
     if (entry.number < 0 || entry.number == gradient.pivot) continue;
     const real r = sum_of_class(call, targets, entries, first, entry.number,
                                 [](const Entry& other, i64) { return other.r; });
-    const real found = gradient_of(call, targets.weight, gradient, entries.logits[first + k], r,
-                                   entry.number);
+#if PART
+    // The gradient lies apart.
+    const real logit_here = (real)Stored<LOGITS>::widen(x[place.row.x_at + entry.number * call.x_class]);
+#else
+    const real logit_here = entries.logits[first + k];
+#endif
+    const real found = gradient_of(call, targets.weight, gradient, logit_here, r, entry.number);
     grad[place.row.g_at + entry.number * call.g_class] = Stored<LOGITS>::narrow(found);
   }
 }

@@ -27,6 +27,9 @@ DEVICE void add_distance(const Call& call, const Distance& row, const Taken<U, W
 }
 #endif
 
+// Whether a label need not be the pivot of a gradient.
+#define APART (VALUED && LABELS && STATS)
+
 // What a row's gradient is made of.
 struct Gradient {
   real reference;  // m', or 0 for -inf
@@ -38,7 +41,7 @@ struct Gradient {
 #if VALUED
   real more;    // of exp(x - m') for lse and entropy
   real by_gap;  // of exp(x - m') (m' - x) for the entropy
-#if LABELS
+#if APART
   int label;  // NONE where it is the pivot
   real at_label;
 #endif
@@ -109,7 +112,7 @@ DEVICE void write_gradient(const Call& call, const Gradient& row, const real* we
       result[u][w] = gradient_of(call, weight, row, taken.x[u][w], taken.probability(u, w),
                                  taken.number(u, w));
     put(taken, u, row.pivot, row.at_pivot, result[u]);
-#if VALUED && LABELS
+#if APART
     put(taken, u, row.label, row.at_label, result[u]);
 #endif
   }

@@ -174,7 +174,7 @@ forward_backward(const Call call, const logit* x, const target* given, const rea
     __syncthreads();
     if (place.row.number >= 0) {
       const Gradient& gradient = places[first_of(call, place.seat)].gradient;
-      write_entries(call, targets, Entries{probability, entries, entry_logits}, place, gradient, grad);
+      write_entries(call, targets, Entries{probability, entries, entry_logits}, place, gradient, x, grad);
     }
 #endif
     // The next row's state takes the place of what others may still read.

@@ -4,7 +4,7 @@
 // no header, so that no compiler needs a path to one, and is specialised by macros:
 //
 //   KERNEL   the one kernel that is compiled: FORWARD, JOIN, REDUCE, WEIGH, FORWARD_BACKWARD or
-//            BACKWARD
+//            BACKWARD; or, for a part of the classes, STATE_OF_PART or GRADIENT_OF_PART
 //   LOGITS   what logits and gradient are stored as: FLOAT16, BFLOAT16, FLOAT32 or FLOAT64
 //   REAL     what is computed with: FLOAT32 or FLOAT64
 //   TARGET   what the target is stored as: one of these for probabilities, INT8, ... for labels
@@ -13,9 +13,11 @@
 //   SPARSE   1 if the target is some classes of each row, in TARGET, with a probability each
 //   TEACHER  1 if the target is the softmax of a teacher's logits, stored as TARGET
 //   SMOOTHED 1 if there is smoothing, where these two have to know
-//   STATS    1 if something besides the loss is wanted of each row
-//   BESIDE   1 if the largest probability, the Brier score or the rank are among that
-//   VALUED   1 if the gradient is also that of lse or entropy, which take STATS
+//   STATS    1 if something besides the loss is wanted of each row; for a part, if the entropy is
+//   BESIDE   1 if the largest probability, the Brier score or the rank are among that; for a part of
+//            labels' rows, if the Brier score is
+//   FIRST    1 if of a part's classes besides the label the first with the largest logit is wanted
+//   VALUED   1 if the gradient is also that of lse or entropy, which take STATS but for a part's lse
 //   WIDTH    how many logits are loaded at once: more than 1 only where classes are contiguous
 //   BLOCK    how many threads a block has, a power of two
 
@@ -25,6 +27,8 @@
 #define WEIGH 4
 #define FORWARD_BACKWARD 5
 #define BACKWARD 6
+#define STATE_OF_PART 7
+#define GRADIENT_OF_PART 8
 
 #define FLOAT16 1
 #define BFLOAT16 2
@@ -41,6 +45,10 @@
 
 #define PROBABILITY (TARGET <= FLOAT64)
 #define LABELS (!PROBABILITY && !SPARSE)
+#define PART (KERNEL == STATE_OF_PART || KERNEL == GRADIENT_OF_PART)
+#ifndef FIRST
+#define FIRST 0
+#endif
 #define DEVICE __device__ __forceinline__
 // The few float64 functions of a float32 kernel would take its registers.
 #if REAL == FLOAT64

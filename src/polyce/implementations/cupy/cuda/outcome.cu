@@ -56,7 +56,7 @@ struct Outcome {
 
 // `weight` is that of the label's class; 1 for probabilities.
 DEVICE Outcome finish(const Call& call, const State& state, real weight, int label) {
-#if TEACHER
+#if TEACHER && !PART
   // nan for a teacher without a softmax.
   const double unit = call.kept / state.teacher_total;
   double others_r = state.rest * unit;
@@ -75,7 +75,7 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   double others_r = 0;
   const real excess = 0;
 #endif
-#if TEACHER
+#if TEACHER && !PART
   const real at_pivot = (real)pivot_r;
 #elif !LABELS
   const real at_pivot = state.pivot_r;
@@ -84,8 +84,13 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
 #if LARGEST
   // The label is one of the other classes, unless it is the likeliest.
   const bool leads = label == state.pivot_class;
+#if PART
+  // Of the parts that have joined, the label's has counted it in.
+  const real at_pivot = state.pivot_r, added = 0;
+#else
   const real at_pivot = leads ? at_label : state.pivot_r;
   const real added = leads || call.kept == 0 ? (real)0 : weight * call.kept;
+#endif
   others_r += added;
 #else
   const real at_pivot = at_label;
@@ -147,10 +152,14 @@ DEVICE Outcome finish(const Call& call, const State& state, real weight, int lab
   found.probability = probability;
   found.others = others;
 #endif
-#if VALUED
+#if VALUED && STATS
   found.lead = gap_ahead + h;
   found.entropy_at_pivot =
       probability * ((gap_behind + h) * others - ((real)(found.factor * state.entropy) + lacking));
+#elif VALUED
+  // The gradient of the entropy is not asked for.
+  found.lead = 0;
+  found.entropy_at_pivot = 0;
 #endif
 #if BESIDE
   found.top_probability = 1 / (1 + e);

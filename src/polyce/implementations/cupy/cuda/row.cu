@@ -28,7 +28,26 @@ struct Call {
   real scale, cap;               // with a softcap, the scale is divided by it
   real kept, share;              // 1 - smoothing, and smoothing / classes
   real z_loss;
+#if PART
+  i64 start, all_classes;        // the first class of the part, and how many the rows have
+#endif
 };
+
+// Which classes of the rows these are.
+DEVICE i64 first_class(const Call& call) {
+#if PART
+  return call.start;
+#else
+  return 0;
+#endif
+}
+DEVICE i64 all_classes(const Call& call) {
+#if PART
+  return call.all_classes;
+#else
+  return call.classes;
+#endif
+}
 
 // The scale and the cap as what is computed with them.
 template <class T> DEVICE T scale_of(const Call& call);
@@ -159,6 +178,9 @@ struct State {
 #if SPARSE
   int bad;  // whether a class is out of range
 #endif
+#if FIRST
+  int first;  // the first class with m'
+#endif
 #if TEACHER
   real teacher_top;    // the teacher's largest logit; R' and q' are in units of its exponential
 #if EVEN
@@ -211,6 +233,9 @@ DEVICE State nothing_read() {
 #endif
 #if SPARSE
   state.bad = 0;
+#endif
+#if FIRST
+  state.first = NONE;
 #endif
 #if TEACHER
   state.teacher_top = -infinity();
@@ -339,8 +364,18 @@ DEVICE void choose_likeliest(State& state, real p, int c) {
 }
 #endif
 
+#if FIRST
+// Take a class for the first with m', if none comes before it; before the state is carried to `top`.
+DEVICE void choose_first(State& state, real top, int c) {
+  if (top > state.top || (top == state.top && c < state.first)) state.first = c;
+}
+#endif
+
 // Join the state of other classes to one. A label's logit is in the state of the first part.
 DEVICE void merge(const Call& call, State& state, State other) {
+#if FIRST
+  choose_first(state, other.top, other.first);
+#endif
   if (other.top > state.top) carry(call, state, other.top);
   if (state.top > other.top) carry(call, other, state.top);
   state.total += other.total;
