@@ -30,6 +30,8 @@ nox.options.sessions = ["lint", "types", "build", *(f"tests({name})" for name in
 # What else must hold; and variants so similar that they run only with all cases of all tests.
 CI, FULL = ["ci"], ["full"]
 STRICT = nox.param("strict", id="strict", tags=FULL)
+# Those of other torch versions, and a newer one.
+TRITON = ("3.6.0", "3.9.0")
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -365,6 +367,15 @@ def tests_other(session: nox.Session, backend: str) -> None:
     """Run the tests on another Python, with a few cases that stand for the grid."""
     install(session, BACKENDS[backend][0])
     run_tests(session, backend, POLYCE_FEW="1")
+
+
+@nox.session(tags=FULL)
+@nox.parametrize("version", [nox.param(one, id=one) for one in TRITON])
+def triton_versions(session: nox.Session, version: str) -> None:
+    """Compile the kernels for GPUs by another Triton than the one that the group pins."""
+    install(session, "triton")
+    session.install(QUICKLY, "--no-deps", f"triton=={version}")
+    run_tests(session, "triton-compile")
 
 
 @nox.session(python="3.11")
