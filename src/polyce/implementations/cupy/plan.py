@@ -33,7 +33,7 @@ KINDS: dict[str | None, int] = {
 
 # The launch parameters; none has been tuned on a GPU yet.
 #
-# The threads of a block: with 64 registers each, four blocks share a multiprocessor.
+# The threads of a block: with 48 registers each, five blocks share a multiprocessor.
 BLOCK = 256
 # Blocks of a grid: enough to fill a large device twice. The same on every device, so that the bits
 # of a sum are too.
