@@ -124,18 +124,18 @@ def cross_entropy(
     IndexError
         If a class index is out of range.
 
+    See Also
+    --------
+    cross_entropy_with_grad : The gradient too, on libraries without automatic differentiation.
+    CrossEntropyLoss : The same with the options kept.
+    SparseTarget, TeacherLogits : Probabilities of some classes, and of a teacher.
+
     Notes
     -----
     A torch DTensor is taken as `input` by every function of logits, whichever axes a mesh shards.
     The other arrays are DTensors placed as input's rows or replicated, or plain tensors, whole and
     the same in every process; probabilities and a teacher are placed as `input`. What is of rows
     comes back placed as they are, gradients as `input`; a mean or sum is of all rows, replicated.
-
-    See Also
-    --------
-    cross_entropy_with_grad : The gradient too, on libraries without automatic differentiation.
-    CrossEntropyLoss : The same with the options kept.
-    SparseTarget, TeacherLogits : Probabilities of some classes, and of a teacher.
 
     Examples
     --------

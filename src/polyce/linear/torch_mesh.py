@@ -152,6 +152,7 @@ def _check_whole(
     **more: Any,
 ) -> None:
     """Check a call as that of whole arrays, as `dtensors.check_whole` does."""
+    check_untransformed()
     call = describe(
         *map(whole, (input, linear_weight, target)),
         **{name: whole(given) for name, given in more.items()},
@@ -165,7 +166,6 @@ def _check_whole(
 
 def _layout_of(input: Any, weight: Any, bias: Any) -> Layout:
     """Return how the logits lie: their rows as the hidden states, their classes as the head."""
-    check_untransformed()
     shape = checks.product_shape(input, weight, bias)
     axis = len(shape) - 1
     found = {"input": input, "linear_weight": weight}

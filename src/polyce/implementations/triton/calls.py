@@ -12,7 +12,7 @@ from polyce.formula import stats
 from polyce.formula.stats import Stats
 from polyce.graphs import torch_calls
 from polyce.graphs.torch_calls import REFERENCE, Kernels, Saved
-from polyce.implementations.triton import arguments, launch, plans
+from polyce.implementations.triton import arguments, launch, layout, plans
 from polyce.implementations.triton.arguments import Arrays, Place
 from polyce.implementations.triton.launch import Results, Sizes
 from polyce.implementations.triton.plans import Key
@@ -152,7 +152,8 @@ def cross_entropy_with_grad(
     problem: Problem, operands: Operands, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, Stats | None]:
     """Compute the loss, the gradient, in `out` if that is given, and the stats."""
-    if problem.kind == "index" and not (problem.is_empty or problem.grad_stats):
+    is_plain = problem.kind == "index" and not (problem.is_empty or problem.grad_stats)
+    if is_plain and problem.classes <= layout.WHOLE:
         found = _in_one_pass(problem, operands, out)
         if found is not None:
             return found
@@ -170,6 +171,9 @@ def _in_one_pass(
     tensors = (*operands, out)
     key = None if problem.check_labels else plans.key(problem, "both", tensors=tensors)
     plan = plans.find(key, tensors)
+    if plan is not None and not plan.launches:
+        # The rows of an earlier call like this one were too long.
+        return None
     grad = torch.empty_like(operands.logits) if out is None else out
     cotangent = arguments.cotangent(operands.grad_output)
     if plan is not None:
@@ -180,6 +184,8 @@ def _in_one_pass(
     torch_memory.check_storages(**operands.named())
     call = arguments.call(problem, operands, grad)._replace(is_whole=True)
     if not call.fits:
+        if key is not None:
+            plans.keep(key, tensors, ())
         return None
     sizes = launch.sizes_of_both(call)
     results = _results(problem, operands, sizes)

@@ -41,7 +41,7 @@ LONG, FEW_PROGRAMS, PART = 16384, 330, 4096
 _JOINED = 128
 # Loss and gradient in one pass: of so many contiguous classes a row is one tile, of so many classes
 # a row among neighbours. A thread keeps its numbers.
-_WHOLE, _WHOLE_NEIGHBOURS = 8192, 32
+WHOLE, _WHOLE_NEIGHBOURS = 8192, 32
 # The rows' weights are added up before by up to so many programs, so many rows at once.
 WEIGHERS, WEIGHED = 128, 4096
 # How many entries of a sparse target a program reads at once, one or two to a thread.
@@ -97,7 +97,7 @@ def tile(rows: Rows, classes: int, share: int = 1, *, is_heavy: bool = False) ->
 def whole_tile(rows: Rows, classes: int, share: int, *, is_heavy: bool) -> Tile | None:
     """Choose the tile of a program that keeps whole rows; None for rows that are too long."""
     power, usual = power_of_two(classes), tile(rows, classes, share, is_heavy=is_heavy)
-    if power > (_WHOLE_NEIGHBOURS if usual.by_two else _WHOLE // share):
+    if power > (_WHOLE_NEIGHBOURS if usual.by_two else WHOLE // share):
         return None
     if usual.by_two:
         lanes = max(min(usual.lanes, _NEIGHBOURS_TILE // (share * power)), 1)
