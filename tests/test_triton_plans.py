@@ -116,6 +116,23 @@ def test_a_call_like_an_earlier_one_launches_the_same(torch: Any, launched: list
             launched.clear()
 
 
+# Rows that one program keeps, rows that are too long for that, and some that are so by their layout.
+@COMPILED
+@pytest.mark.parametrize("shape", [(3, 100), (3, 9000), (3, 40, 6)])
+def test_loss_and_gradient_of_a_kept_call_lay_nothing_out(
+    torch: Any, launched: list[Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    from polyce.implementations.triton import arguments
+    from recorder import call_both
+
+    x, t = torch.zeros(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    call_both(x, t)
+    count = len(launched)
+    monkeypatch.setattr(arguments, "call", lambda *_, **__: pytest.fail("it was laid out again"))
+    call_both(x + 1, t + 1)
+    assert len(launched) == 2 * count
+
+
 @COMPILED
 def test_a_kept_call_lays_nothing_out(
     torch: Any, launched: list[Any], monkeypatch: pytest.MonkeyPatch
