@@ -116,7 +116,7 @@ def test_a_call_like_an_earlier_one_launches_the_same(torch: Any, launched: list
             launched.clear()
 
 
-# Rows that one program keeps, rows that are too long for that, and some that are so by their layout.
+# Rows that a program keeps, rows too long for that, and some that are so by their layout.
 @COMPILED
 @pytest.mark.parametrize("shape", [(3, 100), (3, 9000), (3, 40, 6)])
 def test_loss_and_gradient_of_a_kept_call_lay_nothing_out(
