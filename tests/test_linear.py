@@ -121,6 +121,7 @@ def few_linear(floats: tuple[str, ...], most: int) -> Callable[[LinearCase], boo
 
 
 @everywhere
+@pytest.mark.slow("cupy-emulated")
 def test_exact_answers(backend: Backend, backend_name: str) -> None:
     most = None if FULL else MOST_LINEAR.get(backend_name)
     names = ("triton",) if backend_name == "triton" else IMPLEMENTATIONS.get(backend_name, (None,))

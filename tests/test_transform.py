@@ -112,6 +112,7 @@ def test_the_rounding_of_a_difference_is_known_exactly(backend: Backend, scale: 
         assert abs(Fraction(d) + Fraction(e) - want) <= 2 * unit * unit * abs(want)
 
 
+@pytest.mark.slow("dask")
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_parts_of_a_row_merge_with_their_stats(backend: Backend, scale: float, cap: float) -> None:
