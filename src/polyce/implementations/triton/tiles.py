@@ -6,12 +6,15 @@ A tile has classes along its first axis and rows, the lanes, along its second.
 import triton
 import triton.language as tl
 
+from polyce.implementations.triton import layout
 from polyce.implementations.triton.arithmetic import narrow
 from polyce.implementations.triton.entries import with_entries
 from polyce.implementations.triton.records import Label, Meaning, Pivot, Saved, Seen, State, Teacher
 from polyce.implementations.triton.row import count_label, finish, likelier, merge, tile_state
 from polyce.implementations.triton.saving import saved_of
 from polyce.implementations.triton.teacher import join_teachers, teacher_exp, with_teacher
+
+_SHORTEST = tl.constexpr(layout.SHORTEST)
 
 
 @triton.jit
@@ -40,11 +43,11 @@ def neighbours(LANES: tl.constexpr, BY_TWO: tl.constexpr):
 def far_steps(step, LANES: tl.constexpr, BY_TWO: tl.constexpr):
     """Return a tile's classes as factors of addresses.
 
-    Of rows of up to 16 contiguous classes the compiler is not told that they are contiguous: then
-    a thread has all classes of a row, and adds them up alone.
+    Of the shortest rows the compiler is not told that their classes are contiguous: then a thread
+    has all classes of a row, and adds them up alone.
     """
     wide = step.to(tl.int64)
-    if LANES > 1 and not BY_TWO and step.shape[0] <= 16:
+    if LANES > 1 and not BY_TWO and step.shape[0] <= _SHORTEST:
         wide = wide * 2 // 2
     return wide[:, None]
 
