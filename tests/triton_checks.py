@@ -20,7 +20,7 @@ from polyce.testing.oracle import exact_answer
 from polyce.testing.selection import representative
 
 # Launch tables that make small problems take the ways of large ones.
-APART = {"_WHOLE": 0, "_WHOLE_NEIGHBOURS": 0}
+APART = {"WHOLE": 0, "_WHOLE_NEIGHBOURS": 0}
 TILES = APART | {"_TILE": 4, "SHORT": 0, "_NEIGHBOURS": 4, "_NEIGHBOURS_TILE": 2}
 PARTS = APART | {"_TILE": 4, "SHORT": 0, "LONG": 4, "FEW_PROGRAMS": 64, "PART": 2, "_JOINED": 2}
 
